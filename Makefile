@@ -1,0 +1,36 @@
+# Set-up and the commands of a day. `make quickstart` and `make test` need nothing but Python 3.11.4+.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test check gpu clean
+
+quickstart: $(VENV)/.installed  ## train on handwritten digits: no download, ends with the test error
+	$(RUN) main.py --config configs/quickstart.yaml --resume auto
+
+test: $(VENV)/.installed-dev  ## the whole suite on the CPU: no network, no GPU
+	$(RUN) -m pytest -q
+
+check: $(VENV)/.installed-dev  ## lint and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
+	$(RUN) -m pytest -q -m gpu
+
+clean:  ## remove the environment and caches, never runs or data
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11, 4) and 'error: Python 3.11.4 or later is needed; fix: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@ $(VENV)/.installed

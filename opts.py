@@ -1,0 +1,488 @@
+"""The flag table: each option with its type, range, default and meaning, and the rules between.
+
+Nothing heavy is imported here: `--help` and every usage error answer before torch is loaded.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from errors import CheckpointError, DataError, UsageError
+from flags import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    POSITIVE,
+    Flag,
+    Problem,
+    Range,
+    Reader,
+    as_text,
+    boolean,
+    help_text,
+    integer,
+    integers,
+    number,
+    text,
+)
+
+# What this version can do; a later one extends these lines and nothing else in this file.
+NET_TYPES = ("densenet",)
+MEMORY_LEVELS = (0, 1)
+
+DATASETS = ("cifar10", "cifar100", "svhn", "imagenet", "folder", "digits", "synthetic")
+FIXED_SIZE = {"cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 8}
+SMALL_IMAGE = 64  # up to this size in pixels: the CIFAR network shape, and the data in memory
+
+# Layers per block of the ImageNet networks: paper Table 1; 264 and 232 are in no table of the
+# authors, see docs/parity.md.
+IMAGENET_STAGES = {
+    121: (6, 12, 24, 16),
+    161: (6, 12, 36, 24),
+    169: (6, 12, 32, 32),
+    201: (6, 12, 48, 32),
+    232: (6, 12, 48, 48),
+    264: (6, 12, 64, 48),
+}
+WIDE_IMAGENET = (161, 232)  # growth rate 48 instead of 32
+
+
+# One option, one entry: the formatter would make this table five screens long.
+# fmt: off
+GROUPS: dict[str, list[Flag]] = {
+    "General options": [
+        Flag("data", text, "data", "root directory of the dataset"),
+        Flag("dataset", text, "cifar10", "what to train on", choices=DATASETS, role="course"),
+        Flag("manualSeed", integer, 0, "seed of initial weights, order, augmentation and dropout",
+             range=Range(0, 2**63 - 1), role="course"),
+        Flag("nGPU", integer, None, "GPUs to use; 0 is the CPU", "1 where CUDA is present, else 0",
+             range=AT_LEAST_0),
+        Flag("backend", text, "cudnn", "accepted for Lua command lines; no effect"),
+        Flag("cudnn", text, "fastest",
+             "fastest tries algorithms; deterministic repeats bit for bit",
+             choices=("fastest", "default", "deterministic")),
+        Flag("gen", text, "gen", "accepted for Lua command lines; no effect"),
+        Flag("precision", text, "single", "arithmetic; half (loss scaling) and bf16 are mixed",
+             choices=("single", "double", "half", "bf16"), role="course"),
+        Flag("tf32", boolean, False, "TensorFloat-32 products in precision single (CUDA)",
+             role="course"),
+        Flag("config", text, "none", "YAML file of flags; the command line wins over it"),
+        Flag("printConfig", boolean, False, "print all settings as YAML and exit", bare="true"),
+        Flag("debug", boolean, False, "show the traceback of every error"),
+    ],
+    "Data options": [
+        Flag("nThreads", integer, 2, "loader processes per split, for images read from files",
+             range=AT_LEAST_0),
+        Flag("augment", boolean, None, "random crop and flip: the + of the paper's tables",
+             "true; false on svhn and digits", role="course"),
+        Flag("validSize", integer, None,
+             "training images held out for validation; the test set is then used once, at the end",
+             "0; 6000 on svhn", range=AT_LEAST_0, role="course"),
+        Flag("imageSize", integer, None, "height and width of the network's input in pixels; up to "
+             "64 it has the CIFAR shape and the data stays in memory",
+             "32 CIFAR, SVHN, synthetic; 8 digits; else 224", range=Range(8, 4096), role="course"),
+        Flag("nImages", integer, 10000, "training images of the synthetic dataset",
+             range=AT_LEAST_1, role="course"),
+        Flag("onBadImage", text, "error",
+             "an image that cannot be read: stop, or skip it (up to 0.1 % of the images)",
+             choices=("error", "skip"), role="course"),
+    ],
+    "Training options": [
+        Flag("nEpochs", integer, None, "epochs to train",
+             "300 CIFAR, 40 SVHN, 90 ImageNet, 100 for depth 161", range=Range(1, 1_000_000),
+             role="length"),
+        Flag("epochNumber", integer, 1, "number of the first epoch", range=AT_LEAST_1),
+        Flag("batchSize", integer, None, "images per step, over all GPUs together",
+             "64 CIFAR and SVHN, 256 ImageNet, 128 for depth 161", range=AT_LEAST_1, role="course"),
+        Flag("testOnly", boolean, False, "only evaluate the weights of --resume or --retrain"),
+        Flag("tenCrop", boolean, False, "evaluate on ten crops of each image (above 64 pixels)"),
+    ],
+    "Checkpointing options": [
+        Flag("save", text, None, "run directory", "checkpoints/ and the run's name"),
+        Flag("resume", text, "none",
+             "run directory or checkpoint to continue; auto: this run's own "
+             "directory if it has a checkpoint"),
+        Flag("keep", integer, 2, "newest checkpoints to keep", range=AT_LEAST_1),
+        Flag("saveEvery", number, 10.0, "minutes between checkpoints within an epoch",
+             range=POSITIVE),
+        Flag("override", boolean, False, "resume although settings differ from the checkpoint's"),
+    ],
+    "Optimization options": [
+        Flag("LR", number, 0.1, "initial learning rate", range=POSITIVE, role="course"),
+        Flag("momentum", number, 0.9, "Nesterov momentum", range=Range(0, 1, high_open=True),
+             role="course"),
+        Flag("weightDecay", number, 1e-4, "weight decay, on every parameter", range=AT_LEAST_0,
+             role="course"),
+        Flag("lrShape", text, "multistep", "a tenth at each milestone, or a cosine from LR to 0",
+             choices=("multistep", "cosine"), role="course"),
+        Flag("milestones", integers, None, "epochs from which the rate is a tenth of what it was",
+             "50 % and 75 % of nEpochs; ImageNet: 31, 61, 91", range=AT_LEAST_1, role="course"),
+    ],
+    "Model options": [
+        Flag("netType", text, "densenet", "network", choices=NET_TYPES, role="model"),
+        Flag("depth", integer, None, "layers L: 6n+4, or 3n+4 without bottleneck; on ImageNet "
+             "121, 161, 169, 201, 232 or 264", "100; 121 ImageNet", range=AT_LEAST_1, role="model"),
+        Flag("shortcutType", text, "none", "accepted for Lua command lines; no effect"),
+        Flag("retrain", text, "none", "weights to start from: a checkpoint of this program, or a "
+             "torchvision or timm state dict"),
+        Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
+        Flag("shareGradInput", boolean, False, "Lua's name of a higher optMemory"),
+        Flag("optnet", boolean, False, "Lua's name of optMemory 1"),
+        Flag("resetClassifier", boolean, False, "with retrain: start the classifier anew"),
+        Flag("nClasses", integer, None,
+             "classes of the data, checked when given; of synthetic data: how many",
+             "read from the data; 10 synthetic", range=AT_LEAST_1),
+    ],
+    "Model options for DenseNet": [
+        Flag("growthRate", integer, None, "feature maps k that each layer adds",
+             "12; 32 ImageNet, 48 for depth 161 and 232", range=AT_LEAST_1, role="model"),
+        Flag("bottleneck", boolean, True, "1x1 convolution to 4k maps before each 3x3 (DenseNet-B)",
+             role="model"),
+        Flag("reduction", number, 0.5, "share of the maps that a transition keeps (DenseNet-C)",
+             range=Range(0, 1, low_open=True), role="model"),
+        Flag("dropRate", number, None, "dropout after each convolution but the first",
+             "0; 0.2 without augmentation", range=Range(0, 1, high_open=True), role="course"),
+        Flag("optMemory", integer, 1, "0 keeps every activation for backward, 1 rectifies in place",
+             choices=MEMORY_LEVELS),
+        Flag("initChannels", integer, None, "feature maps of the first convolution",
+             "2k; 16 at CIFAR size without bottleneck", range=AT_LEAST_1, role="model"),
+        *(Flag(f"d{i}", integer, 0, f"layers of block {i}, ImageNet shape with a depth of your own",
+               range=AT_LEAST_0, role="model") for i in (1, 2, 3, 4)),
+    ],
+}
+# fmt: on
+FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
+
+USAGE = """usage: python main.py [--config FILE.yaml] [--flag value ...]
+
+Train a DenseNet as in `Densely Connected Convolutional Networks` (CVPR 2017).
+Every flag takes one value, as -flag VALUE or --flag VALUE; booleans are true or false.
+Examples and the run directory: README.md. The original's rules: docs/parity.md."""
+# Read by the Lua code's parser and by nothing after it.
+WITHOUT_EFFECT = ("backend", "gen", "optimState", "shortcutType")
+# Three names of one setting.
+MEMORY_NAMES = ("optMemory", "shareGradInput", "optnet")
+# Facts of one call, not of the experiment: left out of a run's config.yaml.
+OF_ONE_CALL = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
+
+
+# ------------------------------------------------------------------------------------- resolving
+
+
+def resolve(given: dict[str, object]) -> SimpleNamespace:
+    """All settings: those given, then the defaults that depend on the dataset and on each other.
+
+    Also sets two that are derived and no flags: `imagenetShape` and `stages`, the layers per
+    dense block.
+    """
+    defaults = {name: flag.default for name, flag in FLAGS.items()}
+    opt = SimpleNamespace(**(defaults | given))
+
+    def default(name: str, value: object) -> None:
+        if getattr(opt, name) is None:
+            setattr(opt, name, value)
+
+    default("imageSize", FIXED_SIZE.get(opt.dataset, 32 if opt.dataset == "synthetic" else 224))
+    opt.imagenetShape = imagenet = opt.imageSize > SMALL_IMAGE
+    free = (opt.d1, opt.d2, opt.d3, opt.d4) if imagenet else (0, 0, 0, 0)
+    layers_per_stage = 2 if opt.bottleneck else 1
+    default("depth", (layers_per_stage * sum(free) + 5 if any(free) else 121) if imagenet else 100)
+    if imagenet:
+        opt.stages = free if any(free) else IMAGENET_STAGES.get(opt.depth, ())
+    else:
+        opt.stages = ((opt.depth - 4) // (3 * layers_per_stage),) * 3
+    default("growthRate", (48 if opt.depth in WIDE_IMAGENET else 32) if imagenet else 12)
+    default("initChannels", 2 * opt.growthRate if imagenet or opt.bottleneck else 16)
+
+    # The paper, section 4.2; DenseNet-161 trained in smaller batches for ten epochs more.
+    large = imagenet and opt.depth == 161
+    epochs = 40 if opt.dataset == "svhn" else 300
+    default("nEpochs", (100 if large else 90) if imagenet else epochs)
+    default("batchSize", (128 if large else 256) if imagenet else 64)
+    default("augment", opt.dataset not in ("svhn", "digits"))
+    default("validSize", 6000 if opt.dataset == "svhn" else 0)
+    default("dropRate", 0.0 if opt.augment else 0.2)
+    if opt.lrShape == "multistep":
+        default("milestones", default_milestones(opt.nEpochs, imagenet))
+    if opt.optnet or opt.shareGradInput:
+        opt.optMemory = 1 if opt.optnet else max(level for level in MEMORY_LEVELS if level <= 2)
+        opt.optnet = opt.shareGradInput = False  # their meaning is in optMemory now
+    default("save", str(Path("checkpoints") / run_name(opt)))
+    return opt
+
+
+def default_milestones(num_epochs: int, imagenet: bool) -> list[int]:
+    """Epochs, counted from 1, from which the rate is a tenth of what it was (docs/parity.md).
+
+    CIFAR and SVHN: the first epochs that are >= 50 % and >= 75 % of `num_epochs`. ImageNet: every
+    thirty epochs.
+    """
+    if imagenet:
+        return list(range(31, num_epochs + 1, 30))
+    return [math.ceil(0.5 * num_epochs), math.ceil(0.75 * num_epochs)]
+
+
+def run_name(opt: SimpleNamespace) -> str:
+    """The run's directory below `checkpoints/`: dataset, network and seed."""
+    folder = os.path.basename(os.path.abspath(opt.data))
+    data = f"folder-{folder}" if opt.dataset == "folder" else opt.dataset
+    plus = "+" if opt.augment and opt.dataset.startswith("cifar") else ""
+    form = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
+    name = f"{data}{plus}-{opt.netType}{form.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
+    cosine = "-cosine" if opt.lrShape == "cosine" else ""
+    return f"{name}{cosine}-seed{opt.manualSeed}"
+
+
+# -------------------------------------------------------------------------------------- checking
+
+
+def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
+    """What is impossible about settings that are valid one by one."""
+    problems = _check_depth(opt) or _check_widths(opt)
+
+    def wrong(condition: bool, what: str, fix: str) -> None:
+        if condition:
+            problems.append((what, fix))
+
+    size = FIXED_SIZE.get(opt.dataset)
+    small = not opt.imagenetShape
+    wrong(
+        size is not None and opt.imageSize != size,
+        f"imageSize: images of {opt.dataset} have {size} pixels, not {opt.imageSize}",
+        f"use {size} or leave it out",
+    )
+    wrong(
+        opt.testOnly and opt.resume == "none" and opt.retrain == "none",
+        "testOnly without weights would test random ones",
+        "add --resume DIR or --retrain FILE",
+    )
+    wrong(
+        opt.tenCrop and (small or opt.dataset == "synthetic"),
+        f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops",
+        "leave it out",
+    )
+    wrong(
+        opt.epochNumber != 1 and opt.resume not in ("none", "auto"),
+        f"epochNumber {opt.epochNumber} together with resume, which knows the epoch",
+        "leave out one of them",
+    )
+    wrong(
+        opt.epochNumber > opt.nEpochs,
+        f"epochNumber {opt.epochNumber} is after the last epoch, {opt.nEpochs}",
+        f"use 1 to {opt.nEpochs}",
+    )
+    names = [name for name in MEMORY_NAMES if given.get(name, False) is not False]
+    wrong(
+        len(names) > 1,
+        f"{' and '.join(names)} exclude each other",
+        "keep one, or use --optMemory",
+    )
+    wrong(
+        opt.resetClassifier and opt.retrain == "none",
+        "resetClassifier without weights to retrain",
+        "add --retrain FILE",
+    )
+    wrong(
+        opt.resetClassifier and opt.testOnly and opt.resume == "none",
+        "resetClassifier with testOnly would test a random classifier",
+        "leave out one of them",
+    )
+    wrong(
+        opt.lrShape == "cosine" and bool(opt.milestones),
+        "milestones have no effect on a cosine",
+        "leave out milestones or use --lrShape multistep",
+    )
+    wrong(
+        bool(opt.milestones) and opt.milestones != sorted(opt.milestones),
+        f"milestones {as_text(opt.milestones)} are not in order",
+        f"use {as_text(sorted(opt.milestones or []))}",
+    )
+    wrong(
+        opt.nImages != FLAGS["nImages"].default and opt.dataset != "synthetic",
+        f"nImages has no effect on {opt.dataset}",
+        "leave it out or use --dataset synthetic",
+    )
+    wrong(
+        opt.tf32 and opt.precision != "single",
+        f"tf32 has no effect with precision {opt.precision}",
+        "leave it out or use --precision single",
+    )
+    return problems
+
+
+def _check_widths(opt: SimpleNamespace) -> list[Problem]:
+    channels = opt.initChannels
+    for i, num_layers in enumerate(opt.stages[:-1], start=1):
+        channels = math.floor(opt.reduction * (channels + num_layers * opt.growthRate))
+        if channels < 1:
+            what = f"reduction: {opt.reduction:g} leaves no maps after block {i}"
+            return [(what, f"use {FLAGS['reduction'].default}")]
+    return []
+
+
+def _check_depth(opt: SimpleNamespace) -> list[Problem]:
+    free = {f"d{i}": getattr(opt, f"d{i}") for i in (1, 2, 3, 4)}
+    if not opt.imagenetShape:
+        step = 6 if opt.bottleneck else 3
+        n, rest = divmod(opt.depth - 4, step)
+        problems = []
+        if any(free.values()):
+            what = f"d1 to d4 have no effect at {opt.imageSize} pixels"
+            problems = [(what, "use --depth, or an imageSize above 64")]
+        if rest or n < 1:
+            low = step * max(n, 1) + 4
+            near = f"{low}" if n < 1 else f"{low} or {low + step}"
+            why = "with" if opt.bottleneck else "without"
+            what = f"depth: {opt.depth} is not {step}n + 4 ({why} bottleneck)"
+            problems.append((what, f"use {near}"))
+        return problems
+    if any(free.values()):
+        if not all(free.values()):
+            return [("d1 to d4: not all four are given", "give layers for all four blocks")]
+        counted = (2 if opt.bottleneck else 1) * sum(opt.stages) + 5
+        known = IMAGENET_STAGES.get(opt.depth, opt.stages)
+        if known != opt.stages and opt.depth != counted:
+            stages = f"{as_text(known)}, d1 to d4 say {as_text(opt.stages)}"
+            return [(f"depth {opt.depth} has blocks of {stages}", "leave out depth or d1 to d4")]
+    elif opt.depth not in IMAGENET_STAGES:
+        near = min(IMAGENET_STAGES, key=lambda depth: abs(depth - opt.depth))
+        what = f"depth: {opt.depth} is not one of {', '.join(map(str, IMAGENET_STAGES))}"
+        return [(what, f"use {near}, or give d1 to d4")]
+    return []
+
+
+def _notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
+    """What the user should know though it stops nothing."""
+    notes = [f"{name} has no effect here" for name in WITHOUT_EFFECT if name in given]
+    for name in ("shareGradInput", "optnet"):
+        if given.get(name):
+            notes.append(f"{name} is optMemory {opt.optMemory} here")
+    late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
+    if late:
+        notes.append(f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}")
+    if not opt.bottleneck and opt.reduction < 1:
+        notes.append(
+            f"bottleneck false with reduction {opt.reduction:g} is a DenseNet-C; "
+            "the paper's basic DenseNet has --reduction 1"
+        )
+    return notes
+
+
+def check_paths(opt: SimpleNamespace) -> None:
+    """Raise DataError or CheckpointError when a path that the run needs is not there.
+
+    Here, as in opts.lua, so that a mistyped directory is reported before anything is loaded.
+    """
+    if opt.resume not in ("none", "auto") and not os.path.exists(opt.resume):
+        raise CheckpointError(
+            f"resume: no such file or directory: {opt.resume}",
+            "name a run directory, or use --resume none",
+        )
+    fresh = opt.resume == "none"  # a resumed run needs the weights it once began with no more
+    if fresh and opt.retrain != "none" and not os.path.isfile(opt.retrain):
+        raise CheckpointError(f"retrain: no such file: {opt.retrain}", "name a file of weights")
+    if opt.dataset in ("imagenet", "folder"):
+        layout = (
+            f"use --data DIR with {Path('DIR/train/CLASS/IMAGE')} and {Path('DIR/val/CLASS/IMAGE')}"
+        )
+        root = Path(opt.data)
+        for directory in (root, root / "train", root / "val"):
+            if not os.path.isdir(directory):
+                raise DataError(f"no directory {directory}", layout)
+            if directory != root and not _has_directories(directory):
+                raise DataError(f"no class directories in {directory}", layout)
+
+
+def _has_directories(directory: Path) -> bool:
+    try:
+        return any(entry.is_dir() for entry in directory.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read {directory}: {error.strerror}", "check its rights") from error
+
+
+# ------------------------------------------------------------------------------------ public face
+
+
+def parse(argv: list[str]) -> SimpleNamespace:
+    """The settings of one call: command line over `--config` over defaults.
+
+    `--resume DIR` continues the run in DIR with the settings it was started with, so that these
+    stand below the config file. `opt.notes` lists remarks for the user,
+    `opt.given` the flags that were given.
+
+    Raises:
+        UsageError: every problem of the flags at once.
+    """
+    if {"-h", "-help", "--help"} & set(argv):
+        print(help_text(USAGE, GROUPS))
+        sys.exit(0)
+    reader = Reader(FLAGS)
+    reader.add(reader.command_line(argv))
+    if reader.values.get("config", "none") != "none":
+        _add_file(reader, Path(reader.values["config"]))
+    _add_resumed(reader)
+    opt = resolve(reader.values)
+    problems = reader.problems
+    # With one of these misread, every rule about depth or size would be judged on a default.
+    if not reader.unread & {"dataset", "imageSize", "bottleneck"}:
+        problems = problems + check(opt, reader.values)
+    if problems:
+        raise UsageError.of(problems)
+    opt.notes = _notes(opt, reader.values)
+    opt.given = frozenset(reader.values)
+    return opt
+
+
+def _add_file(reader: Reader, path: Path, without: tuple[str, ...] = ()) -> None:
+    """Add the settings of a YAML file below those given so far."""
+    written = reader.yaml_file(path)
+    for name, _, source in written:
+        if name == "config":
+            what = f"config: a config file cannot name another ({source})"
+            reader.problems.append((what, "put its lines here"))
+    if reader.values.keys() & set(MEMORY_NAMES):  # whichever name was used: it wins
+        without += MEMORY_NAMES
+    reader.add([line for line in written if line[0] not in without])
+
+
+def _add_resumed(reader: Reader) -> None:
+    """Continue a run by its directory alone: its config.yaml is the base, and it goes on there."""
+    resume = reader.values.get("resume", "none")
+    if resume in ("none", "auto"):
+        return
+    directory = Path(resume) if os.path.isdir(resume) else Path(resume).parent
+    if os.path.isfile(directory / "config.yaml"):
+        # The checkpoint knows the epoch; milestones belong to a shape that may be another now.
+        replaced = ("milestones",) if "lrShape" in reader.values else ()
+        _add_file(reader, directory / "config.yaml", without=("epochNumber", *replaced))
+        reader.values.setdefault("save", str(directory))
+
+
+def settings(opt: SimpleNamespace) -> dict[str, object]:
+    """The settings that mean something here, as plain values in the order of the table."""
+    silent = (*WITHOUT_EFFECT, "optnet", "shareGradInput")
+    values = {name: getattr(opt, name) for name in FLAGS if name not in silent}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def experiment(opt: SimpleNamespace) -> dict[str, object]:
+    """The settings that decide what is learnt, without those of mere procedure."""
+    return {name: value for name, value in settings(opt).items() if FLAGS[name].role}
+
+
+def as_yaml(opt: SimpleNamespace, without: tuple[str, ...] = ("config", "printConfig")) -> str:
+    """The settings as a config file that `--config` accepts."""
+    import yaml
+
+    if "save" not in opt.given:  # it follows from the others, also when they are changed
+        without += ("save",)
+    plain = {name: value for name, value in settings(opt).items() if name not in without}
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=1000)
+
+
+def differences(mine: dict, theirs: dict, role: str) -> list[tuple[str, str, str]]:
+    """Flags of `role` on which two `settings` disagree: (flag, mine, theirs)."""
+    names = [flag.name for flag in FLAGS.values() if flag.role == role]
+    pairs = [(name, as_text(mine.get(name)), as_text(theirs.get(name))) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
