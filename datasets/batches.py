@@ -1,0 +1,160 @@
+"""Sets that fit in memory: one uint8 tensor on the training device, whole batches cut from it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.randomness import epoch_order, generator
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures and their classes.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        labels: (N,) int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Images":
+        """The same on another device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Shift by up to `pad` pixels, and mirror half of the images if `flip`."""
+
+    pad: int
+    flip: bool
+
+
+class Batches:
+    """The batches of one split, the same for equal (seed, epoch, step).
+
+    Args:
+        images: all pictures, on the device where batches are wanted.
+        indices: (n,) which of them belong to the split.
+        mean, std: per channel, of pixels from 0 to 255.
+        dtype: of the images yielded.
+        seed: shuffle with it; None keeps the order of `indices`, for evaluation.
+        augmentation: None only normalises.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        indices: Tensor,
+        *,
+        batch_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+        augmentation: Augmentation | None = None,
+    ):
+        device = images.pixels.device
+        self.images, self.indices = images, indices.to(device)
+        self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
+        self.mean = torch.tensor(mean, dtype=dtype, device=device)
+        self.std = torch.tensor(std, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch; the last may be smaller."""
+        return -(-len(self.indices) // self.batch_size)
+
+    @property
+    def num_images(self) -> int:
+        """Images in an epoch."""
+        return len(self.indices)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches `start`, `start` + 1, ... of an epoch.
+
+        Yields:
+            images: (n, 3, H, W), normalised, channels last in memory.
+            targets: (n,) int64.
+        """
+        order = epoch_order(self.indices, self.seed, epoch)
+        for step in range(start, len(self)):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self._images(chosen, epoch, step), self.images.labels[chosen]
+
+    def chosen(self, epoch: int, step: int) -> list[int]:
+        """Which images batch `step` (from 0) of an epoch holds."""
+        order = epoch_order(self.indices, self.seed, epoch)
+        return order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+    def _images(self, chosen: Tensor, epoch: int, step: int) -> Tensor:
+        pixels = self.images.pixels
+        if self.augmentation is None:
+            batch = (pixels[chosen].to(self.mean.dtype) - self.mean) / self.std
+        else:
+            draws = generator("crop", self.seed, epoch, step, device=pixels.device)
+            batch = shifted(pixels, chosen, self.mean, self.std, self.augmentation, draws)
+        return batch.permute(0, 3, 1, 2)  # (n, 3, H, W), channels last
+
+
+def shifted(
+    pixels: Tensor,
+    chosen: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    augmentation: Augmentation,
+    draws: torch.Generator,
+) -> Tensor:
+    """Normalise, mirror, pad with zeros and crop (paper, section 4.1), in one gather.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        chosen: (n,) which of them.
+
+    Returns:
+        (n, H, W, 3) of the type of `mean`.
+    """
+    # Parity: the zeros come after normalising, so the border has the mean colour, not black.
+    n, (height, width), pad = len(chosen), pixels.shape[1:3], augmentation.pad
+    device = pixels.device
+    offset = torch.randint(0, 2 * pad + 1, (2, n), generator=draws, device=device) - pad
+    rows = offset[0, :, None] + torch.arange(height, device=device)  # (n, H) in the source
+    columns = offset[1, :, None] + torch.arange(width, device=device)  # (n, W)
+    if augmentation.flip:
+        mirrored = torch.rand(n, 1, generator=draws, device=device) < 0.5
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+    inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]  # (n, H, W)
+    source = pixels[
+        chosen[:, None, None],
+        rows.clamp(0, height - 1)[:, :, None],
+        columns.clamp(0, width - 1)[:, None, :],
+    ]  # (n, H, W, 3)
+    return (source.to(mean.dtype) - mean) / std * inside[..., None]
+
+
+def _within(position: Tensor, size: int) -> Tensor:
+    return (position >= 0) & (position < size)
+
+
+def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel over all pixels of some images, on a scale of 255.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        indices: (n,) the images that count.
+    """
+    # In whole numbers: exact, so that no order of summation or thread count shows in a run.
+    total = torch.zeros(3, dtype=torch.int64)
+    squares = torch.zeros(3, dtype=torch.int64)
+    for part in indices.split(1024):  # in parts, since int64 is eight times uint8
+        values = pixels[part].long().flatten(0, 2)  # (n H W, 3)
+        total += values.sum(dim=0)
+        squares += values.square().sum(dim=0)
+    count = len(indices) * pixels.shape[1] * pixels.shape[2]
+    mean = total.double() / count
+    std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
+    # A channel without contrast carries nothing; dividing by 1 keeps it finite.
+    return mean.tolist(), torch.where(std > 0, std, torch.ones(())).tolist()

@@ -1,0 +1,44 @@
+"""CIFAR-10 and CIFAR-100, read by torchvision from the official archives."""
+
+from pathlib import Path
+
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from datasets.archives import fetch, unpack
+from datasets.batches import Images
+from datasets.small import SmallSet
+from errors import DataError
+
+# Mean and deviation of the training pixels as fb.resnet.torch has them.
+STATISTICS = {
+    CIFAR10: ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    CIFAR100: ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+}
+
+
+def cifar10(root: Path) -> SmallSet:
+    """50,000 training and 10,000 test images of 10 classes."""
+    return _load(CIFAR10, root)
+
+
+def cifar100(root: Path) -> SmallSet:
+    """50,000 training and 10,000 test images of 100 classes."""
+    return _load(CIFAR100, root)
+
+
+def _load(kind: type[CIFAR10], root: Path) -> SmallSet:
+    if not (root / kind.base_folder).is_dir():
+        unpack(fetch(kind.url, root / kind.filename, kind.tgz_md5), kind.base_folder)
+    try:
+        parts = {train: kind(str(root), train=train) for train in (True, False)}
+    except RuntimeError as error:  # torchvision found a file missing or with another sum
+        folder = root / kind.base_folder
+        raise DataError(f"damaged files in {folder}", f"delete {folder} and run again") from error
+    mean, std = STATISTICS[kind]
+    return SmallSet(_images(parts[True]), _images(parts[False]), parts[True].classes, mean, std)
+
+
+def _images(part: CIFAR10) -> Images:
+    pixels = torch.from_numpy(part.data).contiguous()  # (N, 32, 32, 3), stored channel by channel
+    return Images(pixels, torch.tensor(part.targets))

@@ -1,0 +1,244 @@
+"""Images that stay in files: decoded, transformed and batched by worker processes."""
+
+import os
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.randomness import epoch_order, generator
+from errors import DataError
+from stopping import ignore_signals, kill_children
+
+MAX_PIXELS = 100_000_000  # of one image; a few kilobytes can claim more than memory holds
+MAX_ASPECT = 100  # of the sides; resized to a given width, a line would be as large
+WORKER_TIMEOUT_S = 300
+SKIPPED_SHARE = 0.001  # of the images, more bad ones than this stop a run that skips them
+
+Sample = tuple[Tensor, int] | str  # (image, class), or why there is none
+
+
+def decode(path: str | Path) -> Image.Image:
+    """An image file as RGB, whatever its own format and colours.
+
+    Raises:
+        Exception: any kind, when the file is damaged: it is the decoder's.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+        raise ValueError("not a regular file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # size is checked here, other remarks are of no use
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(f"{width} x {height} pixels are too many or too narrow")
+            if image.mode.startswith("I;16"):  # convert() would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+
+
+class ImageFiles(Dataset):
+    """Files and classes as a dataset keyed by (epoch, index): what is random depends on no order.
+
+    Args:
+        samples: (path, class number) of each image.
+        transform: PIL image -> tensor; draws from torch's generator.
+        seed: of the transform's randomness.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]], transform: Callable, seed: int):
+        self.samples, self.transform, self.seed = samples, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of one (epoch, index), or the reason why it cannot be read."""
+        epoch, index = key
+        path, label = self.samples[index]
+        try:
+            image = decode(path)
+        except Exception as error:  # a damaged file makes decoders raise anything
+            return f"{path}: {error}"
+        # Without this the draws would depend on which worker got the image, and in the main
+        # process they would disturb the network's own.
+        with torch.random.fork_rng(devices=[]):
+            seed = generator("image", self.seed, epoch, index).initial_seed()
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
+            return self.transform(image), label
+
+
+@dataclass
+class BadImages:
+    """What to do about images that cannot be read, and which those were.
+
+    Args:
+        policy: "error" stops at the first, "skip" after a thousandth of the images.
+        total: images in the split.
+    """
+
+    policy: str
+    total: int
+    warn: Callable[[str], None]
+    seen: set[str] = field(default_factory=set)
+
+    def add(self, reason: str) -> None:
+        """Count a bad image; raise DataError when there are too many."""
+        fix = "replace or remove the file"
+        if self.policy == "error":
+            raise DataError(f"cannot read image {reason}", f"{fix}, or --onBadImage skip")
+        if reason not in self.seen:
+            self.seen.add(reason)
+            self.warn(f"skipped image {reason}")
+        if len(self.seen) > SKIPPED_SHARE * self.total:
+            raise DataError(
+                f"{len(self.seen)} of {self.total} images cannot be read, last {reason}", fix
+            )
+
+
+class _Order:
+    """A batch sampler that yields the (epoch, index) keys of the batches of one epoch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class FileBatches:
+    """The batches of one split read from files; the same interface as `batches.Batches`.
+
+    Args:
+        indices: (n,) which samples belong to the split.
+        seed: shuffle with it; None keeps the order, for evaluation.
+        num_workers: processes that decode; 0 decodes in this one.
+        warn: called with a line for each image that is skipped.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageFiles,
+        indices: Tensor,
+        *,
+        batch_size: int,
+        seed: int | None,
+        num_workers: int,
+        on_bad_image: str,
+        warn: Callable[[str], None],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.device, self.dtype = device, dtype
+        self.bad = BadImages(on_bad_image, len(indices), warn)
+        self._order = _Order()
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._order,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=num_workers > 0,
+            timeout=WORKER_TIMEOUT_S if num_workers > 0 else 0,
+            worker_init_fn=_start_worker,
+            # Python 3.14 would start them anew, which takes seconds and copies of all paths.
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # or each epoch would draw from the network's
+        )
+
+    def start(self) -> None:
+        """Start the workers now, so that none has to be forked while another may be dying."""
+        if self._loader.num_workers:
+            iter(self._loader)
+
+    def __len__(self) -> int:
+        """Batches in an epoch; the last may be smaller."""
+        return -(-len(self.indices) // self.batch_size)
+
+    @property
+    def num_images(self) -> int:
+        """Images in an epoch."""
+        return len(self.indices)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches `start`, `start` + 1, ... of an epoch.
+
+        Yields:
+            images: (n, 3, H, W), or (10 n, 3, H, W) of ten crops each; normalised.
+            targets: (n,) int64. n is 0 where every image of a batch was skipped.
+
+        Raises:
+            DataError: an image cannot be read.
+            RuntimeError: a worker died or hung; see `worker_failures`.
+        """
+        order = epoch_order(self.indices, self.seed, epoch)
+        keys = [(epoch, index) for index in order.tolist()]
+        size = self.batch_size
+        self._order.batches = [keys[i * size : (i + 1) * size] for i in range(start, len(self))]
+        for images, targets, bad in self._loader:
+            for reason in bad:
+                self.bad.add(reason)
+            yield self._on_device(images), targets.to(self.device, non_blocking=True)
+
+    def chosen(self, epoch: int, step: int) -> list[int]:
+        """Which images batch `step` (from 0) of an epoch holds."""
+        order = epoch_order(self.indices, self.seed, epoch)
+        return order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        moved = images.to(self.device, self.dtype, non_blocking=True)
+        return moved.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def worker_failures() -> Iterator[None]:
+    """Turn what torch raises about a dead or hanging loader process into a DataError.
+
+    Around all that happens while there are workers: a death is raised by a signal handler, wherever
+    the main thread is at that moment.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+        first = str(error).partition("\n")[0]
+        torch_says_so = first.startswith(("DataLoader worker (pid", "DataLoader timed out"))
+        if isinstance(error, RuntimeError) and not torch_says_so:
+            raise
+        # The other kinds come from the pipe on which a dying worker was handing over a batch.
+        kill_children()  # and with them the handler that would raise once more, anywhere
+        raise DataError(
+            f"a loader process was killed or hung: {first}",
+            "often memory ran out: lower --nThreads or add memory",
+        ) from error
+
+
+def _start_worker(_: int) -> None:
+    # A signal to the whole process group would end the workers first, and the parent could not
+    # finish its step. What ends a worker reaches the parent; it need not print it as well.
+    ignore_signals()
+    sys.excepthook = lambda *_: None
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (n, 3, H, W), targets (n,), and what could not be read."""
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    bad = [sample for sample in samples if isinstance(sample, str)]
+    if not good:
+        return torch.empty(0, 3, 1, 1), torch.empty(0, dtype=torch.int64), bad
+    images = torch.stack([image for image, _ in good])
+    if images.dim() == 5:  # ten crops: (n, 10, 3, H, W)
+        images = images.flatten(0, 1)
+    return images, torch.tensor([label for _, label in good]), bad

@@ -1,0 +1,27 @@
+"""Random numbers that depend on what they are for, not on what was drawn before."""
+
+import hashlib
+
+import torch
+
+
+def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded with a key such as ("crop", seed, epoch, step).
+
+    Equal keys give equal numbers, in any process and at any point of a run, so that any step can
+    be replayed. The numbers of the CPU and of a GPU differ.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+
+
+def epoch_order(indices: torch.Tensor, seed: int | None, epoch: int) -> torch.Tensor:
+    """The images of a split in the order of an epoch: shuffled by the seed, or as they are."""
+    if seed is None:
+        return indices
+    return indices[permutation(len(indices), "order", seed, epoch, device=indices.device)]
+
+
+def permutation(size: int, *key: object, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The order of `size` things that belongs to a key."""
+    return torch.randperm(size, generator=generator(*key, device=device), device=device)

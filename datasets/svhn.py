@@ -1,0 +1,33 @@
+"""Street View House Numbers, read by torchvision: train and extra together, as in the paper."""
+
+from pathlib import Path
+
+import torch
+from torchvision.datasets import SVHN
+
+from datasets.archives import fetch
+from datasets.batches import Images
+from datasets.small import SmallSet
+from errors import DataError
+
+
+def svhn(root: Path) -> SmallSet:
+    """604,388 training and 26,032 test images of the ten digits; pixels are divided by 255."""
+    parts = {split: _read(root, split) for split in ("train", "extra", "test")}
+    train = Images(
+        torch.cat([parts["train"].pixels, parts["extra"].pixels]),
+        torch.cat([parts["train"].labels, parts["extra"].labels]),
+    )
+    classes = [str(digit) for digit in range(10)]
+    return SmallSet(train, parts["test"], classes, (0.0,) * 3, (255.0,) * 3, flip=False)
+
+
+def _read(root: Path, split: str) -> Images:
+    url, filename, md5 = SVHN.split_list[split]
+    path = fetch(url, root / filename, md5)
+    try:
+        part = SVHN(str(root), split=split)
+    except Exception as error:  # scipy's reader raises many kinds on a file it cannot parse
+        raise DataError(f"cannot read {path}: {error}", f"delete {path} and run again") from error
+    pixels = torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous()  # (N, 32, 32, 3)
+    return Images(pixels, torch.from_numpy(part.labels))

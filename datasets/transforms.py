@@ -1,0 +1,71 @@
+"""For images above 64 pixels: the pipelines of fb.resnet.torch in torchvision.transforms.v2."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+# Of ImageNet's training pixels from 0 to 1, as in fb.resnet.torch.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+BICUBIC = v2.InterpolationMode.BICUBIC
+RESIZE = 256 / 224  # validation images are this much larger than the crop
+
+
+class Lighting(nn.Module):
+    """Add a random multiple of the principal components of ImageNet's colours (AlexNet's noise).
+
+    (..., 3, H, W) -> the same shape.
+    """
+
+    def __init__(self, std: float):
+        super().__init__()
+        self.std = std
+        self.components = torch.tensor(EIGENVECTORS) * torch.tensor(EIGENVALUES)  # (3, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Shift all pixels by one colour."""
+        shift = self.components @ (torch.randn(3) * self.std)  # (3,)
+        return image + shift[:, None, None]
+
+
+def training(size: int, augment: bool) -> v2.Compose:
+    """PIL image -> (3, size, size): random area and aspect, colour, lighting, mirror."""
+    if not augment:
+        return validation(size)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                size,
+                scale=(0.08, 1),
+                ratio=(3 / 4, 4 / 3),
+                interpolation=BICUBIC,
+            ),
+            *_to_float(),
+            # Brightness, contrast and saturation in random order, as there.
+            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+            Lighting(0.1),
+            v2.Normalize(MEAN, STD),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+
+
+def validation(size: int) -> v2.Compose:
+    """PIL image -> (3, size, size): the centre of the image resized to 256/224 of it."""
+    return v2.Compose([_resize(size), v2.CenterCrop(size), *_to_float(), v2.Normalize(MEAN, STD)])
+
+
+def ten_crops(size: int) -> v2.Compose:
+    """PIL image -> (10, 3, size, size): the corners, the centre, and all of them mirrored."""
+    crops = v2.Compose([*_to_float(), v2.Normalize(MEAN, STD), v2.TenCrop(size)])
+    return v2.Compose([_resize(size), crops, torch.stack])
+
+
+def _resize(size: int) -> v2.Resize:
+    return v2.Resize(round(size * RESIZE), interpolation=BICUBIC)
+
+
+def _to_float() -> list[nn.Module]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]

@@ -1,0 +1,153 @@
+"""The run directory: who may write it, and files that are whole or not there at all."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+from errors import BusyError, Preempted, RunError, StorageError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise StorageError when `directory` cannot be made or written; make nothing."""
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise StorageError(f"not a directory: {place}", "name another run directory with --save")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write in {place}", "name another run directory with --save")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash at any moment leaves the old file or the new one.
+
+    Temporary file, fsync, rename, fsync of the directory (faults 4, 5 and 11 of docs/faults.md).
+    `path` may be a link: the link is replaced, never what it points to.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; the temporary file is gone.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise storage_error(error, path, len(data)) from error
+
+
+def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
+    """What a person can do about an operating system's refusal to write `path`."""
+    if error.errno in NO_SPACE:
+        free = shutil.disk_usage(path.parent).free
+        need = f"{path.name} needs {size / 1e6:.1f} MB, has {free / 1e6:.1f} MB"
+        return StorageError(
+            f"no space in {path.parent}: {need} ({error.strerror})",
+            "free space, or choose another disk with --save or --data",
+        )
+    return StorageError(
+        f"cannot write {path}: {error.strerror or error}", "check the disk or choose another --save"
+    )
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` survive a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a failing disk may refuse; the next start sweeps it
+        path.unlink(missing_ok=True)
+
+
+class RunDirectory:
+    """One run's directory, locked against a second writer for as long as it is open.
+
+    Raises:
+        StorageError: it cannot be made or written.
+        BusyError: another process has it open.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._said: dict[str, object] = {}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "a+")  # noqa: SIM115 (held until close)
+        except OSError as error:
+            raise storage_error(error, path) from error
+        self._take_lock()
+        for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
+            leftover.unlink()
+
+    def _take_lock(self) -> None:
+        # A POSIX record lock: the kernel drops it with the process, however that ends, and the
+        # loader processes forked later do not inherit it (they would with flock).
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise storage_error(error, self.path / ".lock") from error
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise BusyError(
+                f"run directory {self.path} is in use by {owner}",
+                "wait for it to end, or choose another --save",
+            ) from None
+        self._lock.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._lock.write(f"host {socket.gethostname()}, process {os.getpid()}, since {started}\n")
+        self._lock.flush()
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a small JSON file whole."""
+        write_whole(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def write_status(self, state: str, code: int | None = None, **more: object) -> None:
+        """Write `status.json`, the verdict for whoever cannot see the exit code.
+
+        Args:
+            state: running, preempted, failed or done.
+            more: added to what this process has said before, such as the last checkpoint.
+        """
+        self._said |= {"state": state, "code": code, **more}
+        self.write_json("status.json", self._said)
+
+    def status(self) -> dict:
+        """What `status.json` says, {} when there is none."""
+        try:
+            return json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        self._lock.close()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Only what this process has begun is its to judge: a refused second start is not.
+        if self._said and isinstance(error, RunError):
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            with contextlib.suppress(StorageError):  # the disk may be what failed
+                self.write_status(state, error.code, reason=str(error), **error.details)
+        self.close()
