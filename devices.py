@@ -1,0 +1,51 @@
+"""Where a run computes: the device, its arithmetic and how repeatable it is."""
+
+import os
+import resource
+import sys
+
+import torch
+
+from errors import UsageError
+
+
+def select(num_gpus: int | None) -> torch.device:
+    """The device for `--nGPU`: None takes a GPU where there is one, 0 the CPU.
+
+    Raises:
+        UsageError: GPUs are asked for that are not there.
+    """
+    present = torch.cuda.device_count()
+    if num_gpus is None:
+        num_gpus = min(present, 1)
+    if num_gpus > present:
+        what = f"nGPU={num_gpus} but {present or 'no'} CUDA device{'s' * (present > 1)}"
+        raise UsageError(what, f"--nGPU {min(present, 1)}")
+    if num_gpus > 1:
+        raise UsageError(f"nGPU={num_gpus}: this version trains on one GPU", "--nGPU 1")
+    return torch.device("cuda", 0) if num_gpus else torch.device("cpu")
+
+
+def configure(cudnn: str, tf32: bool) -> None:
+    """Apply `--cudnn` and `--tf32` to the whole process."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = cudnn == "fastest"
+    if cudnn == "deterministic":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory in use so far: of the GPU's allocator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for the log."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,55 @@
+"""Top-k errors and the loss as sums, so that means are exact however the images are batched."""
+
+import torch
+from torch import Tensor
+
+TOP_K = 5
+
+
+class Sums:
+    """Running sums over images, kept on the device and read only when something is shown.
+
+    Args:
+        device: where the sums are kept.
+    """
+
+    def __init__(self, device: torch.device):
+        # Loss, images not in the top 1, images not in the top 5. float64 counts exactly.
+        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add one batch without waiting for the device.
+
+        Args:
+            loss: mean over the batch, a scalar.
+            logits: (N, C).
+            targets: (N,) class numbers.
+        """
+        count = len(targets)
+        k = min(TOP_K, logits.shape[1])
+        hits = logits.topk(k, dim=1).indices == targets[:, None]  # (N, k)
+        right = torch.stack([hits[:, 0].sum(), hits.sum()])
+        self._totals[0] += loss.detach().double() * count
+        self._totals[1:] += count - right
+        self._count += count
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and top-1 and top-5 errors in per cent (waits for the device)."""
+        loss, wrong1, wrong5 = self._totals.tolist()
+        count = max(self._count, 1)
+        return {"loss": loss / count, "top1": 100 * wrong1 / count, "top5": 100 * wrong5 / count}
+
+    @property
+    def count(self) -> int:
+        """Images added so far."""
+        return self._count
+
+    def state_dict(self) -> dict:
+        """The sums as plain values, for a checkpoint in the middle of an epoch."""
+        return {"totals": self._totals.tolist(), "count": self._count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from saved sums."""
+        self._totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
+        self._count = state["count"]

@@ -1,0 +1,311 @@
+"""The training loop: schedules, one SGD step, an epoch of training, an evaluation."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import NonFiniteError
+from metrics import Sums
+from runlog import RunLog
+
+AUTOCAST_DTYPES = {"half": torch.float16, "bf16": torch.bfloat16}
+
+
+def multistep_rate(base: float, milestones: list[int], epoch: int) -> float:
+    """The rate of an epoch, counted from 1: a tenth for each milestone that has come."""
+    # Parity: a function of the epoch (train.lua), so that epoch 150 of 300 already has the lower
+    # rate; a scheduler stepped after each epoch is one late.
+    return base / 10 ** sum(epoch >= milestone for milestone in milestones)
+
+
+def cosine_rate(base: float, epoch: int, step: int, num_epochs: int, steps: int) -> float:
+    """The rate of one step: half a cosine over the run, 0 at its last step.
+
+    Args:
+        epoch, step: both counted from 1.
+        steps: steps in an epoch.
+    """
+    done = ((epoch - 1) * steps + step) / (num_epochs * steps)
+    return 0.5 * base * (1 + math.cos(math.pi * done))
+
+
+class Schedule:
+    """The learning rate as a function of the position in the run."""
+
+    def __init__(self, shape: str, base: float, num_epochs: int, milestones: list[int] | None):
+        self.shape, self.base, self.num_epochs = shape, base, num_epochs
+        self.milestones = milestones or []
+
+    def rate(self, epoch: int, step: int, steps: int) -> float:
+        """The rate of step `step` of `steps` in epoch `epoch`; both count from 1."""
+        if self.shape == "cosine":
+            return cosine_rate(self.base, epoch, step, self.num_epochs, steps)
+        return multistep_rate(self.base, self.milestones, epoch)
+
+
+class Trainer:
+    """A network in training: its optimizer, its position in the run and its results so far.
+
+    Args:
+        model: moved to `device`, to channels-last memory, and to float64 if precision is double.
+        precision: single, double, half or bf16.
+        num_crops: evaluate the mean of this many consecutive outputs per image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        momentum: float,
+        weight_decay: float,
+        precision: str,
+        device: torch.device,
+        log: RunLog,
+        num_crops: int = 1,
+    ):
+        self.dtype = torch.float64 if precision == "double" else torch.float32
+        self.model = model.to(device, self.dtype, memory_format=torch.channels_last)
+        self.schedule, self.log = schedule, log
+        self.device, self.precision, self.num_crops = device, precision, num_crops
+        # Parity: one group, so that weight decay acts on BN and biases as well.
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=schedule.base,
+            momentum=momentum,
+            dampening=0,
+            weight_decay=weight_decay,
+            nesterov=momentum > 0,
+            fused=True,
+        )
+        if momentum > 0:
+            # Before the first step, in the memory format of each parameter: the fused kernel
+            # reads both linearly, and leaves a fresh buffer undefined if it skips that step.
+            for parameter in model.parameters():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "half")
+        # 1 from the first step whose loss is not finite: the fused kernel then changes nothing,
+        # and the step number waits on the device until somebody reads it.
+        self._bad = torch.zeros((), device=device)
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = self._bad
+
+        self._chosen: Callable[[int, int], list[int]] = lambda epoch, step: []
+        self.epoch, self.step, self.global_step = 1, 0, 0  # step: done in this epoch
+        self.best: dict | None = None
+        self.last: dict | None = None
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self.sums = Sums(self.device)
+        self.time_s = self.data_s = 0.0
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass in this run's precision."""
+        dtype = AUTOCAST_DTYPES.get(self.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def train(self, loader, after_step: Callable[[], None]) -> dict[str, float]:
+        """Finish the current epoch from wherever it stands; its means, rate and speed.
+
+        Args:
+            loader: `batches(epoch, start)` yields (images, targets) on the device.
+            after_step: called after each step; may save, may raise to stop.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite; the weights are those before that step.
+        """
+        self.model.train()
+        self._chosen = loader.chosen
+        steps = len(loader)
+        rate = self.schedule.rate(self.epoch, max(self.step, 1), steps)
+        progress = self.log.phase("train", self.epoch, steps, self.step, self.sums)
+        batches = _timed(loader.batches(self.epoch, self.step))
+        with progress:
+            for images, targets, data_s, since in batches:
+                self.step += 1
+                self.global_step += 1
+                rate = self.schedule.rate(self.epoch, self.step, steps)
+                if len(targets):  # none where every image of the batch was skipped
+                    self._train_step(images, targets, rate)
+                # On the CPU reading costs nothing; a GPU is read when something is shown.
+                if self.device.type == "cpu" or progress.is_due():
+                    self.check_finite()
+                self.data_s += data_s
+                self.time_s += time.perf_counter() - since
+                progress.update(len(targets), data_s, rate)
+                after_step()
+            since = time.perf_counter()
+            self.check_finite()  # waits for the steps that are still on their way
+            self.time_s += time.perf_counter() - since
+        return {"lr": rate, **{f"train_{name}": value for name, value in self.sums.read().items()}}
+
+    def _train_step(self, images: Tensor, targets: Tensor, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            logits = self.model(images)  # (N, C)
+            loss = F.cross_entropy(logits, targets)
+        self._mark_if_not_finite(loss)
+        # Loss scaling skips a step by its gradients alone: once a loss was bad, dividing by zero
+        # spoils them; until then dividing by one changes nothing.
+        scaled = self.scaler.scale(loss / (1 - self._bad)) if self.scaler.is_enabled() else loss
+        scaled.backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.sums.add(loss, logits.detach(), targets)
+
+    def _mark_if_not_finite(self, loss: Tensor) -> None:
+        bad = ~torch.isfinite(loss.detach())
+        first = bad & (self._bad_step < 0)
+        self._bad_step.masked_fill_(first, self.global_step)
+        self._bad.masked_fill_(bad, 1.0)
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if any loss so far was NaN or infinite (waits for the device)."""
+        bad_step = self._bad_step.item()
+        if bad_step >= 0:
+            step = self.step - (self.global_step - bad_step)
+            raise NonFiniteError(
+                f"loss is not finite at epoch {self.epoch}, step {step}",
+                "lower --LR, or --precision single; the last checkpoint is from before",
+                batch=self._chosen(self.epoch, step - 1),
+            )
+
+    @torch.no_grad()
+    def test(self, loader, after_batch: Callable[[], None], phase: str = "val") -> dict[str, float]:
+        """Loss and errors of the network over every image of `loader`, each counted once."""
+        self.model.eval()
+        sums = Sums(self.device)
+        with self.log.phase(phase, self.epoch, len(loader), 0, sums) as progress:
+            for images, targets, data_s, _ in _timed(loader.batches(self.epoch, 0)):
+                if not len(targets):
+                    continue
+                with self.autocast():
+                    logits = self.model(images).to(self.dtype)  # (N * crops, C)
+                    # The mean ranks classes as the sum of fb.resnet.torch does, and has a loss.
+                    logits = logits.unflatten(0, (-1, self.num_crops)).mean(dim=1)  # (N, C)
+                    loss = F.cross_entropy(logits, targets)
+                sums.add(loss, logits, targets)
+                progress.update(len(targets), data_s)
+                after_batch()
+        return {f"{phase}_{name}": value for name, value in sums.read().items()}
+
+    def finish_epoch(self, train: dict, val: dict) -> dict:
+        """Close the current epoch: update best and last, move on, return its log record."""
+        count = self.sums.count
+        record = {
+            "epoch": self.epoch,
+            **train,
+            **val,
+            "images_per_s": count / self.time_s if self.time_s else 0.0,
+            "data_wait": self.data_s / self.time_s if self.time_s else 0.0,
+            "time_s": self.time_s,
+        }
+        self.last = {name: record[name] for name in ("epoch", "val_loss", "val_top1", "val_top5")}
+        finite = math.isfinite(record["val_loss"])  # an error computed from NaN is no result
+        if finite and (self.best is None or self.last["val_top1"] < self.best["val_top1"]):
+            self.best = self.last
+        self.epoch += 1
+        self.step = 0
+        self._start_epoch()
+        return record
+
+    def results(self) -> dict[str, float]:
+        """The errors of the last and of the best epoch, by flat names such as `best_top1`."""
+        return {
+            f"{which}_{name.removeprefix('val_')}": value
+            for which, result in (("last", self.last), ("best", self.best))
+            for name, value in (result or {}).items()
+        }
+
+    @property
+    def position(self) -> dict[str, int]:
+        """Epoch, steps done in it, and steps done in all."""
+        return {"epoch": self.epoch, "step": self.step, "global_step": self.global_step}
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether an epoch has just ended and the next has not begun."""
+        return self.step == 0 and self.last is not None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the epoch that ended last is the best so far."""
+        return self.best is not None and self.best == self.last
+
+    def state_dict(self) -> dict:
+        """Everything that continuing exactly needs, as plain values and tensors."""
+        momentum = {
+            name: self.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.model.named_parameters()
+            if "momentum_buffer" in self.optimizer.state[parameter]
+        }
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": self.model.state_dict(),
+            "momentum": momentum,
+            "scaler": self.scaler.state_dict(),
+            "rng": rng,
+            **self.position,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "sums": self.sums.state_dict(),
+            "time_s": self.time_s,
+            "data_s": self.data_s,
+            "best": self.best,
+            "last": self.last,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`; names and shapes were compared before."""
+        self.model.load_state_dict(state["model"])
+        for name, parameter in self.model.named_parameters():
+            # With --override, momentum and loss scaling may be on where they were off, or off.
+            if name in state["momentum"] and self.optimizer.state[parameter]:
+                # Copied, not replaced, to keep the memory format that the fused kernel reads.
+                buffer = self.optimizer.state[parameter]["momentum_buffer"]
+                buffer.copy_(state["momentum"][name])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for name in ("epoch", "step", "global_step", "time_s", "data_s", "best", "last"):
+            setattr(self, name, state[name])
+        if state["sums"]:
+            self.sums.load_state_dict(state["sums"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+def _timed(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, float, float]]:
+    """Each batch with the seconds spent waiting for it and the time when the waiting began."""
+    since = time.perf_counter()
+    for images, targets in batches:
+        yield images, targets, time.perf_counter() - since, since
+        since = time.perf_counter()
+
+
+def create(opt: SimpleNamespace, model: nn.Module, device: torch.device, log: RunLog) -> Trainer:
+    """The trainer that the settings describe, at the run's first epoch."""
+    trainer = Trainer(
+        model,
+        Schedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones),
+        momentum=opt.momentum,
+        weight_decay=opt.weightDecay,
+        precision=opt.precision,
+        device=device,
+        log=log,
+        num_crops=10 if opt.tenCrop else 1,
+    )
+    trainer.epoch = opt.epochNumber
+    return trainer
