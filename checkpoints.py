@@ -1,0 +1,344 @@
+"""Checkpoints: written whole, checked to the last bit before they are believed, never executed.
+
+A run directory holds `checkpoint_<steps>.pt` (everything needed to go on) and the plain state
+dicts `model_best.pt` and `model_last.pt`. docs/faults.md has the facts that shaped the format.
+"""
+
+import hashlib
+import io
+import os
+import re
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
+from storage import storage_error, write_whole
+
+FORMAT = 1
+ENTRIES = {
+    **dict.fromkeys(("model", "momentum", "scaler", "rng", "settings", "data"), dict),
+    **dict.fromkeys(("epoch", "step", "global_step", "threads"), int),
+    **dict.fromkeys(("time_s", "data_s"), float),
+    **dict.fromkeys(("sums", "best", "last"), dict | None),
+    "device": str,
+    "overrides": list,
+}
+SEAL = b"sha256:"  # then 64 digits, as the comment that a zip archive may end with
+_NAME = re.compile(r"checkpoint_(\d+)\.pt")
+
+
+def save(directory: Path, state: dict, keep: int) -> Path:
+    """Write the checkpoint of `state` and remove all but the `keep` newest.
+
+    Args:
+        state: plain values and tensors; `state["global_step"]` names and orders the file.
+
+    Raises:
+        StorageError: it could not be written; every earlier checkpoint is intact.
+    """
+    path = directory / f"checkpoint_{state['global_step']:09d}.pt"
+    write_whole(path, _serialise({"format": FORMAT, **state}))
+    try:
+        for old in newest_first(directory)[keep:]:
+            old.unlink()
+    except OSError as error:
+        raise storage_error(error, path) from error
+    return path
+
+
+def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write a plain state dict, loadable by name into torchvision's or timm's DenseNet."""
+    write_whole(path, _serialise(weights))
+
+
+def _serialise(state: dict) -> bytes:
+    # To memory first: torch.save to a full disk hides the reason, and what it leaves is a torso.
+    buffer = io.BytesIO()
+    torch.save(_on_cpu(state), buffer)
+    return _sealed(buffer.getvalue())
+
+
+def _sealed(archive: bytes) -> bytes:
+    """A zip archive with its own digest as its comment.
+
+    The CRCs cover what is in the archive; this covers its directory too, which zipfile and torch
+    read each in its own way.
+    """
+    content = archive[:-2]  # without the length of the comment, which was 0
+    seal = SEAL + hashlib.sha256(content).hexdigest().encode()
+    return content + len(seal).to_bytes(2, "little") + seal
+
+
+def _check_seal(data: bytes) -> None:
+    """Raise ValueError unless a sealed archive is what it was; others are left to their CRCs."""
+    length = len(SEAL) + 64
+    content, seal = data[: -length - 2], data[-length:]
+    if seal.startswith(SEAL) and seal != SEAL + hashlib.sha256(content).hexdigest().encode():
+        raise ValueError("its digest is another")
+
+
+def _on_cpu(value: object) -> object:
+    """The same structure with every tensor contiguous on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """The checkpoints in a directory by the step in their names, never by their dates."""
+    found = [path for path in directory.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run got far enough in `directory` to leave weights there."""
+    return any(directory.glob("checkpoint_*.pt*")) or any(directory.glob("model_*.pt"))
+
+
+def latest(directory: Path, warn: Callable[[str], None], set_aside: bool = True) -> dict | None:
+    """The newest valid checkpoint's state, None when there is none at all.
+
+    Args:
+        warn: called with a line for each damaged file.
+        set_aside: rename damaged files to `.corrupt`; for the owner of the directory only.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them is valid, or the newest is sound
+            but of another version of this program.
+    """
+    damaged = len(list(directory.glob("checkpoint_*.pt.corrupt")))
+    for path in newest_first(directory):
+        try:
+            return load(path)
+        except DamagedError as error:
+            damaged += 1
+            what, _ = error.problems[0]
+            warn(f"{what}; {_set_aside(path) if set_aside else 'trying the one before'}")
+        except CheckpointError:
+            if os.path.lexists(path):
+                raise
+            return latest(directory, warn, set_aside)  # a running process has removed it since
+    if damaged:
+        raise CheckpointError(
+            f"no valid checkpoint among {damaged} in {directory}",
+            "restore one from a backup, or start over in another --save with --resume none",
+        )
+    return None
+
+
+def _set_aside(path: Path) -> str:
+    aside = path.with_name(path.name + ".corrupt")
+    try:
+        os.replace(path, aside)
+    except OSError as error:
+        return f"left where it is: {error.strerror}"
+    return f"set aside as {aside.name}"
+
+
+def load(path: Path) -> dict:
+    """One checkpoint's state, every tensor on the CPU.
+
+    Raises:
+        DamagedError: it is not what was written, or has non-finite weights.
+        CheckpointError: it is missing, or not a checkpoint of this version.
+    """
+    state = _read(path, with_checksums=True)
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program", "use --retrain for plain weights"
+        )
+    if not isinstance(state["format"], int) or state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state['format']}, this program reads {FORMAT}",
+            "use the version of the program that wrote it",
+        )
+    missing = sorted(ENTRIES.keys() - state.keys())
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}", "use another checkpoint")
+    for name, kind in ENTRIES.items():
+        if not isinstance(state[name], kind):
+            raise CheckpointError(f"{path} has a strange {name}", "use another checkpoint")
+    if _NAME.fullmatch(path.name) and _step(path) != state["global_step"]:
+        raise CheckpointError(f"{path} is of step {state['global_step']}", "undo its renaming")
+    return state
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The network weights in a checkpoint or a plain state dict, also of torchvision or timm.
+
+    Raises:
+        CheckpointError: missing, damaged or no weights.
+    """
+    weights = _read(path)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
+    if not tensors or not weights:
+        raise CheckpointError(f"{path} holds no state dict", "name a file of weights")
+    return dict(weights)
+
+
+def _read(path: Path, with_checksums: bool = False) -> object:
+    """Deserialise a file after checking that it is what was written.
+
+    `torch.load` checks no CRC: of 200 files with one flipped bit it loaded 199. The CRCs that
+    torch.save writes are checked here; old files without a zip archive around them have none.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", "name a file") from error
+    zipped = data.startswith(b"PK\x03\x04")
+    try:
+        if zipped:
+            _check_seal(data)
+            _check_archive(data)
+        elif with_checksums:
+            raise ValueError("not a zip archive")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch finds odd is refused here
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _check_tensors(state)
+    except Exception as error:  # hostile or damaged bytes can raise anything in a parser
+        reason = f"damaged ({_first_line(error)})" if zipped else _looks_like(data)
+        raise DamagedError(f"{path} is {reason}", "use another checkpoint") from error
+    return state
+
+
+def _check_archive(data: bytes) -> None:
+    """Every entry stored, inside the file, and with the CRC it was written with."""
+    end = data.rindex(b"PK\x05\x06") + 22  # of the last record, before the comment
+    if int.from_bytes(data[end - 2 : end], "little") != len(data) - end:
+        raise ValueError("cut short")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            if entry.CRC == 0 and entry.file_size > 0:
+                raise ValueError(f"{entry.filename} has no checksum")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("entries share a name")
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise ValueError("entries are larger than the file")
+        broken = archive.testzip()
+        if broken:
+            raise ValueError(f"checksum of {broken}")
+
+
+def _check_tensors(state: object) -> None:
+    """Refuse tensors that are bigger than what the file holds of them, and values not finite."""
+    rest, seen = [state], set()
+    while rest:
+        value = rest.pop()
+        if id(value) in seen:  # lists of one list twice, and so on, would never end
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            size = value.numel() * value.element_size()
+            if value.layout != torch.strided or size > value.untyped_storage().nbytes():
+                raise ValueError("a tensor larger than its data")
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError("a weight that is not finite")
+        elif isinstance(value, dict):
+            rest.extend(value.values())
+        elif isinstance(value, list | tuple):
+            rest.extend(value)
+
+
+def _looks_like(data: bytes) -> str:
+    """What a file that is no checkpoint seems to be."""
+    head = data[:200].lstrip().lower()
+    if not data:
+        return "empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file it points to"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not a checkpoint"
+    if b"ustar" in data[257:263]:
+        return "a tar archive, not a checkpoint"
+    if head.isascii() and b"\x00" not in head and head[:1] not in (b"\x80", b"("):
+        return "text, not a checkpoint"
+    return "not a checkpoint, or one with more in it than weights"
+
+
+def _first_line(error: Exception) -> str:
+    if str(error).startswith("Weights only load failed"):
+        return "it holds more than weights and plain values"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
+class Saver:
+    """Saves a run when it is due: on a timer, at the end of an epoch, on request.
+
+    Args:
+        directory: the run directory, locked by this process.
+        trainer: has `state_dict()`, `check_finite()`, `is_best` and the position.
+        stop: its `signal` is set once the run is asked to stop.
+        facts: plain values stored with every checkpoint (settings, data).
+        every_s: seconds between checkpoints within an epoch.
+    """
+
+    def __init__(self, directory, trainer, stop, facts: dict, *, keep: int, every_s: float):
+        self.directory, self.trainer, self.stop = directory, trainer, stop
+        self.facts, self.keep, self.every_s = facts, keep, every_s
+        self._saved_at = time.monotonic()
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        self.trainer.check_finite()
+        state = _on_cpu({**self.trainer.state_dict(), **self.facts})
+        try:
+            _check_tensors(state)
+        except ValueError as error:  # a ruined state must never become the newest
+            where = f"epoch {self.trainer.epoch}, step {self.trainer.step}"
+            fix = "lower --LR; the last checkpoint is from before"
+            raise NonFiniteError(f"the network has {error} at {where}", fix) from error
+        path = save(self.directory.path, state, self.keep)
+        self.directory.write_status("running", checkpoint=path.name, **self.trainer.position)
+        self._saved_at = time.monotonic()
+        return path
+
+    def after_step(self) -> None:
+        """Save if it is time; when asked to stop, save and raise Preempted."""
+        if self.stop.signal:
+            self.save()
+        self.stop_if_asked()
+        if time.monotonic() - self._saved_at >= self.every_s:
+            self.save()
+
+    def stop_if_asked(self) -> None:
+        """Raise Preempted when asked to stop; all there is to save has been saved."""
+        if self.stop.signal:
+            what = f"{self.stop.signal}, {self.directory.path} is saved"
+            raise Preempted(what, f"python main.py --resume {self.directory.path}")
+
+    def end_epoch(self) -> None:
+        """Save the checkpoint and the weights of an epoch that has just been evaluated."""
+        self.save()
+        self.save_models()
+
+    def save_models(self) -> None:
+        """Write `model_last.pt`, and `model_best.pt` if this epoch is the best.
+
+        After the checkpoint, and again when it is resumed: a crash in between loses neither.
+        """
+        weights = self.trainer.model.state_dict()
+        save_weights(self.directory.path / "model_last.pt", weights)
+        if self.trainer.is_best:
+            save_weights(self.directory.path / "model_best.pt", weights)
