@@ -1,0 +1,1 @@
+"""Faults that a run must survive or refuse, by their rows in docs/faults.md."""

@@ -1,0 +1,147 @@
+"""Rows 1 to 8: SIGKILL at each change of a file, in training and in validation."""
+
+import json
+import re
+import signal
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+from program import run
+
+import checkpoints
+import runlog
+from faults.contract import outcome, saved, status, tiny
+from faults.sabotage import at_batch, kill, no_fsync, on_files, record_files
+
+# Two steps an epoch, one checkpoint within each, one kept: everything happens, and soon.
+FLAGS = {"nImages": 16, "nEpochs": 2, "dropRate": 0.2, "saveEvery": 1e-9, "keep": 2}
+
+
+def again(directory: Path) -> dict:
+    """What the same command comes to when it is run again."""
+    result = run(tiny(**FLAGS, resume="auto", save=directory), no_fsync)
+    assert result.code == 0, result
+    return outcome(directory)
+
+
+def check_whole(directory: Path) -> int:
+    """Assert that every file is whole or has a temporary name; how many checkpoints there are."""
+    steps = [checkpoints.load(path)["global_step"] for path in directory.glob("checkpoint_*.pt")]
+    for path in directory.glob("model_*.pt"):
+        assert checkpoints.load_weights(path)
+    for path in directory.glob("*.json"):
+        assert json.loads(path.read_text())
+    epochs = [line["epoch"] for line in runlog.read_log(directory)]
+    assert epochs == sorted(set(epochs))
+    return len(steps)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> tuple[dict, list[str]]:
+    """What the run comes to, and the operations on files that it makes."""
+    directory = tmp_path_factory.mktemp("reference")
+    report = directory.with_suffix(".txt")
+    result = run(tiny(**FLAGS, save=directory), partial(record_files, directory, report))
+    assert result.code == 0, result
+    return outcome(directory), report.read_text().splitlines()
+
+
+def test_a_run_makes_every_kind_of_change(reference):
+    _, operations = reference
+    kinds = Counter(line.split()[0] for line in operations)
+    assert kinds.keys() == {"mkdir", "open", "write", "fsync", "rename", "remove"}
+    assert len(operations) > 100
+
+
+def last_of_each_kind(operations: list[str]) -> list[int]:
+    """The numbers of the last of each kind of operation on each kind of file."""
+    kinds = {re.sub(r"\d", "", line): k for k, line in enumerate(operations, start=1)}
+    # Before a temporary file is opened is the moment after what went before.
+    return sorted(k for kind, k in kinds.items() if not kind.endswith("tmp") or "open" not in kind)
+
+
+def test_a_kill_at_any_change_of_a_file_loses_nothing(reference, tmp_path):
+    want, operations = reference
+    moments = last_of_each_kind(operations)
+    assert len(moments) > 25
+    for k in moments:
+        directory = tmp_path / str(k)
+        argv = tiny(**FLAGS, save=directory)
+        result = run(argv, partial(on_files, kill, directory, k=k))
+        assert result.code == -signal.SIGKILL, (k, operations[k - 1], result)
+        count = check_whole(directory)
+        # Once two checkpoints have been kept there are never fewer, nor is model_last.pt gone.
+        made = sum("rename checkpoint" in line for line in operations[: k - 1])
+        assert count >= min(made, 2), operations[k - 1]
+        assert (directory / "model_last.pt").exists() == (
+            "rename model_last.pt" in operations[: k - 1]
+        )
+        assert again(directory) == want, operations[k - 1]
+        left = [path.name for path in directory.iterdir() if path.suffix == ".tmp"]
+        assert not left, operations[k - 1]
+        assert len(list(directory.glob("checkpoint_*.pt"))) == 2
+
+
+def plain_writes() -> None:
+    """Write files as if nothing could happen meanwhile."""
+    import checkpoints
+    import storage
+
+    def write(path: Path, data: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(data)
+
+    storage.write_whole = checkpoints.write_whole = write
+
+
+def test_plain_writes_do_lose_something(tmp_path):
+    """The twin of the test above: it can fail."""
+    spoil = partial(on_files, kill, tmp_path, operation="write", name="checkpoint", k=2)
+    result = run(tiny(**FLAGS, save=tmp_path), partial(_both, plain_writes, spoil))
+    assert result.code == -signal.SIGKILL
+    with pytest.raises(checkpoints.CheckpointError):
+        check_whole(tmp_path)
+
+
+def _both(first, second) -> None:
+    first()
+    second()
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("phase", ["train", "val"])
+def test_a_kill_within_an_epoch_or_its_validation_loses_nothing(reference, tmp_path, phase, k):
+    k = {"train": k, "val": 2 if k > 1 else 1}[phase]
+    result = run(tiny(**FLAGS, save=tmp_path), partial(at_batch, kill, k, phase))
+    assert result.code == -signal.SIGKILL
+    check_whole(tmp_path)
+    assert again(tmp_path) == reference[0]
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "tensorboard"])
+def test_a_kill_while_a_log_is_written_loses_and_doubles_no_line(reference, tmp_path, name):
+    # log.jsonl is first written, empty, when the run begins; then once an epoch.
+    k = {"log.jsonl": 2, "tensorboard": 1}[name]
+    operation = {"log.jsonl": "write", "tensorboard": "open"}[name]
+    spoil = partial(on_files, kill, tmp_path, operation=operation, name=name, k=k)
+    result = run(tiny(**FLAGS, save=tmp_path), spoil)
+    assert result.code == -signal.SIGKILL
+    assert again(tmp_path) == reference[0]
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_nothing_in_the_way(reference, tmp_path):
+    """Row 1: also without --resume, the plain command starts anew."""
+    argv = tiny(**FLAGS, save=tmp_path)
+    assert run(argv, partial(on_files, kill, tmp_path, name="tensorboard")).code == -signal.SIGKILL
+    assert (tmp_path / "config.yaml").exists() and not saved(tmp_path).keys() & {"model_last.pt"}
+    assert run(argv).code == 0
+    assert outcome(tmp_path) == reference[0]
+
+
+def test_the_verdict_of_a_killed_run_is_that_it_was_running(tmp_path):
+    run(tiny(**FLAGS, save=tmp_path), partial(at_batch, kill, 3))
+    verdict = status(tmp_path)
+    assert verdict["state"] == "running" and verdict["code"] is None
+    assert verdict["checkpoint"] == "checkpoint_000000002.pt"

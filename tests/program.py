@@ -1,0 +1,103 @@
+"""Runs the program in processes of its own, each forked from one that has imported torch already.
+
+`python main.py` takes three seconds to import what it needs; a fork takes milliseconds, and can be
+killed, stopped and sabotaged like the real thing. Exit codes and output are the real ones.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PRELOAD = ["main", "train", "checkpoints", "datasets", "datasets.folder", "models", "resume",
+           "runlog", "devices", "torch.utils.tensorboard", "sklearn.datasets"]  # fmt: skip
+
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+)
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call ended; `code` is negative when a signal ended it."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Running:
+    """A call in progress."""
+
+    def __init__(self, argv: list[str], sabotage: Callable[[], None] | None, threads: int):
+        self._out, self._err = tempfile.mkstemp()[1], tempfile.mkstemp()[1]
+        self.process = _context.Process(
+            target=_child, args=(argv, sabotage, threads, self._out, self._err)
+        )
+        self.process.start()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        os.kill(self.process.pid, number)
+
+    def output(self) -> str:
+        """Standard output so far."""
+        return Path(self._out).read_text()
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+        """Wait until something is true while the process runs."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.is_alive(), self.wait().err
+            assert time.monotonic() < end, "timed out"
+            time.sleep(0.005)
+
+    def wait(self, timeout_s: float = 120) -> Result:
+        """Wait for the end."""
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.signal(signal.SIGKILL)
+            raise TimeoutError(f"still running after {timeout_s} s: {Path(self._err).read_text()}")
+        texts = [Path(path).read_text() for path in (self._out, self._err)]
+        for path in (self._out, self._err):
+            os.unlink(path)
+        return Result(self.process.exitcode, *texts)
+
+
+def start(argv: str | list[str], sabotage=None, threads: int = 1) -> Running:
+    """Start `main.py` with a command line; `sabotage`, a picklable function, runs before it."""
+    return Running(argv.split() if isinstance(argv, str) else argv, sabotage, threads)
+
+
+def run(argv: str | list[str], sabotage=None, threads: int = 1, timeout_s: float = 120) -> Result:
+    """Run `main.py` with a command line to its end."""
+    return start(argv, sabotage, threads).wait(timeout_s)
+
+
+def _child(argv, sabotage, threads: int, out: str, err: str) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (the process's own)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    import torch
+
+    torch.set_num_threads(threads)
+    if sabotage:
+        sabotage()
+    import main
+
+    code = main.main(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # which a run gives up once nobody reads it
+            stream.flush()
+    sys.exit(code)
