@@ -1,0 +1,304 @@
+"""The shape of the code: who imports whom, who may do what, and what every file must have."""
+
+import ast
+import graphlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from program import ROOT
+
+# Layers from the bottom up. A unit may import those listed for it, which all stand above it here.
+MAY_IMPORT = {
+    "errors": set(),
+    "flags": set(),
+    "metrics": set(),
+    "stopping": set(),
+    "storage": {"errors"},
+    "devices": {"errors"},
+    "opts": {"errors", "flags"},
+    "models": {"errors"},
+    "datasets": {"errors", "stopping", "storage"},
+    "checkpoints": {"errors", "storage"},
+    "runlog": {"flags", "metrics", "storage"},
+    "train": {"errors", "metrics", "runlog"},
+    "resume": {"errors", "storage", "opts", "models", "checkpoints"},
+}
+ROOTS = {"main", "tools"}  # compose everything below, never each other
+# Answer `--help`, usage errors and missing paths: what they import at start-up must be light.
+LIGHT = {"main", "opts", "flags", "errors", "storage", "stopping"}
+MAX_LINES = 500
+
+
+def sources() -> list[Path]:
+    """Every Python file outside tests/."""
+    folders = (ROOT, ROOT / "models", ROOT / "datasets", ROOT / "tools")
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
+
+
+def unit(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(node: ast.AST) -> set[str]:
+    """The modules that a piece of code imports, e.g. `models.densenet`."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Import):
+            found |= {alias.name for alias in part.names}
+        elif isinstance(part, ast.ImportFrom):
+            assert part.level == 0, "write the whole name: relative imports hide the direction"
+            found |= {part.module, *(f"{part.module}.{alias.name}" for alias in part.names)}
+    return found
+
+
+def at_start_up(node: ast.AST) -> set[str]:
+    """The modules imported outside functions."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return set()
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return imported(node)
+    return set().union(*map(at_start_up, ast.iter_child_nodes(node)))
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of names, with ? for what is no name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else "?"
+
+
+def calls(module: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call):
+            yield dotted(node.func), node
+
+
+def literal(call: ast.Call, keyword: str) -> object:
+    """The value of a keyword argument that is written as a literal, else None."""
+    for given in call.keywords:
+        if given.arg == keyword and isinstance(given.value, ast.Constant):
+            return given.value.value
+    return None
+
+
+# --------------------------------------------------------------------------------------- imports
+
+
+def test_the_layers_are_listed_from_the_bottom_up():
+    below: set[str] = set()
+    for layer, may in MAY_IMPORT.items():
+        assert may <= below, layer
+        below.add(layer)
+    assert {unit(path) for path in sources()} - ROOTS == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_imports_point_down(path):
+    project = set(MAY_IMPORT) | ROOTS | {"tests"}
+    found = {module.split(".")[0] for module in imported(tree(path))} & project
+    own = unit(path)
+    allowed = MAY_IMPORT[own] | {own} if own in MAY_IMPORT else set(MAY_IMPORT)
+    assert found <= allowed, f"{name(path)} imports {found - allowed}: see ARCHITECTURE.md, Layers"
+
+
+def test_an_allowed_import_is_a_real_one():
+    # So that the table stays the picture of the code and not a superset of it.
+    for layer, may in MAY_IMPORT.items():
+        found = set().union(*(imported(tree(path)) for path in sources() if unit(path) == layer))
+        assert may <= {module.split(".")[0] for module in found}, layer
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources()
+    }
+    graph = {
+        module: imported(tree(path)) & set(modules) - {module} for module, path in modules.items()
+    }
+    assert "datasets.batches" in graph["datasets"]  # the names of both sides match
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("datasets.batches") < order.index("datasets") < order.index("main")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph | {"errors": {"main"}}).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(LIGHT))
+def test_what_answers_a_usage_error_loads_the_standard_library_only(module):
+    found = {part.split(".")[0] for part in at_start_up(tree(ROOT / f"{module}.py"))}
+    assert found <= set(sys.stdlib_module_names) | LIGHT
+
+
+def test_an_import_at_start_up_is_told_from_a_late_one():
+    code = "import a\nif x:\n    import b\nclass C:\n    import c\n    def f(): import d"
+    assert at_start_up(ast.parse(code)) == {"a", "b", "c"}
+    assert imported(ast.parse(code)) == {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize("package", ["models", "datasets"])
+def test_settings_stop_at_the_door_of_a_package(package):
+    for path in (ROOT / package).glob("*.py"):
+        names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
+        assert ("opt" in names) == (path.name == "__init__.py"), name(path)
+
+
+# -------------------------------------------------------------------------------- who may do what
+
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Objects sent between processes by torch.distributed are pickles as well.
+OBJECT_COLLECTIVES = {
+    "all_gather_object",
+    "broadcast_object_list",
+    "gather_object",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
+TORCH_FILES = {"load", "save", "jit", "hub", "package", "serialization"}
+
+
+def executes_data(module: ast.Module) -> list[str]:
+    """What could run code that came in as data."""
+    found = [part for part in imported(module) if part.split(".")[0] in PICKLES]
+    for called, call in calls(module):
+        function = called.split(".")[-1]
+        bad = (
+            called in ("eval", "exec", "compile", "__import__", "os.system", "os.popen")
+            or (called.startswith("yaml.") and "load" in function)
+            or (function in ("extractall", "extract", "unpack_archive")
+                and literal(call, "filter") != "data")
+            or function in OBJECT_COLLECTIVES
+            or any(given.arg in ("shell", "allow_pickle") for given in call.keywords)
+        )  # fmt: skip
+        found += [called] * bad
+    return found
+
+
+def loads_or_saves(module: ast.Module) -> list[str]:
+    """Where PyTorch's files are read or written, under whatever name."""
+    names = [called for called, _ in calls(module) if called.split(".")[0] == "torch"]
+    found = [called for called in names if called.split(".")[1] in TORCH_FILES]
+    found += [part for part in imported(module)
+              if part.startswith("torch.") and part.split(".")[1] in TORCH_FILES]  # fmt: skip
+    aliases = [alias.asname for node in ast.walk(module) if isinstance(node, ast.Import)
+               for alias in node.names if alias.name == "torch"]  # fmt: skip
+    return found + [alias for alias in aliases if alias]
+
+
+def trusting_loads(module: ast.Module) -> list[str]:
+    """Calls of torch.load that do not refuse code in so many words."""
+    return [
+        called
+        for called, call in calls(module)
+        if called == "torch.load" and literal(call, "weights_only") is not True
+    ]
+
+
+def flags_built(module: ast.Module) -> list[str]:
+    """Where a flag is defined."""
+    return [called for called, _ in calls(module) if called.split(".")[-1] == "Flag"]
+
+
+def printing(module: ast.Module) -> list[str]:
+    """Where something is written to the console."""
+    streams = ("print", "sys.stdout.write", "sys.stderr.write", "warnings.warn")
+    return [called for called, _ in calls(module) if called in streams]
+
+
+def without_docstring(module: ast.Module) -> list[str]:
+    """Public names without a docstring; `module` stands for the file itself."""
+
+    def inside(node: ast.AST, prefix: str) -> Iterator[str]:
+        for child in node.body:
+            kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            if isinstance(child, kinds) and not child.name.startswith("_"):
+                if not ast.get_docstring(child):
+                    yield prefix + child.name
+                if isinstance(child, ast.ClassDef):
+                    yield from inside(child, f"{child.name}.")
+
+    return ([] if ast.get_docstring(module) else ["module"]) + list(inside(module, ""))
+
+
+# rule, who may all the same, code that it must find, how often
+RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
+    (
+        executes_data,
+        lambda path: False,
+        "import pickle\nfrom marshal import loads\neval(x)\nexec(x)\nyaml.load(f)\n"
+        "yaml.unsafe_load(f)\ntar.extractall(p)\ntar.extractall(p, filter=f)\nrun(c, shell=True)\n"
+        "numpy.load(f, allow_pickle=True)\ndist.broadcast_object_list(x)\nos.system(c)\n"
+        "model.eval()\nyaml.compose(f)\ntar.extractall(p, filter='data')",
+        13,
+    ),
+    (
+        loads_or_saves,
+        lambda path: path.name == "checkpoints.py",
+        "torch.load(f)\ntorch.save(x, f)\nfrom torch import load\nimport torch as t\n"
+        "torch.hub.load(x)\ntorch.jit.load(f)\njson.load(f)\ntorch.zeros(1)",
+        6,
+    ),
+    (
+        trusting_loads,
+        lambda path: False,
+        "torch.load(f)\ntorch.load(f, weights_only=False)\ntorch.load(f, weights_only=safe)\n"
+        "torch.load(f, weights_only=1)\ntorch.load(f, **options)\n"
+        "torch.load(f, weights_only=True)",
+        5,
+    ),
+    (
+        flags_built,
+        lambda path: path.name == "opts.py",
+        "Flag('x', text, '', '')\nflags.Flag('x')",
+        2,
+    ),
+    (
+        printing,
+        lambda path: path.name in ("runlog.py", "main.py", "opts.py") or unit(path) == "tools",
+        "print(x)\nsys.stdout.write(x)\nsys.stderr.write(x)\nfile.write(x)",
+        3,
+    ),
+    (
+        without_docstring,
+        lambda path: False,
+        "def f(): pass\nclass C:\n    def g(self): pass\n    def _h(self): pass\ndef _i(): pass\n"
+        "class _D:\n    def j(self): pass\ndef k():\n    'Do.'\n    def inner(): pass",
+        4,
+    ),
+]
+RULE = pytest.mark.parametrize(
+    ("rule", "exempt", "code", "count"), RULES, ids=[rule.__name__ for rule, *_ in RULES]
+)
+
+
+@RULE
+def test_every_file_keeps_to_the_rule(rule, exempt, code, count):
+    found = {name(path): rule(tree(path)) for path in sources() if not exempt(path)}
+    assert {path: offences for path, offences in found.items() if offences} == {}
+
+
+@RULE
+def test_a_breach_of_the_rule_would_be_found(rule, exempt, code, count):
+    assert len(rule(ast.parse(code))) == count
+
+
+def test_the_owners_do_what_they_alone_may_do():
+    # Else the rules would hold because the code they are about has moved.
+    assert {"torch.load", "torch.save"} == set(loads_or_saves(tree(ROOT / "checkpoints.py")))
+    assert len(flags_built(tree(ROOT / "opts.py"))) > 40
+    assert printing(tree(ROOT / "runlog.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_no_file_is_too_long_to_hold_in_the_head(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES

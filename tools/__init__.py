@@ -1,0 +1,1 @@
+"""Programs beside the training command, run as `python -m tools.NAME`."""
