@@ -1,16 +1,17 @@
 """netType -> network, and weights from elsewhere into it. Only this file here sees `opt`."""
 
 import re
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from errors import CheckpointError
+from kernels import plain
 from models.densenet import DenseNet
 
 NETWORKS = {
-    "densenet": lambda opt, num_classes: DenseNet(
+    "densenet": lambda opt, num_classes, ops: DenseNet(
         opt.stages,
         opt.growthRate,
         opt.initChannels,
@@ -20,14 +21,19 @@ NETWORKS = {
         compression=opt.reduction,
         drop_rate=opt.dropRate,
         memory_level=opt.optMemory,
+        ops=ops,
     ),
 }
 
 
-def create(opt: SimpleNamespace, num_classes: int) -> nn.Module:
-    """The network that the settings describe, with the initial weights of `manualSeed`."""
+def create(opt: SimpleNamespace, num_classes: int, ops: ModuleType = plain) -> nn.Module:
+    """The network that the settings describe, with the initial weights of `manualSeed`.
+
+    Args:
+        ops: what runs its dense blocks, see kernels/__init__.py.
+    """
     torch.manual_seed(opt.manualSeed)
-    return NETWORKS[opt.netType](opt, num_classes)
+    return NETWORKS[opt.netType](opt, num_classes, ops)
 
 
 def load_weights(

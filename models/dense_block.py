@@ -3,14 +3,19 @@
 | memory level | for backward                                                          |
 |--------------|-----------------------------------------------------------------------|
 | 0            | keeps every concatenation and rectification; grows with depth squared |
-| 1            | as 0; ReLU and dropout overwrite their input, fewer buffers in flight |
+| 1            | as 0; concatenations are made anew, ReLU overwrites its input         |
+| 2, 3, 4      | linear in depth: models/shared_block.py runs the same modules         |
 
 Every level computes the same function with the same parameters, names and buffers.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kernels.dropout import Drop, draw_seed
 
 BOTTLENECK_WIDTH = 4  # the 1x1 convolution makes 4k maps (paper, section 3)
 
@@ -21,11 +26,8 @@ class DenseLayer(nn.Module):
     Input (N, C, H, W), output the k new maps (N, k, H, W).
     """
 
-    def __init__(
-        self, channels: int, growth_rate: int, *, bottleneck: bool, drop_rate: float, inplace: bool
-    ):
+    def __init__(self, channels: int, growth_rate: int, *, bottleneck: bool, inplace: bool):
         super().__init__()
-        self.drop_rate = drop_rate
         self.inplace = inplace
         self.bottleneck = bottleneck
         self.norm1 = nn.BatchNorm2d(channels)
@@ -37,18 +39,20 @@ class DenseLayer(nn.Module):
         else:
             self.conv1 = nn.Conv2d(channels, growth_rate, 3, padding=1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, k, H, W)."""
-        x = self._drop(self.conv1(F.relu(self.norm1(x), self.inplace)))
-        if self.bottleneck:
-            x = self._drop(self.conv2(F.relu(self.norm2(x), self.inplace)))
-        return x
+    @property
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """The batch normalisations in the order they run."""
+        return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drops: tuple[Drop, Drop] | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, k, H, W); `drops` after the first and the second convolution."""
         # Parity: after the 1x1 as well as after the 3x3, which most ports forget.
-        if self.drop_rate == 0:
-            return x
-        return F.dropout(x, self.drop_rate, self.training, self.inplace)
+        x = self.conv1(F.relu(self.norm1(x), self.inplace))
+        x = drop(x, drops and drops[0], self.inplace)
+        if self.bottleneck:
+            x = self.conv2(F.relu(self.norm2(x), self.inplace))
+            x = drop(x, drops and drops[1], self.inplace)
+        return x
 
 
 class DenseBlock(nn.ModuleDict):
@@ -69,18 +73,100 @@ class DenseBlock(nn.ModuleDict):
         memory_level: int,
     ):
         super().__init__()
+        self.growth_rate, self.drop_rate = growth_rate, drop_rate
+        self.rejoins = memory_level >= 1
         self.out_channels = channels + num_layers * growth_rate
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
                 channels + i * growth_rate,
                 growth_rate,
                 bottleneck=bottleneck,
-                drop_rate=drop_rate,
                 inplace=memory_level >= 1,
             )
 
+    @property
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """The batch normalisations in the order they run."""
+        return [norm for layer in self.values() for norm in layer.norms]
+
+    def draw_seed(self, device: torch.device) -> Tensor | None:
+        """The seed of this step's dropout; None where nothing is dropped."""
+        return draw_seed(device) if self.drop_rate > 0 and self.training else None
+
+    def drops(self, seed: Tensor | None, i: int) -> tuple[Drop, Drop] | None:
+        """The dropouts after the two convolutions of layer i."""
+        if seed is None:
+            return None
+        return Drop(self.drop_rate, seed, 2 * i), Drop(self.drop_rate, seed, 2 * i + 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + num_layers * growth_rate, H, W)."""
-        for layer in self.values():
-            x = torch.cat([x, layer(x)], dim=1)
+        seed = self.draw_seed(x.device)
+        parts = [x]
+        for i, layer in enumerate(self.values()):
+            x = torch.cat(parts, dim=1)
+            with _rejoined(x, tuple(parts)) if self.rejoins else nullcontext():
+                parts.append(layer(x, self.drops(seed, i)))
+        return torch.cat(parts, dim=1)
+
+
+def _rejoined(joined: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManager:
+    """Let operations that keep `joined` for backward keep its parts, which are there anyway."""
+    # Not the tensor, which would be kept; its storage, which fake tensors have too (footprint.py).
+    place, shape = joined.untyped_storage()._cdata, joined.shape
+
+    def pack(kept: Tensor) -> Tensor | tuple[Tensor, ...]:
+        same = kept.untyped_storage()._cdata == place and kept.shape == shape
+        return parts if same else kept
+
+    def unpack(kept: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(kept, dim=1) if isinstance(kept, tuple) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class Dropout(nn.Module):
+    """Dropout of a tensor (N, C, H, W) in training."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any (N, C, H, W) -> the same shape."""
+        return drop(x, self.draw(x.device), inplace=False)
+
+    def draw(self, device: torch.device) -> Drop | None:
+        """The dropout of this step; None where nothing is dropped."""
+        if not self.training or self.rate == 0:
+            return None
+        return Drop(self.rate, draw_seed(device), 0)
+
+
+class DroppedPool(torch.autograd.Function):
+    """Average over 2x2 pixels of what a dropout leaves of (N, C, H, W).
+
+    Both are linear: backward needs the mask, which it computes again, and no values.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, how: Drop) -> Tensor:
+        """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
+        ctx.how, ctx.size = how, x.shape[2:]
+        return F.avg_pool2d(drop(x, how, inplace=False), 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """(N, C, H // 2, W // 2) -> (N, C, H, W)."""
+        height, width = (length - length % 2 for length in ctx.size)
+        grad = F.interpolate(grad / 4, size=(height, width), mode="nearest")
+        grad = F.pad(grad, (0, ctx.size[1] - width, 0, ctx.size[0] - height))
+        return drop(grad, ctx.how, inplace=False), None
+
+
+def drop(x: Tensor, how: Drop | None, inplace: bool) -> Tensor:
+    """Apply a dropout, or none, to (N, C, H, W)."""
+    if how is None:
         return x
+    mask = how.mask(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return x.mul_(mask) if inplace else x * mask

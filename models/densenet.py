@@ -4,13 +4,18 @@ Parameters are named as in torchvision, so that weights are exchanged by name wi
 timm: `features.denseblock1.denselayer1.norm1.weight`, ..., `classifier.bias`.
 """
 
+import importlib
 import math
 from collections import OrderedDict
+from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dense_block import DenseBlock
+from kernels import plain
+from models import shared_block
+from models.dense_block import DenseBlock, Dropout, DroppedPool
 
 
 class DenseNet(nn.Module):
@@ -27,6 +32,7 @@ class DenseNet(nn.Module):
         compression: theta, share of the maps that a transition keeps (DenseNet-C below 1).
         drop_rate: dropout after each convolution except the first.
         memory_level: what a dense block keeps for backward, see models/dense_block.py.
+        ops: runs levels 2 to 4: kernels.plain, or another module with the same functions.
 
     Input (N, 3, H, W), output logits (N, num_classes).
     """
@@ -42,9 +48,12 @@ class DenseNet(nn.Module):
         bottleneck: bool = True,
         compression: float = 0.5,
         drop_rate: float = 0.0,
-        memory_level: int = 1,
+        memory_level: int = 2,
+        ops: ModuleType = plain,
     ):
         super().__init__()
+        self.memory_level = memory_level
+        self._ops = ops.__name__  # a module itself could be neither copied nor pickled
         channels = init_channels
         stem = _imagenet_stem if imagenet_stem else _cifar_stem
         self.features = nn.Sequential(stem(channels))
@@ -67,6 +76,11 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         self.reset_parameters()
 
+    @property
+    def ops(self) -> ModuleType:
+        """What runs levels 2 to 4."""
+        return importlib.import_module(self._ops)
+
     def reset_parameters(self) -> None:
         """Initialise as fb.resnet.torch does (docs/parity.md, rules)."""
         for module in self.modules():
@@ -86,9 +100,44 @@ class DenseNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
+        if self._shares(images):
+            return self.classifier(self._shared_features(images).flatten(1))
         maps = F.relu(self.features(images), inplace=True)  # (N, C, h, w)
         # A mean, since adaptive pooling has no deterministic backward on CUDA.
         return self.classifier(maps.mean(dim=(2, 3)))
+
+    def _shares(self, images: Tensor) -> bool:
+        """Whether models/shared_block.py computes what the plain modules would."""
+        if self.memory_level < 2:
+            return False
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        settings = {(norm.eps, norm.momentum, norm.track_running_stats) for norm in norms}
+        if len(settings) > 1 or None in (*settings,)[0] or not norms[0].track_running_stats:
+            return False
+        # A block's mode decides about its dropout.
+        blocks = [module for module in self.modules() if isinstance(module, DenseBlock)]
+        modes = {module.training for module in (*norms, *blocks)}
+        # It has no backward through running statistics, nor through a mixture (frozen layers).
+        return modes == {True} or (modes == {False} and not torch.is_grad_enabled())
+
+    def _shared_features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C, 1, 1): features, ReLU and mean, stage by stage."""
+        x, block = images, None
+        for module in self.features.children():
+            if isinstance(module, DenseBlock):
+                block = module
+            elif block is None:
+                x = module(x)
+            else:
+                if isinstance(module, Transition):
+                    tail, rest = module.as_tail()
+                else:
+                    tail, rest = shared_block.Tail(module, window=tuple(x.shape[2:])), []
+                x = shared_block.stage(block, tail, x, self.ops, self.memory_level)
+                for part in rest:
+                    x = part(x)
+                block = None
+        return x
 
 
 def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
@@ -109,7 +158,7 @@ class Transition(nn.Sequential):
     """Between two dense blocks: BN, ReLU, 1x1 convolution, dropout, 2x2 average pooling."""
 
     def __init__(self, in_channels: int, out_channels: int, drop_rate: float):
-        drop = {"drop": nn.Dropout(drop_rate)} if drop_rate > 0 else {}
+        drop = {"drop": Dropout(drop_rate)} if drop_rate > 0 else {}
         super().__init__(
             OrderedDict(
                 norm=nn.BatchNorm2d(in_channels),
@@ -119,3 +168,18 @@ class Transition(nn.Sequential):
                 pool=nn.AvgPool2d(2),
             )
         )
+
+    def _drop_and_pool(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H // 2, W // 2), with nothing kept for backward."""
+        how = self.drop.draw(x.device)
+        return DroppedPool.apply(x, how) if how else self.pool(x)
+
+    def as_tail(self) -> tuple[shared_block.Tail, list[nn.Module]]:
+        """What of it runs with the dense block before it, and what is left for after that.
+
+        Averages of 2x2 pixels and a 1x1 convolution commute, so that pooling comes first and the
+        convolution has a quarter of the work; not with dropout, which sits between the two.
+        """
+        if hasattr(self, "drop"):
+            return shared_block.Tail(self.norm, conv=self.conv), [self._drop_and_pool]
+        return shared_block.Tail(self.norm, window=(2, 2)), [self.conv]
