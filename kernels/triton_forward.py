@@ -1,0 +1,198 @@
+"""Forward kernels: each program writes one tile, and the moments of what it wrote."""
+
+import triton
+import triton.language as tl
+
+from kernels.triton_parts import (
+    affine,
+    dropped,
+    inside_of,
+    kernel,
+    load_weight,
+    multiply,
+    neighbours,
+    normalise,
+    place_of,
+    relu,
+)
+
+
+@triton.jit
+def store_moments(value, partial, part, inside, c, channels):
+    """Keep mean and sum of squared distances of the rows inside a tile: (tiles, 2, channels)."""
+    count = tl.sum(inside.to(tl.float32), 0)
+    mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
+    distance = tl.where(inside[:, None], value - mean[None, :], 0.0)
+    square = tl.sum(distance * distance, 0)
+    tl.store(partial + (2 * part) * channels + c, mean, c < channels)
+    tl.store(partial + (2 * part + 1) * channels + c, square, c < channels)
+
+
+@kernel
+def copy(
+    value, target, target_stride, partial, num_rows, channels,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Write maps that are contiguous."""
+    part = tl.program_id(0)
+    rows = part * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = inside_of(rows < num_rows, c < channels, VECTOR)
+    x = tl.load(place_of(value, rows, channels, c, VECTOR), mask, 0.0)
+    x = x.to(target.dtype.element_ty)
+    tl.store(place_of(target, rows, target_stride, c, VECTOR), x, mask)
+    store_moments(x.to(tl.float32), partial, part, rows < num_rows, c, channels)
+
+
+@triton.jit
+def write(
+    total, target, target_stride, partial, part, rows, inside, f, features,
+    seed, place, threshold, keep_scale, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Drop out and store a tile, and keep the moments of what is stored."""
+    if seed is not None:
+        total = dropped(total, rows, f, features, seed, place, threshold, keep_scale)
+    out = total.to(target.dtype.element_ty)
+    mask = inside_of(inside, f < features, VECTOR)
+    tl.store(place_of(target, rows, target_stride, f, VECTOR), out, mask)
+    if partial is not None:
+        store_moments(out.to(tl.float32), partial, part, inside, f, features)
+
+
+@kernel
+def product(
+    value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
+    weight, weight_f, weight_y, weight_x,
+    target, target_stride, seed, place, threshold, keep_scale, partial,
+    height, width, num_rows, channels, features,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
+    VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """1x1 convolution: dropout(Z W^T)."""
+    blocks = tl.cdiv(features, FEATURES)
+    part = tl.program_id(0) // blocks
+    f = tl.program_id(0) % blocks * FEATURES + tl.arange(0, FEATURES)
+    rows = part * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, FEATURES], tl.float32)
+    for first in range(0, channels, CHANNELS):
+        c = first + tl.arange(0, CHANNELS)
+        scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+        mask = inside_of(rows < num_rows, c < channels, VECTOR)
+        x = tl.load(place_of(value, rows, value_stride, c, VECTOR), mask, 0.0)
+        z = relu(normalise(x, scale, shift)).to(x.dtype)
+        w = load_weight(
+            weight, f * weight_f, f < features, c, c < channels, WEIGHT_C, WEIGHT_VECTOR
+        )
+        total = multiply(z, w.to(x.dtype), total, PRECISION)
+    write(
+        total, target, target_stride, partial, part, rows, rows < num_rows, f, features,
+        seed, place, threshold, keep_scale, TARGET_VECTOR,
+    )  # fmt: skip
+
+
+@kernel
+def convolution(
+    value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
+    weight, weight_f, weight_y, weight_x,
+    target, target_stride, seed, place, threshold, keep_scale, partial,
+    height, width, num_rows, channels, features,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
+    VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """3x3 convolution with padding: dropout(conv(Z)); one program has all features."""
+    part = tl.program_id(0)
+    f = tl.arange(0, FEATURES)
+    rows = part * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, FEATURES], tl.float32)
+    for first in range(0, channels, CHANNELS):
+        c = first + tl.arange(0, CHANNELS)
+        scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+        for tap in range(9):  # of the same channels, which are in the cache from the second on
+            dy, dx = tap // 3 - 1, tap % 3 - 1
+            near = neighbours(rows, rows < num_rows, dy, dx, height, width)
+            mask = inside_of(near, c < channels, VECTOR)
+            pixel = rows + dy * width + dx
+            x = tl.load(place_of(value, pixel, value_stride, c, VECTOR), mask, 0.0)
+            z = tl.where(mask, relu(normalise(x, scale, shift)), 0.0).to(x.dtype)
+            w = load_weight(
+                weight + (dy + 1) * weight_y + (dx + 1) * weight_x,
+                f * weight_f, f < features, c, c < channels, WEIGHT_C, WEIGHT_VECTOR,
+            )  # fmt: skip
+            total = multiply(z, w.to(x.dtype), total, PRECISION)
+    write(
+        total, target, target_stride, partial, part, rows, rows < num_rows, f, features,
+        seed, place, threshold, keep_scale, TARGET_VECTOR,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge(count, mean, square, new_count, new_mean, new_square):
+    """Moments of two sets of rows together; `square` sums the squared distances to the mean.
+
+    T. F. Chan, G. H. Golub, R. J. LeVeque, 1979: nothing is lost where the mean is far from 0.
+    """
+    total = count + new_count
+    share = new_count / tl.maximum(total, 1.0)
+    distance = new_mean - mean
+    square += new_square + distance * distance * (count * share)
+    return total, mean + distance * share, square
+
+
+@kernel
+def finish_moments(
+    partial, mean, var, rstd, eps, num_parts, rows_each, num_rows, channels,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean, biased variance and 1 / sqrt(variance + eps) from the moments of all tiles."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    count, average = 0.0, tl.zeros([CHANNELS], tl.float32)
+    square = tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        mask = (part < num_parts)[:, None] & (c < channels)[None, :]
+        place = partial + (2 * part * channels)[:, None] + c[None, :]
+        means = tl.load(place, mask, 0.0)
+        squares = tl.load(place + channels, mask, 0.0)
+        counts = tl.minimum(num_rows - part * rows_each, rows_each)
+        counts = tl.where(part < num_parts, counts, 0).to(tl.float32)
+        new_count = tl.sum(counts, 0)
+        new_mean = tl.sum(means * counts[:, None], 0) / new_count
+        distance = means - new_mean[None, :]
+        new_square = tl.sum(squares + distance * distance * counts[:, None], 0)
+        count, average, square = merge(count, average, square, new_count, new_mean, new_square)
+    variance = square / num_rows
+    tl.store(mean + c, average, c < channels)
+    tl.store(var + c, variance, c < channels)
+    tl.store(rstd + c, 1.0 / tl.sqrt_rn(variance + eps), c < channels)
+
+
+@kernel
+def pool(
+    value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias, target,
+    height, width, num_rows, channels, window_h, window_w, num_outputs,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Average of Z over windows of pixels; a row is a pixel of the output, which is contiguous."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+    out_h, out_w, area = height // window_h, width // window_w, window_h * window_w
+    top = rows // (out_h * out_w) * height + rows // out_w % out_h * window_h
+    corner = top * width + rows % out_w * window_w
+    total = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for first in range(0, area, PIXELS):
+        pixel = first + tl.arange(0, PIXELS)
+        source = corner[:, None] + (pixel // window_w * width + pixel % window_w)[None, :]
+        inside = (rows < num_outputs)[:, None] & (pixel < area)[None, :]
+        mask = inside[:, :, None] & (c < channels)[None, None, :]
+        mask = tl.max_constancy(mask, [1, 1, VECTOR])
+        place = value + (source.to(tl.int64) * value_stride)[:, :, None] + c[None, None, :]
+        size: tl.constexpr = VECTOR * value.dtype.element_ty.primitive_bitwidth // 8
+        x = tl.load(tl.multiple_of(place, [1, 1, size]), mask, 0.0).to(tl.float32)
+        z = relu(x * scale[None, None, :] + shift[None, None, :])
+        total += tl.sum(tl.where(mask, z, 0.0), 1)
+    mask = (rows < num_outputs)[:, None] & (c < channels)[None, :]
+    out = (total / area).to(target.dtype.element_ty)
+    tl.store(place_of(target, rows, channels, c, 1), out, mask)
