@@ -38,6 +38,11 @@ class Data:
     classes: list[str]
     facts: dict
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether all images lie on the training device."""
+        return isinstance(self.train, Batches)
+
 
 def create(
     opt: SimpleNamespace,
@@ -150,8 +155,8 @@ def _large(
             num_workers=opt.nThreads,
             on_bad_image=opt.onBadImage,
             warn=warn,
+            normalise=transforms.Normalise(device, dtype),
             device=device,
-            dtype=dtype,
         )
 
     everything = torch.arange(len(files.val))

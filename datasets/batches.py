@@ -34,8 +34,35 @@ class Augmentation:
     flip: bool
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What stands at each place of an epoch: a function of (seed, epoch).
+
+    Args:
+        chosen: (n,) which image.
+        offset: (n, 2) rows and columns that it is shifted by; None without augmentation.
+        mirrored: (n, 1) bool; None without mirroring.
+    """
+
+    chosen: Tensor
+    offset: Tensor | None = None
+    mirrored: Tensor | None = None
+
+    def at(self, places: Tensor | slice) -> "Plan":
+        """The plan of some places."""
+        offset = None if self.offset is None else self.offset[places]
+        mirrored = None if self.mirrored is None else self.mirrored[places]
+        return Plan(self.chosen[places], offset, mirrored)
+
+    def copy_(self, other: "Plan") -> None:
+        """Become another epoch's plan of the same split, in the same memory."""
+        for name in ("chosen", "offset", "mirrored"):
+            if getattr(self, name) is not None:
+                getattr(self, name).copy_(getattr(other, name))
+
+
 class Batches:
-    """The batches of one split, the same for equal (seed, epoch, step).
+    """The batches of one split: which images, and how they are changed, belongs to (seed, epoch).
 
     Args:
         images: all pictures, on the device where batches are wanted.
@@ -80,55 +107,55 @@ class Batches:
             images: (n, 3, H, W), normalised, channels last in memory.
             targets: (n,) int64.
         """
-        order = epoch_order(self.indices, self.seed, epoch)
+        plan = self.plan(epoch)
         for step in range(start, len(self)):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self._images(chosen, epoch, step), self.images.labels[chosen]
+            yield self.cut(plan.at(slice(step * self.batch_size, (step + 1) * self.batch_size)))
+
+    def plan(self, epoch: int) -> Plan:
+        """Order and augmentation of an epoch, drawn at once on the device."""
+        chosen = epoch_order(self.indices, self.seed, epoch)
+        if self.augmentation is None:
+            return Plan(chosen)
+        device, n, pad = chosen.device, len(chosen), self.augmentation.pad
+        draws = generator("crop", self.seed, epoch, device=device)
+        offset = torch.randint(-pad, pad + 1, (n, 2), generator=draws, device=device)
+        mirrored = torch.rand(n, 1, generator=draws, device=device) < 0.5
+        return Plan(chosen, offset, mirrored if self.augmentation.flip else None)
+
+    def cut(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """The batch of a plan, as `batches` yields it; reads nothing back from the device."""
+        if self.augmentation is None:
+            batch = (self.images.pixels[plan.chosen].to(self.mean.dtype) - self.mean) / self.std
+        else:
+            batch = shifted(self.images.pixels, plan, self.mean, self.std)
+        return batch.permute(0, 3, 1, 2), self.images.labels[plan.chosen]
 
     def chosen(self, epoch: int, step: int) -> list[int]:
         """Which images batch `step` (from 0) of an epoch holds."""
         order = epoch_order(self.indices, self.seed, epoch)
         return order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
 
-    def _images(self, chosen: Tensor, epoch: int, step: int) -> Tensor:
-        pixels = self.images.pixels
-        if self.augmentation is None:
-            batch = (pixels[chosen].to(self.mean.dtype) - self.mean) / self.std
-        else:
-            draws = generator("crop", self.seed, epoch, step, device=pixels.device)
-            batch = shifted(pixels, chosen, self.mean, self.std, self.augmentation, draws)
-        return batch.permute(0, 3, 1, 2)  # (n, 3, H, W), channels last
 
-
-def shifted(
-    pixels: Tensor,
-    chosen: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    augmentation: Augmentation,
-    draws: torch.Generator,
-) -> Tensor:
+def shifted(pixels: Tensor, plan: Plan, mean: Tensor, std: Tensor) -> Tensor:
     """Normalise, mirror, pad with zeros and crop (paper, section 4.1), in one gather.
 
     Args:
         pixels: (N, H, W, 3) uint8.
-        chosen: (n,) which of them.
+        plan: of n images.
 
     Returns:
         (n, H, W, 3) of the type of `mean`.
     """
     # Parity: the zeros come after normalising, so the border has the mean colour, not black.
-    n, (height, width), pad = len(chosen), pixels.shape[1:3], augmentation.pad
+    height, width = pixels.shape[1:3]
     device = pixels.device
-    offset = torch.randint(0, 2 * pad + 1, (2, n), generator=draws, device=device) - pad
-    rows = offset[0, :, None] + torch.arange(height, device=device)  # (n, H) in the source
-    columns = offset[1, :, None] + torch.arange(width, device=device)  # (n, W)
-    if augmentation.flip:
-        mirrored = torch.rand(n, 1, generator=draws, device=device) < 0.5
-        columns = torch.where(mirrored, width - 1 - columns, columns)
+    rows = plan.offset[:, :1] + torch.arange(height, device=device)  # (n, H) in the source
+    columns = plan.offset[:, 1:] + torch.arange(width, device=device)  # (n, W)
+    if plan.mirrored is not None:
+        columns = torch.where(plan.mirrored, width - 1 - columns, columns)
     inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]  # (n, H, W)
     source = pixels[
-        chosen[:, None, None],
+        plan.chosen[:, None, None],
         rows.clamp(0, height - 1)[:, :, None],
         columns.clamp(0, width - 1)[:, None, :],
     ]  # (n, H, W, 3)

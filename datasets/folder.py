@@ -88,7 +88,6 @@ def _decode_all(
         on_bad_image=on_bad_image,
         warn=warn,
         device=torch.device("cpu"),
-        dtype=torch.uint8,
     )
     pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
     labels = torch.empty(len(samples), dtype=torch.int64)

@@ -6,7 +6,7 @@ import torch
 
 
 def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded with a key such as ("crop", seed, epoch, step).
+    """A generator seeded with a key such as ("crop", seed, epoch).
 
     Equal keys give equal numbers, in any process and at any point of a run, so that any step can
     be replayed. The numbers of the CPU and of a GPU differ.

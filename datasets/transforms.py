@@ -1,4 +1,8 @@
-"""For images above 64 pixels: the pipelines of fb.resnet.torch in torchvision.transforms.v2."""
+"""For images above 64 pixels: the pipelines of fb.resnet.torch in torchvision.transforms.v2.
+
+What needs no random numbers and no single image, from bytes to normalised numbers, is left to
+`Normalise`: on the device, for a whole batch.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +35,7 @@ class Lighting(nn.Module):
 
 
 def training(size: int, augment: bool) -> v2.Compose:
-    """PIL image -> (3, size, size): random area and aspect, colour, lighting, mirror."""
+    """PIL image -> (3, size, size) from 0 to 1: random area and aspect, colours, mirror."""
     if not augment:
         return validation(size)
     return v2.Compose(
@@ -42,30 +46,38 @@ def training(size: int, augment: bool) -> v2.Compose:
                 ratio=(3 / 4, 4 / 3),
                 interpolation=BICUBIC,
             ),
-            *_to_float(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
             # Brightness, contrast and saturation in random order, as there.
             v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
             Lighting(0.1),
-            v2.Normalize(MEAN, STD),
             v2.RandomHorizontalFlip(),
         ]
     )
 
 
 def validation(size: int) -> v2.Compose:
-    """PIL image -> (3, size, size): the centre of the image resized to 256/224 of it."""
-    return v2.Compose([_resize(size), v2.CenterCrop(size), *_to_float(), v2.Normalize(MEAN, STD)])
+    """PIL image -> (3, size, size) uint8: the centre of the image resized to 256/224 of it."""
+    return v2.Compose([_resize(size), v2.CenterCrop(size), v2.ToImage()])
 
 
 def ten_crops(size: int) -> v2.Compose:
-    """PIL image -> (10, 3, size, size): the corners, the centre, and all of them mirrored."""
-    crops = v2.Compose([*_to_float(), v2.Normalize(MEAN, STD), v2.TenCrop(size)])
-    return v2.Compose([_resize(size), crops, torch.stack])
+    """PIL image -> (10, 3, size, size) uint8: corners, centre, and all of them mirrored."""
+    return v2.Compose([_resize(size), v2.ToImage(), v2.TenCrop(size), torch.stack])
+
+
+class Normalise:
+    """(N, 3, H, W) of bytes, or of numbers from 0 to 1, -> mean 0 and deviation 1 on ImageNet."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype):
+        self.mean, self.std = (
+            torch.tensor(value, dtype=dtype, device=device)[:, None, None] for value in (MEAN, STD)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scale = 1 if images.is_floating_point() else 255
+        return (images.to(self.mean.dtype) / scale - self.mean) / self.std
 
 
 def _resize(size: int) -> v2.Resize:
     return v2.Resize(round(size * RESIZE), interpolation=BICUBIC)
-
-
-def _to_float() -> list[nn.Module]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]

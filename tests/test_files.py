@@ -56,8 +56,18 @@ def loader():
     """Makes FileBatches, and ends their processes after the test however that ends."""
     made = []
 
-    def make(samples, transform=None, *, indices=None, image_seed=0, warn=pytest.fail, **more):
+    def make(
+        samples,
+        transform=None,
+        *,
+        indices=None,
+        image_seed=0,
+        warn=pytest.fail,
+        dtype=torch.float32,
+        **more,
+    ):
         settings = {"batch_size": 4, "seed": None, "num_workers": 0, "on_bad_image": "error"}
+        settings["normalise"] = lambda images: images.to(dtype)
         indices = range(len(samples)) if indices is None else indices
         dataset = ImageFiles(samples, transform or Pixels(), image_seed)
         batches = FileBatches(
