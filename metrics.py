@@ -14,9 +14,12 @@ class Sums:
     """
 
     def __init__(self, device: torch.device):
-        # Loss, images not in the top 1, images not in the top 5. float64 counts exactly.
-        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
-        self._count = 0
+        # Loss, images not in the top 1, not in the top 5, images. float64 counts exactly.
+        self._totals = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def reset(self) -> None:
+        """Start anew, in the same memory."""
+        self._totals.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add one batch without waiting for the device.
@@ -31,25 +34,25 @@ class Sums:
         hits = logits.topk(k, dim=1).indices == targets[:, None]  # (N, k)
         right = torch.stack([hits[:, 0].sum(), hits.sum()])
         self._totals[0] += loss.detach().double() * count
-        self._totals[1:] += count - right
-        self._count += count
+        self._totals[1:3] += count - right
+        self._totals[3] += count
 
     def read(self) -> dict[str, float]:
         """Mean loss and top-1 and top-5 errors in per cent (waits for the device)."""
-        loss, wrong1, wrong5 = self._totals.tolist()
-        count = max(self._count, 1)
+        loss, wrong1, wrong5, count = self._totals.tolist()
+        count = max(count, 1)
         return {"loss": loss / count, "top1": 100 * wrong1 / count, "top5": 100 * wrong5 / count}
 
     @property
     def count(self) -> int:
-        """Images added so far."""
-        return self._count
+        """Images added so far (waits for the device)."""
+        return int(self._totals[3].item())
 
     def state_dict(self) -> dict:
         """The sums as plain values, for a checkpoint in the middle of an epoch."""
-        return {"totals": self._totals.tolist(), "count": self._count}
+        *totals, count = self._totals.tolist()
+        return {"totals": totals, "count": int(count)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from saved sums."""
-        self._totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
-        self._count = state["count"]
+        self._totals.copy_(torch.tensor([*state["totals"], state["count"]], dtype=torch.float64))

@@ -63,7 +63,7 @@ class RunLog:
         try:
             _append(self.directory / LOG, json.dumps(plain) + "\n")
         except OSError as error:
-            self._warn_once(f"cannot write {self.directory / LOG}: {error.strerror}")
+            self.warn_once(f"cannot write {self.directory / LOG}: {error.strerror}")
 
         def scalars(board) -> None:
             for key in record.keys() - {"epoch"}:
@@ -109,9 +109,10 @@ class RunLog:
                 write(self._board)
             except Exception as error:  # of a thread that TensorBoard writes in: any kind
                 self._board = None
-                self._warn_once(f"no TensorBoard from here on: {error}")
+                self.warn_once(f"no TensorBoard from here on: {error}")
 
-    def _warn_once(self, line: str) -> None:
+    def warn_once(self, line: str) -> None:
+        """Say a remark that is true until the end of the run."""
         if line not in self._warned:
             self._warned.add(line)
             warn(f"{line}; training goes on")

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import NonFiniteError
+from graphs import Recorder, ReplayedStep, Step
 from metrics import Sums
 from runlog import RunLog
 
@@ -56,6 +58,7 @@ class Trainer:
         model: moved to `device`, to channels-last memory, and to float64 if precision is double.
         precision: single, double, half or bf16.
         num_crops: evaluate the mean of this many consecutive outputs per image.
+        recorder: records steps over resident data, see graphs.py; None runs every step eagerly.
     """
 
     def __init__(
@@ -69,15 +72,22 @@ class Trainer:
         device: torch.device,
         log: RunLog,
         num_crops: int = 1,
+        recorder: Recorder | None = None,
     ):
         self.dtype = torch.float64 if precision == "double" else torch.float32
         self.model = model.to(device, self.dtype, memory_format=torch.channels_last)
         self.schedule, self.log = schedule, log
         self.device, self.precision, self.num_crops = device, precision, num_crops
+        self._recorder = recorder
+        self._replayed: dict[tuple, ReplayedStep] = {}
+        # A recorded step cannot see a Python number change, so the rate lies in device memory; on
+        # every GPU, so that recorded or not makes no difference (there it is rounded to float32).
+        on_device = device.type == "cuda" or recorder is not None
+        self._rate = torch.tensor(schedule.base, device=device) if on_device else schedule.base
         # Parity: one group, so that weight decay acts on BN and biases as well.
         self.optimizer = torch.optim.SGD(
             model.parameters(),
-            lr=schedule.base,
+            lr=self._rate,
             momentum=momentum,
             dampening=0,
             weight_decay=weight_decay,
@@ -94,6 +104,7 @@ class Trainer:
         # and the step number waits on the device until somebody reads it.
         self._bad = torch.zeros((), device=device)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._clock = torch.zeros((), dtype=torch.int64, device=device)  # global_step, over there
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = self._bad
 
@@ -101,10 +112,11 @@ class Trainer:
         self.epoch, self.step, self.global_step = 1, 0, 0  # step: done in this epoch
         self.best: dict | None = None
         self.last: dict | None = None
+        self.sums, self._test_sums = Sums(device), Sums(device)
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self.sums = Sums(self.device)
+        self.sums.reset()
         self.time_s = self.data_s = 0.0
 
     def autocast(self) -> AbstractContextManager:
@@ -126,30 +138,62 @@ class Trainer:
         self._chosen = loader.chosen
         steps = len(loader)
         rate = self.schedule.rate(self.epoch, max(self.step, 1), steps)
+        self._clock.fill_(self.global_step)
         progress = self.log.phase("train", self.epoch, steps, self.step, self.sums)
-        batches = _timed(loader.batches(self.epoch, self.step))
         with progress:
-            for images, targets, data_s, since in batches:
+            works = self._works(loader, self._train_step, self.step)
+            for count, work, data_s, since in _timed(works):
                 self.step += 1
                 self.global_step += 1
                 rate = self.schedule.rate(self.epoch, self.step, steps)
-                if len(targets):  # none where every image of the batch was skipped
-                    self._train_step(images, targets, rate)
+                self._set_rate(rate)
+                work()
                 # On the CPU reading costs nothing; a GPU is read when something is shown.
                 if self.device.type == "cpu" or progress.is_due():
                     self.check_finite()
                 self.data_s += data_s
                 self.time_s += time.perf_counter() - since
-                progress.update(len(targets), data_s, rate)
+                progress.update(count, data_s, rate)
                 after_step()
             since = time.perf_counter()
             self.check_finite()  # waits for the steps that are still on their way
             self.time_s += time.perf_counter() - since
         return {"lr": rate, **{f"train_{name}": value for name, value in self.sums.read().items()}}
 
-    def _train_step(self, images: Tensor, targets: Tensor, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def _works(self, loader, step: Step, start: int) -> Iterator[tuple[int, Callable[[], None]]]:
+        """The number of images of each batch from `start` on, and what does the step on it."""
+        if self._recorder and loader.num_images >= loader.batch_size:
+            # The last batch may be smaller, so another shape: it runs eagerly like all the others.
+            replayed = self._replay_of(loader, step)
+            replayed.seek(self.epoch, start)
+            while (start + 1) * loader.batch_size <= loader.num_images:
+                yield loader.batch_size, replayed
+                start += 1
+        if start < len(loader):
+            for images, targets in loader.batches(self.epoch, start):
+                yield len(targets), partial(step, images, targets)
+
+    def _replay_of(self, loader, step: Step) -> ReplayedStep:
+        key = (id(loader), step.__name__)
+        if key not in self._replayed:
+            self._replayed[key] = ReplayedStep(loader, step, self._recorder, self._stop_recording)
+        return self._replayed[key]
+
+    def _stop_recording(self, reason: str) -> None:
+        self._recorder = None  # what failed once would leave more behind each time
+        self.log.warn_once(f"a step cannot be recorded as a CUDA graph: {reason}; it runs eagerly")
+
+    def _set_rate(self, rate: float) -> None:
+        if isinstance(self._rate, Tensor):
+            self._rate.fill_(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+
+    def _train_step(self, images: Tensor, targets: Tensor) -> None:
+        self._clock += 1
+        if not len(targets):  # every image of the batch was skipped
+            return
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             logits = self.model(images)  # (N, C)
@@ -166,7 +210,7 @@ class Trainer:
     def _mark_if_not_finite(self, loss: Tensor) -> None:
         bad = ~torch.isfinite(loss.detach())
         first = bad & (self._bad_step < 0)
-        self._bad_step.masked_fill_(first, self.global_step)
+        torch.where(first, self._clock, self._bad_step, out=self._bad_step)
         self._bad.masked_fill_(bad, 1.0)
 
     def check_finite(self) -> None:
@@ -184,20 +228,24 @@ class Trainer:
     def test(self, loader, after_batch: Callable[[], None], phase: str = "val") -> dict[str, float]:
         """Loss and errors of the network over every image of `loader`, each counted once."""
         self.model.eval()
-        sums = Sums(self.device)
+        sums = self._test_sums
+        sums.reset()
         with self.log.phase(phase, self.epoch, len(loader), 0, sums) as progress:
-            for images, targets, data_s, _ in _timed(loader.batches(self.epoch, 0)):
-                if not len(targets):
-                    continue
-                with self.autocast():
-                    logits = self.model(images).to(self.dtype)  # (N * crops, C)
-                    # The mean ranks classes as the sum of fb.resnet.torch does, and has a loss.
-                    logits = logits.unflatten(0, (-1, self.num_crops)).mean(dim=1)  # (N, C)
-                    loss = F.cross_entropy(logits, targets)
-                sums.add(loss, logits, targets)
-                progress.update(len(targets), data_s)
+            for count, work, data_s, _ in _timed(self._works(loader, self._test_step, 0)):
+                work()
+                progress.update(count, data_s)
                 after_batch()
         return {f"{phase}_{name}": value for name, value in sums.read().items()}
+
+    def _test_step(self, images: Tensor, targets: Tensor) -> None:
+        if not len(targets):
+            return
+        with self.autocast():
+            logits = self.model(images).to(self.dtype)  # (N * crops, C)
+            # The mean ranks classes as the sum of fb.resnet.torch does, and has a loss.
+            logits = logits.unflatten(0, (-1, self.num_crops)).mean(dim=1)  # (N, C)
+            loss = F.cross_entropy(logits, targets)
+        self._test_sums.add(loss, logits, targets)
 
     def finish_epoch(self, train: dict, val: dict) -> dict:
         """Close the current epoch: update best and last, move on, return its log record."""
@@ -287,15 +335,21 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
 
-def _timed(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, float, float]]:
-    """Each batch with the seconds spent waiting for it and the time when the waiting began."""
+def _timed(pairs: Iterator[tuple]) -> Iterator[tuple]:
+    """Each pair with the seconds spent waiting for it and the time when the waiting began."""
     since = time.perf_counter()
-    for images, targets in batches:
-        yield images, targets, time.perf_counter() - since, since
+    for first, second in pairs:
+        yield first, second, time.perf_counter() - since, since
         since = time.perf_counter()
 
 
-def create(opt: SimpleNamespace, model: nn.Module, device: torch.device, log: RunLog) -> Trainer:
+def create(
+    opt: SimpleNamespace,
+    model: nn.Module,
+    device: torch.device,
+    log: RunLog,
+    recorder: Recorder | None = None,
+) -> Trainer:
     """The trainer that the settings describe, at the run's first epoch."""
     trainer = Trainer(
         model,
@@ -306,6 +360,7 @@ def create(opt: SimpleNamespace, model: nn.Module, device: torch.device, log: Ru
         device=device,
         log=log,
         num_crops=10 if opt.tenCrop else 1,
+        recorder=recorder,
     )
     trainer.epoch = opt.epochNumber
     return trainer
