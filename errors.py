@@ -64,6 +64,12 @@ class StorageError(RunError):
     code = 6
 
 
+class OutOfMemoryError(RunError):
+    """A step that needs more memory than there is."""
+
+    code = 6
+
+
 class BusyError(RunError):
     """A run directory that another process is writing."""
 

@@ -43,6 +43,7 @@ text = Kind("text", str)
 integer = Kind("a whole number", _whole)
 integers = Kind("whole numbers with commas between", _whole_list)
 number = Kind("a number", _fraction)
+level = Kind("a level or auto", lambda text: text if text == "auto" else _whole(text))
 boolean = Kind("true or false", {"true": True, "false": False}.__getitem__)
 
 
@@ -119,7 +120,8 @@ class Flag:
     def _nearest_choice(self, value: object) -> object:
         if isinstance(value, str):
             return nearest(value, self.choices) or self.choices[0]
-        return min(self.choices, key=lambda choice: abs(choice - value))
+        numbers = [choice for choice in self.choices if not isinstance(choice, str)]
+        return min(numbers, key=lambda choice: abs(choice - value))
 
     def _expected(self) -> str:
         if self.choices:

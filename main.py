@@ -3,12 +3,13 @@
 import contextlib
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import opts
 import storage
-from errors import Preempted, RunError
+from errors import OutOfMemoryError, Preempted, RunError
 from stopping import Stop, kill_children
 
 
@@ -53,15 +54,13 @@ def run(opt: SimpleNamespace, stop: Stop) -> int:
     import checkpoints
     import datasets
     import devices
+    import graphs
     import models
     import resume
     import runlog
     import train
 
-    device = devices.select(opt.nGPU)
-    devices.configure(opt.cudnn, opt.tf32)
-    for note in opt.notes:
-        runlog.warn(note)
+    device, ops = prepare(opt)
     with storage.RunDirectory(Path(opt.save)) as directory, datasets.worker_failures():
         state = resume.find(opt, runlog.warn)
         overrides = resume.check(opt, state, runlog.warn) if state else []
@@ -70,9 +69,12 @@ def run(opt: SimpleNamespace, stop: Stop) -> int:
             runlog.say(runlog.finished_line(state["last"], state["best"]))
             return 0
         data = datasets.create(opt, device, runlog.warn)
-        model = models.create(opt, len(data.classes))
+        estimate = estimate_memory(opt, len(data.classes), device, ops)
+        free_bytes = devices.free_bytes(device)
+        model = models.create(estimate.opt, len(data.classes), ops)
         log = runlog.RunLog(directory.path)
-        trainer = train.create(opt, model, device, log)
+        recorder = graphs.recorder(opt.cudaGraph, device, data.is_resident)
+        trainer = train.create(opt, model, device, log, recorder)
         if state:
             resume.restore(trainer, state, data.facts, runlog.warn)
         elif opt.retrain != "none":
@@ -96,13 +98,59 @@ def run(opt: SimpleNamespace, stop: Stop) -> int:
 
         stop.armed = True
         for _ in range(trainer.epoch, opt.nEpochs + 1):
-            trained = trainer.train(data.train, saver.after_step)
-            tested = trainer.test(data.val, saver.after_step)
+            with memory_errors(estimate.opt, lambda: estimate.advice(free_bytes)):
+                trained = trainer.train(data.train, saver.after_step)
+                tested = trainer.test(data.val, saver.after_step)
             memory = {"memory_mb": devices.peak_memory_mb(device)}
             log.epoch(trainer.finish_epoch(trained, tested) | memory, trainer.is_best)
             saver.end_epoch()
-        finish(opt, directory, log, data, trainer, saver)
+        with memory_errors(opt, lambda: "use a smaller --batchSize, with --override true"):
+            finish(opt, directory, log, data, trainer, saver)
     return 0
+
+
+def prepare(opt: SimpleNamespace):
+    """The device and what runs dense blocks on it; says all remarks about the settings."""
+    import devices
+    import kernels
+    import runlog
+
+    device = devices.select(opt.nGPU)
+    devices.configure(opt.cudnn, opt.tf32)
+    ops, remark = kernels.select(opt.kernels, device, opt.precision)
+    for note in [*opt.notes, *filter(None, [remark])]:
+        runlog.warn(note)
+    return device, ops
+
+
+def estimate_memory(opt: SimpleNamespace, num_classes: int, device, ops):
+    """What the run's steps will need, with `--optMemory auto` decided in its settings."""
+    import devices
+    import footprint
+    import runlog
+
+    estimate = footprint.Estimate(opt, num_classes, device, ops)
+    if opt.optMemory != "auto":
+        return estimate
+    level, remark = estimate.choose_level(devices.free_bytes(device))
+    if remark:
+        runlog.warn(remark)
+    decided = footprint.with_settings(opt, optMemory=level)
+    return footprint.Estimate(decided, num_classes, device, ops)
+
+
+@contextlib.contextmanager
+def memory_errors(opt: SimpleNamespace, advice: Callable[[], str]) -> Iterator[None]:
+    """Say what would fit when there is no memory left."""
+    import footprint
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not footprint.is_out_of_memory(error):
+            raise
+        what = f"out of memory with --batchSize {opt.batchSize} --optMemory {opt.optMemory}"
+        raise OutOfMemoryError(what, advice()) from error
 
 
 def begin(opt: SimpleNamespace, directory: storage.RunDirectory, log, data, trainer) -> None:
@@ -142,16 +190,12 @@ def evaluate(opt: SimpleNamespace) -> int:
     """Evaluate the weights of `--resume` or `--retrain`, on the test set where there is one."""
     import checkpoints
     import datasets
-    import devices
     import models
     import resume
     import runlog
     import train
 
-    device = devices.select(opt.nGPU)
-    devices.configure(opt.cudnn, opt.tf32)
-    for note in opt.notes:
-        runlog.warn(note)
+    device, ops = prepare(opt)
     state = resume.find(opt, runlog.warn)
     if state:
         resume.check_network(opt, state)
@@ -161,10 +205,13 @@ def evaluate(opt: SimpleNamespace) -> int:
         data = datasets.create(opt, device, runlog.warn, statistics)
         if state:
             resume.check_data({"classes": data.classes}, state)
-        model = models.create(opt, len(data.classes))
+        if opt.optMemory == "auto":
+            opt.optMemory = opts.FLAGS["optMemory"].default  # levels are about training
+        model = models.create(opt, len(data.classes), ops)
         models.load_weights(model, weights)
         trainer = train.create(opt, model, device, runlog.RunLog(None))
-        tested = trainer.test(data.test or data.val, lambda: None, phase="test")
+        with memory_errors(opt, lambda: "use a smaller --batchSize"):
+            tested = trainer.test(data.test or data.val, lambda: None, phase="test")
     runlog.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
     return 0
 

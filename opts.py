@@ -23,13 +23,14 @@ from flags import (
     help_text,
     integer,
     integers,
+    level,
     number,
     text,
 )
 
 # What this version can do; a later one extends these lines and nothing else in this file.
 NET_TYPES = ("densenet",)
-MEMORY_LEVELS = (0, 1)
+MEMORY_LEVELS = (0, 1, 2, 3, 4)
 
 DATASETS = ("cifar10", "cifar100", "svhn", "imagenet", "folder", "digits", "synthetic")
 FIXED_SIZE = {"cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 8}
@@ -67,6 +68,11 @@ GROUPS: dict[str, list[Flag]] = {
              choices=("single", "double", "half", "bf16"), role="course"),
         Flag("tf32", boolean, False, "TensorFloat-32 products in precision single (CUDA)",
              role="course"),
+        Flag("kernels", text, "auto", "what runs optMemory 2 to 4; auto: triton on CUDA else torch",
+             choices=("auto", "triton", "torch")),
+        Flag("cudaGraph", text, "auto",
+             "one CUDA graph per training step; auto: on a GPU where every batch has one shape",
+             choices=("auto", "true", "false")),
         Flag("config", text, "none", "YAML file of flags; the command line wins over it"),
         Flag("printConfig", boolean, False, "print all settings as YAML and exit", bare="true"),
         Flag("debug", boolean, False, "show the traceback of every error"),
@@ -127,7 +133,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("retrain", text, "none", "weights to start from: a checkpoint of this program, or a "
              "torchvision or timm state dict"),
         Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
-        Flag("shareGradInput", boolean, False, "Lua's name of a higher optMemory"),
+        Flag("shareGradInput", boolean, False, "Lua's name of optMemory 2"),
         Flag("optnet", boolean, False, "Lua's name of optMemory 1"),
         Flag("resetClassifier", boolean, False, "with retrain: start the classifier anew"),
         Flag("nClasses", integer, None,
@@ -143,8 +149,9 @@ GROUPS: dict[str, list[Flag]] = {
              range=Range(0, 1, low_open=True), role="model"),
         Flag("dropRate", number, None, "dropout after each convolution but the first",
              "0; 0.2 without augmentation", range=Range(0, 1, high_open=True), role="course"),
-        Flag("optMemory", integer, 1, "0 keeps every activation for backward, 1 rectifies in place",
-             choices=MEMORY_LEVELS),
+        Flag("optMemory", level, 2, "what backward finds kept: 0 everything, each level up less; "
+             "2 is the fastest, 4 the smallest; auto: the fastest that fits the GPU",
+             choices=(*MEMORY_LEVELS, "auto")),
         Flag("initChannels", integer, None, "feature maps of the first convolution",
              "2k; 16 at CIFAR size without bottleneck", range=AT_LEAST_1, role="model"),
         *(Flag(f"d{i}", integer, 0, f"layers of block {i}, ImageNet shape with a depth of your own",
@@ -206,7 +213,7 @@ def resolve(given: dict[str, object]) -> SimpleNamespace:
     if opt.lrShape == "multistep":
         default("milestones", default_milestones(opt.nEpochs, imagenet))
     if opt.optnet or opt.shareGradInput:
-        opt.optMemory = 1 if opt.optnet else max(level for level in MEMORY_LEVELS if level <= 2)
+        opt.optMemory = 1 if opt.optnet else 2
         opt.optnet = opt.shareGradInput = False  # their meaning is in optMemory now
     default("save", str(Path("checkpoints") / run_name(opt)))
     return opt

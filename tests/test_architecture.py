@@ -18,14 +18,17 @@ MAY_IMPORT = {
     "storage": {"errors"},
     "devices": {"errors"},
     "opts": {"errors", "flags"},
-    "models": {"errors"},
+    "kernels": {"errors"},
+    "models": {"errors", "kernels"},
     "datasets": {"errors", "stopping", "storage"},
     "checkpoints": {"errors", "storage"},
     "runlog": {"flags", "metrics", "storage"},
-    "train": {"errors", "metrics", "runlog"},
+    "footprint": {"kernels", "models"},
+    "graphs": {"errors"},
+    "train": {"errors", "graphs", "metrics", "runlog"},
     "resume": {"errors", "storage", "opts", "models", "checkpoints"},
 }
-ROOTS = {"main", "tools"}  # compose everything below, never each other
+ROOTS = {"main", "tools"}  # compose everything below, never the one the other
 # Answer `--help`, usage errors and missing paths: what they import at start-up must be light.
 LIGHT = {"main", "opts", "flags", "errors", "storage", "stopping"}
 MAX_LINES = 500
@@ -33,7 +36,7 @@ MAX_LINES = 500
 
 def sources() -> list[Path]:
     """Every Python file outside tests/."""
-    folders = (ROOT, ROOT / "models", ROOT / "datasets", ROOT / "tools")
+    folders = (ROOT, *(ROOT / name for name in ("kernels", "models", "datasets", "tools")))
     return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
@@ -57,7 +60,10 @@ def imported(node: ast.AST) -> set[str]:
             found |= {alias.name for alias in part.names}
         elif isinstance(part, ast.ImportFrom):
             assert part.level == 0, "write the whole name: relative imports hide the direction"
-            found |= {part.module, *(f"{part.module}.{alias.name}" for alias in part.names)}
+            names = {f"{part.module}.{alias.name}" for alias in part.names}
+            files = {name for name in names if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
+            # `from models import densenet` takes a neighbour, not what models/__init__.py defines.
+            found |= names if names == files else names | {part.module}
     return found
 
 
@@ -107,7 +113,7 @@ def test_imports_point_down(path):
     project = set(MAY_IMPORT) | ROOTS | {"tests"}
     found = {module.split(".")[0] for module in imported(tree(path))} & project
     own = unit(path)
-    allowed = MAY_IMPORT[own] | {own} if own in MAY_IMPORT else set(MAY_IMPORT)
+    allowed = MAY_IMPORT.get(own, set(MAY_IMPORT)) | {own}
     assert found <= allowed, f"{name(path)} imports {found - allowed}: see ARCHITECTURE.md, Layers"
 
 
@@ -143,6 +149,17 @@ def test_an_import_at_start_up_is_told_from_a_late_one():
     code = "import a\nif x:\n    import b\nclass C:\n    import c\n    def f(): import d"
     assert at_start_up(ast.parse(code)) == {"a", "b", "c"}
     assert imported(ast.parse(code)) == {"a", "b", "c", "d"}
+
+
+def test_a_file_of_a_package_is_told_from_what_the_package_defines():
+    def names(code: str) -> set[str]:
+        return imported(ast.parse(code))
+
+    assert names("from models import densenet") == {"models.densenet"}
+    assert names("from models import create") == {"models", "models.create"}
+    assert names("from models import create, densenet") == {
+        "models", "models.create", "models.densenet"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("package", ["models", "datasets"])
@@ -215,6 +232,22 @@ def printing(module: ast.Module) -> list[str]:
     return [called for called, _ in calls(module) if called in streams]
 
 
+def tied_to_a_backend(module: ast.Module) -> list[str]:
+    """Where Triton, or what is written in it, is used by name."""
+    backends = ("kernels.fused", "kernels.triton", "triton")
+    found = [part for part in imported(module) if part.startswith(backends)]
+    names = [dotted(node) for node in ast.walk(module) if isinstance(node, ast.Attribute)]
+    found += [part for part in names if part == "kernels.fused"]
+    looked_up = ("importlib.import_module", "importlib.util.find_spec", "import_module")
+    return found + [
+        called
+        for called, call in calls(module)
+        if called in looked_up
+        and any(isinstance(given, ast.Constant) and str(given.value).startswith("triton")
+                for given in call.args)
+    ]  # fmt: skip
+
+
 def without_docstring(module: ast.Module) -> list[str]:
     """Public names without a docstring; `module` stands for the file itself."""
 
@@ -258,7 +291,7 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
     ),
     (
         flags_built,
-        lambda path: path.name == "opts.py",
+        lambda path: path.name == "opts.py" or unit(path) == "tools",  # a tool may have its own
         "Flag('x', text, '', '')\nflags.Flag('x')",
         2,
     ),
@@ -267,6 +300,15 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
         lambda path: path.name in ("runlog.py", "main.py", "opts.py") or unit(path) == "tools",
         "print(x)\nsys.stdout.write(x)\nsys.stderr.write(x)\nfile.write(x)",
         3,
+    ),
+    (
+        # `kernels.select` alone knows which of the two runs.
+        tied_to_a_backend,
+        lambda path: unit(path) == "kernels",
+        "import triton\nimport triton.language as tl\nfrom kernels import fused\nimport kernels\n"
+        "kernels.fused.product(x)\nimportlib.util.find_spec('triton')\nfrom kernels import plain\n"
+        "kernels.select('triton', device)",
+        5,
     ),
     (
         without_docstring,
@@ -297,6 +339,7 @@ def test_the_owners_do_what_they_alone_may_do():
     assert {"torch.load", "torch.save"} == set(loads_or_saves(tree(ROOT / "checkpoints.py")))
     assert len(flags_built(tree(ROOT / "opts.py"))) > 40
     assert printing(tree(ROOT / "runlog.py"))
+    assert "kernels.fused" in tied_to_a_backend(tree(ROOT / "kernels" / "__init__.py"))
 
 
 @pytest.mark.parametrize("path", sources(), ids=name)

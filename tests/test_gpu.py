@@ -1,4 +1,4 @@
-"""On a CUDA device: every precision trains, data is resident, resuming works (`make gpu`)."""
+"""On a CUDA device: precisions, backends, graphs, memory and resuming (`make gpu`)."""
 
 import json
 import signal
@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from steps import FORMS, Results, mean_error, network, pictures, relative_differences, results
 
 import datasets
+import footprint
+import kernels
 import opts
+from kernels import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -89,3 +94,104 @@ def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
     assert on_cpu.returncode == 0, on_cpu.stderr
     error = float(on_cpu.stdout.split("top1:")[-1].split()[0])
     assert error == pytest.approx(log(tmp_path / "run")[-1]["val_top1"], abs=1.0)
+
+
+# ------------------------------------------------------------------- levels, backends and graphs
+
+
+def backends() -> list:
+    """The operations that this machine can run a dense block with."""
+    return [plain, kernels.select("auto", torch.device("cuda", 0), "single")[0]]
+
+
+def step(level: int, form: str, ops=plain, low=None, seed: int = 5) -> Results:
+    """Loss, gradients and buffers of a step on the GPU, brought to the CPU."""
+    # Wide enough that the kernels use several tiles and a part of one.
+    model = network(level, form, growth_rate=12, init_channels=24, ops=ops).float().cuda()
+    model = model.to(memory_format=torch.channels_last)
+    images, targets = (tensor.cuda() for tensor in pictures(form, count=21))
+    torch.manual_seed(seed)
+    with torch.autocast("cuda", low or torch.bfloat16, enabled=low is not None):
+        loss = F.cross_entropy(model(images.float()), targets)
+    loss.backward()
+    return {name: tensor.cpu() for name, tensor in results(model, loss=loss.detach()).items()}
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_level_and_backend_computes_what_level_0_computes(level, form):
+    want = step(0, form)
+    for ops in backends():
+        differences = relative_differences(step(level, form, ops), want)
+        assert max(differences.values()) < 1e-3, (
+            ops.__name__
+        )  # 1e-4 where sums are well conditioned
+        assert torch.stack([*differences.values()]).mean() < 1e-4, ops.__name__
+    if "dropout" in form:
+        assert max(relative_differences(step(level, form, seed=6), want).values()) > 0.05
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [2, 3, 4])
+def test_lower_precisions_err_no_more_than_level_0_does(level, low):
+    exact = step(0, "BC")
+    allowed = mean_error(step(0, "BC", low=low), exact)
+    for ops in backends():
+        assert mean_error(step(level, "BC", ops, low), exact) < 1.5 * allowed, ops.__name__
+
+
+@pytest.mark.parametrize("ops", backends() if torch.cuda.is_available() else [plain])
+def test_the_same_step_gives_the_same_bits(ops):
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (step(2, "BC, dropout", ops) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("more", ["", "--precision bf16", "--dropRate 0.2", "--lrShape cosine"])
+def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(more, tmp_path):
+    # 1,000 images: 15 full batches and one of 40.
+    line = f"{SMALL} --cudnn deterministic --nImages 1000 --nEpochs 2 {more}"
+    for wish in ("true", "false"):
+        done = run(f"{line} --cudaGraph {wish} --save {tmp_path / wish}")
+        assert done.returncode == 0 and "note:" not in done.stderr, done.stderr
+    pairs = zip(
+        weights(tmp_path / "true").values(), weights(tmp_path / "false").values(), strict=True
+    )
+    assert all(torch.equal(recorded, eager) for recorded, eager in pairs)
+    assert log(tmp_path / "true") == log(tmp_path / "false")
+    other = run(f"{line} --manualSeed 1 --cudaGraph true --save {tmp_path / 'other'}")
+    assert other.returncode == 0 and log(tmp_path / "other") != log(tmp_path / "true")
+
+
+@pytest.mark.parametrize("precision", ["single", "bf16"])
+@pytest.mark.parametrize("level", [0, 2, 3, 4])
+def test_memory_is_what_was_estimated(level, precision):
+    line = "--depth 40 --growthRate 12 --batchSize 64 --dataset synthetic"
+    opt = opts.parse([*line.split(), "--optMemory", str(level), "--precision", precision])
+    device = torch.device("cuda", 0)
+    ops = kernels.select("auto", device, precision)[0]
+    measured = footprint_of_a_run(opt, ops, device)
+    estimate = footprint.Estimate(opt, 10, device, ops)
+    assert measured == pytest.approx(estimate.peak_bytes(), rel=0.15)
+    assert measured != pytest.approx(estimate.peak_bytes(batch=128), rel=0.15)
+
+
+def footprint_of_a_run(opt, ops, device: torch.device) -> int:
+    """The peak of the allocator over three eager steps, in bytes."""
+    import models
+    import runlog
+    import train
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    trainer = train.create(opt, models.create(opt, 10, ops), device, runlog.RunLog(None))
+    images = torch.randn(opt.batchSize, 3, 32, 32, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    targets = torch.zeros(opt.batchSize, dtype=torch.int64, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(3):
+        trainer._train_step(images, targets)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -359,4 +359,15 @@ def test_remarks_are_no_errors(tmp_path):
     assert result.code == 0
     assert all(line.startswith("note: ") for line in result.err.splitlines())
     assert "note: backend has no effect here" in result.err
-    assert "note: shareGradInput is optMemory 1 here" in result.err
+    assert "note: shareGradInput is optMemory 2 here" in result.err
+
+
+def test_kernels_that_cannot_run_are_refused_and_plain_ones_remarked_on_only_on_a_gpu(tmp_path):
+    pattern = r"kernels triton: there is no CUDA device; fix: use --kernels auto"
+    refused(run(tiny(kernels="triton", save=tmp_path / "no")), 2, pattern)
+    outcomes = []
+    for wish in ("auto", "torch"):
+        result = run(tiny(nEpochs=1, kernels=wish, save=tmp_path / wish))
+        assert (result.code, result.err) == (0, "")
+        outcomes.append(outcome(tmp_path / wish))
+    assert outcomes[0] == outcomes[1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import models
 import opts
 from errors import CheckpointError, UsageError
+from kernels.dropout import Drop, draw_seed
 
 IMAGENET = "--dataset imagenet"
 TINY = "--dataset cifar10 --depth 10 --growthRate 4"
@@ -177,26 +178,30 @@ def statement(
     def conv(name: str, x: Tensor, padding: int) -> Tensor:
         return F.conv2d(x, weights[f"{name}.weight"], padding=padding)
 
-    def dropped(place: str, x: Tensor) -> Tensor:
-        return F.dropout(x, drop, training) if place in places else x
+    def dropped(place: str, x: Tensor, seed: Tensor, number: int = 0) -> Tensor:
+        if not (training and drop and place in places):
+            return x
+        mask = Drop(drop, seed, number).mask(x.permute(0, 2, 3, 1))
+        return x * mask.permute(0, 3, 1, 2)
 
-    x = dropped("after the stem", conv("features.conv0", images, padding=1))
+    no_seed = torch.zeros(1, dtype=torch.int32)
+    x = dropped("after the stem", conv("features.conv0", images, padding=1), no_seed)
     for block in (1, 2, 3):
-        maps = [x]
-        for layer in range(1, LAYERS + 1):
-            at = f"features.denseblock{block}.denselayer{layer}"
+        maps, seed = [x], draw_seed(x.device)  # one of each block and of each transition
+        for layer in range(LAYERS):
+            at = f"features.denseblock{block}.denselayer{layer + 1}"
             new = bn_relu(f"{at}.norm1", torch.cat(maps, 1))
             if bottleneck:
-                new = dropped("after 1x1", conv(f"{at}.conv1", new, padding=0))
+                new = dropped("after 1x1", conv(f"{at}.conv1", new, padding=0), seed, 2 * layer)
                 new = bn_relu(f"{at}.norm2", new)
             new = conv(f"{at}.conv{2 if bottleneck else 1}", new, padding=1)
-            maps.append(dropped("after 3x3", new))
+            maps.append(dropped("after 3x3", new, seed, 2 * layer + bottleneck))
         x = torch.cat(maps, 1)
         if block < 3:
-            at = f"features.transition{block}"
+            at, seed = f"features.transition{block}", draw_seed(x.device)
             x = conv(f"{at}.conv", bn_relu(f"{at}.norm", x), padding=0)
-            x = pool(dropped("in transition", x), 2)
-            x = dropped("after pooling", x)
+            x = pool(dropped("in transition", x, seed), 2)
+            x = dropped("after pooling", x, seed)
     x = bn_relu("features.norm5", x).mean(dim=(2, 3))
     return F.linear(x, weights["classifier.weight"], weights["classifier.bias"])
 
@@ -214,9 +219,10 @@ def one_stated_step(state: dict[str, Tensor], images, targets, **variant) -> dic
     return {"logits": logits.detach(), **gradients, **buffers}
 
 
+@pytest.mark.parametrize("level", [0, 2])
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_the_cifar_network_equals_the_paper(name):
-    model, (images, targets) = form(name), photographs()
+def test_every_form_of_the_cifar_network_equals_the_paper(name, level):
+    model, (images, targets) = form(name, f"--optMemory {level}"), photographs()
     state, bottleneck = copied_state(model), "B" in name
     got = one_step(model, images, targets)
     want = one_stated_step(state, images, targets, bottleneck=bottleneck)
@@ -238,11 +244,13 @@ def test_evaluation_equals_the_paper_with_running_statistics_and_without_dropout
     assert same_state(model.state_dict(), state)  # evaluating moves nothing
 
 
-# The same random numbers in the same places give the same outputs; one place more, less or moved
-# gives others.
+# The same masks in the same places give the same outputs; one place more, less or moved gives
+# others.
 @pytest.mark.parametrize("name", FORMS)
-def test_dropout_comes_after_each_convolution_but_the_stem_and_before_pooling(name):
-    model, (images, targets) = form(name, "--dropRate 0.3"), photographs()
+@pytest.mark.parametrize("level", [0, 2])
+def test_dropout_comes_after_each_convolution_but_the_stem_and_before_pooling(name, level):
+    model = form(name, f"--dropRate 0.3 --optMemory {level}")
+    images, targets = photographs()
     state, bottleneck = copied_state(model), "B" in name
 
     def stated(*places: str) -> dict[str, Tensor]:
@@ -276,7 +284,8 @@ def test_dropout_comes_after_each_convolution_but_the_stem_and_before_pooling(na
 )
 def test_dropout_sets_its_share_to_zero_and_scales_the_rest(conv, then):
     rate, seen = 0.3, {}
-    model = network(f"--dataset cifar10 --depth 16 --growthRate 12 --dropRate {rate}").features
+    line = f"--dataset cifar10 --depth 16 --growthRate 12 --dropRate {rate} --optMemory 0"
+    model = network(line).features
     model.get_submodule(conv).register_forward_hook(
         lambda _, inputs, output: seen.update(before=output.clone())
     )

@@ -77,7 +77,7 @@ DEFAULTS = {
     "bottleneck": True,
     "reduction": 0.5,
     "dropRate": 0.0,
-    "optMemory": 1,
+    "optMemory": 2,
     "d1": 0,
     "d2": 0,
     "d3": 0,
@@ -97,6 +97,8 @@ DEFAULTS = {
     "override": False,
     "milestones": [150, 225],
     "initChannels": 24,
+    "kernels": "auto",
+    "cudaGraph": "auto",
 }
 IMAGENET = {
     "nEpochs": 90,
@@ -190,7 +192,8 @@ def test_the_depth_decides_the_layers_of_each_block(line, stages):
 
 
 def test_the_lua_command_line_runs_as_it_stands():
-    lua = parse(f"{LUA} -optnet true -backend cudnn -shortcutType A -gen x -optimState none")
+    ignored = "-backend cudnn -shortcutType A -gen x -optimState none"
+    lua = parse(f"{LUA} -shareGradInput true {ignored}")
     assert opts.settings(lua) == opts.settings(parse("")) == opts.settings(parse(LUA))
     assert opts.settings(lua) != opts.settings(parse(LUA.replace("100", "40")))
 
@@ -327,7 +330,14 @@ def test_the_ends_of_the_ranges_are_inside(line):
         ("--cudnn deterministc", "is not one of fastest, default", "use deterministic"),
         ("--lrShape cos", "lrShape: 'cos' is not one of multistep, cosine", "use cosine"),
         ("--onBadImage ignore", "is not one of error, skip", "use "),
-        ("--optMemory 5", "optMemory: '5' is not one of", "use 1"),
+        ("--optMemory 5", "optMemory: '5' is not one of 0, 1, 2, 3, 4, auto", "use 4"),
+        ("--optMemory atuo", "optMemory: 'atuo' is not a level or auto", "use 0 or 1 or"),
+        ("--optMemory 2.0", "optMemory: '2.0' is not a level or auto", "use 0 or 1 or"),
+        ("--optMemory Auto", "optMemory: 'Auto' is not a level or auto", "use 0 or 1 or"),
+        ("--kernels cuda", "kernels: 'cuda' is not one of auto, triton, torch", "use "),
+        ("--kernels tirton", "kernels: 'tirton' is not one of", "use triton"),
+        ("--cudaGraph yes", "cudaGraph: 'yes' is not one of auto, true, false", "use "),
+        ("--cudaGraph fasle", "cudaGraph: 'fasle' is not one of", "use false"),
         ("--optMemory -1", "optMemory: '-1' is not one of", "use 0"),
         ("--bottleneck no", "bottleneck: 'no' is not true or false", "use true or false"),
         ("--tenCrop 1", "tenCrop: '1' is not true or false", "use true or false"),
@@ -484,10 +494,20 @@ def test_a_flag_without_effect_is_remarked_on(line, notes):
     assert parse(line).notes == notes
 
 
-def test_share_grad_input_is_the_highest_memory_level_of_up_to_two():
-    opt = parse("-shareGradInput true")
-    assert opt.optMemory == max(level for level in opts.MEMORY_LEVELS if level <= 2)
-    assert opt.notes == [f"shareGradInput is optMemory {opt.optMemory} here"]
+def test_the_original_names_of_memory_levels_are_one_and_two():
+    for name, level in (("optnet", 1), ("shareGradInput", 2)):
+        opt = parse(f"-{name} true")
+        assert (opt.optMemory, opt.optnet, opt.shareGradInput) == (level, False, False)
+        assert opt.notes == [f"{name} is optMemory {level} here"]
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 3, 4, "auto"])
+def test_every_memory_level_is_taken_and_read_back(value, tmp_path):
+    for source in (f"-optMemory {value}", config(tmp_path, f"optMemory: {value}\n")):
+        opt = parse(source)
+        assert opt.optMemory == value and type(opt.optMemory) is type(value)
+        assert opt.notes == []
+    assert parse(config(tmp_path, opts.as_yaml(opt))).optMemory == value
 
 
 # ---------------------------------------------------------------------- names, paths, comparison
@@ -579,6 +599,8 @@ LINES = (
     "--retrain w.pt --resetClassifier true --epochNumber 3 --save 010",
     "--testOnly true --retrain true --save [] --data ~",
     "--bottleneck false --reduction 1 --initChannels 3 --tf32 true --optMemory 0",
+    "--optMemory auto --kernels triton --cudaGraph false",
+    "--optMemory 4 --kernels torch --cudaGraph true",
     "--save=a,b:#c --data=!!python/none --resume auto",
 )
 

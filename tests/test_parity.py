@@ -31,6 +31,8 @@ ADDED = {
     "saveEvery": "an ImageNet epoch is too long to lose",
     "override": "a run is continued with other settings only on purpose",
     "milestones": "schedules of other papers",
+    "kernels": "the fused layers are one of two ways to compute the same, and one may be at fault",
+    "cudaGraph": "a step captured once is replayed as it was, which some tools cannot look into",
     "initChannels": "the paper's stem and the Lua code's differ",
 }
 READ_BY_NOTHING = dict.fromkeys(

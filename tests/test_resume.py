@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from faults.contract import TINY, command, outcome, records, refused, saved, status, tiny
 from faults.sabotage import at_batch, forget_position, forget_rng, kill_after, send
@@ -119,6 +120,7 @@ KINDS = [
     {"momentum": 0},
     {"augment": False, "dropRate": 0},
     {"optMemory": 0},
+    {"optMemory": 4, "bottleneck": False},
 ]
 
 
@@ -134,6 +136,26 @@ def test_every_kind_of_run_resumes_as_if_it_had_not_been_stopped(tmp_path, kind,
     flags, want = kind
     assert run(tiny(**flags, save=tmp_path), stopped(signal.SIGTERM, k, phase)).code == 75
     assert finish(tmp_path, **flags) == want
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return torch.load(directory / "model_last.pt", weights_only=True)
+
+
+def test_a_run_goes_on_at_another_memory_level_within_round_off(tmp_path):
+    flags = {"nEpochs": 2, "dropRate": 0.2, "precision": "double"}
+    finish(tmp_path / "alone", **flags)
+    want = weights(tmp_path / "alone")
+    for level, seed in ((4, 0), (0, 0), (4, 1)):
+        directory = tmp_path / f"{level} {seed}"
+        argv = tiny(**flags, optMemory=2, manualSeed=seed, save=directory)
+        assert run(argv, stopped(signal.SIGTERM, 3)).code == 75
+        assert run([f"--resume={directory}", f"--optMemory={level}"]).code == 0
+        settings = yaml.safe_load((directory / "config.yaml").read_text())
+        assert (settings["optMemory"], status(directory)["global_step"]) == (level, 8)
+        got = weights(directory)
+        largest = max((got[name] - want[name]).abs().max().item() for name in want)
+        assert largest < 1e-10 if seed == 0 else largest > 1e-3
 
 
 # ---------------------------------------------------------------------------------- image folders

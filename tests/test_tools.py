@@ -1,8 +1,12 @@
 """The counts of tools.describe are those of the paper, and of a plain sum over the architecture."""
 
 import pytest
+import torch
 
+import datasets
+import footprint
 import opts
+from kernels import plain
 from tools import describe, overhead
 
 
@@ -72,6 +76,48 @@ def test_describe_prints_stages_and_channels_of_each_layer(capsys):
 def test_describe_needs_the_classes_of_a_folder(capsys):
     assert describe.main(["--dataset", "folder", "--imageSize", "32"]) == 2
     assert "fix: add --nClasses N" in capsys.readouterr().err
+
+
+TINY = "--dataset digits --depth 10 --growthRate 4 --nGPU 0"
+
+
+def test_describe_predicts_memory_per_level_and_precision_for_a_batch(capsys, monkeypatch):
+    monkeypatch.setattr(describe, "PRECISIONS", ("single", "double"))  # half of the time
+    assert describe.main([*TINY.split(), "--batchSize", "200"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.partition("memory of a training step at batch 200 on CPU")[2].splitlines()
+    rows = [line.split() for line in lines[2:7]]
+    assert lines[1].split() == ["optMemory", "single", "double"]
+    assert [row[0] for row in rows] == [*"01234"]
+    for level, column, precision in ((0, 1, "single"), (2, 1, "single"), (4, 2, "double")):
+        opt = opts.parse(f"{TINY} --batchSize 200 --precision {precision}".split())
+        estimate = footprint.Estimate(opt, 10, torch.device("cpu"), plain)
+        assert rows[level][column] == f"{estimate.peak_bytes(level) / 1e6:.1f}"
+    assert rows[0][1] != rows[2][1] != rows[2][2]
+    assert lines[-1].startswith("optMemory auto: 2, the fastest")
+
+
+def test_describe_has_a_column_for_every_precision():
+    assert set(describe.PRECISIONS) == set(opts.FLAGS["precision"].choices)
+
+
+def test_describe_predicts_nothing_without_a_batch(capsys):
+    assert describe.main([*TINY.split(), "--optMemory", "auto"]) == 0
+    assert "memory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--dataset digits", "--dataset synthetic --nImages 99"])
+def test_describe_counts_the_data_that_stays_on_the_device(flags):
+    opt = opts.parse(flags.split())
+    data = datasets.create(opt, torch.device("cpu"), print)
+    tensors = [t for split in (data.train, data.val) for t in vars(split.images).values()]
+    assert describe.resident_bytes(opt) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_describe_knows_which_data_is_not_resident_and_which_is_not_known():
+    assert describe.resident_bytes(opts.parse(["--dataset", "imagenet"])) == 0
+    assert describe.resident_bytes(opts.parse(["--dataset", "folder", "--imageSize", "32"])) is None
+    assert describe.resident_bytes(opts.parse([])) == 60_000 * (32 * 32 * 3 + 8)
 
 
 def test_the_cost_of_the_loop_is_measured_on_both_loops(monkeypatch):

@@ -1,12 +1,20 @@
-"""What a network counts: `python -m tools.describe` with any flags or `--config` of main.py."""
+"""What a network counts: `python -m tools.describe` with any flags or `--config` of main.py.
+
+With `--batchSize` also what its training steps need in memory, per memory level and precision.
+"""
 
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import opts
 from errors import RunError, UsageError
+
+PRECISIONS = ("single", "half", "bf16", "double")
+# Training and test images of the sets that lie on the device as a whole.
+NUM_IMAGES = {"cifar10": 60_000, "cifar100": 60_000, "svhn": 99_289, "digits": 1_797}
 
 
 @dataclass(frozen=True)
@@ -59,23 +67,34 @@ def measure(model, image_size: int) -> list[Layer]:
     return layers
 
 
+def num_classes(opt: SimpleNamespace) -> int:
+    """The classes of the data that the settings name.
+
+    Raises:
+        UsageError: they are in the data only.
+    """
+    import datasets
+
+    known = datasets.NUM_CLASSES | {"synthetic": datasets.SYNTHETIC_CLASSES}
+    count = opt.nClasses or known.get(opt.dataset)
+    if count is None:
+        raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")
+    return count
+
+
 def build(opt: SimpleNamespace):
-    """The network of the settings, without memory for its weights.
+    """The network of the settings, without memory for its weights, in plain modules to be counted.
 
     Raises:
         UsageError: the number of classes is in the data only.
     """
     import torch
 
-    import datasets
+    import footprint
     import models
 
-    known = datasets.NUM_CLASSES | {"synthetic": datasets.SYNTHETIC_CLASSES}
-    num_classes = opt.nClasses or known.get(opt.dataset)
-    if num_classes is None:
-        raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")
     with torch.device("meta"):
-        return models.create(opt, num_classes)
+        return models.create(footprint.with_settings(opt, optMemory=0), num_classes(opt))
 
 
 def render(opt: SimpleNamespace, model, layers: list[Layer]) -> str:
@@ -101,15 +120,66 @@ def render(opt: SimpleNamespace, model, layers: list[Layer]) -> str:
     return "\n".join(lines)
 
 
+def memory(opt: SimpleNamespace) -> Iterator[str]:
+    """Lines about the memory of training steps, each as soon as it is known.
+
+    Raises:
+        UsageError: a GPU or kernels are asked for that are not there.
+    """
+    import devices
+    import footprint
+    import kernels
+
+    device = devices.select(opt.nGPU)
+    estimates = {}
+    for precision in PRECISIONS:
+        # Triton asked for by name is an error where one precision cannot have it.
+        wish = "torch" if opt.kernels == "torch" else "auto"
+        ops, _ = kernels.select(wish, device, precision)
+        changed = footprint.with_settings(opt, precision=precision)
+        estimates[precision] = footprint.Estimate(changed, num_classes(opt), device, ops)
+
+    yield f"memory of a training step at batch {opt.batchSize} on {devices.describe(device)}, in MB"
+    yield f"{'optMemory':<12}" + "".join(f"{precision:>12}" for precision in PRECISIONS)
+    for level in opts.MEMORY_LEVELS:
+        peaks = [estimate.peak_bytes(level) for estimate in estimates.values()]
+        yield f"{level:<12}" + "".join(f"{peak / 1e6:>12,.1f}" for peak in peaks)
+    data = resident_bytes(opt)
+    yield f"{'data':<12}" + ("not known here" if data is None else f"{data / 1e6:>12,.1f} more")
+    free = devices.free_bytes(device)
+    yield _choice(estimates[opt.precision], None if free is None else free - (data or 0))
+
+
+def _choice(estimate, free: int | None) -> str:
+    """What `--optMemory auto` does with so much memory."""
+    level, note = estimate.choose_level(free)
+    why = "" if free is not None else ", the fastest: what is free is known of a GPU only"
+    return note or f"optMemory auto: {level}{why}"
+
+
+def resident_bytes(opt: SimpleNamespace) -> int | None:
+    """The images and labels that stay on the device; None where only the data tells."""
+    if opt.imagenetShape and opt.dataset in ("imagenet", "folder"):
+        return 0  # read batch by batch
+    count = NUM_IMAGES.get(opt.dataset)
+    if opt.dataset == "synthetic":
+        count = opt.nImages + max(1, opt.nImages // 5)
+    return count and count * (3 * opt.imageSize**2 + 8)
+
+
 def main(argv: list[str]) -> int:
-    """Print the counts of the network that the flags describe."""
+    """Print the counts of the network that the flags describe, and the memory of its steps."""
     try:
         opt = opts.parse(argv)
         model = build(opt)
+        print(render(opt, model, measure(model, opt.imageSize)))
+        if "batchSize" in opt.given:
+            print()
+            for line in memory(opt):
+                print(line, flush=True)
     except RunError as error:
         print(error.report(), file=sys.stderr)
         return error.code
-    print(render(opt, model, measure(model, opt.imageSize)))
     return 0
 
 

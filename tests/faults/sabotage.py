@@ -51,6 +51,25 @@ def refuse(number: int) -> None:
     raise OSError(number, os.strerror(number))
 
 
+def ask_for_tensors() -> None:
+    """A tensor that no machine has room for."""
+    import torch
+
+    torch.empty(2**50)
+
+
+def ask_for_bytes() -> None:
+    """The same of Python."""
+    bytearray(2**60)
+
+
+def fill_the_gpu() -> None:
+    """What PyTorch raises when a GPU has no memory left."""
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 # --------------------------------------------------------------------------------------- moments
 
 
