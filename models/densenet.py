@@ -100,19 +100,19 @@ class DenseNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
-        if self._shares(images):
+        if self._shares():
             return self.classifier(self._shared_features(images).flatten(1))
         maps = F.relu(self.features(images), inplace=True)  # (N, C, h, w)
         # A mean, since adaptive pooling has no deterministic backward on CUDA.
         return self.classifier(maps.mean(dim=(2, 3)))
 
-    def _shares(self, images: Tensor) -> bool:
+    def _shares(self) -> bool:
         """Whether models/shared_block.py computes what the plain modules would."""
         if self.memory_level < 2:
             return False
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        settings = {(norm.eps, norm.momentum, norm.track_running_stats) for norm in norms}
-        if len(settings) > 1 or None in (*settings,)[0] or not norms[0].track_running_stats:
+        alike = len({(norm.eps, norm.momentum, norm.track_running_stats) for norm in norms}) == 1
+        if not alike or norms[0].momentum is None or not norms[0].track_running_stats:
             return False
         # A block's mode decides about its dropout.
         blocks = [module for module in self.modules() if isinstance(module, DenseBlock)]
