@@ -15,7 +15,7 @@ from errors import UsageError
 
 WARM_UP = 3  # eager steps before recording: libraries choose algorithms, allocate and compile
 
-_FAILED: list = []
+_FAILED: list[torch.cuda.CUDAGraph] = []  # recordings that broke off, kept: see `record`
 Step = Callable[[Tensor, Tensor], None]
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 

@@ -45,10 +45,6 @@ class Drop:
         kept = (_mix(_mix(index ^ key) + key) & (2**BITS - 1)) >= self.threshold
         return kept.to(x.dtype).mul_(self.scale).view(x.shape)
 
-    def apply(self, x: Tensor, start: int = 0) -> Tensor:
-        """`x` with some values dropped, see `mask`."""
-        return x * self.mask(x, start)
-
 
 def _mix(x: Tensor) -> Tensor:
     """A hash of 32 bits: int32 products wrap, and a shift is logical once masked."""
