@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+import limits
 from datasets.batches import Augmentation, Batches, channel_statistics
-from datasets.files import FileBatches, ImageFiles, worker_failures
+from datasets.deal import Deal
+from datasets.digests import of_files, of_images
+from datasets.files import BadImages, FileBatches, ImageFiles, worker_failures
 from datasets.randomness import permutation
 from datasets.small import SmallSet
 from errors import DataError
@@ -19,7 +22,21 @@ __all__ = ["NUM_CLASSES", "SYNTHETIC_CLASSES", "Data", "create", "worker_failure
 # Classes of the sets that have a fixed number, for describing a network without its data.
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "digits": 10, "imagenet": 1000}
 SYNTHETIC_CLASSES = 10
+FILES, FILES_OF_WORKER = 64, 48  # that are open at once, and the pipes of each worker
 PAD_SHARE = 8  # random crops shift by up to an eighth of the image: 4 pixels of 32
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Which of the processes of a run data is for.
+
+    Args:
+        everyone: exchanges plain values; `distributed.World.everyone`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    everyone: Callable[[list], list[list]] = lambda value: [value]
 
 
 @dataclass
@@ -29,7 +46,7 @@ class Data:
     Args:
         val: measured after every epoch. Held out of training with `validSize`; else the test set.
         test: measured once, at the end, with `validSize`; else None.
-        facts: what a checkpoint must find again: classes, counts, statistics, the split.
+        facts: what a checkpoint must find again: classes, counts, statistics, the split, digests.
     """
 
     train: Batches | FileBatches
@@ -49,6 +66,7 @@ def create(
     device: torch.device,
     warn: Callable[[str], None],
     statistics: tuple[list[float], list[float]] | None = None,
+    replica: Replica = Replica(),
 ) -> Data:
     """Read, check and split the dataset that the settings name.
 
@@ -59,19 +77,23 @@ def create(
     Raises:
         DataError: it is missing, damaged or not as the settings say.
     """
+    try:
+        limits.allow_open_files(FILES + FILES_OF_WORKER * opt.nThreads)
+    except OSError as error:
+        raise DataError(error.strerror, "raise it with ulimit -n, or lower --nThreads") from error
     dtype = torch.float64 if opt.precision == "double" else torch.float32
     if opt.imagenetShape and opt.dataset in ("imagenet", "folder"):
-        data = _large(opt, device, dtype, warn)
+        data = _large(opt, device, dtype, warn, replica)
     else:
-        data = _small(opt, device, dtype, _load_small(opt, warn), statistics)
+        data = _small(opt, device, dtype, _load_small(opt, warn), statistics, replica)
     for split in (data.train, data.val, data.test):
         if isinstance(split, FileBatches):
             split.start()
     data.facts |= {
         "classes": data.classes,
-        "train": data.train.num_images,
-        "val": data.val.num_images,
-        "test": data.test.num_images if data.test else None,
+        "train": data.train.deal.num_images,
+        "val": data.val.deal.num_images,
+        "test": data.test.deal.num_images if data.test else None,
     }
     return data
 
@@ -107,11 +129,13 @@ def _small(
     dtype: torch.dtype,
     data: SmallSet,
     statistics: tuple[list[float], list[float]] | None,
+    replica: Replica,
 ) -> Data:
     _check_classes(opt, data.classes)
     for split, images in (("training", data.train), ("test", data.test)):
         _check_labels(split, images.labels, len(data.classes))
     kept, held_out = split_indices(len(data.train.labels), opt.validSize, opt.manualSeed)
+    digests = {"training_set": of_images(data.train), "test_set": of_images(data.test)}
     mean, std = statistics or (data.mean, data.std)
     if mean is None:
         mean, std = channel_statistics(data.train.pixels, kept)
@@ -119,23 +143,31 @@ def _small(
     pad = opt.imageSize // PAD_SHARE
     augmentation = Augmentation(pad, data.flip) if opt.augment else None
 
-    def batches(images, indices: Tensor, **more) -> Batches:
-        return Batches(
-            images, indices, batch_size=opt.batchSize, mean=mean, std=std, dtype=dtype, **more
-        )
+    def batches(images, indices: Tensor, seed: int | None = None, augmentation=None) -> Batches:
+        deal = _deal(indices, opt.batchSize, seed, replica)
+        return Batches(images, deal, mean=mean, std=std, dtype=dtype, augmentation=augmentation)
 
     everything = torch.arange(len(test.labels))
     return Data(
-        train=batches(train, kept, seed=opt.manualSeed, augmentation=augmentation),
+        train=batches(train, kept, opt.manualSeed, augmentation),
         val=batches(train, held_out) if opt.validSize else batches(test, everything),
         test=batches(test, everything) if opt.validSize else None,
         classes=data.classes,
-        facts={"mean": list(mean), "std": list(std), "held_out": held_out.tolist()},
+        facts={"mean": list(mean), "std": list(std), "held_out": held_out.tolist(), **digests},
     )
 
 
+def _deal(indices: Tensor, batch_size: int, seed: int | None, replica: Replica) -> Deal:
+    """Without a seed it is for evaluation, which computes the same batches on any number."""
+    return Deal(indices, batch_size, seed, replica.rank, replica.size, whole=seed is None)
+
+
 def _large(
-    opt: SimpleNamespace, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]
+    opt: SimpleNamespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    warn: Callable[[str], None],
+    replica: Replica,
 ) -> Data:
     from datasets import transforms
     from datasets.folder import listing
@@ -149,12 +181,10 @@ def _large(
         crops = 10 if opt.tenCrop and seed is None else 1
         return FileBatches(
             ImageFiles(samples, transform, opt.manualSeed),
-            indices,
-            batch_size=max(1, opt.batchSize // crops),
-            seed=seed,
+            _deal(indices, max(1, opt.batchSize // crops), seed, replica),
             num_workers=opt.nThreads,
-            on_bad_image=opt.onBadImage,
-            warn=warn,
+            bad=BadImages(opt.onBadImage, len(indices), warn, replica.everyone),
+            image_size=opt.imageSize,
             normalise=transforms.Normalise(device, dtype),
             device=device,
         )
@@ -172,6 +202,8 @@ def _large(
             "mean": [255 * value for value in transforms.MEAN],
             "std": [255 * value for value in transforms.STD],
             "held_out": held_out.tolist(),
+            "training_set": of_files(files.train, Path(opt.data) / "train"),
+            "test_set": of_files(files.val, Path(opt.data) / "val"),
         },
     )
 

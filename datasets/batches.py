@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datasets.randomness import epoch_order, generator
+from datasets.deal import Deal
+from datasets.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -66,58 +67,45 @@ class Batches:
 
     Args:
         images: all pictures, on the device where batches are wanted.
-        indices: (n,) which of them belong to the split.
+        deal: the images of the split, and which of them this replica gets when.
         mean, std: per channel, of pixels from 0 to 255.
         dtype: of the images yielded.
-        seed: shuffle with it; None keeps the order of `indices`, for evaluation.
         augmentation: None only normalises.
     """
 
     def __init__(
         self,
         images: Images,
-        indices: Tensor,
+        deal: Deal,
         *,
-        batch_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         dtype: torch.dtype = torch.float32,
-        seed: int | None = None,
         augmentation: Augmentation | None = None,
     ):
         device = images.pixels.device
-        self.images, self.indices = images, indices.to(device)
-        self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
+        self.images, self.deal, self.augmentation = images, deal.to(device), augmentation
         self.mean = torch.tensor(mean, dtype=dtype, device=device)
         self.std = torch.tensor(std, dtype=dtype, device=device)
 
-    def __len__(self) -> int:
-        """Batches in an epoch; the last may be smaller."""
-        return -(-len(self.indices) // self.batch_size)
-
-    @property
-    def num_images(self) -> int:
-        """Images in an epoch."""
-        return len(self.indices)
-
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches `start`, `start` + 1, ... of an epoch.
+        """What this replica has of steps `start`, `start` + 1, ... of an epoch.
 
         Yields:
             images: (n, 3, H, W), normalised, channels last in memory.
-            targets: (n,) int64.
+            targets: (n,) int64. n is 0 where a step has nothing for this replica.
         """
         plan = self.plan(epoch)
-        for step in range(start, len(self)):
-            yield self.cut(plan.at(slice(step * self.batch_size, (step + 1) * self.batch_size)))
+        for step in range(start, len(self.deal)):
+            yield self.cut(plan.at(self.deal.places(step)))
 
     def plan(self, epoch: int) -> Plan:
         """Order and augmentation of an epoch, drawn at once on the device."""
-        chosen = epoch_order(self.indices, self.seed, epoch)
+        chosen = self.deal.order(epoch)
         if self.augmentation is None:
             return Plan(chosen)
         device, n, pad = chosen.device, len(chosen), self.augmentation.pad
-        draws = generator("crop", self.seed, epoch, device=device)
+        draws = generator("crop", self.deal.seed, epoch, device=device)
         offset = torch.randint(-pad, pad + 1, (n, 2), generator=draws, device=device)
         mirrored = torch.rand(n, 1, generator=draws, device=device) < 0.5
         return Plan(chosen, offset, mirrored if self.augmentation.flip else None)
@@ -129,11 +117,6 @@ class Batches:
         else:
             batch = shifted(self.images.pixels, plan, self.mean, self.std)
         return batch.permute(0, 3, 1, 2), self.images.labels[plan.chosen]
-
-    def chosen(self, epoch: int, step: int) -> list[int]:
-        """Which images batch `step` (from 0) of an epoch holds."""
-        order = epoch_order(self.indices, self.seed, epoch)
-        return order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
 
 
 def shifted(pixels: Tensor, plan: Plan, mean: Tensor, std: Tensor) -> Tensor:

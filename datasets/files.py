@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.randomness import epoch_order, generator
+from datasets.deal import Deal
+from datasets.randomness import generator
 from errors import DataError
 from stopping import ignore_signals, kill_children
 
-MAX_PIXELS = 100_000_000  # of one image; a few kilobytes can claim more than memory holds
+# Of Pillow's formats those that datasets have; among the others is one that runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+MAX_PIXELS = 2**26  # of one image; a few kilobytes can claim more than memory holds
+# A progressive JPEG goes over its pixels ten times. It could do so in every twenty bytes; where
+# pixels times bytes are more than this, which would take seconds, they are counted.
+MAX_SCANS, MAX_WORK = 100, 2**36
 MAX_ASPECT = 100  # of the sides; resized to a given width, a line would be as large
 WORKER_TIMEOUT_S = 300
 SKIPPED_SHARE = 0.001  # of the images, more bad ones than this stop a run that skips them
@@ -33,17 +40,27 @@ def decode(path: str | Path) -> Image.Image:
     Raises:
         Exception: any kind, when the file is damaged: it is the decoder's.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):  # a pipe would never end
         raise ValueError("not a regular file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here, other remarks are of no use
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"{width} x {height} pixels are too many or too narrow")
+            if width * height * about.st_size > MAX_WORK and _scans(path) > MAX_SCANS:
+                raise ValueError(f"more than {MAX_SCANS} scans")
+            image.load()
             if image.mode.startswith("I;16"):  # convert() would cut off at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _scans(path: str | Path) -> int:
+    with open(path, "rb") as file:
+        data = file.read()
+    return data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
 
 
 class ImageFiles(Dataset):
@@ -84,25 +101,36 @@ class BadImages:
     Args:
         policy: "error" stops at the first, "skip" after a thousandth of the images.
         total: images in the split.
+        warn: called with a line for each image that is skipped.
+        everyone: what each replica has found, from what this one has.
     """
 
     policy: str
     total: int
     warn: Callable[[str], None]
-    seen: set[str] = field(default_factory=set)
+    everyone: Callable[[list[str]], list[list[str]]] = lambda found: [found]
+    seen: dict[str, None] = field(default_factory=dict)
 
     def add(self, reason: str) -> None:
         """Count a bad image; raise DataError when there are too many."""
-        fix = "replace or remove the file"
         if self.policy == "error":
-            raise DataError(f"cannot read image {reason}", f"{fix}, or --onBadImage skip")
+            fix = "replace or remove the file, or --onBadImage skip"
+            raise DataError(f"cannot read image {reason}", fix)
         if reason not in self.seen:
-            self.seen.add(reason)
+            self.seen[reason] = None
             self.warn(f"skipped image {reason}")
         if len(self.seen) > SKIPPED_SHARE * self.total:
             raise DataError(
-                f"{len(self.seen)} of {self.total} images cannot be read, last {reason}", fix
+                f"{len(self.seen)} of {self.total} images cannot be read, last {reason}",
+                "replace or remove the file",
             )
+
+    def compare(self) -> None:
+        """At the end of a pass: count what the other replicas have found as well."""
+        if self.policy == "skip":
+            for found in self.everyone(list(self.seen)):
+                for reason in found:
+                    self.add(reason)
 
 
 class _Order:
@@ -122,35 +150,32 @@ class FileBatches:
     """The batches of one split read from files; the same interface as `batches.Batches`.
 
     Args:
-        indices: (n,) which samples belong to the split.
-        seed: shuffle with it; None keeps the order, for evaluation.
+        deal: the samples of the split, and which of them this replica gets when.
         num_workers: processes that decode; 0 decodes in this one.
-        warn: called with a line for each image that is skipped.
+        bad: what to do about images that cannot be read.
+        image_size: height and width in pixels of what `dataset` yields.
         normalise: makes what the network gets of a batch on the device; None: as transformed.
     """
 
     def __init__(
         self,
         dataset: ImageFiles,
-        indices: Tensor,
+        deal: Deal,
         *,
-        batch_size: int,
-        seed: int | None,
         num_workers: int,
-        on_bad_image: str,
-        warn: Callable[[str], None],
+        bad: BadImages,
+        image_size: int,
         device: torch.device,
         normalise: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.deal, self.bad = deal, bad
         self.normalise, self.device = normalise, device
-        self.bad = BadImages(on_bad_image, len(indices), warn)
         self._order = _Order()
         self._loader = DataLoader(
             dataset,
             batch_sampler=self._order,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, image_size),
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
             timeout=WORKER_TIMEOUT_S if num_workers > 0 else 0,
@@ -165,39 +190,26 @@ class FileBatches:
         if self._loader.num_workers:
             iter(self._loader)
 
-    def __len__(self) -> int:
-        """Batches in an epoch; the last may be smaller."""
-        return -(-len(self.indices) // self.batch_size)
-
-    @property
-    def num_images(self) -> int:
-        """Images in an epoch."""
-        return len(self.indices)
-
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches `start`, `start` + 1, ... of an epoch.
+        """What this replica has of steps `start`, `start` + 1, ... of an epoch.
 
         Yields:
             images: (n, 3, H, W), or (10 n, 3, H, W) of ten crops each; normalised.
-            targets: (n,) int64. n is 0 where every image of a batch was skipped.
+            targets: (n,) int64. n is 0 where a step has nothing for this replica, or where every
+                image was skipped.
 
         Raises:
             DataError: an image cannot be read.
             RuntimeError: a worker died or hung; see `worker_failures`.
         """
-        order = epoch_order(self.indices, self.seed, epoch)
-        keys = [(epoch, index) for index in order.tolist()]
-        size = self.batch_size
-        self._order.batches = [keys[i * size : (i + 1) * size] for i in range(start, len(self))]
+        keys = [(epoch, index) for index in self.deal.order(epoch).tolist()]
+        steps = range(start, len(self.deal))
+        self._order.batches = [keys[self.deal.places(step)] for step in steps]
         for images, targets, bad in self._loader:
             for reason in bad:
                 self.bad.add(reason)
             yield self._on_device(images), targets.to(self.device, non_blocking=True)
-
-    def chosen(self, epoch: int, step: int) -> list[int]:
-        """Which images batch `step` (from 0) of an epoch holds."""
-        order = epoch_order(self.indices, self.seed, epoch)
-        return order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+        self.bad.compare()
 
     def _on_device(self, images: Tensor) -> Tensor:
         # What is not augmented crosses as bytes, at a quarter of the cost of numbers.
@@ -235,12 +247,13 @@ def _start_worker(_: int) -> None:
     sys.excepthook = lambda *_: None
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(image_size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     """Images (n, 3, H, W), targets (n,), and what could not be read."""
     good = [sample for sample in samples if not isinstance(sample, str)]
     bad = [sample for sample in samples if isinstance(sample, str)]
     if not good:
-        return torch.empty(0, 3, 1, 1), torch.empty(0, dtype=torch.int64), bad
+        nothing = torch.empty(0, 3, image_size, image_size)
+        return nothing, torch.empty(0, dtype=torch.int64), bad
     images = torch.stack([image for image, _ in good])
     if images.dim() == 5:  # ten crops: (n, 10, 3, H, W)
         images = images.flatten(0, 1)

@@ -1,5 +1,6 @@
 """Folders of images, one directory a class: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets.batches import Images
-from datasets.files import FileBatches, ImageFiles
+from datasets.deal import Deal
+from datasets.files import BadImages, FileBatches, ImageFiles
 from datasets.small import SmallSet
 from errors import DataError
 
@@ -30,32 +32,54 @@ def listing(root: Path) -> Listing:
     """List the images below `root`.
 
     Raises:
-        DataError: a class is empty, or train and val do not have the same classes.
+        DataError: a class is empty, train and val do not have the same classes, or a directory
+            contains itself.
     """
-    train, val = (_list(root / split) for split in ("train", "val"))
-    if train.classes != val.classes:
-        only = {
-            split: sorted(set(mine.classes) - set(other.classes))[:5]
-            for split, mine, other in (("train", train, val), ("val", val, train))
-        }
+    (train, classes), (val, others) = (_list(root / split) for split in ("train", "val"))
+    if classes != others:
+        only = {"train": {*classes} - {*others}, "val": {*others} - {*classes}}
         shown = ", ".join(
-            f"only in {split}: {' '.join(only[split])}" for split in only if only[split]
+            f"only in {split}: {' '.join(sorted(only[split])[:5])}" for split in only if only[split]
         )
         raise DataError(
             f"train and val in {root} have different classes: {shown}",
             "give both the same class directories",
         )
-    return Listing(train.samples, val.samples, train.classes)
+    return Listing(train, val, classes)
 
 
-def _list(directory: Path) -> ImageFolder:
+def _list(directory: Path) -> tuple[Samples, list[str]]:
     try:
-        return ImageFolder(str(directory))
-    except (OSError, ValueError) as error:  # torchvision: no class, or classes without an image
-        what = str(error).split(" Supported extensions")[0]
-        raise DataError(
-            f"{directory}: {what}", "put at least one image in each class directory"
-        ) from error
+        classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise DataError(f"{directory}: {error.strerror}", "check the directory") from error
+    images = [_images(directory / name) for name in classes]
+    empty = [name for name, found in zip(classes, images, strict=True) if not found]
+    if empty or not classes:
+        what = f"no images in class {' '.join(empty[:5])}" if empty else "no class directories"
+        raise DataError(f"{directory}: {what}", "put at least one image in each class directory")
+    return [(path, number) for number, found in enumerate(images) for path in found], classes
+
+
+def _images(directory: Path) -> list[str]:
+    """The image files of a class, with those in directories below it and behind links."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}", "check the directory") from error
+
+    walked, seen = [], set()
+    for folder, _, names in os.walk(directory, onerror=refuse, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # two links to where they are: endless
+            raise DataError(f"{folder} is a link to a directory listed before", "remove the link")
+        seen.add((place.st_dev, place.st_ino))
+        walked.append((folder, names))
+    return [
+        os.path.join(folder, name)
+        for folder, names in sorted(walked)
+        for name in sorted(names)
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
 
 
 def small_folder(
@@ -81,12 +105,10 @@ def _decode_all(
 ) -> Images:
     batches = FileBatches(
         ImageFiles(samples, _ToSize(size), seed=0),
-        torch.arange(len(samples)),
-        batch_size=256,
-        seed=None,
+        Deal(torch.arange(len(samples)), batch_size=256),
         num_workers=num_workers,
-        on_bad_image=on_bad_image,
-        warn=warn,
+        bad=BadImages(on_bad_image, len(samples), warn),
+        image_size=size,
         device=torch.device("cpu"),
     )
     pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)

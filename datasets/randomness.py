@@ -15,13 +15,6 @@ def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generat
     return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
 
-def epoch_order(indices: torch.Tensor, seed: int | None, epoch: int) -> torch.Tensor:
-    """The images of a split in the order of an epoch: shuffled by the seed, or as they are."""
-    if seed is None:
-        return indices
-    return indices[permutation(len(indices), "order", seed, epoch, device=indices.device)]
-
-
 def permutation(size: int, *key: object, device: torch.device | str = "cpu") -> torch.Tensor:
     """The order of `size` things that belongs to a key."""
     return torch.randperm(size, generator=generator(*key, device=device), device=device)

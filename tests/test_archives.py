@@ -368,6 +368,12 @@ def send_not_found(handler) -> None:
     handler.send_error(404)
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Try again at once."""
+    monkeypatch.setattr(archives, "PAUSE_S", 0)
+
+
 def test_an_absent_archive_is_downloaded_and_checked(tmp_path):
     path = tmp_path / "new" / "archive.bin"
     with server(send_all) as url:
@@ -380,7 +386,7 @@ def test_an_absent_archive_is_downloaded_and_checked(tmp_path):
     "respond",
     [send_half, send_half_in_chunks, send_page, send_nothing, send_nonsense, send_not_found],
 )
-def test_a_download_that_fails_leaves_nothing_behind(tmp_path, respond):
+def test_a_download_that_fails_leaves_nothing_behind(tmp_path, respond, impatient):
     path = tmp_path / "archive.bin"
     with server(respond) as url:
         line = refused(fetch, url, path, md5(CONTENT))
@@ -393,22 +399,24 @@ def test_a_download_that_fails_leaves_nothing_behind(tmp_path, respond):
 
 
 def test_a_download_that_is_interrupted_is_not_taken_for_the_archive(tmp_path, monkeypatch):
-    def die_midway(url, root, filename):
-        (Path(root) / filename).write_bytes(CONTENT[:1000])
+    def die_midway(url, path):
+        path.write_bytes(CONTENT[:1000])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(archives, "download_url", die_midway)
+    monkeypatch.setattr(archives, "_download_rest", die_midway)
     with pytest.raises(KeyboardInterrupt):
         fetch("http://127.0.0.1:1/x", tmp_path / "archive.bin", md5(CONTENT))
     assert only(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
-def test_offline_and_absent_names_the_path_where_the_file_belongs(tmp_path, monkeypatch, name):
-    def no_route(url, *args, **kwargs):
+def test_offline_and_absent_names_the_path_where_the_file_belongs(
+    tmp_path, monkeypatch, name, impatient
+):
+    def no_route(url, path):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(archives, "download_url", no_route)
+    monkeypatch.setattr(archives, "_download_rest", no_route)
     monkeypatch.chdir(tmp_path)
     filename = PARTS["train"][1] if name == "svhn" else CIFAR_KINDS[name].filename
     line = refused(create, Path("data"), name)
@@ -416,7 +424,7 @@ def test_offline_and_absent_names_the_path_where_the_file_belongs(tmp_path, monk
     assert line.endswith(f"fix: put the file at {tmp_path / 'data' / filename}")
 
 
-def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch, impatient):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/archive.tar.gz"

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from datasets import split_indices
 from datasets.batches import Augmentation, Batches, Images, channel_statistics
+from datasets.deal import Deal
 from datasets.randomness import generator, permutation
 from errors import DataError
 
@@ -24,10 +25,10 @@ def numbered(count: int, size: int = 8) -> Images:
     return Images(torch.from_numpy(noise(count, size)), torch.arange(count))
 
 
-def loader(images: Images, indices=None, **more) -> Batches:
+def loader(images: Images, indices=None, seed=None, batch_size=16, **more) -> Batches:
     indices = torch.arange(len(images.labels)) if indices is None else torch.tensor(indices)
-    settings = {"batch_size": 16, "mean": MEAN, "std": STD, "dtype": torch.float64}
-    return Batches(images, indices, **settings | more)
+    settings = {"mean": MEAN, "std": STD, "dtype": torch.float64}
+    return Batches(images, Deal(indices, batch_size, seed), **settings | more)
 
 
 def augmented(images: Images, flip: bool = True, **more) -> Batches:
@@ -74,7 +75,7 @@ def test_every_epoch_is_another_permutation_of_the_split():
     first, second = (labels_of(batches.batches(epoch)) for epoch in (1, 2))
     assert sorted(first) == sorted(second) == chosen
     assert len({tuple(first), tuple(second), tuple(chosen)}) == 3
-    assert batches.num_images == len(chosen) and len(batches) == 2
+    assert batches.deal.num_images == len(chosen) and len(batches.deal) == 2
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4])

@@ -19,8 +19,9 @@ CPU = torch.device("cpu")
 HERE = Path()
 
 
-def create(*flags: str) -> datasets.Data:
-    return datasets.create(opts.parse([*flags, "--nThreads", "0"]), CPU, pytest.fail)
+def create(*flags: str, rank: int = 0, size: int = 1) -> datasets.Data:
+    opt = opts.parse([*flags, "--nThreads", "0"], launched=size)
+    return datasets.create(opt, CPU, pytest.fail, replica=datasets.Replica(rank, size))
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_every_dataset_gives_its_splits_classes_and_type(written, name, precisio
             assert images.is_contiguous(memory_format=torch.channels_last)
             assert targets.dtype == torch.int64
             assert targets.min() >= 0 and targets.max() < num_classes
-        assert counted == batches.num_images == data.facts[split]
+        assert counted == batches.deal.num_images == data.facts[split]
 
 
 @pytest.mark.parametrize("name", opts.DATASETS)
@@ -104,11 +105,31 @@ def test_a_part_that_is_held_out_is_recorded_and_never_trains(written, name):
     data = create(*flags, "--validSize", "5")
     assert [data.facts[key] for key in ("train", "val", "test")] == [train - 5, 5, val]
     assert data.facts["held_out"] == sorted(set(data.facts["held_out"]))
-    indices = [*data.train.indices.tolist(), *data.val.indices.tolist()]
+    indices = [*data.train.deal.indices.tolist(), *data.val.deal.indices.tolist()]
     assert sorted(indices) == list(range(train))
-    assert data.val.indices.tolist() == data.facts["held_out"]
+    assert data.val.deal.indices.tolist() == data.facts["held_out"]
     with pytest.raises(DataError, match=f"validSize {train} of {train} training images"):
         create(*flags, "--validSize", str(train))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+def test_replicas_share_batches_in_training_and_take_turns_in_evaluation(written, name):
+    flags, (_, val, *_, size) = written(name)
+    flags += ["--batchSize", "3"]
+    alone = create(*flags)
+    replicas = [create(*flags, rank=rank, size=3) for rank in range(3)]
+    assert all(data.facts == alone.facts for data in replicas)
+    steps = zip(*(data.train.batches(2) for data in replicas), strict=True)
+    for (images, targets), parts in zip(alone.train.batches(2), steps, strict=True):
+        assert torch.equal(torch.cat([part[0] for part in parts]), images)
+        assert torch.equal(torch.cat([part[1] for part in parts]), targets)
+        assert all(part[0].shape[1:] == (3, size, size) for part in parts)
+    in_turn = [batch for step in zip(*(data.val.batches(2) for data in replicas), strict=True)
+               for batch in step]  # fmt: skip
+    counts = [len(targets) for _, targets in in_turn]
+    assert counts == ([3, 1, 0] if val == 4 else [3, 3, 3, 3, 0, 0])
+    for (images, targets), mine in zip(alone.val.batches(2), in_turn, strict=False):
+        assert torch.equal(mine[0], images) and torch.equal(mine[1], targets)
 
 
 @pytest.mark.parametrize(("name", "pad"), [("cifar10", 4), ("folder", 2), ("digits", 1)])

@@ -20,7 +20,8 @@ from PIL import Image
 from samples import noise, write_folder
 
 from datasets import files, transforms
-from datasets.files import FileBatches, ImageFiles, decode
+from datasets.deal import Deal
+from datasets.files import BadImages, FileBatches, ImageFiles, decode
 from errors import DataError
 
 CPU = torch.device("cpu")
@@ -61,17 +62,23 @@ def loader():
         transform=None,
         *,
         indices=None,
+        batch_size=4,
+        seed=None,
         image_seed=0,
+        num_workers=0,
+        on_bad_image="error",
         warn=pytest.fail,
         dtype=torch.float32,
-        **more,
     ):
-        settings = {"batch_size": 4, "seed": None, "num_workers": 0, "on_bad_image": "error"}
-        settings["normalise"] = lambda images: images.to(dtype)
-        indices = range(len(samples)) if indices is None else indices
-        dataset = ImageFiles(samples, transform or Pixels(), image_seed)
+        indices = torch.tensor([*(range(len(samples)) if indices is None else indices)])
         batches = FileBatches(
-            dataset, torch.tensor([*indices]), warn=warn, device=CPU, **settings | more
+            ImageFiles(samples, transform or Pixels(), image_seed),
+            Deal(indices, batch_size, seed),
+            num_workers=num_workers,
+            bad=BadImages(on_bad_image, len(indices), warn),
+            image_size=12,
+            normalise=lambda images: images.to(dtype),
+            device=CPU,
         )
         made.append(batches)
         return batches
@@ -261,6 +268,26 @@ def test_a_batch_of_bad_images_only_is_empty_so_that_steps_keep_their_numbers(sa
     batches = loader(many, on_bad_image="skip", warn=lambda line: None, batch_size=1)
     read = epoch(batches)
     assert [len(targets) for _, targets in read] == [1, 0, *[1] * 998]
+    assert read[1][0].shape == (0, *read[0][0].shape[1:])
+
+
+@pytest.mark.parametrize(("total", "other", "stops"), [
+    (1000, "b.png: torn", True), (2000, "b.png: torn", False), (1000, "a.png: torn", False)
+])  # fmt: skip
+def test_bad_images_are_counted_over_all_replicas_once(total, other, stops):
+    warned = []
+    bad = BadImages("skip", total, warned.append, everyone=lambda found: [found, [other]])
+    bad.add("a.png: torn")
+    if stops:
+        with pytest.raises(DataError, match=r"2 of 1000 images cannot be read, last b\.png"):
+            bad.compare()
+    else:
+        bad.compare()
+    assert warned == [f"skipped image {name}" for name in dict.fromkeys(["a.png: torn", other])]
+
+
+def test_replicas_that_stop_at_the_first_bad_image_have_nothing_to_compare():
+    BadImages("error", 1000, pytest.fail, everyone=pytest.fail).compare()
 
 
 # ----------------------------------------------------------------------------- order and randomness
@@ -281,7 +308,7 @@ def test_every_epoch_is_another_permutation_of_the_split(samples, loader):
     first, second = (targets_of(epoch(batches, number)) for number in (1, 2))
     assert sorted(first) == sorted(second) == chosen
     assert len({tuple(first), tuple(second), tuple(chosen)}) == 3
-    assert len(batches) == 3 and batches.num_images == len(chosen)
+    assert len(batches.deal) == 3 and batches.deal.num_images == len(chosen)
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_any_start(samples, loader):
@@ -453,7 +480,7 @@ def run(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks loader processes")
 @pytest.mark.parametrize("sabotage", [killed_while_loading, killed_while_training, hanging])
 def test_a_dead_or_hanging_loader_process_ends_the_run_with_3(run, sabotage):
-    result = run(sabotage).wait(timeout_s=20)
+    result = run(sabotage).wait()
     assert result.code == 3, result.err
     pattern = "error: a loader process was killed or hung: .*; fix: .*nThreads.*\n"
     assert re.fullmatch(pattern, result.err), result.err
@@ -461,7 +488,7 @@ def test_a_dead_or_hanging_loader_process_ends_the_run_with_3(run, sabotage):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks loader processes")
 def test_a_bug_in_a_loader_process_stays_a_bug(run):
-    result = run(a_bug).wait(timeout_s=20)
+    result = run(a_bug).wait()
     assert result.code == 1
     assert "a bug in a transform" in result.err and "killed or hung" not in result.err
 
@@ -473,7 +500,7 @@ def test_a_signal_to_the_whole_group_lets_the_step_finish(run, tmp_path, number)
     log = tmp_path / "run" / "log.jsonl"
     running.wait_for(lambda: log.exists() and log.read_text().count("\n") >= 1)
     os.killpg(running.process.pid, number)
-    result = running.wait(timeout_s=20)
+    result = running.wait()
     assert result.code == 75, result.err
     assert "loader process" not in result.err and "is saved" in result.err
 

@@ -1,0 +1,95 @@
+"""limits.py: what takes too long or too much is stopped, and nothing of it is left behind."""
+
+import hashlib
+import os
+import resource
+import signal
+import threading
+import time
+
+import pytest
+
+import limits
+
+
+def settings() -> tuple:
+    """What the limits change for a while."""
+    return (
+        signal.getsignal(signal.SIGPROF),
+        signal.getitimer(signal.ITIMER_PROF)[1],
+        resource.getrlimit(resource.RLIMIT_AS),
+    )
+
+
+def test_what_computes_for_too_long_is_stopped():
+    before = settings()
+    with pytest.raises(TimeoutError, match="more than 0 s"), limits.time_limit(0.05):
+        while True:
+            pass
+    assert settings() == before
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+
+
+def test_what_only_waits_is_not_stopped():
+    with limits.time_limit(0.1):
+        time.sleep(0.3)
+
+
+def test_what_other_threads_compute_does_not_count():
+    """Those of OpenMP may wait in a loop for their next work."""
+    over = threading.Event()
+
+    def compute() -> None:
+        while not over.is_set():
+            hashlib.sha256(bytes(2**20))  # without the interpreter's lock
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    since = time.process_time()
+    try:
+        with limits.time_limit(0.1):
+            while time.process_time() - since < 0.4:
+                time.sleep(0.01)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_what_takes_too_much_memory_is_stopped():
+    before = settings()
+    with limits.memory_limit(2**26):
+        bytearray(2**24)
+        with pytest.raises(MemoryError):
+            bytearray(2**28)
+    assert settings() == before
+    bytearray(2**28)
+
+
+def test_a_limit_within_a_lower_one_does_not_raise_it():
+    with limits.memory_limit(2**26), limits.memory_limit(2**30), pytest.raises(MemoryError):
+        bytearray(2**28)
+
+
+def test_both_limits_end_with_an_error_of_any_kind():
+    before = settings()
+    with pytest.raises(KeyError), limits.time_limit(60), limits.memory_limit(2**26):
+        raise KeyError
+    assert settings() == before
+
+
+def test_files_are_allowed_up_to_the_limit_of_the_system():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = len(os.listdir("/dev/fd")) + 100
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
+        limits.allow_open_files(10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (low, hard)  # there is room
+        limits.allow_open_files(200)
+        assert low + 90 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] < low + 110
+        if hard != resource.RLIM_INFINITY:
+            with pytest.raises(OSError, match=f"the limit is {hard}"):
+                limits.allow_open_files(hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
