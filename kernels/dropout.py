@@ -17,11 +17,14 @@ class Drop:
         rate: probability that a value becomes 0; the others are divided by 1 - rate.
         seed: (1,) int32 on the device of the data, another in every step.
         place: tells the dropouts of one step apart.
+        first: images that stand before these in the batch of all replicas, so that an image has
+            the same mask however many replicas share the batch.
     """
 
     rate: float
     seed: Tensor
     place: int
+    first: int = 0
 
     @property
     def threshold(self) -> int:
@@ -37,9 +40,9 @@ class Drop:
         """`scale` where a value stays and 0 where it is dropped, of the shape and type of `x`.
 
         Args:
-            x: (n, H, W, C), images `start` to `start` + n of the batch.
+            x: (n, H, W, C), images `start` to `start` + n of this replica.
         """
-        first = start * x[0].numel()
+        first = (self.first + start) * x[0].numel()
         index = torch.arange(first, first + x.numel(), device=x.device).to(torch.int32)
         key = _mix(self.seed + _wrap(self.place * 0x3504F333))
         kept = (_mix(_mix(index ^ key) + key) & (2**BITS - 1)) >= self.threshold

@@ -91,7 +91,7 @@ def _forward(
         **_weight(weight),
         target=out,
         target_stride=_row_stride(out),
-        **_drop(drop),
+        **_drop(drop, out),
         partial=partial,
         **_shape(source.value),
         features=features,
@@ -268,7 +268,7 @@ def _gradient(maps: Maps, drop: Drop | None, out: Tensor) -> None:
         rstd=maps.rstd,
         shift=maps.shift,
         slope=maps.slope,
-        **_drop(drop),
+        **_drop(drop, maps.value),
         target=out,
         target_stride=_row_stride(out),
         num_rows=maps.rows,
@@ -377,10 +377,11 @@ def _add(maps: Maps) -> dict:
     }
 
 
-def _drop(drop: Drop | None) -> dict:
+def _drop(drop: Drop | None, value: Tensor) -> dict:
     return {
         "seed": drop and drop.seed,
         "place": drop.place if drop else 0,
+        "first_row": drop.first * value.shape[1] * value.shape[2] if drop else 0,
         "threshold": drop.threshold if drop else 0,
         "keep_scale": drop.scale if drop else 1.0,
     }

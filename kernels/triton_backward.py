@@ -25,7 +25,8 @@ from kernels.triton_parts import (
 @kernel
 def gradient(
     grad, grad_stride, value, value_stride, mean, rstd, shift, slope,
-    seed, place, threshold, keep_scale, target, target_stride, num_rows, channels, columns,
+    seed, place, first_row, threshold, keep_scale,
+    target, target_stride, num_rows, channels, columns,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The complete gradient (see kernels/maps.py) through dropout; 0 in columns >= channels.
@@ -42,7 +43,7 @@ def gradient(
         offset = tl.load(shift + c, c < channels, 0.0)
         out -= normalise(x, factor, offset - tl.load(mean + c, c < channels, 0.0) * factor)
     if seed is not None:
-        out = dropped(out, rows, c, channels, seed, place, threshold, keep_scale)
+        out = dropped(out, rows, c, channels, seed, place, first_row, threshold, keep_scale)
     out = tl.where(c[None, :] < channels, out, 0.0).to(target.dtype.element_ty)
     mask = inside_of(rows < num_rows, c < columns, TARGET_VECTOR)
     tl.store(place_of(target, rows, target_stride, c, TARGET_VECTOR), out, mask)

@@ -47,11 +47,11 @@ def copy(
 @triton.jit
 def write(
     total, target, target_stride, partial, part, rows, inside, f, features,
-    seed, place, threshold, keep_scale, VECTOR: tl.constexpr,
+    seed, place, first_row, threshold, keep_scale, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Drop out and store a tile, and keep the moments of what is stored."""
     if seed is not None:
-        total = dropped(total, rows, f, features, seed, place, threshold, keep_scale)
+        total = dropped(total, rows, f, features, seed, place, first_row, threshold, keep_scale)
     out = total.to(target.dtype.element_ty)
     mask = inside_of(inside, f < features, VECTOR)
     tl.store(place_of(target, rows, target_stride, f, VECTOR), out, mask)
@@ -63,7 +63,7 @@ def write(
 def product(
     value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
     weight, weight_f, weight_y, weight_x,
-    target, target_stride, seed, place, threshold, keep_scale, partial,
+    target, target_stride, seed, place, first_row, threshold, keep_scale, partial,
     height, width, num_rows, channels, features,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
@@ -87,7 +87,7 @@ def product(
         total = multiply(z, w.to(x.dtype), total, PRECISION)
     write(
         total, target, target_stride, partial, part, rows, rows < num_rows, f, features,
-        seed, place, threshold, keep_scale, TARGET_VECTOR,
+        seed, place, first_row, threshold, keep_scale, TARGET_VECTOR,
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def product(
 def convolution(
     value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
     weight, weight_f, weight_y, weight_x,
-    target, target_stride, seed, place, threshold, keep_scale, partial,
+    target, target_stride, seed, place, first_row, threshold, keep_scale, partial,
     height, width, num_rows, channels, features,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
@@ -123,7 +123,7 @@ def convolution(
             total = multiply(z, w.to(x.dtype), total, PRECISION)
     write(
         total, target, target_stride, partial, part, rows, rows < num_rows, f, features,
-        seed, place, threshold, keep_scale, TARGET_VECTOR,
+        seed, place, first_row, threshold, keep_scale, TARGET_VECTOR,
     )  # fmt: skip
 
 

@@ -92,11 +92,11 @@ def mix(x):
 
 
 @triton.jit
-def dropped(x, rows, columns, width, seed, place, threshold, keep_scale):
+def dropped(x, rows, columns, width, seed, place, first_row, threshold, keep_scale):
     """kernels/dropout.py, for a tile of maps with `width` channels."""
     place = tl.mul(place.to(tl.uint32), 0x3504F333, sanitize_overflow=False)
     key = mix(tl.add(tl.load(seed).to(tl.uint32), place, sanitize_overflow=False))
-    index = (rows.to(tl.int64) * width)[:, None] + columns[None, :]
+    index = ((rows.to(tl.int64) + first_row) * width)[:, None] + columns[None, :]
     hashed = mix(tl.add(mix(index.to(tl.uint32) ^ key), key, sanitize_overflow=False))
     return tl.where((hashed & 0xFFFFFF).to(tl.int32) >= threshold, x * keep_scale, 0.0)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from errors import CheckpointError
 from kernels import plain
 from models.densenet import DenseNet
+from models.replicas import Share, join
 
 NETWORKS = {
     "densenet": lambda opt, num_classes, ops: DenseNet(
@@ -26,14 +27,20 @@ NETWORKS = {
 }
 
 
-def create(opt: SimpleNamespace, num_classes: int, ops: ModuleType = plain) -> nn.Module:
+def create(
+    opt: SimpleNamespace, num_classes: int, ops: ModuleType = plain, share: Share | None = None
+) -> nn.Module:
     """The network that the settings describe, with the initial weights of `manualSeed`.
 
     Args:
         ops: what runs its dense blocks, see kernels/__init__.py.
+        share: of the batch, for one of several replicas.
     """
     torch.manual_seed(opt.manualSeed)
-    return NETWORKS[opt.netType](opt, num_classes, ops)
+    model = NETWORKS[opt.netType](opt, num_classes, ops)
+    if share is not None:
+        join(model, share, opt.syncBN)
+    return model
 
 
 def load_weights(

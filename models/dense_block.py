@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.dropout import Drop, draw_seed
+from models.replicas import BatchNorm, Share, first_image
 
 BOTTLENECK_WIDTH = 4  # the 1x1 convolution makes 4k maps (paper, section 3)
 
@@ -30,17 +31,17 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.inplace = inplace
         self.bottleneck = bottleneck
-        self.norm1 = nn.BatchNorm2d(channels)
+        self.norm1 = BatchNorm(channels)
         if bottleneck:
             width = BOTTLENECK_WIDTH * growth_rate
             self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
-            self.norm2 = nn.BatchNorm2d(width)
+            self.norm2 = BatchNorm(width)
             self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=1, bias=False)
         else:
             self.conv1 = nn.Conv2d(channels, growth_rate, 3, padding=1, bias=False)
 
     @property
-    def norms(self) -> list[nn.BatchNorm2d]:
+    def norms(self) -> list[BatchNorm]:
         """The batch normalisations in the order they run."""
         return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
 
@@ -61,6 +62,8 @@ class DenseBlock(nn.ModuleDict):
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W): the input, then what each
     layer added.
     """
+
+    share: Share | None = None
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class DenseBlock(nn.ModuleDict):
             )
 
     @property
-    def norms(self) -> list[nn.BatchNorm2d]:
+    def norms(self) -> list[BatchNorm]:
         """The batch normalisations in the order they run."""
         return [norm for layer in self.values() for norm in layer.norms]
 
@@ -97,7 +100,8 @@ class DenseBlock(nn.ModuleDict):
         """The dropouts after the two convolutions of layer i."""
         if seed is None:
             return None
-        return Drop(self.drop_rate, seed, 2 * i), Drop(self.drop_rate, seed, 2 * i + 1)
+        first = first_image(self.share)
+        return tuple(Drop(self.drop_rate, seed, 2 * i + place, first) for place in (0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + num_layers * growth_rate, H, W)."""
@@ -128,6 +132,8 @@ def _rejoined(joined: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManag
 class Dropout(nn.Module):
     """Dropout of a tensor (N, C, H, W) in training."""
 
+    share: Share | None = None
+
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
@@ -140,7 +146,7 @@ class Dropout(nn.Module):
         """The dropout of this step; None where nothing is dropped."""
         if not self.training or self.rate == 0:
             return None
-        return Drop(self.rate, draw_seed(device), 0)
+        return Drop(self.rate, draw_seed(device), 0, first_image(self.share))
 
 
 class DroppedPool(torch.autograd.Function):

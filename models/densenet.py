@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels import plain
 from models import shared_block
 from models.dense_block import DenseBlock, Dropout, DroppedPool
+from models.replicas import BatchNorm
 
 
 class DenseNet(nn.Module):
@@ -72,7 +73,7 @@ class DenseNet(nn.Module):
                 kept = math.floor(compression * channels)
                 self.features.add_module(f"transition{i}", Transition(channels, kept, drop_rate))
                 channels = kept
-        self.features.add_module("norm5", nn.BatchNorm2d(channels))  # 5 however many blocks
+        self.features.add_module("norm5", BatchNorm(channels))  # 5 however many blocks
         self.classifier = nn.Linear(channels, num_classes)
         self.reset_parameters()
 
@@ -148,7 +149,7 @@ def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
 def _imagenet_stem(channels: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
         conv0=nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False),
-        norm0=nn.BatchNorm2d(channels),
+        norm0=BatchNorm(channels),
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(3, stride=2, padding=1),
     )
@@ -161,7 +162,7 @@ class Transition(nn.Sequential):
         drop = {"drop": Dropout(drop_rate)} if drop_rate > 0 else {}
         super().__init__(
             OrderedDict(
-                norm=nn.BatchNorm2d(in_channels),
+                norm=BatchNorm(in_channels),
                 relu=nn.ReLU(inplace=True),
                 conv=nn.Conv2d(in_channels, out_channels, 1, bias=False),
                 **drop,

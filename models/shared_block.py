@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from kernels.dropout import Drop
 from kernels.maps import Maps, Norm
 from models.dense_block import DenseBlock
+from models.replicas import Share, merged_corrections, merged_moments
 
 SHARED_LEVELS = (2, 3, 4)
 
@@ -50,6 +51,9 @@ class _Plan:
     Args:
         channels: maps of the input.
         dtype: of the maps.
+        share: of a replica whose batch normalisations take the moments of all replicas, else None.
+            They are exchanged as soon as they are written, and what completes the gradient of maps
+            when its last reader has been through: each number once, in the same order everywhere.
     """
 
     ops: ModuleType
@@ -61,6 +65,7 @@ class _Plan:
     eps: float
     window: tuple[int, int] | None
     dtype: torch.dtype
+    share: Share | None
 
     @property
     def out_channels(self) -> int:
@@ -77,6 +82,23 @@ class _Plan:
     def drops(self, seed: Tensor | None, i: int) -> tuple[Drop | None, Drop | None]:
         """The dropouts after the two convolutions of layer i."""
         return self.block.drops(seed, i) or (None, None)
+
+    def merge_moments(self, maps: Maps) -> None:
+        """Turn the moments that an operation has written into those of all replicas."""
+        if self.share is None or maps.var is None:  # or it has not: they are known
+            return
+        mean, var = merged_moments(self.share, maps.mean, maps.var)
+        maps.mean.copy_(mean)
+        maps.var.copy_(var)
+        maps.rstd.copy_((var + maps.eps).rsqrt_())
+
+    def merge_corrections(self, maps: Maps) -> None:
+        """Let the gradient of maps be complete over all replicas."""
+        if self.share is None:
+            return
+        shift, slope = merged_corrections(self.share, maps.shift, maps.slope)
+        maps.shift.copy_(shift)
+        maps.slope.copy_(slope)
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,7 @@ def stage(block: DenseBlock, tail: Tail, x: Tensor, ops: ModuleType, level: int)
         tail.norm.eps,
         tail.window,
         _maps_dtype(x),
+        norms[0].share,
     )
     parameters = [parameter for layer in layers for parameter in layer.parameters()] + [
         *tail.norm.parameters(),
@@ -122,10 +145,12 @@ def stage(block: DenseBlock, tail: Tail, x: Tensor, ops: ModuleType, level: int)
     with torch.autocast(x.device.type, enabled=False):
         if not block.training:
             return _nchw(_evaluate(plan, _nhwc(x), parameters, norms))
-        if x[:, 0].numel() == 1:
+        images = len(x) if plan.share is None else plan.share.total
+        count = images * x.shape[2] * x.shape[3]
+        if count == 1:
             raise ValueError("batch normalisation of one value per channel has no variance")
         out, moments, moments2 = _Stage.apply(plan, x, block.draw_seed(x.device), *parameters)
-        _update_running_statistics(plan, norms, moments, moments2, x[:, 0].numel())
+        _update_running_statistics(plan, norms, moments, moments2, count)
     return out
 
 
@@ -141,7 +166,9 @@ class _Stage(torch.autograd.Function):
         width = len(layers[0].norm2.weight) if plan.bottleneck else 0
         moments2 = x.new_empty(plan.num_layers, 3, width, dtype=wide)  # of the bottleneck maps
         maps = Maps(plan.room(plan.out_channels, source), *moments, eps=plan.eps)
-        plan.ops.copy(source, maps.part(0, plan.channels))
+        given = maps.part(0, plan.channels)
+        plan.ops.copy(source, given)
+        plan.merge_moments(given)
         bottlenecks = []
         for i, layer in enumerate(layers[:-1]):
             if plan.bottleneck and (plan.level == 2 or not bottlenecks):
@@ -194,7 +221,9 @@ class _Stage(torch.autograd.Function):
             grads = _shrink(plan, i, layers[i], maps, inner(i), seed) + grads
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = _nchw(plan.ops.gradient(maps.part(0, plan.channels)))
+            given = maps.part(0, plan.channels)
+            plan.merge_corrections(given)
+            dx = _nchw(plan.ops.gradient(given))
         grads = [
             grad.view_as(parameter).to(parameter.dtype)
             for grad, parameter in zip(grads, parameters, strict=True)
@@ -211,7 +240,9 @@ def _grow(plan: _Plan, i: int, layer: _Layer, maps: Maps, inner: Maps | None, se
         plan.ops.convolution(source, layer.norm1, layer.conv1, new, drop1)
     else:
         plan.ops.product(source, layer.norm1, layer.conv1, inner, drop1)
+        plan.merge_moments(inner)
         plan.ops.convolution(inner, layer.norm2, layer.conv2, new, drop2)
+    plan.merge_moments(new)
 
 
 def _shrink(
@@ -222,6 +253,7 @@ def _shrink(
     source = maps.part(0, plan.start(i))
     new = maps.part(plan.start(i), plan.start(i + 1))
     drop1, drop2 = plan.drops(seed, i)
+    plan.merge_corrections(new)
     if inner is None:
         dconv, dweight, dbias = ops.convolution_backward(
             new, source, layer.norm1, layer.conv1, drop1, first=False
@@ -232,6 +264,7 @@ def _shrink(
     dconv2, dweight2, dbias2 = ops.convolution_backward(
         new, inner, layer.norm2, layer.conv2, drop2, first=True
     )
+    plan.merge_corrections(inner)
     dconv1, dweight1, dbias1 = ops.product_backward(
         inner, source, layer.norm1, layer.conv1, drop1, first=False
     )

@@ -1,13 +1,16 @@
 """kernels/dropout.py: masks that look random, are scaled, and come back from seed and place."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.dropout import Drop, draw_seed
+from models import replicas
 from models.dense_block import DenseBlock, Dropout, drop
+from models.densenet import Transition
 
 SHAPE = (16, 16, 16, 32)  # 131,072 values: a share is known to 0.14 %
 SIGMAS = 5  # a fair test of this kind fails by chance once in two million times
@@ -112,6 +115,33 @@ def test_the_mask_of_a_tile_is_the_slice_of_the_mask_of_the_batch():
         tile = kept(shape=(stop - start, *shape[1:]), start=start)
         assert torch.equal(tile, whole[start:stop])
     assert not torch.equal(kept(shape=(2, *shape[1:])), whole[2:4])  # its start forgotten
+
+
+def test_the_mask_of_a_replica_is_the_slice_of_the_mask_of_all():
+    shape = (7, 5, 3, 11)
+    whole = kept(shape=shape)
+    for first, stop in ((0, 4), (4, 6), (6, 7)):
+        how = Drop(0.3, seed(1), 0, first)
+        assert torch.equal(how.mask(torch.ones(stop - first, *shape[1:])) != 0, whole[first:stop])
+    tile = Drop(0.3, seed(1), 0, 4).mask(torch.ones(1, *shape[1:]), start=1)
+    assert torch.equal(tile != 0, whole[5:6])
+    assert not torch.equal(tile != 0, whole[4:5]) and not torch.equal(tile != 0, whole[1:2])
+
+
+def test_a_network_takes_its_masks_from_where_its_share_of_the_batch_begins():
+    x = torch.ones(5, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    for module in (Dropout(0.3), Transition(4, 4, 0.3)):
+        run = module if isinstance(module, Dropout) else module.double()._drop_and_pool
+        masks = {}
+        for name, part, first in (("all", x, None), ("last two", x[3:], 3), ("wrong", x[3:], 2)):
+            if first is not None:
+                replicas.join(module, SimpleNamespace(first=first), sync_norms=False)
+            torch.manual_seed(7)
+            out = run(part)
+            masks[name] = (out.detach(), torch.autograd.grad(out.sum(), x)[0][-2:])
+        for i, mask in enumerate(masks["last two"]):  # forward and backward
+            assert torch.equal(mask, masks["all"][i][-2:])
+            assert not torch.equal(masks["wrong"][i], mask)
 
 
 @pytest.mark.parametrize("place", [2**31 - 1, 2**31, 2**40 + 1, 10**12])

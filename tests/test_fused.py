@@ -32,7 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GUARD, GUARD_VALUE = 3, 7.0  # channels of a buffer after the maps
 EPS = 1e-3
 SEED = torch.tensor([-3], dtype=torch.int32)
-DROP = Drop(0.3, SEED, 1234)
+DROP = Drop(0.3, SEED, 1234, first=7)
 # Relative to the norm of a result. The interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 # images, height, width, channels, growth rate
@@ -261,15 +261,16 @@ def test_moments_are_left_alone_where_they_are_known(operation):
 
 
 @interpreted
-@pytest.mark.parametrize("place", [0, 1, 2**20 + 1])
+@pytest.mark.parametrize(("place", "first"), [(0, 0), (1, 3), (2**20 + 1, 2**25 + 1)])
 @pytest.mark.parametrize("seed", [1, 2**31 - 2, -(2**31)])
-def test_dropout_drops_the_very_values_that_plain_pytorch_does(place, seed):
+def test_dropout_drops_the_very_values_that_plain_pytorch_does(place, first, seed):
     source, target = maps("k = 12", 24, torch.float32), maps("k = 12", 12, torch.float32)
-    drop = Drop(0.4, torch.tensor([seed], dtype=torch.int32), place)
+    drop = Drop(0.4, torch.tensor([seed], dtype=torch.int32), place, first)
     fused.product(source.part(0, 24), norm(24), weights(12, 24, 1, 1), target.part(0, 12), drop)
     written = target.value[..., :12]
     assert torch.equal(written != 0, drop.mask(written) != 0)
     assert not torch.equal(written != 0, replace(drop, place=place + 2).mask(written) != 0)
+    assert not torch.equal(written != 0, replace(drop, first=first + 1).mask(written) != 0)
 
 
 @interpreted
