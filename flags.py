@@ -5,6 +5,7 @@ a wrong type, range or spelling is found in one place and reported with where it
 """
 
 import difflib
+import errno
 import math
 import re
 import textwrap
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Problem = tuple[str, str]  # (what is wrong, how to mend it)
+MAX_CONFIG = 2**14  # bytes; one with every flag has a tenth of it
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,11 @@ class Reader:
 
         example = "write one `flag: value` a line"
         try:
-            root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
+            with open(path, "rb") as file:
+                content = file.read(MAX_CONFIG + 1)
+            if len(content) > MAX_CONFIG:
+                raise OSError(errno.EFBIG, f"more than {MAX_CONFIG} bytes")
+            root = yaml.compose(content.decode("utf-8-sig"), yaml.BaseLoader)
         except OSError as error:
             what = f"cannot read config {path}: {error.strerror}"
             self.problems.append((what, "name a readable YAML file"))

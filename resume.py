@@ -1,5 +1,6 @@
 """What an earlier call left: finding it, and refusing to go on with it as something else."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,11 @@ from torch import nn
 import checkpoints
 import models
 import opts
-from errors import CheckpointError, UsageError
-from storage import write_whole
+from errors import CheckpointError, PeerError, UsageError
+from storage import RunDirectory, write_whole
+
+DIGESTS = ("training_set", "test_set")  # of the images themselves
+IN_VAIN = 3  # automatic starts without progress; the next would be no better
 
 
 def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
@@ -29,6 +33,8 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
             if source.is_file()
             else checkpoints.latest(source, warn, set_aside=own and not opt.testOnly)
         )
+    if state is not None:
+        _check_facts(state)
     must_exist = opt.resume != "none" if opt.testOnly else opt.resume not in ("none", "auto")
     if state is None and must_exist:
         raise CheckpointError(f"no checkpoint in {source}", "name a run directory that has one")
@@ -43,6 +49,43 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
     if state is None and opt.resume == "auto":
         warn(f"nothing to resume in {save}: starting afresh")
     return state
+
+
+def _check_facts(state: dict) -> None:
+    """Raise CheckpointError unless a state's settings and statistics are such; read the former."""
+    flags, given = opts.FLAGS, state["settings"]
+    try:
+        known = [flag for flag in flags.values() if flag.name in given]
+        read = {flag.name: flag.read(opts.as_text(given[flag.name])) for flag in known}
+        statistics = [*state["data"]["mean"], *state["data"]["std"], read["nEpochs"]]
+        if len(statistics) != 7 or not all(map(math.isfinite, statistics)):
+            raise ValueError("mean and std")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"the checkpoint has strange settings or statistics: {error.args[0]}"
+        raise CheckpointError(what, "use another checkpoint") from error
+    # A flag that a checkpoint does not know yet had the meaning of its default.
+    state["settings"] = {name: flag.default for name, flag in flags.items()} | read
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint that can be seen in a directory, -1 for none."""
+    found = checkpoints.newest_first(directory)
+    return checkpoints.step_of(found[0]) if found else -1
+
+
+def check_seen(directory: Path, steps: list[int]) -> None:
+    """Raise CheckpointError when a process sees a newer checkpoint than the first, which resumes.
+
+    Args:
+        steps: `newest_step` of each process.
+    """
+    rank = max(range(len(steps)), key=lambda rank: steps[rank])
+    if steps[rank] > steps[0]:
+        mine = f"step {steps[0]}" if steps[0] >= 0 else "none"
+        raise CheckpointError(
+            f"process {rank} sees a checkpoint of step {steps[rank]} in {directory}, 0 sees {mine}",
+            "put the run directory on a disk that all machines share",
+        )
 
 
 def check_network(opt: SimpleNamespace, state: dict) -> None:
@@ -72,8 +115,8 @@ def check(opt: SimpleNamespace, state: dict, warn: Callable[[str], None]) -> lis
         if getattr(opt, name) not in (opts.FLAGS[name].default, theirs[name]):
             warn(f"{name} has no effect on a run that is resumed")
         setattr(opt, name, theirs[name])
-    if opt.nEpochs > theirs["nEpochs"]:
-        _lengthen(opt, theirs, warn)
+    if opt.nEpochs >= theirs["nEpochs"]:
+        _keep_schedule(opt, theirs, warn)
     changed = opts.differences(opts.settings(opt), theirs, "course")
     if opt.nEpochs < theirs["nEpochs"]:
         changed.append(("nEpochs", str(opt.nEpochs), str(theirs["nEpochs"])))
@@ -91,13 +134,15 @@ def check(opt: SimpleNamespace, state: dict, warn: Callable[[str], None]) -> lis
     return state["overrides"] + [f"{position}: {change}" for change in words]
 
 
-def _lengthen(opt: SimpleNamespace, theirs: dict, warn: Callable[[str], None]) -> None:
+def _keep_schedule(opt: SimpleNamespace, theirs: dict, warn: Callable[[str], None]) -> None:
     """A longer run goes on at the rates it had, unless milestones are given."""
-    if opt.lrShape == "cosine":
+    is_longer = opt.nEpochs > theirs["nEpochs"]
+    if is_longer and opt.lrShape == "cosine":
         warn(f"the cosine spans {opt.nEpochs} epochs now, it was {theirs['nEpochs']}")
     elif "milestones" not in opt.given and opt.lrShape == theirs["lrShape"]:
-        opt.milestones = theirs["milestones"]
-        warn(f"milestones stay {opts.as_text(opt.milestones)}; --milestones sets others")
+        opt.milestones = theirs["milestones"]  # also when it is continued once more
+        if is_longer:
+            warn(f"milestones stay {opts.as_text(opt.milestones)}; --milestones sets others")
 
 
 def _restart_epoch(state: dict, warn: Callable[[str], None]) -> None:
@@ -112,13 +157,51 @@ def is_complete(opt: SimpleNamespace, state: dict, status: dict) -> bool:
     return state["epoch"] > opt.nEpochs and status.get("state") == "done"
 
 
-def restore(trainer, state: dict, facts: dict, warn: Callable[[str], None]) -> None:
-    """Put a trainer where the checkpoint was.
+def check_progress(directory: RunDirectory, state: dict | None, is_automatic: bool) -> None:
+    """Count the automatic starts in a row that find the run where the start before found it.
+
+    The count lies in status.json. A start by hand sets it back to 0, and so does progress; a start
+    that was stopped by a signal is no failure and does not count.
+
+    Args:
+        state: the checkpoint that the run goes on from, None at its beginning.
+        is_automatic: whether a launcher starts the run anew, see launch.Place.
+
+    Raises:
+        PeerError: it is the third; whatever restarts the run would do so for ever.
+    """
+    step = state["global_step"] if state else 0
+    status = directory.status()
+    before = status.get("start", {})
+    in_vain = 0
+    if is_automatic and before.get("global_step") == step:
+        in_vain = before.get("in_vain", 0) + (status.get("state") != "preempted")
+    reason = status.get("reason", "it was killed")
+    if in_vain > IN_VAIN:  # the last start was refused by this function: the cause is older
+        reason = before.get("reason", reason)
+    directory.remember(start={"global_step": step, "in_vain": in_vain, "reason": reason})
+    if is_automatic:  # at once: it may not live until its first status
+        directory.write_status("running")
+    if in_vain >= IN_VAIN:
+        raise PeerError(
+            f"{in_vain} automatic starts in a row found the run at step {step}; "
+            f"the one before ended with: {reason}",
+            "look into the cause, then start it by hand, which counts anew",
+        )
+
+
+def restore(
+    trainer, state: dict, facts: dict, warn: Callable[[str], None], override: bool = False
+) -> list[str]:
+    """Put a trainer where the checkpoint was; what `override` has changed, in words.
 
     Raises:
         CheckpointError: the data or the network's shapes differ; the trainer is untouched.
     """
-    check_data(facts, state)
+    where = f"epoch {state['epoch']} step {state['step']}"
+    changes = [f"{where}: data {change}" for change in check_data(facts, state, override)]
+    for change in changes:
+        warn(f"override: {change}")
     _check_shapes(trainer.model, state)
     threads, device = torch.get_num_threads(), trainer.device.type
     if state["device"] != device:
@@ -126,7 +209,11 @@ def restore(trainer, state: dict, facts: dict, warn: Callable[[str], None]) -> N
         _restart_epoch(state, warn)
     elif device == "cpu" and state["threads"] != threads:
         warn(f"{threads} threads, the run had {state['threads']}: rounding can differ")
+    size = trainer.world.size
+    if state["replicas"] != size:
+        warn(f"{size} processes, the run had {state['replicas']}: the images keep their order")
     trainer.load_state_dict(state)
+    return changes
 
 
 def bring_best(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> None:
@@ -145,23 +232,33 @@ def bring_best(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> No
         trainer.best = None
 
 
-def check_data(facts: dict, state: dict) -> None:
-    """Raise CheckpointError when any of `facts` about the data is not the checkpoint's."""
+def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
+    """Compare `facts` about the data with the checkpoint's; what may differ and does, in words.
+
+    Args:
+        override: the images themselves may be others; never the classes or the counts.
+
+    Raises:
+        CheckpointError: anything else differs.
+    """
     before = state["data"]
-    changed = [name for name in facts if facts[name] != before.get(name)]
-    if changed:
-        shown = ", ".join(
-            f"{name} {_short(facts[name])}, was {_short(before.get(name))}" for name in changed[:3]
-        )
+    # A fact that an older version did not write down is not compared.
+    changed = [name for name in facts if name in before and facts[name] != before[name]]
+    changed.sort(key=lambda name: name in DIGESTS)
+    shown = [f"{name} {_short(facts[name])}, was {_short(before[name])}" for name in changed]
+    of_content = set(changed) <= {"mean", "std", *DIGESTS}
+    if changed and not (override and of_content):
+        fix = "restore the data, or start another run from its weights with --retrain"
         raise CheckpointError(
-            f"the data is not the checkpoint's: {shown}",
-            "restore the data, or start another run from its weights with --retrain",
+            f"the data is not the checkpoint's: {', '.join(shown[:3])}",
+            f"{fix}, or add --override true" if of_content else fix,
         )
+    return shown
 
 
 def _check_shapes(model: nn.Module, state: dict) -> None:
     problems = models.mismatches(state["model"], model.state_dict())
-    if state["momentum"]:
+    if state["momentum"] or state["settings"]["momentum"] > 0:
         problems += models.mismatches(state["momentum"], dict(model.named_parameters()))
     if problems:
         raise CheckpointError(
@@ -171,4 +268,6 @@ def _check_shapes(model: nn.Module, state: dict) -> None:
 
 
 def _short(value: object) -> str:
-    return f"{len(value)} values" if isinstance(value, list) and len(value) > 3 else str(value)
+    if isinstance(value, list) and len(value) > 3:
+        return f"{len(value)} values"
+    return str(value)[:64]

@@ -50,9 +50,16 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
     """What a person can do about an operating system's refusal to write `path`."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return StorageError(
+            f"cannot write {path}: {error.strerror}", "allow more of them with ulimit -n"
+        )
     if error.errno in NO_SPACE:
         free = shutil.disk_usage(path.parent).free
         need = f"{path.name} needs {size / 1e6:.1f} MB, has {free / 1e6:.1f} MB"
+        room = os.statvfs(path.parent)
+        if room.f_files and not room.f_favail:  # some file systems count none
+            need = f"{path.name} needs a file, the disk has none left"
         return StorageError(
             f"no space in {path.parent}: {need} ({error.strerror})",
             "free space, or choose another disk with --save or --data",
@@ -90,11 +97,11 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "a+")  # noqa: SIM115 (held until close)
+            self._take_lock()
+            for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
+                leftover.unlink()
         except OSError as error:
             raise storage_error(error, path) from error
-        self._take_lock()
-        for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
-            leftover.unlink()
 
     def _take_lock(self) -> None:
         # A POSIX record lock: the kernel drops it with the process, however that ends, and the
@@ -113,8 +120,23 @@ class RunDirectory:
             ) from None
         self._lock.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._lock.write(f"host {socket.gethostname()}, process {os.getpid()}, since {started}\n")
+        self._owner = f"host {socket.gethostname()}, process {os.getpid()}, since {started}"
+        self._lock.write(f"{self._owner}\n")
         self._lock.flush()
+
+    def check_owner(self) -> None:
+        """Raise BusyError when another node has taken the directory over.
+
+        A lock may not reach from node to node; what stands in its file does.
+        """
+        self._lock.seek(0)
+        owner = self._lock.read().strip()
+        if owner != self._owner:
+            self._said.clear()  # the verdict is for the other one to give
+            raise BusyError(
+                f"run directory {self.path} was taken over by {owner or 'nobody known'}",
+                "let that one end the run",
+            )
 
     def write_json(self, name: str, value: object) -> None:
         """Write a small JSON file whole."""
@@ -130,12 +152,17 @@ class RunDirectory:
         self._said |= {"state": state, "code": code, **more}
         self.write_json("status.json", self._said)
 
+    def remember(self, **more: object) -> None:
+        """Have `more` in every status that is written from now on."""
+        self._said |= more
+
     def status(self) -> dict:
         """What `status.json` says, {} when there is none."""
         try:
-            return json.loads((self.path / "status.json").read_text())
-        except (OSError, ValueError):
+            found = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def close(self) -> None:
         """Let another process have the directory."""
@@ -146,8 +173,22 @@ class RunDirectory:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Only what this process has begun is its to judge: a refused second start is not.
-        if self._said and isinstance(error, RunError):
-            state = "preempted" if isinstance(error, Preempted) else "failed"
-            with contextlib.suppress(StorageError):  # the disk may be what failed
-                self.write_status(state, error.code, reason=str(error), **error.details)
+        if "state" in self._said and isinstance(error, Exception):
+            self.judge(error)
         self.close()
+
+    def judge(self, error: Exception) -> None:
+        """Write down what has ended the run: a RunError, or else a bug."""
+        state = "preempted" if isinstance(error, Preempted) else "failed"
+        if not isinstance(error, RunError):
+            error = RunError(f"a bug: {type(error).__name__}: {error}", "report it")
+        with contextlib.suppress(StorageError):  # the disk may be what failed
+            self.write_status(state, error.code, reason=str(error), **error.details)
+
+
+def judge_for_another(path: Path, error: RunError) -> None:
+    """Write down what has ended a run whose first process is gone, where `path` can be reached."""
+    if path.is_dir():
+        with contextlib.suppress(RunError), RunDirectory(path) as directory:
+            directory.remember(**directory.status())
+            directory.judge(error)

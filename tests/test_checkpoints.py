@@ -470,7 +470,14 @@ def test_weights_alone_are_no_checkpoint(tmp_path):
 ENTRIES = [name for name in real_state() if name != "format"]
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+def test_a_checkpoint_from_before_there_were_replicas_is_of_one(tmp_path):
+    state = {**real_state(), "format": checkpoints.FORMAT}
+    del state["replicas"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert checkpoints.load(tmp_path / "checkpoint.pt")["replicas"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name != "replicas"])
 def test_a_checkpoint_that_lacks_an_entry_is_refused(tmp_path, name):
     state = {**real_state(), "format": checkpoints.FORMAT}
     del state[name]

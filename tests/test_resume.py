@@ -17,6 +17,9 @@ from PIL import Image
 from program import run
 
 import checkpoints
+import opts
+import resume
+from errors import UsageError
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 STEPS, VAL_BATCHES, EPOCHS = 30, 6, 3
@@ -243,6 +246,18 @@ def test_an_override_is_said_and_recorded(stopped_run, tmp_path):
     again = tiny(**RUN | changes, resume="auto", save=tmp_path)  # now they are the run's own
     assert run(again, stopped(signal.SIGTERM, 1)).code == 75
     assert checkpoints.latest(tmp_path, pytest.fail)["overrides"] == overrides
+
+
+def test_a_checkpoint_that_does_not_know_a_flag_yet_goes_on_with_its_default(stopped_run, tmp_path):
+    state = checkpoints.latest(stopped_run, pytest.fail)
+    del state["settings"]["syncBN"]
+    checkpoints.save(tmp_path, state, keep=1)
+    same, other = (
+        opts.parse(tiny(**RUN, syncBN=sync, resume="auto", save=tmp_path)) for sync in (None, True)
+    )
+    assert resume.check(same, resume.find(same, pytest.fail), pytest.fail) == []
+    with pytest.raises(UsageError, match="differ from the checkpoint's: syncBN true, was false"):
+        resume.check(other, resume.find(other, pytest.fail), pytest.fail)
 
 
 def test_a_run_whose_data_has_changed_is_refused(photographs, tmp_path):

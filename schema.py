@@ -1,0 +1,121 @@
+"""What the state of a run is made of: each entry of a checkpoint, and what may stand there."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LARGEST = 2**53  # a count above it is none
+RESULT = ("epoch", "val_loss", "val_top1", "val_top5")
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
+
+def is_plain(value: object) -> bool:
+    """None, a truth, number or text, or a list of such: flat, so that it can always be printed."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_scalar, value))
+    return _is_scalar(value)
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 2**64
+    return value is None or isinstance(value, float | str)
+
+
+def are_facts(value: object) -> bool:
+    """Plain values by name."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and is_plain(fact) for name, fact in value.items()
+    )
+
+
+def is_count(value: object) -> bool:
+    """A whole number from 0."""
+    return type(value) is int and 0 <= value < LARGEST
+
+
+def is_time(value: object) -> bool:
+    """Seconds."""
+    return isinstance(value, float) and 0 <= value < math.inf
+
+
+def are_tensors(value: object) -> bool:
+    """Tensors by name."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+def is_scaler(value: object) -> bool:
+    """The state of a loss scaler, {} of one that is off."""
+    return isinstance(value, dict) and (not value or _numbers(value, SCALER))
+
+
+def is_rng(value: object) -> bool:
+    """The states of torch's generators."""
+    if not are_tensors(value) or any(state.dtype != torch.uint8 for state in value.values()):
+        return False
+    try:
+        torch.Generator().set_state(value["cpu"])
+    except (KeyError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def is_result(value: object) -> bool:
+    """The errors of an epoch, None when none has ended."""
+    return value is None or (_numbers(value, RESULT) and is_count(value["epoch"]))
+
+
+def are_sums(value: object) -> bool:
+    """What has been added up in an epoch so far, None when nothing has."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not is_count(value.get("count")):
+        return False
+    totals = value.get("totals")
+    return isinstance(totals, list) and _numbers(dict(enumerate(totals)), range(3))
+
+
+def _numbers(value: object, names: tuple[str, ...] | range) -> bool:
+    """Whether `value` has these names and no other, with a number for each."""
+    if not isinstance(value, dict) or value.keys() != set(names):
+        return False
+    return all(
+        isinstance(number, float) or (isinstance(number, int) and abs(number) < LARGEST)
+        for number in value.values()
+    )
+
+
+ENTRIES: dict[str, Callable[[object], bool]] = {
+    "model": are_tensors,
+    "momentum": are_tensors,
+    "scaler": is_scaler,
+    "rng": is_rng,
+    "epoch": is_count,
+    "step": is_count,
+    "global_step": is_count,
+    "device": lambda value: isinstance(value, str),
+    "threads": is_count,
+    "replicas": is_count,
+    "sums": are_sums,
+    "time_s": is_time,
+    "data_s": is_time,
+    "best": is_result,
+    "last": is_result,
+    "settings": are_facts,
+    "data": are_facts,
+    "overrides": lambda value: isinstance(value, list) and is_plain(value),
+}
+
+
+def problem(state: dict) -> str | None:
+    """What is wrong with a state, in words; None when nothing is."""
+    missing = sorted(ENTRIES.keys() - state.keys())
+    if missing:
+        more = f" and {len(missing) - 3} more entries" if len(missing) > 3 else ""
+        return f"lacks {', '.join(missing[:3])}{more}"
+    strange = [name for name, is_right in ENTRIES.items() if not is_right(state[name])]
+    return f"has a strange {', '.join(strange)}" if strange else None
