@@ -8,12 +8,13 @@ import sys
 import torch
 
 from errors import UsageError
+from launch import ALONE, Place
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def select(num_gpus: int | None) -> torch.device:
-    """The device for `--nGPU`: None takes a GPU where there is one, 0 the CPU.
+def select(num_gpus: int | None, place: Place = ALONE) -> torch.device:
+    """The device of this process for `--nGPU`: None takes a GPU where there is one, 0 the CPU.
 
     Raises:
         UsageError: GPUs are asked for that are not there.
@@ -21,12 +22,18 @@ def select(num_gpus: int | None) -> torch.device:
     present = torch.cuda.device_count()
     if num_gpus is None:
         num_gpus = min(present, 1)
-    if num_gpus > present:
-        what = f"nGPU={num_gpus} but {present or 'no'} CUDA device{'s' * (present > 1)}"
-        raise UsageError(what, f"--nGPU {min(present, 1)}")
-    if num_gpus > 1:
-        raise UsageError(f"nGPU={num_gpus}: this version trains on one GPU", "--nGPU 1")
-    return torch.device("cuda", 0) if num_gpus else torch.device("cpu")
+    found = f"{present or 'no'} CUDA device{'s' * (present > 1)}"
+    if not place.launched and num_gpus > present:
+        raise UsageError(f"nGPU={num_gpus} but {found}", f"--nGPU {present}")
+    if not num_gpus:
+        return torch.device("cpu")
+    if place.local_rank >= present:
+        what = f"{place.local_size} processes on this machine but {found}"
+        fix = f"torchrun --nproc-per-node {present}, or " if present else ""
+        raise UsageError(what, f"{fix}--nGPU 0 for CPUs")
+    if place.launched:
+        torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
 
 
 def configure(cudnn: str, tf32: bool) -> None:

@@ -20,7 +20,7 @@ class RunError(Exception):
     def report(self) -> str:
         """One line per problem: `error: WHAT; fix: FIX`."""
         lines = (f"error: {what}; fix: {fix}" for what, fix in self.problems)
-        return "\n".join(_printable(line) for line in lines)
+        return "\n".join(printable(line) for line in lines)
 
 
 class UsageError(RunError):
@@ -76,6 +76,12 @@ class BusyError(RunError):
     code = 7
 
 
+class PeerError(RunError):
+    """A process of a run of several that is lost, hangs or cannot be met."""
+
+    code = 8
+
+
 class Preempted(RunError):
     """A run that was asked to stop and saved its state first: run it again with --resume."""
 
@@ -84,9 +90,9 @@ class Preempted(RunError):
     def report(self) -> str:
         """One line, which is no error."""
         (what, fix) = self.problems[0]
-        return _printable(f"stopped: {what}; to go on: {fix}")
+        return printable(f"stopped: {what}; to go on: {fix}")
 
 
-def _printable(line: str) -> str:
-    # A file name or a YAML key may hold line breaks and terminal codes.
+def printable(line: str) -> str:
+    """A line as one line: file names and YAML keys may hold line breaks and terminal codes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -7,7 +7,8 @@ code, in seconds and on any machine.
 What is counted is what PyTorch's allocator counts (torch.cuda.max_memory_allocated): weights,
 momentum, gradients, the batch, all that lives between forward and backward, and the workspace of
 cuBLAS. Not counted, on a GPU: the CUDA context and the kernels' code, gaps between the allocator's
-blocks, and what cuDNN asks for while it tries algorithms. A step captured in one CUDA graph has
+blocks, what cuDNN asks for while it tries algorithms, and the buffers of NCCL and of gradients
+that several replicas average. A step captured in one CUDA graph has
 the same peak and keeps it reserved.
 """
 
@@ -72,7 +73,8 @@ class Estimate:
         key = (self.opt.optMemory if level is None else level, batch or self.opt.batchSize)
         if key not in self._known:
             level, batch = key
-            opt = with_settings(self.opt, optMemory=level, batchSize=batch)
+            share = -(-batch // self.opt.replicas)  # what one of several replicas has of it
+            opt = with_settings(self.opt, optMemory=level, batchSize=share)
             simulated = _simulate(opt, self.num_classes, self.device, self.ops)
             self._known[key] = simulated + workspace_bytes(self.device)
         return self._known[key]
@@ -112,7 +114,8 @@ class Estimate:
                 fits = batch
             else:
                 fails = batch
-        return fits // 8 * 8 if fits > 16 else fits
+        step = self.opt.replicas * (8 if fits > 16 * self.opt.replicas else 1)
+        return fits // step * step
 
     def _between(self, fits: int, fails: int, limit_bytes: float, level: int) -> int:
         """Where the limit is, were memory a straight line in the batch, which it nearly is."""
@@ -143,8 +146,9 @@ class Estimate:
         level = self._smallest()
         batch = self.largest_batch(now / 2 if free_bytes is None else limit, level)
         if not batch:
-            need = self._text(level, 1)
-            return f"use a larger device: --optMemory {level} --batchSize 1 needs {need}"
+            least = self.opt.replicas
+            need = self._text(level, least)
+            return f"use a larger device: --optMemory {level} --batchSize {least} needs {need}"
         also = "" if level == self.opt.optMemory else f" --optMemory {level}"
         need = self._text(level, batch)
         return f"use --batchSize {batch}{also}, {need} instead of {_mb(now)}"

@@ -59,7 +59,13 @@ def record(work: Callable[[], None], pool: tuple[int, int] | None = None) -> Cal
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     before = generator.clone_state()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        # Of this thread only: NCCL's watchdog may call CUDA meanwhile.
+        with torch.cuda.graph(
+            graph,
+            pool=pool,
+            stream=torch.cuda.current_stream(),
+            capture_error_mode="thread_local",
+        ):
             work()
     except RuntimeError:
         generator.graphsafe_set_state(before)  # it would refuse to draw outside of a recording
@@ -72,7 +78,7 @@ class ReplayedStep:
     """A step over full batches of one split.
 
     Args:
-        batches: with `plan`, `cut`, `batch_size`, as datasets.batches.Batches.
+        batches: with `plan`, `cut` and `deal`, as datasets.batches.Batches.
         step: takes a batch; must keep all that changes from step to step on the device.
         recorder: `record`, or a stand-in for it.
         failed: called with the reason when recording fails; the steps then run eagerly.
@@ -80,8 +86,8 @@ class ReplayedStep:
 
     def __init__(self, batches, step: Step, recorder: Recorder, failed: Callable[[str], None]):
         self._batches, self._step, self._recorder, self._failed = batches, step, recorder, failed
-        device = batches.indices.device
-        self._places = torch.arange(batches.batch_size, device=device)
+        device = batches.deal.indices.device
+        self._places = torch.arange(batches.deal.width, device=device)
         self._first = torch.zeros((), dtype=torch.int64, device=device)
         self._plan = None
         self._runs = 0
@@ -93,7 +99,7 @@ class ReplayedStep:
         if self._plan is None:
             self._plan = plan.at(slice(None))
         self._plan.copy_(plan)
-        self._first.fill_(step * self._batches.batch_size)
+        self._first.fill_(self._batches.deal.places(step).start)
 
     def __call__(self) -> None:
         """Do the next step."""
@@ -110,4 +116,4 @@ class ReplayedStep:
     def _eagerly(self) -> None:
         images, targets = self._batches.cut(self._plan.at(self._first + self._places))
         self._step(images, targets)
-        self._first += len(self._places)
+        self._first += self._batches.deal.stride

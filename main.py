@@ -1,85 +1,175 @@
 """Train, evaluate or resume a network: `python main.py --help`."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import launch
 import opts
+import paths
+import stopping
 import storage
-from errors import OutOfMemoryError, Preempted, RunError
+from errors import OutOfMemoryError, PeerError, Preempted, RunError
 from stopping import Stop, kill_children
 
 
 def main(argv: list[str]) -> int:
     """Run one command line; the exit code is 0, or that of an error class in errors.py."""
-    opt = None
-    stop = Stop().install()
+    stopping.hold_standard_files()
+    place = launch.here()
+    stop = Stop(place.launched, speaks=place.is_first).install()
+    opt = world = None
     try:
-        opt = opts.parse(argv)
+        paths.check_here()
+        opt = opts.parse(argv, place.size if place.launched else 0)
         if opt.printConfig:
-            print(opts.as_yaml(opt), end="")
+            if place.is_first:
+                print(opts.as_yaml(opt), end="")
             return 0
-        opts.check_paths(opt)
-        if opt.testOnly:
-            return evaluate(opt)
-        storage.check_writable(Path(opt.save))
-        return run(opt, stop)
-    except Preempted as stopped:
-        return report(stopped)
+        paths.check(opt, place.is_first)
+        if place.is_first and not opt.testOnly:
+            storage.check_writable(Path(opt.save))
+        if opt.replicas > 1 and not place.launched:
+            return start_replicas(opt, argv)
+        world, device = meet(opt, place)
+        world.agree(opts.procedure(opt))
+        done = evaluate(opt, world, device) if opt.testOnly else run(opt, stop, world, device)
+        with contextlib.suppress(RunError):  # it is done, whatever becomes of the others
+            world.leave()
+        return done
     except RunError as error:
-        kill_children()
-        if opt and opt.debug:
+        if isinstance(error, PeerError) and stop.was_early:  # so was the one that is gone
+            os._exit(Preempted.code)
+        if opt and opt.debug and not isinstance(error, Preempted):
             traceback.print_exc()
-        return report(error)
-    except Exception:
+        return end(error, opt, place, world)
+    except Exception as error:
+        if not place.launched:
+            kill_children()
+            raise
+        traceback.print_exc()
+        return end(error, opt, place, world)
+
+
+def end(error: Exception, opt: SimpleNamespace | None, place: launch.Place, world) -> int:
+    """Say on standard error how the run ended, once for all its processes; the exit code."""
+    code = error.code if isinstance(error, RunError) else 1
+    if isinstance(error, Preempted):
+        with contextlib.suppress(RunError):  # it is saved, whatever becomes of the others
+            world.leave()
+    else:
         kill_children()
-        raise
+        if world:
+            world.fail(error)
+    if isinstance(error, RunError) and is_speaker(error, place, world):
+        say(error)
+        if world and not place.is_first:  # which is lost
+            storage.judge_for_another(Path(opt.save), error)
+    if world and world.size > 1:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)  # what torch would wait for now may never come
+    return code
 
 
-def report(error: RunError) -> int:
-    """Say on standard error how the run ended; the exit code."""
+def is_speaker(error: RunError, place: launch.Place, world) -> bool:
+    """Whether this is the process that says how the run ended."""
+    if world:
+        return world.speaks
+    if not place.launched:
+        return True
+    import distributed
+
+    return distributed.is_first_to_say(place, error.report())
+
+
+def say(error: RunError) -> None:
+    """Print the line, or lines, of an error."""
     with contextlib.suppress(OSError):  # whoever was to read it may be gone
         print(error.report(), file=sys.stderr, flush=True)
-    return error.code
+
+
+def start_replicas(opt: SimpleNamespace, argv: list[str]) -> int:
+    """`--nGPU N`: run N processes of this command, each on a GPU of its own."""
+    import devices
+
+    devices.select(opt.nGPU)  # all of them are there
+    return launch.replicas(opt.nGPU, partial(main, argv))
 
 
 # What is heavy is imported where it is used, so that a mistyped flag is answered at once.
 
 
-def run(opt: SimpleNamespace, stop: Stop) -> int:
+def meet(opt: SimpleNamespace, place: launch.Place):
+    """The other processes of the run, if any, and the device of this one."""
+    if place.launched:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded
+
+    import devices
+    import distributed
+    import runlog
+
+    device = devices.select(opt.nGPU, place)
+    devices.configure(opt.cudnn, opt.tf32)
+    if not place.is_first:
+        runlog.mute()
+    world = distributed.join(place, device, opt.timeout)
+    if place.launched and opt.nGPU not in (None, 0, place.local_size):
+        started = f"{place.local_size} processes were started on this machine"
+        opt.notes.append(f"nGPU {opt.nGPU} has no effect: {started}")
+    for note in opt.notes:
+        runlog.warn(note)
+    return world, device
+
+
+def run(opt: SimpleNamespace, stop: Stop, world, device) -> int:
     """Start or continue a run and bring it to its end."""
     import checkpoints
     import datasets
     import devices
+    import distributed
     import graphs
     import models
     import resume
     import runlog
     import train
 
-    device, ops = prepare(opt)
-    with storage.RunDirectory(Path(opt.save)) as directory, datasets.worker_failures():
-        state = resume.find(opt, runlog.warn)
+    ops = choose_kernels(opt, device)
+    with contextlib.ExitStack() as opened:
+        # Only the first process has the directory; what the others need of it, it tells them.
+        directory = None
+        if world.is_first:
+            directory = opened.enter_context(storage.RunDirectory(Path(opt.save)))
+        world.watch(partial(end_stuck, world, directory))
+        opened.enter_context(datasets.worker_failures())
+        state, is_complete = world.from_first(
+            lambda: find_run(opt, directory, world.place),
+            checkpoints.packed,
+            checkpoints.unpacked,
+        )
+        resume.check_seen(Path(opt.save), world.numbers(resume.newest_step(Path(opt.save))))
         overrides = resume.check(opt, state, runlog.warn) if state else []
-        if state and resume.is_complete(opt, state, directory.status()):
-            runlog.say(f"=> {directory.path} is already complete")
+        if is_complete:
+            runlog.say(f"=> {opt.save} is already complete")
             runlog.say(runlog.finished_line(state["last"], state["best"]))
             return 0
-        data = datasets.create(opt, device, runlog.warn)
-        estimate = estimate_memory(opt, len(data.classes), device, ops)
-        free_bytes = devices.free_bytes(device)
-        model = models.create(estimate.opt, len(data.classes), ops)
-        log = runlog.RunLog(directory.path)
+        data = create_data(opt, world, device)
+        estimate, free_bytes = estimate_memory(opt, len(data.classes), world, device, ops)
+        share = distributed.Share(world, device) if world.size > 1 else None
+        model = models.create(estimate.opt, len(data.classes), ops, share)
+        log = runlog.RunLog(directory.path if directory else None)
         recorder = graphs.recorder(opt.cudaGraph, device, data.is_resident)
-        trainer = train.create(opt, model, device, log, recorder)
+        trainer = train.create(opt, model, device, log, world, share, recorder)
         if state:
-            resume.restore(trainer, state, data.facts, runlog.warn)
+            overrides += resume.restore(trainer, state, data.facts, runlog.warn, opt.override)
         elif opt.retrain != "none":
-            weights = checkpoints.load_weights(Path(opt.retrain))
-            models.load_weights(model, weights, opt.resetClassifier)
+            models.load_weights(model, read_weights(opt, world), opt.resetClassifier)
         saver = checkpoints.Saver(
             directory,
             trainer,
@@ -88,55 +178,91 @@ def run(opt: SimpleNamespace, stop: Stop) -> int:
             keep=opt.keep,
             every_s=60 * opt.saveEvery,
         )
-        begin(opt, directory, log, data, trainer)
-        if state and trainer.is_between_epochs:
-            saver.save_models()  # the process that wrote the checkpoint may have died before this
+        if directory:
+            begin(opt, directory, log, data, trainer)
         if state:
-            resume.bring_best(opt, trainer, runlog.warn)
-            if not checkpoints.newest_first(directory.path):  # it goes on in a directory of its own
-                saver.save()
+            continue_files(opt, directory, trainer, saver)
 
-        stop.armed = True
+        stop.arm()
         for _ in range(trainer.epoch, opt.nEpochs + 1):
             with memory_errors(estimate.opt, lambda: estimate.advice(free_bytes)):
                 trained = trainer.train(data.train, saver.after_step)
                 tested = trainer.test(data.val, saver.after_step)
             memory = {"memory_mb": devices.peak_memory_mb(device)}
-            log.epoch(trainer.finish_epoch(trained, tested) | memory, trainer.is_best)
+            record = trainer.finish_epoch(trained, tested) | memory
+            if directory:
+                log.epoch(record, trainer.is_best)
             saver.end_epoch()
         with memory_errors(opt, lambda: "use a smaller --batchSize, with --override true"):
             finish(opt, directory, log, data, trainer, saver)
     return 0
 
 
-def prepare(opt: SimpleNamespace):
-    """The device and what runs dense blocks on it; says all remarks about the settings."""
-    import devices
+def find_run(opt: SimpleNamespace, directory: storage.RunDirectory, place: launch.Place) -> tuple:
+    """The checkpoint to go on from, if any, and whether nothing is left to do."""
+    import resume
+    import runlog
+
+    state = resume.find(opt, runlog.warn)
+    if state and resume.is_complete(opt, state, directory.status()):
+        return state, True
+    resume.check_progress(directory, state, place.restarted)
+    return state, False
+
+
+def choose_kernels(opt: SimpleNamespace, device):
+    """What runs dense blocks on the device."""
     import kernels
     import runlog
 
-    device = devices.select(opt.nGPU)
-    devices.configure(opt.cudnn, opt.tf32)
     ops, remark = kernels.select(opt.kernels, device, opt.precision)
-    for note in [*opt.notes, *filter(None, [remark])]:
-        runlog.warn(note)
-    return device, ops
+    if remark:
+        runlog.warn(remark)
+    return ops
 
 
-def estimate_memory(opt: SimpleNamespace, num_classes: int, device, ops):
-    """What the run's steps will need, with `--optMemory auto` decided in its settings."""
+def create_data(opt: SimpleNamespace, world, device, statistics=None):
+    """The data of this process. One process of each machine downloads and unpacks it."""
+    import datasets
+    import distributed
+    import runlog
+
+    replica = datasets.Replica(world.rank, world.size, world.everyone)
+    with world.first_on_machine():
+        data = datasets.create(opt, device, runlog.warn, statistics, replica)
+    world.agree(data.facts | distributed.versions())
+    return data
+
+
+def read_weights(opt: SimpleNamespace, world) -> dict:
+    """The weights that `--retrain` names, as the first process reads them."""
+    import checkpoints
+
+    return world.from_first(
+        lambda: checkpoints.load_weights(Path(opt.retrain)),
+        checkpoints.packed,
+        checkpoints.unpacked,
+    )
+
+
+def estimate_memory(opt: SimpleNamespace, num_classes: int, world, device, ops):
+    """What the run's steps will need, with `--optMemory auto` decided, and what there is."""
     import devices
     import footprint
     import runlog
 
     estimate = footprint.Estimate(opt, num_classes, device, ops)
+    free_bytes = devices.free_bytes(device)
+    if free_bytes is not None:
+        free_bytes = min(world.numbers(free_bytes))
     if opt.optMemory != "auto":
-        return estimate
-    level, remark = estimate.choose_level(devices.free_bytes(device))
+        return estimate, free_bytes
+    level, remark = estimate.choose_level(free_bytes)
+    level = max(world.numbers(level))  # the GPUs may be of different kinds
     if remark:
         runlog.warn(remark)
     decided = footprint.with_settings(opt, optMemory=level)
-    return footprint.Estimate(decided, num_classes, device, ops)
+    return footprint.Estimate(decided, num_classes, device, ops), free_bytes
 
 
 @contextlib.contextmanager
@@ -167,7 +293,23 @@ def begin(opt: SimpleNamespace, directory: storage.RunDirectory, log, data, trai
         log.images(next(iter(data.train.batches(trainer.epoch)))[0])
 
 
-def finish(opt: SimpleNamespace, directory: storage.RunDirectory, log, data, trainer, saver):
+def continue_files(opt: SimpleNamespace, directory, trainer, saver) -> None:
+    """Bring the files of a resumed run up to its checkpoint."""
+    import checkpoints
+    import resume
+    import runlog
+
+    if trainer.is_between_epochs:
+        saver.save_models()  # the process that wrote the checkpoint may have died before this
+    elsewhere = False
+    if directory:
+        resume.bring_best(opt, trainer, runlog.warn)
+        elsewhere = not checkpoints.newest_first(directory.path)
+    if any(trainer.world.maximum(elsewhere)):  # it goes on in a directory of its own
+        saver.save()
+
+
+def finish(opt: SimpleNamespace, directory, log, data, trainer, saver) -> None:
     """Measure the test set if it was kept for the end, and say how the run ended."""
     import checkpoints
     import runlog
@@ -176,17 +318,28 @@ def finish(opt: SimpleNamespace, directory: storage.RunDirectory, log, data, tra
     if data.test is not None:
         # The paper's choice on SVHN: the model with the lowest validation error is the one tested.
         which, result = ("best", trainer.best) if trainer.best else ("last", trainer.last)
-        weights = checkpoints.load_weights(directory.path / f"model_{which}.pt")
-        trainer.model.load_state_dict(weights)
+        if directory:  # the other processes take theirs from this one
+            weights = checkpoints.load_weights(directory.path / f"model_{which}.pt")
+            trainer.model.load_state_dict(weights)
         tested = trainer.test(data.test, saver.stop_if_asked, phase="test")
         runlog.say(runlog.tested_line(tested, f"{which} model, epoch {result['epoch']}"))
-    log.close(opts.experiment(opt), trainer.results() | tested)
-    position = trainer.position | {"epoch": opt.nEpochs}  # the last, not the one after it
-    directory.write_status("done", 0, **position, **trainer.results(), **tested)
+    if directory:
+        log.close(opts.experiment(opt), trainer.results() | tested)
+        position = trainer.position | {"epoch": opt.nEpochs}  # the last, not the one after it
+        directory.write_status("done", 0, **position, **trainer.results(), **tested)
     runlog.say(runlog.finished_line(trainer.last, trainer.best))
 
 
-def evaluate(opt: SimpleNamespace) -> int:
+def end_stuck(world, directory: storage.RunDirectory | None, error: RunError) -> None:
+    """End a process whose main thread waits for what will never come."""
+    if directory:
+        directory.judge(error)
+    if world.speaks:
+        say(error)
+    os._exit(error.code)
+
+
+def evaluate(opt: SimpleNamespace, world, device) -> int:
     """Evaluate the weights of `--resume` or `--retrain`, on the test set where there is one."""
     import checkpoints
     import datasets
@@ -195,21 +348,24 @@ def evaluate(opt: SimpleNamespace) -> int:
     import runlog
     import train
 
-    device, ops = prepare(opt)
-    state = resume.find(opt, runlog.warn)
+    world.watch(partial(end_stuck, world, None))
+    ops = choose_kernels(opt, device)
+    state = world.from_first(
+        lambda: resume.find(opt, runlog.warn), checkpoints.packed, checkpoints.unpacked
+    )
     if state:
         resume.check_network(opt, state)
-    weights = state["model"] if state else checkpoints.load_weights(Path(opt.retrain))
+    weights = state["model"] if state else read_weights(opt, world)
     statistics = (state["data"]["mean"], state["data"]["std"]) if state else None
     with datasets.worker_failures():
-        data = datasets.create(opt, device, runlog.warn, statistics)
+        data = create_data(opt, world, device, statistics)
         if state:
             resume.check_data({"classes": data.classes}, state)
         if opt.optMemory == "auto":
             opt.optMemory = opts.FLAGS["optMemory"].default  # levels are about training
         model = models.create(opt, len(data.classes), ops)
         models.load_weights(model, weights)
-        trainer = train.create(opt, model, device, runlog.RunLog(None))
+        trainer = train.create(opt, model, device, runlog.RunLog(None), world)
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.test(data.test or data.val, lambda: None, phase="test")
     runlog.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")

@@ -1,5 +1,7 @@
 """Top-k errors and the loss as sums, so that means are exact however the images are batched."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,17 @@ class Sums:
         loss, wrong1, wrong5, count = self._totals.tolist()
         count = max(count, 1)
         return {"loss": loss / count, "top1": 100 * wrong1 / count, "top5": 100 * wrong5 / count}
+
+    def over_all(self, sum_: Callable[[Tensor], None]) -> "Sums":
+        """The sums over all replicas, for every one of them.
+
+        Args:
+            sum_: replaces a tensor by its sum over the replicas.
+        """
+        everything = Sums(self._totals.device)
+        everything._totals.copy_(self._totals)
+        sum_(everything._totals)
+        return everything
 
     @property
     def count(self) -> int:

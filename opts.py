@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from errors import CheckpointError, DataError, UsageError
+from errors import UsageError
 from flags import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -57,8 +57,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("dataset", text, "cifar10", "what to train on", choices=DATASETS, role="course"),
         Flag("manualSeed", integer, 0, "seed of initial weights, order, augmentation and dropout",
              range=Range(0, 2**63 - 1), role="course"),
-        Flag("nGPU", integer, None, "GPUs to use; 0 is the CPU", "1 where CUDA is present, else 0",
-             range=AT_LEAST_0),
+        Flag("nGPU", integer, None, "GPUs of this machine, a process for each; 0 is the CPU; "
+             "torchrun has its own count", "1 where CUDA is present, else 0", range=AT_LEAST_0),
         Flag("backend", text, "cudnn", "accepted for Lua command lines; no effect"),
         Flag("cudnn", text, "fastest",
              "fastest tries algorithms; deterministic repeats bit for bit",
@@ -73,6 +73,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("cudaGraph", text, "auto",
              "one CUDA graph per training step; auto: on a GPU where every batch has one shape",
              choices=("auto", "true", "false")),
+        Flag("timeout", number, 50.0, "seconds that one of several processes waits for the others",
+             range=POSITIVE),
         Flag("config", text, "none", "YAML file of flags; the command line wins over it"),
         Flag("printConfig", boolean, False, "print all settings as YAML and exit", bare="true"),
         Flag("debug", boolean, False, "show the traceback of every error"),
@@ -152,6 +154,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("optMemory", level, 2, "what backward finds kept: 0 everything, each level up less; "
              "2 is the fastest, 4 the smallest; auto: the fastest that fits the GPU",
              choices=(*MEMORY_LEVELS, "auto")),
+        Flag("syncBN", boolean, False, "one set of batch statistics for all GPUs, not one for each",
+             role="course"),
         Flag("initChannels", integer, None, "feature maps of the first convolution",
              "2k; 16 at CIFAR size without bottleneck", range=AT_LEAST_1, role="model"),
         *(Flag(f"d{i}", integer, 0, f"layers of block {i}, ImageNet shape with a depth of your own",
@@ -306,6 +310,11 @@ def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
         f"use {as_text(sorted(opt.milestones or []))}",
     )
     wrong(
+        opt.batchSize % opt.replicas != 0 and not opt.testOnly,
+        f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number",
+        f"use {max(round(opt.batchSize / opt.replicas), 1) * opt.replicas}, or other processes",
+    )
+    wrong(
         opt.nImages != FLAGS["nImages"].default and opt.dataset != "synthetic",
         f"nImages has no effect on {opt.dataset}",
         "leave it out or use --dataset synthetic",
@@ -368,6 +377,8 @@ def _notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
     late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
     if late:
         notes.append(f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}")
+    if opt.syncBN and opt.replicas == 1:
+        notes.append("syncBN has no effect on one process")
     if not opt.bottleneck and opt.reduction < 1:
         notes.append(
             f"bottleneck false with reduction {opt.reduction:g} is a DenseNet-C; "
@@ -376,47 +387,20 @@ def _notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
     return notes
 
 
-def check_paths(opt: SimpleNamespace) -> None:
-    """Raise DataError or CheckpointError when a path that the run needs is not there.
-
-    Here, as in opts.lua, so that a mistyped directory is reported before anything is loaded.
-    """
-    if opt.resume not in ("none", "auto") and not os.path.exists(opt.resume):
-        raise CheckpointError(
-            f"resume: no such file or directory: {opt.resume}",
-            "name a run directory, or use --resume none",
-        )
-    fresh = opt.resume == "none"  # a resumed run needs the weights it once began with no more
-    if fresh and opt.retrain != "none" and not os.path.isfile(opt.retrain):
-        raise CheckpointError(f"retrain: no such file: {opt.retrain}", "name a file of weights")
-    if opt.dataset in ("imagenet", "folder"):
-        layout = (
-            f"use --data DIR with {Path('DIR/train/CLASS/IMAGE')} and {Path('DIR/val/CLASS/IMAGE')}"
-        )
-        root = Path(opt.data)
-        for directory in (root, root / "train", root / "val"):
-            if not os.path.isdir(directory):
-                raise DataError(f"no directory {directory}", layout)
-            if directory != root and not _has_directories(directory):
-                raise DataError(f"no class directories in {directory}", layout)
-
-
-def _has_directories(directory: Path) -> bool:
-    try:
-        return any(entry.is_dir() for entry in directory.iterdir())
-    except OSError as error:
-        raise DataError(f"cannot read {directory}: {error.strerror}", "check its rights") from error
-
-
 # ------------------------------------------------------------------------------------ public face
 
 
-def parse(argv: list[str]) -> SimpleNamespace:
+def parse(argv: list[str], launched: int = 0) -> SimpleNamespace:
     """The settings of one call: command line over `--config` over defaults.
+
+    Also sets `replicas`, which is derived and no flag.
 
     `--resume DIR` continues the run in DIR with the settings it was started with, so that these
     stand below the config file. `opt.notes` lists remarks for the user,
     `opt.given` the flags that were given.
+
+    Args:
+        launched: processes that a launcher has started for the run, on all machines; 0: none has.
 
     Raises:
         UsageError: every problem of the flags at once.
@@ -430,6 +414,7 @@ def parse(argv: list[str]) -> SimpleNamespace:
         _add_file(reader, Path(reader.values["config"]))
     _add_resumed(reader)
     opt = resolve(reader.values)
+    opt.replicas = launched or max(opt.nGPU or 1, 1)
     problems = reader.problems
     # With one of these misread, every rule about depth or size would be judged on a default.
     if not reader.unread & {"dataset", "imageSize", "bottleneck"}:
@@ -476,6 +461,12 @@ def settings(opt: SimpleNamespace) -> dict[str, object]:
 def experiment(opt: SimpleNamespace) -> dict[str, object]:
     """The settings that decide what is learnt, without those of mere procedure."""
     return {name: value for name, value in settings(opt).items() if FLAGS[name].role}
+
+
+def procedure(opt: SimpleNamespace) -> dict[str, object]:
+    """The settings that all processes of a run must share: those that are of no one machine."""
+    of_a_machine = ("data", "nGPU", "nThreads", "config", "debug")
+    return {name: value for name, value in settings(opt).items() if name not in of_a_machine}
 
 
 def as_yaml(opt: SimpleNamespace, without: tuple[str, ...] = ("config", "printConfig")) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from errors import printable
 from flags import as_text
 from metrics import Sums
 from storage import write_whole
@@ -21,10 +22,22 @@ SHOW_EVERY_S = {True: 1.0, False: 60.0}  # on a terminal, elsewhere
 LOG = "log.jsonl"
 
 
+_muted = False  # only the first process of a run speaks
+
+
+def mute() -> None:
+    """Print nothing from now on: another process of the run does."""
+    global _muted
+    _muted = True
+
+
 def say(line: str) -> None:
     """Print a line; a closed standard output must not end a run of days."""
     try:
-        print(line, flush=True)
+        if not _muted:
+            # A path may hold what the encoding of the output does not have.
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:
         sys.stdout = None  # print() to None does nothing from now on
 
@@ -32,7 +45,8 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Print a remark to standard error, which may be closed as well."""
     with contextlib.suppress(OSError):
-        print(f"note: {line}", file=sys.stderr, flush=True)
+        if not _muted:
+            print(f"note: {printable(line)}", file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -135,7 +149,7 @@ class Progress:
         self._fresh_data_s = 0.0
 
     def __enter__(self) -> "Progress":
-        if sys.stderr and sys.stderr.isatty():
+        if not _muted and _has_bar():
             from tqdm import tqdm
 
             title = f"epoch {self.epoch} {self.name}"
@@ -154,7 +168,9 @@ class Progress:
     def is_due(self) -> bool:
         """Whether the next `update` shows something, and so reads the device."""
         pause = SHOW_EVERY_S[self._bar is not None]
-        return self.done + 1 >= self.steps or time.monotonic() - self._shown_at >= pause
+        if _muted or self.done + 1 >= self.steps:  # `finish` shows the last step
+            return False
+        return time.monotonic() - self._shown_at >= pause
 
     def update(self, num_images: int, data_s: float, rate: float | None = None) -> None:
         """Count one step of `num_images` that waited `data_s` seconds for its batch."""
@@ -166,11 +182,16 @@ class Progress:
         if self._bar is not None:
             self._bar.update(1)
         if due:
-            self._show(rate)
+            self._show(self.sums, rate)
 
-    def _show(self, rate: float | None) -> None:
+    def finish(self, sums: Sums, rate: float | None = None) -> None:
+        """Show the result of the whole pass."""
+        if self._fresh_steps and not _muted:
+            self._show(sums, rate)
+
+    def _show(self, sums: Sums, rate: float | None) -> None:
         seconds = max(time.monotonic() - self._shown_at, 1e-9)
-        means = self.sums.read()
+        means = sums.read()
         if self._bar is not None:
             speed = f"{self._fresh_images / seconds:.0f}"
             shown = {"loss": f"{means['loss']:.4f}", "error": f"{means['top1']:.2f}%"}
@@ -187,6 +208,12 @@ class Progress:
         self._shown_at = time.monotonic()
         self._fresh_steps = self._fresh_images = 0
         self._fresh_data_s = 0.0
+
+
+def _has_bar() -> bool:
+    """Whether standard error is a terminal that can draw a line anew."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return is_terminal and os.environ.get("TERM") != "dumb"
 
 
 def tested_line(tested: dict, model: str) -> str:
@@ -213,7 +240,7 @@ def read_log(directory: Path) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
             break
@@ -253,7 +280,7 @@ def _open_board(directory: Path, next_epoch: int):
 
         threading.excepthook = _other_threads
         return SummaryWriter(str(directory), purge_step=next_epoch)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # of an installation that does not fit together: any kind
         warn(f"no TensorBoard: {error}; training goes on")
         return None
 

@@ -12,15 +12,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ["main", "train", "checkpoints", "datasets", "datasets.folder", "models", "resume",
-           "runlog", "devices", "torch.utils.tensorboard", "sklearn.datasets"]  # fmt: skip
+           "runlog", "devices", "distributed", "torch.utils.tensorboard", "sklearn.datasets",
+           "yaml", "tqdm", "faults.sabotage"]  # fmt: skip
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 )
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main.py asks for before torch is loaded
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
@@ -80,6 +85,66 @@ def start(argv: str | list[str], sabotage=None, threads: int = 1) -> Running:
 def run(argv: str | list[str], sabotage=None, threads: int = 1, timeout_s: float = 120) -> Result:
     """Run `main.py` with a command line to its end."""
     return start(argv, sabotage, threads).wait(timeout_s)
+
+
+class Ranks:
+    """A call in several processes, as a launcher on one machine would start them.
+
+    The store by which they meet is the tests' own, so that it outlives each of them, or is the
+    first process's.
+    """
+
+    def __init__(
+        self,
+        argv: str | list[str],
+        size: int,
+        sabotages: dict[int, Callable],
+        first_has_store: bool = False,
+    ):
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
+        if first_has_store:
+            self._store = None  # and its port is free
+        place = partial(_as_rank, size=size, port=port, store=not first_has_store)
+        self.ranks = [
+            start(argv, partial(place, rank=rank, sabotage=sabotages.get(rank)))
+            for rank in range(size)
+        ]
+
+    def __getitem__(self, rank: int) -> Running:
+        return self.ranks[rank]
+
+    def wait(self, timeout_s: float = 120) -> list[Result]:
+        """Wait for the end of all of them."""
+        end = time.monotonic() + timeout_s
+        return [rank.wait(max(end - time.monotonic(), 1)) for rank in self.ranks]
+
+
+def run_ranks(
+    argv: str | list[str],
+    size: int,
+    sabotages: dict[int, Callable] | None = None,
+    timeout_s: float = 120,
+) -> list[Result]:
+    """Run `main.py` in `size` processes; `sabotages` are for some of them, by rank."""
+    return Ranks(argv, size, sabotages or {}).wait(timeout_s)
+
+
+def _as_rank(*, rank: int, size: int, port: int, store: bool, sabotage: Callable | None) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(store),
+    }
+    import distributed
+
+    distributed.ROLL_CALL_S, distributed.BEAT_S = 0.5, 0.1  # nobody is far away
+    if sabotage:
+        sabotage()
 
 
 def _child(argv, sabotage, threads: int, out: str, err: str) -> None:

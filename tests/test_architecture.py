@@ -13,24 +13,30 @@ from program import ROOT
 MAY_IMPORT = {
     "errors": set(),
     "flags": set(),
+    "limits": set(),
+    "schema": set(),
     "metrics": set(),
     "stopping": set(),
+    "gradients": set(),
     "storage": {"errors"},
-    "devices": {"errors"},
+    "paths": {"errors"},
+    "launch": {"stopping"},
+    "distributed": {"errors", "launch"},
+    "devices": {"errors", "launch"},
     "opts": {"errors", "flags"},
     "kernels": {"errors"},
     "models": {"errors", "kernels"},
-    "datasets": {"errors", "stopping", "storage"},
-    "checkpoints": {"errors", "storage"},
-    "runlog": {"flags", "metrics", "storage"},
+    "datasets": {"errors", "limits", "stopping", "storage"},
+    "checkpoints": {"errors", "limits", "schema", "storage"},
+    "runlog": {"errors", "flags", "metrics", "storage"},
     "footprint": {"kernels", "models"},
     "graphs": {"errors"},
-    "train": {"errors", "graphs", "metrics", "runlog"},
+    "train": {"distributed", "errors", "gradients", "graphs", "metrics", "runlog"},
     "resume": {"errors", "storage", "opts", "models", "checkpoints"},
 }
 ROOTS = {"main", "tools"}  # compose everything below, never the one the other
 # Answer `--help`, usage errors and missing paths: what they import at start-up must be light.
-LIGHT = {"main", "opts", "flags", "errors", "storage", "stopping"}
+LIGHT = {"main", "opts", "flags", "errors", "paths", "storage", "stopping", "launch"}
 MAX_LINES = 500
 
 
@@ -195,6 +201,8 @@ def executes_data(module: ast.Module) -> list[str]:
             or (function in ("extractall", "extract", "unpack_archive")
                 and literal(call, "filter") != "data")
             or function in OBJECT_COLLECTIVES
+            # Pillow runs Ghostscript on what claims to be PostScript, unless told what to expect.
+            or (called.endswith("Image.open") and "formats" not in [g.arg for g in call.keywords])
             or any(given.arg in ("shell", "allow_pickle") for given in call.keywords)
         )  # fmt: skip
         found += [called] * bad
@@ -248,6 +256,28 @@ def tied_to_a_backend(module: ast.Module) -> list[str]:
     ]  # fmt: skip
 
 
+def exchanges(module: ast.Module) -> list[str]:
+    """Where processes exchange something through PyTorch, under whatever name."""
+    found = [part for part in imported(module) if part.startswith("torch.distributed")]
+    names = [dotted(node) for node in ast.walk(module) if isinstance(node, ast.Attribute)]
+    return found + [part for part in names if part == "torch.distributed"]
+
+
+# By these a launcher tells a process its place in the run.
+PLACES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+}
+
+
+def places_read(module: ast.Module) -> list[str]:
+    """Names in the environment that say which of several processes this one is."""
+    values = [node.value for node in ast.walk(module) if isinstance(node, ast.Constant)]
+    texts = [value for value in values if isinstance(value, str)]
+    prefixes = ("TORCHELASTIC_", "SLURM_")
+    return [text for text in texts if text in PLACES or text.startswith(prefixes)]
+
+
 def without_docstring(module: ast.Module) -> list[str]:
     """Public names without a docstring; `module` stands for the file itself."""
 
@@ -271,8 +301,10 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
         "import pickle\nfrom marshal import loads\neval(x)\nexec(x)\nyaml.load(f)\n"
         "yaml.unsafe_load(f)\ntar.extractall(p)\ntar.extractall(p, filter=f)\nrun(c, shell=True)\n"
         "numpy.load(f, allow_pickle=True)\ndist.broadcast_object_list(x)\nos.system(c)\n"
-        "model.eval()\nyaml.compose(f)\ntar.extractall(p, filter='data')",
-        13,
+        "Image.open(f)\nPIL.Image.open(f)\n"
+        "model.eval()\nyaml.compose(f)\ntar.extractall(p, filter='data')\n"
+        "Image.open(f, formats=FORMATS)\nopen(f)",
+        15,
     ),
     (
         loads_or_saves,
@@ -311,6 +343,22 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
         5,
     ),
     (
+        exchanges,
+        lambda path: path.name in ("distributed.py", "launch.py"),
+        "import torch.distributed.tensor as t\nfrom torch import distributed\n"
+        "from torch.distributed.nn import all_reduce\ntorch.distributed.barrier()\n"
+        "import distributed\nfrom torch import multiprocessing\ndistributed.join(place)",
+        5,
+    ),
+    (
+        places_read,
+        lambda path: path.name == "launch.py",
+        "os.environ['RANK']\nos.getenv('LOCAL_RANK', 0)\n'WORLD_SIZE' in os.environ\n"
+        "os.environ.get('SLURM_PROCID')\nint(env['TORCHELASTIC_RESTART_COUNT'])\n"
+        "os.environ['PATH']\n'''RANK and its kin.'''\nrank = 0",
+        5,
+    ),
+    (
         without_docstring,
         lambda path: False,
         "def f(): pass\nclass C:\n    def g(self): pass\n    def _h(self): pass\ndef _i(): pass\n"
@@ -340,6 +388,8 @@ def test_the_owners_do_what_they_alone_may_do():
     assert len(flags_built(tree(ROOT / "opts.py"))) > 40
     assert printing(tree(ROOT / "runlog.py"))
     assert "kernels.fused" in tied_to_a_backend(tree(ROOT / "kernels" / "__init__.py"))
+    assert "torch.distributed" in exchanges(tree(ROOT / "distributed.py"))
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(places_read(tree(ROOT / "launch.py")))
 
 
 @pytest.mark.parametrize("path", sources(), ids=name)

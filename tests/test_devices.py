@@ -9,12 +9,20 @@ import torch
 
 import devices
 from errors import UsageError
+from launch import Place
 
 
 @pytest.fixture
 def present(monkeypatch):
-    """Sets how many CUDA devices there seem to be."""
-    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    """Sets how many CUDA devices there seem to be; the list of those that were made current."""
+    current = []
+
+    def present(count: int) -> list[int]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        return current
+
+    return present
 
 
 @pytest.fixture
@@ -48,8 +56,51 @@ def _restored(monkeypatch):
 def test_the_device_is_the_one_asked_for_or_a_gpu_where_there_is_one(
     present, num_gpus, count, device
 ):
-    present(count)
+    current = present(count)
     assert str(devices.select(num_gpus)) == device
+    assert current == []  # it is so without a word, and the CUDA context is made when it is needed
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "count", "local_rank", "device"),
+    [
+        (None, 4, 0, "cuda:0"),
+        (None, 4, 3, "cuda:3"),
+        (None, 0, 3, "cpu"),
+        (0, 4, 3, "cpu"),
+        (1, 4, 3, "cuda:3"),  # the launcher counts its own processes
+        (8, 4, 3, "cuda:3"),
+    ],
+)
+def test_each_process_that_a_launcher_starts_has_a_gpu_of_its_own(
+    present, num_gpus, count, local_rank, device
+):
+    current = present(count)
+    # The second of two machines: the place in the run is not the place on the machine.
+    place = Place(4 + local_rank, 8, local_rank, 4, launched=True)
+    assert str(devices.select(num_gpus, place)) == device
+    assert current == [local_rank] * (device != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "count", "found", "fix"),
+    [
+        (None, 1, "1 CUDA device", "torchrun --nproc-per-node 1, or --nGPU 0"),
+        (4, 3, "3 CUDA devices", "torchrun --nproc-per-node 3, or --nGPU 0"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_by_those_without_one(
+    present, num_gpus, count, found, fix
+):
+    present(count)
+    places = [Place(rank, 4, rank, 4, launched=True) for rank in range(4)]
+    for place in places[:count]:
+        assert devices.select(num_gpus, place).index == place.rank
+    for place in places[count:]:
+        with pytest.raises(UsageError) as caught:
+            devices.select(num_gpus, place)
+        report = caught.value.report()
+        assert report.startswith(f"error: 4 processes on this machine but {found}; fix: {fix}")
 
 
 @pytest.mark.parametrize(
@@ -59,8 +110,7 @@ def test_the_device_is_the_one_asked_for_or_a_gpu_where_there_is_one(
         (3, 0, "nGPU=3 but no CUDA device", "--nGPU 0"),
         (2, 1, "nGPU=2 but 1 CUDA device", "--nGPU 1"),
         (4, 2, "nGPU=4 but 2 CUDA devices", "--nGPU "),
-        (2, 2, "nGPU=2: this version trains on one GPU", "--nGPU 1"),
-        (2, 8, "nGPU=2: this version trains on one GPU", "--nGPU 1"),
+        (9, 8, "nGPU=9 but 8 CUDA devices", "--nGPU "),
     ],
 )
 def test_gpus_that_cannot_be_had_are_one_line_with_a_remedy_that_works(

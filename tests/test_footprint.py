@@ -92,6 +92,15 @@ def test_weights_momentum_and_gradients_are_counted():
     assert predicted - without == pytest.approx(weights, rel=0.05)
 
 
+def test_each_of_several_replicas_needs_what_its_share_of_the_batch_does():
+    together = settings(SMALL.replace("--batchSize 4", "--batchSize 16"))
+    four, one = (
+        Estimate(with_settings(together, replicas=replicas), NUM_CLASSES, CPU, plain).peak_bytes()
+        for replicas in (4, 1)
+    )
+    assert four == estimate(SMALL).peak_bytes() < one
+
+
 def test_the_estimate_leaves_the_kernels_as_they_were():
     before = plain._tiles
     estimate(SMALL).peak_bytes()
@@ -186,6 +195,13 @@ def test_auto_on_a_real_network():
 )
 def test_the_largest_batch_fits_and_is_a_round_number(megabytes, batch):
     assert straight().largest_batch(room_for(megabytes), level=2) == batch
+
+
+@pytest.mark.parametrize(("megabytes", "batch"), [(1010, 99), (510, 48), (171, 15), (30, 0)])
+def test_the_largest_batch_of_three_replicas_can_be_shared_by_them(megabytes, batch):
+    three = straight(batch=99)
+    three.opt.replicas = 3
+    assert three.largest_batch(room_for(megabytes), level=2) == batch
 
 
 def test_the_largest_batch_of_a_real_network_fits_and_a_larger_one_does_not():

@@ -1,6 +1,7 @@
 """On a CUDA device: precisions, backends, graphs, memory and resuming (`make gpu`)."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import datasets
 import footprint
 import kernels
 import opts
+from gradients import Gradients
 from kernels import plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +168,22 @@ def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(more, tmp_p
     assert other.returncode == 0 and log(tmp_path / "other") != log(tmp_path / "true")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_number_of_a_gradient_that_is_not_finite_is_seen(size, value):
+    parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 70_000)]
+    gradients = Gradients(parameters, size, lambda tensor: tensor.mul_(size))
+
+    def finite() -> list[bool]:
+        return [one.item() for one in gradients.finish(torch.ones((), device="cuda"))]
+
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert finite() == [True, True]
+    parameters[1].grad[66_666] = value
+    assert finite() == [True, False]
+
+
 @pytest.mark.parametrize("precision", ["single", "bf16"])
 @pytest.mark.parametrize("level", [0, 2, 3, 4])
 def test_memory_is_what_was_estimated(level, precision):
@@ -195,3 +213,35 @@ def footprint_of_a_run(opt, ops, device: torch.device) -> int:
     for _ in range(3):
         trainer._train_step(images, targets)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("graph", ["true", "false"])
+def test_two_gpus_with_synchronised_statistics_train_as_one(graph, tmp_path):
+    flags = f"{SMALL} --nImages 512 --nEpochs 1 --precision double --cudaGraph {graph}"
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(f"{flags} --save {one}").returncode == 0
+    done = run(f"{flags.replace('--nGPU 1', '--nGPU 2')} --syncBN true --save {two}")
+    assert done.returncode == 0, done.stderr
+    for name in ("train_loss", "val_loss"):
+        assert log(two)[0][name] == pytest.approx(log(one)[0][name], rel=1e-5)
+    assert "it runs eagerly" not in done.stderr  # NCCL's sum is recorded as well
+
+
+@TWO_GPUS
+def test_when_one_gpu_s_process_is_killed_the_run_ends_and_goes_on(tmp_path):
+    flags = f"{SMALL.replace('--nGPU 1', '--nGPU 2')} --nImages 4096 --nEpochs 200"
+    argv = [sys.executable, "main.py", *flags.split(), "--save", str(tmp_path / "run")]
+    process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "run").glob("checkpoint_*.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 8, errors
+    assert "process 1 " in errors and "is lost" in errors

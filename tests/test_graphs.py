@@ -1,9 +1,11 @@
 """Steps that are recorded once: a replay of the recorded operations trains as eager steps do."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
+from faults.contract import OF_CLOCKS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
@@ -91,7 +93,8 @@ def eagerly(work: Callable[[], None]) -> Callable[[], None]:
 def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, datasets.Data]:
     opt = opts.parse([*SMALL.split(), *line.split()])
     data = data or datasets.create(opt, CPU, pytest.fail)
-    trainer = train.create(opt, models.create(opt, len(data.classes)), CPU, RunLog(None), recorder)
+    model = models.create(opt, len(data.classes))
+    trainer = train.create(opt, model, CPU, RunLog(None), recorder=recorder)
     if isinstance(recorder, Recorder):
         recorder.state = lambda: [
             *trainer.model.state_dict().values(),
@@ -109,8 +112,8 @@ def epochs(trainer: train.Trainer, data: datasets.Data, count: int = 2) -> dict:
     for _ in range(count):
         trained = trainer.train(data.train, lambda: None)
         tested = trainer.test(data.val, lambda: None)
-        results.append(trained | tested)
-        trainer.finish_epoch(trained, tested)
+        record = trainer.finish_epoch(trained, tested)
+        results.append({name: record[name] for name in record if name not in OF_CLOCKS})
     return {"results": results, **trainer.model.state_dict()}
 
 
@@ -135,7 +138,7 @@ def test_replayed_steps_train_as_eager_steps_do(line):
     recorder = Recorder()
     replayed = epochs(*trainer_of(line, recorder))
     # 84 images are 10 full batches and one of 4; the first steps of each kind are eager.
-    train_steps, test_steps = 2 * 10, 2 * (len(trainer_of(line, None)[1].val.indices) // 8)
+    train_steps, test_steps = 2 * 10, 2 * (trainer_of(line, None)[1].val.deal.num_images // 8)
     assert recorder.replays == train_steps + test_steps - 2 * graphs.WARM_UP
     assert equal(replayed, epochs(*trainer_of(line, eagerly)))
     assert not equal(replayed, epochs(*trainer_of(f"{line} --manualSeed 1", eagerly)))
@@ -164,6 +167,35 @@ def test_an_epoch_is_continued_in_the_middle():
     second.load_state_dict(first.state_dict())
     assert second.step == 5
     assert equal(epochs(second, data, count=1), wanted)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_replica_replays_its_own_images(split):
+    opt = opts.parse(SMALL.replace("84", "200").split())  # the 40 of the test set are 5 batches
+
+    def images_of(rank: int, replay: bool) -> list[torch.Tensor]:
+        data = datasets.create(opt, CPU, pytest.fail, replica=datasets.Replica(rank, 2))
+        batches, seen = getattr(data, split), []
+
+        def keep(images: torch.Tensor, targets: torch.Tensor) -> None:
+            seen.append(images)
+
+        count = batches.deal.full_steps - 1
+        if replay:
+            step = graphs.ReplayedStep(batches, keep, eagerly, pytest.fail)
+            step.seek(epoch=2, step=1)
+            for _ in range(count):
+                step()
+        else:
+            for batch in itertools.islice(batches.batches(2, 1), count):
+                keep(*batch)
+        return seen
+
+    assert len(images_of(0, True)) == {"train": 24, "val": 1}[split]
+    for rank in range(2):
+        mine, theirs = torch.cat(images_of(rank, True)), torch.cat(images_of(1 - rank, False))
+        assert torch.equal(mine, torch.cat(images_of(rank, False)))
+        assert not torch.equal(mine, theirs)
 
 
 def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once(capsys):

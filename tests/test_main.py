@@ -307,6 +307,7 @@ def test_help_is_an_answer():
         (["--help"], 0),
         (["--printConfig"], 0),
         (["--depth", "11"], 2),
+        (["--nGPU", "3"], 2),
         (["--resume", "nowhere"], 4),
         (["--dataset", "folder", "--data", "nowhere"], 3),
         (["--save", "main.py/run"], 6),
@@ -336,9 +337,9 @@ def test_the_program_starts_as_the_readme_says():
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
-    argv = tiny(nGPU=9, save=tmp_path / "run")
+    argv = tiny(nGPU=99, batchSize=99, save=tmp_path / "run")
     quiet, loud = run(argv), run([*argv, "--debug=true"])
-    refused(quiet, 2, "nGPU=9")
+    refused(quiet, 2, "nGPU=99 but ")
     assert loud.code == 2 and "Traceback" in loud.err and loud.err.endswith(quiet.err)
 
 

@@ -88,6 +88,22 @@ def test_saved_sums_are_plain_values_that_later_batches_leave_alone():
     assert all(type(value) is float for value in state["totals"])
 
 
+def test_sums_over_replicas_are_those_of_one_process_and_change_nothing():
+    drawn = batches([8, 8, 8, 3], 10)
+    parts = [summed(drawn[:1]), summed(drawn[1:3]), summed(drawn[3:]), Sums(CPU)]
+    before = [part.state_dict() for part in parts]
+
+    def sum_(totals: torch.Tensor) -> None:
+        totals.copy_(sum(part._totals for part in parts))
+
+    for part in parts:
+        together = part.over_all(sum_)
+        assert together.read() == pytest.approx(plain(drawn), abs=1e-5)
+        assert together.count == 27
+        assert part.read() != pytest.approx(plain(drawn), abs=1e-2)
+    assert [part.state_dict() for part in parts] == before
+
+
 def test_nan_logits_make_the_mean_loss_nan_and_still_count_each_image():
     drawn = batches([4, 4], 10)
     drawn[0][0][:] = math.nan

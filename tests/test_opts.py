@@ -8,6 +8,7 @@ import pytest
 from program import ROOT, run
 
 import opts
+import paths
 from errors import CheckpointError, DataError, UsageError
 from flags import as_text
 
@@ -99,6 +100,8 @@ DEFAULTS = {
     "initChannels": 24,
     "kernels": "auto",
     "cudaGraph": "auto",
+    "syncBN": False,
+    "timeout": 50.0,
 }
 IMAGENET = {
     "nEpochs": 90,
@@ -128,6 +131,7 @@ def test_the_defaults_are_the_papers():
     opt = vars(parse(""))
     assert {name: opt[name] for name in opts.FLAGS} == DEFAULTS
     assert opt["stages"] == (16, 16, 16)
+    assert opt["replicas"] == 1
     assert opt["notes"] == []
 
 
@@ -288,7 +292,7 @@ RANGES = [
     ("of at least 8 and of at most 4096", "imageSize", "0 7 4097"),
     ("of at least 1", "nEpochs epochNumber batchSize nClasses growthRate depth", "0 -1 1.5 nan"),
     ("of at least 1", "initChannels nImages keep milestones", "0 -1 1.5 inf"),
-    ("above 0", "LR saveEvery", "0 -1 nan inf -inf 1e400"),
+    ("above 0", "LR saveEvery timeout", "0 -1 nan inf -inf 1e400"),
     ("of at least 0 and below 1", "momentum dropRate", "1 -0.1 2 nan inf"),
     ("of at least 0", "weightDecay", "-1 -1e-9 nan inf"),
     ("above 0 and of at most 1", "reduction", "0 1.5 -0.5 nan"),
@@ -429,6 +433,50 @@ def test_settings_that_exclude_each_other_are_refused(line, what, fix):
     assert mend.startswith(fix)
 
 
+@pytest.mark.parametrize(
+    ("line", "launched", "replicas"),
+    [
+        ("", 0, 1),
+        ("--nGPU 0", 0, 1),
+        ("--nGPU 4", 0, 4),
+        ("", 1, 1),
+        ("", 8, 8),
+        ("--nGPU 0", 8, 8),  # on the CPU
+        ("--nGPU 4", 8, 8),  # two machines: the launcher's number is of all
+    ],
+)
+def test_replicas_are_those_of_the_launcher_or_a_gpu_each(line, launched, replicas):
+    opt = opts.parse(line.split(), launched)
+    assert opt.replicas == replicas
+    assert "replicas" not in opts.settings(opt)  # how many there are is no setting of a run
+
+
+@pytest.mark.parametrize(
+    ("line", "launched", "batch", "fix"),
+    [
+        ("", 3, 64, 63),
+        ("--nGPU 3", 0, 64, 63),
+        ("", 4, 5, 4),
+        ("", 4, 7, 8),
+        ("", 8, 2, 8),
+        ("--dataset imagenet", 6, 256, 258),
+    ],
+)
+def test_a_batch_that_replicas_cannot_share_equally_is_answered_with_the_nearest(
+    line, launched, batch, fix
+):
+    def parsed(size: int, more: str = ""):
+        return opts.parse(f"{line} --batchSize {size} {more}".split(), launched)
+
+    with pytest.raises(UsageError) as caught:
+        parsed(batch)
+    ((what, mend),) = caught.value.problems
+    assert what == f"batchSize {batch} over {launched or 3} processes is not a whole number"
+    assert mend.startswith(f"use {fix}, or ")
+    assert parsed(fix).batchSize == fix
+    assert parsed(batch, "--testOnly true --retrain w.pt")  # evaluation deals whole batches
+
+
 def test_depth_and_blocks_that_are_both_wrong_are_both_reported():
     whats = " ".join(what for what, _ in refused("--depth 41 --d1 6"))
     assert "depth: 41" in whats
@@ -459,14 +507,14 @@ def test_what_would_be_right_once_a_slip_is_mended_is_no_second_problem(line):
 def test_no_value_ends_in_a_traceback(argv, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises((UsageError, DataError, CheckpointError)) as caught:
-        opts.check_paths(opts.parse(argv))
+        paths.check(opts.parse(argv))
     assert "; fix: " in caught.value.report()
 
 
 def test_a_nul_byte_in_a_path_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text('dataset: folder\ndata: "\\0"\n')
     with pytest.raises((UsageError, DataError)) as caught:
-        opts.check_paths(parse("--config c.yaml"))
+        paths.check(parse("--config c.yaml"))
     assert "data" in caught.value.report()
 
 
@@ -488,6 +536,8 @@ def test_a_nul_byte_in_a_path_is_refused(tmp_path):
             ["bottleneck false with reduction 0.5 is a DenseNet-C; "
              "the paper's basic DenseNet has --reduction 1"],
         ),
+        ("-syncBN true", ["syncBN has no effect on one process"]),
+        ("-syncBN true -nGPU 2", []),
     ],
 )  # fmt: skip
 def test_a_flag_without_effect_is_remarked_on(line, notes):
@@ -551,7 +601,7 @@ def folder(root, *directories):
 def test_a_missing_path_is_named_before_anything_is_loaded(line, error, code, what, fix, tmp_path):
     folder(tmp_path, "empty", "half/train/a", "bare/train/a", "bare/val")
     with pytest.raises(error) as caught:
-        opts.check_paths(parse(line))
+        paths.check(parse(line))
     assert caught.value.code == code
     ((found, mend),) = caught.value.problems
     assert found == what
@@ -562,8 +612,17 @@ def test_paths_that_are_there_are_accepted(tmp_path):
     folder(tmp_path, "good/train/a", "good/val/a", "run")
     (tmp_path / "w.pt").touch()
     line = "--dataset folder --data good --resume run --retrain w.pt"
-    assert opts.check_paths(parse(line)) is None
-    assert opts.check_paths(parse("--resume auto")) is None
+    assert paths.check(parse(line)) is None
+    assert paths.check(parse("--resume auto")) is None
+
+
+def test_only_the_first_process_needs_the_files_that_it_reads_for_all(tmp_path):
+    for line in ("--resume gone", "--retrain gone"):
+        assert paths.check(parse(line), is_first=False) is None
+        with pytest.raises(CheckpointError):
+            paths.check(parse(line), is_first=True)
+    with pytest.raises(DataError, match="no directory gone"):  # images are read by each
+        paths.check(parse("--dataset folder --data gone"), is_first=False)
 
 
 def test_two_settings_are_compared_by_what_a_difference_means():

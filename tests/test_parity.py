@@ -34,6 +34,8 @@ ADDED = {
     "kernels": "the fused layers are one of two ways to compute the same, and one may be at fault",
     "cudaGraph": "a step captured once is replayed as it was, which some tools cannot look into",
     "initChannels": "the paper's stem and the Lua code's differ",
+    "syncBN": "batch normalisation over a small share of a batch is another network",
+    "timeout": "a dead process must not be waited for half an hour",
 }
 READ_BY_NOTHING = dict.fromkeys(
     ("backend", "gen", "optimState"), "read by the Lua code's parser and by nothing after it"

@@ -243,6 +243,7 @@ def progress(steps: int, capsys, name: str = "train", rate: float | None = 0.1) 
                 torch.tensor(0.5), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
             )
             shown.update(2, 0.0, rate)
+        shown.finish(sums, rate)
     return capsys.readouterr().out
 
 
@@ -265,6 +266,32 @@ def test_a_line_is_printed_when_it_is_due(capsys, monkeypatch):
     monkeypatch.setitem(runlog.SHOW_EVERY_S, False, 0.0)
     lines = progress(5, capsys).splitlines()
     assert [re.search(r"\[7\]\[(\d)/5\]", line)[1] for line in lines[1:]] == list("12345")
+
+
+def test_the_last_line_of_a_pass_is_of_all_replicas(capsys):
+    own, of_all = Sums(torch.device("cpu")), Sums(torch.device("cpu"))
+    logits, targets = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
+    own.add(torch.tensor(0.5), logits, targets)
+    of_all.add(torch.tensor(0.25), logits[:1], targets[:1])
+    with RunLog(None).phase("val", 7, 1, 0, own) as shown:
+        shown.update(2, 0.0)
+        shown.finish(of_all)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "Err 0.2500  top1   0.000" in line
+
+
+def test_a_process_that_is_not_the_first_prints_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(runlog, "_muted", False)  # put back after the test
+    monkeypatch.setitem(runlog.SHOW_EVERY_S, False, 0.0)
+    for is_muted in (False, True):
+        if is_muted:
+            runlog.mute()
+        runlog.warn("the sea is wet")
+        runlog.say("it is")
+        RunLog(None).warn_once("it was")
+        printed = progress(5, capsys)
+        assert (printed == "") == is_muted
+    assert capsys.readouterr() == ("", "")
 
 
 def test_outside_a_terminal_there_are_no_control_codes(tmp_path):

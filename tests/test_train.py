@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import datasets
 import models
 import opts
 import train
+from datasets.deal import Deal
 from errors import NonFiniteError
 from runlog import RunLog
 from train import Schedule, Trainer
@@ -55,12 +57,11 @@ class Listed:
 
     pairs: list[tuple[Tensor, Tensor]]
 
-    def chosen(self, epoch: int, step: int) -> list[int]:
-        """Nothing is known of where these batches come from but their number."""
-        return [step]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+    @property
+    def deal(self) -> Deal:
+        """Numbers the images from 0 on."""
+        sizes = [len(targets) for _, targets in self.pairs]
+        return Deal(torch.arange(sum(sizes)), sizes[0])
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.pairs[start:])
@@ -430,7 +431,7 @@ def test_a_gradient_that_overflows_half_precision_is_skipped_and_the_scale_falls
     assert same(after[1][0], before)
 
 
-# ------------------------------------------------------------------------------ losses not finite
+# ---------------------------------------------------------------- losses and gradients not finite
 
 
 def spoil_image(batches: Listed, trainer: Trainer, value: float) -> None:
@@ -444,15 +445,36 @@ def spoil_logit(batches: Listed, trainer: Trainer, value: float) -> None:
         trainer.model.classifier.bias[batches.pairs[2][1][0]] = -value
 
 
+def spoil_gradient(batches: Listed, trainer: Trainer, value: float) -> None:
+    # Of the next step alone, whose loss is finite.
+    def spoil(gradient: Tensor) -> Tensor:
+        hook.remove()
+        return gradient.index_fill(0, torch.tensor([1]), value)
+
+    weight = trainer.model.get_parameter("features.denseblock2.denselayer1.conv1.weight")
+    hook = weight.register_hook(spoil)
+
+
 SPOILERS = {
     "NaN image": (spoil_image, math.nan),
     "infinite image": (spoil_image, math.inf),
     "infinite logit": (spoil_logit, math.inf),
+    "NaN gradient": (spoil_gradient, math.nan),
+    "infinite gradient": (spoil_gradient, math.inf),
 }
+GRADIENTS = ["NaN gradient", "infinite gradient"]
+# Gradients that overflow are usual in half precision, and no reason to stop.
+STOPS = [
+    (precision, spoiler)
+    for precision in ("single", "double", "half", "bf16")
+    for spoiler in SPOILERS
+    if not (precision == "half" and spoiler in GRADIENTS)
+]
+LATE = ("single", "half")
 
 
 def spoilt(precision: str, spoiler: str) -> tuple[Trainer, Listed, Callable[[], None], list]:
-    """A trainer in its second epoch, whose third step has a loss that is not finite.
+    """A trainer in its second epoch, whose third step has a loss or gradient that is not finite.
 
     Also what to call after each step, and the weights that it notes after the second.
     """
@@ -475,23 +497,24 @@ def spoilt(precision: str, spoiler: str) -> tuple[Trainer, Listed, Callable[[], 
     return trainer, batches, after_step, noted
 
 
-@pytest.mark.parametrize("spoiler", SPOILERS)
-@pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
-def test_a_loss_that_is_not_finite_stops_before_it_touches_the_weights(precision, spoiler):
+@pytest.mark.parametrize(("precision", "spoiler"), STOPS)
+def test_what_is_not_finite_stops_in_its_step_before_it_touches_the_weights(precision, spoiler):
     trainer, batches, after_step, noted = spoilt(precision, spoiler)
     with pytest.raises(NonFiniteError) as caught:
         trainer.train(batches, after_step)
     report = caught.value.report()
     assert caught.value.code == 5
-    assert report.startswith("error: loss is not finite at epoch 2, step 3; fix: ")
+    what = "a gradient" if spoiler in GRADIENTS else "loss"
+    assert report.startswith(f"error: {what} is not finite at epoch 2, step 3; fix: ")
     assert "--LR" in report
+    assert caught.value.details == {"batch": list(range(16, 24))}
+    assert trainer.step == 3
     assert same(weights_of(trainer), noted[0])
 
 
-@pytest.mark.parametrize("spoiler", SPOILERS)
-@pytest.mark.parametrize("precision", ["single", "half"])
-def test_a_loss_read_late_still_names_its_step_and_has_stopped_all_later_ones(precision, spoiler):
-    # On a GPU the loss is read only when something is shown; until then steps go on.
+@pytest.mark.parametrize(("precision", "spoiler"), [pair for pair in STOPS if pair[0] in LATE])
+def test_what_is_read_late_still_names_its_step_and_has_stopped_all_later_ones(precision, spoiler):
+    # On a GPU the check is read only when something is shown; until then steps go on.
     trainer, batches, after_step, noted = spoilt(precision, spoiler)
     trainer.check_finite = nothing
     trainer.train(batches, after_step)
@@ -499,7 +522,23 @@ def test_a_loss_read_late_still_names_its_step_and_has_stopped_all_later_ones(pr
     assert same(weights_of(trainer), noted[0])
     with pytest.raises(NonFiniteError) as caught:
         Trainer.check_finite(trainer)
-    assert "epoch 2, step 3;" in caught.value.report()
+    what = "a gradient" if spoiler in GRADIENTS else "loss"
+    assert f"error: {what} is not finite at epoch 2, step 3;" in caught.value.report()
+
+
+@pytest.mark.parametrize("spoiler", GRADIENTS)
+def test_a_gradient_that_is_not_finite_costs_half_precision_one_step(spoiler):
+    trainer, batches, after_step, _ = spoilt("half", spoiler)
+    noted = []
+
+    def note() -> None:
+        after_step()
+        noted.append((weights_of(trainer), trainer.scaler.get_scale()))
+
+    trainer.train(batches, note)
+    weights = [weights for weights, _ in noted]
+    assert [same(*pair) for pair in itertools.pairwise(weights)] == [False, True, False, False]
+    assert [scale for _, scale in noted] == [1024, 1024, 512, 512, 512]
 
 
 def test_finite_losses_pass_the_same_check():
@@ -664,6 +703,20 @@ def test_an_epoch_ends_with_its_record_and_a_fresh_start():
     assert not trainer.is_between_epochs
 
 
+def test_the_time_of_an_epoch_has_the_waiting_for_the_device_in_it_and_no_saving(monkeypatch):
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now))
+    trainer, data = build()
+    trainer.check_finite = lambda: take(5)
+    trainer.train(data.train, lambda: take(100))
+    assert trainer.time_s == 20  # three steps and the end
+
+
 def test_training_sums_are_those_of_the_losses_that_were_trained_on():
     trainer, _ = build(momentum=0, LR=1e-12, weightDecay=0)  # so that the weights stay
     batches = listed([8, 8, 3])
@@ -708,15 +761,17 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
 def test_a_step_reads_nothing_but_the_check_that_the_cpu_makes_after_it(precision):
-    trainer, data = build(precision=precision, dropRate=0.2)
-    with Reads() as with_check:
-        trainer.train(data.train, nothing)
-    assert with_check.count == 4  # three steps and the end
+    def counts(trainer: Trainer, data: datasets.Data) -> list[int]:
+        counted = []
+        with Reads() as reads:
+            trainer.train(data.train, lambda: counted.append(reads.count))
+        return [*counted, reads.count]
+
+    # The check follows what is done after a step; at the end its results are read as well.
+    assert counts(*build(precision=precision, dropRate=0.2)) == [0, 1, 2, 5]
     trainer, data = build(precision=precision, dropRate=0.2)
     trainer.check_finite = nothing
-    with Reads() as reads:
-        trainer.train(data.train, nothing)
-    assert reads.count == 0
+    assert counts(trainer, data) == [0, 0, 0, 1]
 
 
 def test_the_lines_of_an_epoch_hold_what_the_luas_do(capsys):

@@ -1,0 +1,52 @@
+"""Whether the files and directories that the settings name are there, before anything is loaded."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+from errors import CheckpointError, DataError, StorageError
+
+
+def check_here() -> None:
+    """Raise StorageError when the current directory is gone: MKL cannot be loaded in such a one."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        what = "the current directory is gone"
+        raise StorageError(what, "change to one that is there") from error
+
+
+def check(opt: SimpleNamespace, is_first: bool = True) -> None:
+    """Raise DataError or CheckpointError when a path that the run needs is not there.
+
+    Here, as in opts.lua, so that a mistyped directory is reported before anything is loaded.
+
+    Args:
+        is_first: whether this process reads weights and checkpoints, for itself and the others.
+    """
+    if is_first and opt.resume not in ("none", "auto") and not os.path.exists(opt.resume):
+        raise CheckpointError(
+            f"resume: no such file or directory: {opt.resume}",
+            "name a run directory, or use --resume none",
+        )
+    # A resumed run needs the weights it once began with no more.
+    fresh = is_first and opt.resume == "none"
+    if fresh and opt.retrain != "none" and not os.path.isfile(opt.retrain):
+        raise CheckpointError(f"retrain: no such file: {opt.retrain}", "name a file of weights")
+    if opt.dataset in ("imagenet", "folder"):
+        layout = (
+            f"use --data DIR with {Path('DIR/train/CLASS/IMAGE')} and {Path('DIR/val/CLASS/IMAGE')}"
+        )
+        root = Path(opt.data)
+        for directory in (root, root / "train", root / "val"):
+            if not os.path.isdir(directory):
+                raise DataError(f"no directory {directory}", layout)
+            if directory != root and not _has_directories(directory):
+                raise DataError(f"no class directories in {directory}", layout)
+
+
+def _has_directories(directory: Path) -> bool:
+    try:
+        return any(entry.is_dir() for entry in directory.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read {directory}: {error.strerror}", "check its rights") from error
