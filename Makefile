@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test check gpu clean
+.PHONY: quickstart test check gpu soak clean
 
 quickstart: $(VENV)/.installed  ## train on handwritten digits: no download, ends with the test error
 	$(RUN) main.py --config configs/quickstart.yaml --resume auto
 
-test: $(VENV)/.installed-dev  ## the whole suite on the CPU: no network, no GPU
-	$(RUN) -m pytest -q
+# A file's tests in one process, so that what they share is made once.
+test: $(VENV)/.installed-dev  ## the whole suite on two cores: no network, no GPU
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev  ## lint and format
 	$(RUN) -m ruff check .
@@ -18,6 +19,9 @@ check: $(VENV)/.installed-dev  ## lint and format
 
 gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 	$(RUN) -m pytest -q -m gpu
+
+soak: $(VENV)/.installed-dev  ## the long fault tests, about half an hour; RECORD=FILE keeps figures
+	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record $(RECORD))
 
 clean:  ## remove the environment and caches, never runs or data
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,11 +1,37 @@
-"""Shared by all tests: one thread, so that results repeat and two test runs do not fight."""
+"""Shared by all tests: one thread, so that results repeat and two test runs do not fight.
+
+Also what the long tests measure goes from here into a file: `--record FILE`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from tools.faults_results import Figure, record
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", type=Path, metavar="FILE", help="CSV for what tests measure")
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def measured(request) -> Callable[[str, str, float, str], None]:
+    """Record a figure with `measured(goal, what, value, limit)`; a test asserts what it must be."""
+    path = request.config.getoption("--record")
+    command = f'python -m pytest -q -m soak "{request.node.nodeid}"'
+
+    def measured(goal: str, what: str, value: float, limit: str) -> None:
+        print(f"{goal}: {what}: {value} ({limit})")
+        if path:
+            record(path, [Figure(goal, what, value, limit, command)])
+
+    return measured

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import torch
 from program import Result
+from samples import write_folder
+
+import checkpoints
+import runlog
 
 # A run of four steps an epoch that takes a few hundredths of a second.
 TINY = {
@@ -18,6 +22,15 @@ TINY = {
     "growthRate": 2,
     "batchSize": 8,
     "nThreads": 0,
+}
+# The same over files, which loader processes read where nThreads is not 0; see `write_files`.
+TINY_FILES = {
+    "dataset": "folder",
+    "imageSize": 72,
+    **dict.fromkeys(("d1", "d2", "d3", "d4"), 1),
+    "initChannels": 4,
+    "growthRate": 2,
+    "batchSize": 2,
 }
 OF_CLOCKS = ("images_per_s", "data_wait", "time_s", "memory_mb")
 
@@ -37,6 +50,13 @@ def tiny(**flags: object) -> list[str]:
     return command(**TINY | flags)
 
 
+def write_files(root: Path) -> Path:
+    """Two classes of six and two images for `TINY_FILES`."""
+    counts = {"train": {"cat": 6, "dog": 6}, "val": {"cat": 2, "dog": 2}}
+    write_folder(root, counts, size=80)
+    return root
+
+
 def refused(result: Result, code: int, pattern: str) -> None:
     """Assert that a call ended with `code` and one line: `error: ...; fix: ...`."""
     lines = [line for line in result.err.splitlines() if not line.startswith("note: ")]
@@ -52,6 +72,18 @@ def saved(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for name in names for path in directory.glob(name)}
 
 
+def check_whole(directory: Path) -> int:
+    """Assert that every file is whole or has a temporary name; how many checkpoints there are."""
+    steps = [checkpoints.load(path)["global_step"] for path in directory.glob("checkpoint_*.pt")]
+    for path in directory.glob("model_*.pt"):
+        assert checkpoints.load_weights(path)
+    for path in directory.glob("*.json"):
+        assert json.loads(path.read_text())
+    epochs = [line["epoch"] for line in runlog.read_log(directory)]
+    assert epochs == sorted(set(epochs))
+    return len(steps)
+
+
 def status(directory: Path) -> dict:
     """The verdict of a run, for whoever cannot see its exit code."""
     return json.loads((directory / "status.json").read_text())
@@ -64,6 +96,15 @@ def records(directory: Path) -> list[dict]:
         {key: value for key, value in json.loads(line).items() if key not in OF_CLOCKS}
         for line in lines
     ]
+
+
+def losses(report: Path) -> dict[str, set[str]]:
+    """The losses of each step in what `sabotage.record_losses` wrote: one, if all tries agree."""
+    seen: dict[str, set[str]] = {}
+    for line in report.read_text().splitlines():
+        step, loss, _ = line.split()
+        seen.setdefault(step, set()).add(loss)
+    return seen
 
 
 def outcome(directory: Path) -> dict:

@@ -6,6 +6,8 @@ that a test reads `partial(at_batch, kill, k=3)`.
 
 import builtins
 import ctypes
+import functools
+import importlib
 import itertools
 import os
 import re
@@ -44,6 +46,11 @@ def send_to_group(number: int) -> None:
 def kill_a_child() -> None:
     """What the out-of-memory killer does to a loader process."""
     os.kill(int(Path("/proc/thread-self/children").read_text().split()[0]), signal.SIGKILL)
+
+
+def note_time(report: Path) -> None:
+    """Write what the clock that all processes share says."""
+    report.write_text(repr(time.monotonic()))
 
 
 def refuse(number: int) -> None:
@@ -96,6 +103,20 @@ def at_batch(action: Callable[[], None], k: int = 1, phase: str = "train") -> No
     metrics.Sums.add = add_and_act
 
 
+def before_call(action: Callable[[], None], module: str, name: str, k: int = 1) -> None:
+    """Call `action` before the k-th call of a function or method of a module: `Batches.cut`."""
+    *owners, last = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    function, calls = getattr(owner, last), itertools.count(1)
+
+    def act_and_call(*args, **kwargs):
+        if next(calls) == k:
+            action()
+        return function(*args, **kwargs)
+
+    setattr(owner, last, act_and_call)
+
+
 def on_files(
     action: Callable[[], None],
     directory: Path,
@@ -129,6 +150,47 @@ def record_files(directory: Path, report: Path) -> None:
             os.write(descriptor, f"{operation} {path}\n".encode())
 
     _watch(directory, act)
+
+
+def record_disk_use(directory: Path, report: Path) -> None:
+    """Write the most bytes that checkpoints and models take at any moment, also unfinished ones."""
+    most = 0
+
+    def act(operation: str, path: str) -> None:
+        nonlocal most
+        now = sum(path.stat().st_size for path in directory.glob("*.pt*"))
+        if now > most:
+            most = now
+            report.write_text(str(most))
+
+    _watch(directory, act)
+
+
+def record_losses(report: Path) -> None:
+    """Write number, loss and time of each training step to `report`, a line each."""
+    import torch
+    import torch.nn.functional as F
+
+    from train import Trainer
+
+    descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    cross_entropy, train, last = F.cross_entropy, Trainer.train, [0.0]
+
+    def remembered(*args, **kwargs):
+        loss = cross_entropy(*args, **kwargs)
+        if torch.is_grad_enabled():
+            last[0] = loss.item()
+        return loss
+
+    def recorded(self, loader, after_step):
+        def after() -> None:
+            line = f"{self.global_step} {last[0].hex()} {time.monotonic()!r}\n"
+            os.write(descriptor, line.encode())
+            after_step()
+
+        return train(self, loader, after)
+
+    F.cross_entropy, Trainer.train = remembered, recorded
 
 
 def _watch(directory: Path, act: Callable[[str, str], None]) -> None:
@@ -231,9 +293,33 @@ def forget_rng() -> None:
 def forget_position() -> None:
     """Resume in the middle of an epoch with the first batch of it."""
     from datasets.batches import Batches
+    from datasets.files import FileBatches
 
-    batches = Batches.batches
-    Batches.batches = lambda self, epoch, start=0: batches(self, epoch, 0)
+    def from_the_first(batches):
+        return lambda self, epoch, start=0: batches(self, epoch, 0)
+
+    for kind in (Batches, FileBatches):
+        kind.batches = from_the_first(kind.batches)
+
+
+def pause_at_end_of(epoch: int, ready: Path, leave: bool = False) -> None:
+    """Make `ready` and wait for SIGUSR2 before the end of an epoch is saved; then `leave`."""
+    from checkpoints import Saver
+
+    end_epoch, epochs = Saver.end_epoch, itertools.count(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    ctypes.CDLL(None).prctl(0x59616D61, -1, 0, 0, 0)  # PR_SET_PTRACER: any process may trace this
+
+    def paused(self) -> None:
+        here = next(epochs) == epoch
+        if here:
+            ready.touch()
+            signal.sigwait({signal.SIGUSR2})
+        end_epoch(self)
+        if here and leave:
+            os._exit(0)
+
+    Saver.end_epoch = paused
 
 
 def limit_file_size(size: int) -> None:
@@ -245,6 +331,29 @@ def limit_memory(more: int) -> None:
     """Allow `more` bytes of address space than are in use now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
+
+
+def limit_files(more: int, soft: bool = False) -> None:
+    """Allow `more` open files than there are now; `soft`: a process may raise it itself."""
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    while os.open(os.devnull, os.O_RDONLY) <= used:  # fill what is free below
+        pass
+    limit, hard = used + 2 + more, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard if soft else limit))
+
+
+def turn_the_clock_back() -> None:
+    """A clock that is set back by an hour whenever it is looked at."""
+    calls = itertools.count(1)
+    now = time.time()
+    time.time = lambda: now - 3600 * next(calls)
+
+
+def close_standard_files(*numbers: int) -> None:
+    """As after `<&- >&- 2>&-` or some of these."""
+    for number in numbers:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
 
 
 def close_pipes() -> None:

@@ -1,4 +1,4 @@
-"""Rows 17 to 20, 22, 73 and 74, and how little of a run is lost with its newest checkpoint."""
+"""Rows 9, 10, 17 to 24, 28, 73 and 74: what is read of a run, and how little of it is lost."""
 
 import errno
 import os
@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from program import run
 
 import checkpoints
-from faults.contract import outcome, refused, saved, status, tiny
+from faults.contract import command, outcome, refused, saved, status, tiny
 from faults.sabotage import at_batch, kill, on_files, refuse
 
 FLAGS = {"nEpochs": 3, "dropRate": 0.2, "keep": 2}
@@ -206,3 +207,177 @@ def test_an_earlier_checkpoint_than_the_newest_is_not_gone_on_with_in_the_same_p
     for source, directory in ((earlier, tmp_path / "elsewhere"), (newest, begun)):
         assert run(tiny(**FLAGS, resume=source, save=directory)).code == 0
         assert outcome(directory)["weights"] == outcome(complete)["weights"]
+
+
+# Row 9.
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_kill_while_a_checkpoint_is_read_costs_nothing(complete, begun, k):
+    """The second reading is that of the one before, after the newest was found damaged."""
+    newest = max(begun.glob("checkpoint_*.pt"))
+    if k == 2:
+        newest.write_bytes(flip(newest.read_bytes()))
+    before = {path.read_bytes() for path in begun.glob("checkpoint_*.pt*")}
+    spoil = partial(on_files, kill, begun, operation="open", name="checkpoint", k=k)
+    assert run(tiny(**FLAGS, resume="auto", save=begun), spoil).code < 0
+    assert {path.read_bytes() for path in begun.glob("checkpoint_*.pt*")} == before
+    assert again(begun).code == 0
+    assert outcome(begun) == outcome(complete)
+
+
+# Rows 21 and 28: what stands in the place of the newest checkpoint.
+
+
+def replace(path: Path, make) -> None:
+    path.unlink()
+    make(path)
+
+
+def text(content: str, path: Path) -> None:
+    path.write_text(content)
+
+
+def link(target: str, path: Path) -> None:
+    path.symlink_to(target)
+
+
+ODD = {
+    "directory": (Path.mkdir, "cannot read .*: Is a directory"),
+    "pipe": (os.mkfifo, "cannot read .*: not a regular file"),
+    "device": (partial(link, "/dev/zero"), "cannot read .*: not a regular file"),
+    "dangling link": (partial(link, "gone"), "cannot read .*: No such file"),
+    "loop": (partial(link, "checkpoint_000000008.pt"), "cannot read .*: Too many levels"),
+    "web page": (partial(text, "<!DOCTYPE html>"), "is a web page"),
+    "LFS pointer": (partial(text, "version https://git-lfs"), "is a Git LFS pointer"),
+    "text": (partial(text, "weights"), "is text"),
+    "nothing": (Path.touch, "is empty"),
+}
+
+
+def signatures(directory: Path) -> dict:
+    """What changes with a file, for those that cannot be read."""
+    found = {path: path.lstat() for path in directory.iterdir() if path.name != ".lock"}
+    return {path: (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found.items()}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_checkpoint_is_named_and_the_run_is_untouched(begun, name):
+    make, pattern = ODD[name]
+    newest = max(begun.glob("checkpoint_*.pt"))
+    replace(newest, make)
+    before = signatures(begun)
+    if newest.is_file():  # named by itself; in its directory it would be passed over
+        refused(run(command(resume=newest)), 4, pattern)
+    else:
+        refused(run(command(resume=begun)), 4, pattern)
+    refused(run(tiny(retrain=newest, save=begun.parent / "other")), 4, f"{newest}")
+    assert signatures(begun) == before
+
+
+def test_a_link_to_a_checkpoint_is_followed_and_its_target_never_written(complete, begun, tmp_path):
+    newest = max(begun.glob("checkpoint_*.pt"))
+    target = newest.rename(tmp_path / "elsewhere.pt")
+    content = target.read_bytes()
+    newest.symlink_to(target)
+    assert run(tiny(**FLAGS | {"keep": 1}, resume="auto", save=begun)).code == 0
+    assert outcome(begun) == outcome(complete)
+    assert target.read_bytes() == content and not newest.exists()
+
+
+# Rows 23 and 24: sound files with other contents.
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change entries of a checkpoint, given whole or as a function of what stands there."""
+    state = checkpoints.load(path)
+    changed = {name: new(state[name]) if callable(new) else new for name, new in changes.items()}
+    path.write_bytes(checkpoints.packed(state | {"format": checkpoints.FORMAT} | changed))
+
+
+def without(name: str, entry: dict) -> dict:
+    return {key: value for key, value in entry.items() if key != name}
+
+
+def having(name: str, value: object, entry: dict) -> dict:
+    return entry | {name: value}
+
+
+def spoilt_first(value: object, entry: dict) -> dict:
+    """One number of the first tensor replaced."""
+    name, tensor = next(iter(entry.items()))
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = value
+    return entry | {name: tensor}
+
+
+CONTENTS = [
+    ({"format": 9}, "has format 9, this program reads 1; fix: use the version"),
+    ({"format": 10**400}, "has format unknown, this program reads 1"),
+    ({"momentum": {}}, r"does not fit the network: .* is missing \(\d+ in all\)"),
+    ({"momentum": lambda entry: {name: t[..., :1] for name, t in entry.items()}}, "has shape"),
+    ({"model": partial(without, "classifier.bias")}, "classifier.bias is missing"),
+    ({"model": partial(having, "classifier.bias", "text")}, "has a strange model"),
+    ({"model": partial(having, "classifier.bias", torch.zeros(3, dtype=torch.complex64))},
+     r"damaged \(a tensor that is no weight\)"),
+    ({"settings": {}}, "strange settings or statistics"),
+    ({"settings": partial(having, "nEpochs", "many")}, "'many' is not a whole number"),
+    ({"settings": partial(having, "depth", [10**400])}, "has a strange settings"),
+    ({"data": partial(having, "mean", [0.0])}, "strange settings or statistics: mean and std"),
+    ({"data": partial(having, "classes", {"a": ["b"]})}, "has a strange data"),
+    ({"rng": {}}, "has a strange rng"),
+    ({"rng": {"cpu": torch.zeros(5056, dtype=torch.uint8)}}, "has a strange rng"),
+    ({"epoch": -1}, "has a strange epoch"),
+    ({"epoch": 2**70, "step": None}, "has a strange epoch, step"),
+    ({"sums": {"totals": [0.0], "count": 8}}, "has a strange sums"),
+    ({"last": {"epoch": 2}}, "has a strange last"),
+    ({"overrides": [[["deep"]]]}, "has a strange overrides"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "pattern"), CONTENTS, ids=[p for _, p in CONTENTS])
+def test_a_sound_checkpoint_with_other_contents_is_refused(begun, changes, pattern):
+    newest = max(begun.glob("checkpoint_*.pt"))
+    rewrite(newest, **changes)
+    before = saved(begun)
+    refused(run(tiny(**FLAGS, resume=newest, save=begun)), 4, pattern)
+    assert saved(begun) == before
+
+
+def test_a_checkpoint_that_is_rewritten_as_it_was_is_the_same(complete, begun):
+    """The twin: it is the changes that were refused."""
+    newest = max(begun.glob("checkpoint_*.pt"))
+    rewrite(newest)
+    assert again(begun).code == 0
+    assert outcome(begun) == outcome(complete)
+
+
+def with_little_memory() -> None:
+    """As PyTorch says it when there is none left."""
+
+    def load(*args: object, **more: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 B")
+
+    torch.load = load
+
+
+def test_a_machine_without_memory_does_not_make_checkpoints_damaged(complete, begun):
+    before = saved(begun)
+    result = run(tiny(**FLAGS, resume="auto", save=begun), with_little_memory)
+    refused(result, 4, "takes more memory than there is; fix: .*more memory")
+    assert saved(begun) == before
+    assert again(begun).code == 0
+    assert outcome(begun) == outcome(complete)
+
+
+@pytest.mark.parametrize("where", ["model", "momentum"])
+def test_a_number_that_is_not_finite_is_never_trained_on(complete, begun, where):
+    older, newest = sorted(begun.glob("checkpoint_*.pt"))
+    spoilt = partial(spoilt_first, float("nan"))
+    rewrite(newest, **{where: spoilt})
+    copy = shutil.copytree(begun, begun.with_name("copy"))
+    result = again(begun)
+    assert result.code == 0 and "a weight that is not finite" in result.err
+    assert outcome(begun) == outcome(complete)
+    rewrite(copy / older.name, **{where: spoilt})
+    refused(again(copy), 4, "no valid checkpoint among 2")

@@ -1,6 +1,5 @@
 """Rows 1 to 8: SIGKILL at each change of a file, in training and in validation."""
 
-import json
 import re
 import signal
 from collections import Counter
@@ -8,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from program import run
 
 import checkpoints
-import runlog
-from faults.contract import outcome, saved, status, tiny
+from faults.contract import check_whole, outcome, saved, status, tiny
 from faults.sabotage import at_batch, kill, no_fsync, on_files, record_files
 
 # Two steps an epoch, one checkpoint within each, one kept: everything happens, and soon.
@@ -24,18 +23,6 @@ def again(directory: Path) -> dict:
     result = run(tiny(**FLAGS, resume="auto", save=directory), no_fsync)
     assert result.code == 0, result
     return outcome(directory)
-
-
-def check_whole(directory: Path) -> int:
-    """Assert that every file is whole or has a temporary name; how many checkpoints there are."""
-    steps = [checkpoints.load(path)["global_step"] for path in directory.glob("checkpoint_*.pt")]
-    for path in directory.glob("model_*.pt"):
-        assert checkpoints.load_weights(path)
-    for path in directory.glob("*.json"):
-        assert json.loads(path.read_text())
-    epochs = [line["epoch"] for line in runlog.read_log(directory)]
-    assert epochs == sorted(set(epochs))
-    return len(steps)
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +132,58 @@ def test_the_verdict_of_a_killed_run_is_that_it_was_running(tmp_path):
     verdict = status(tmp_path)
     assert verdict["state"] == "running" and verdict["code"] is None
     assert verdict["checkpoint"] == "checkpoint_000000002.pt"
+
+
+# Retention: what is kept can be resumed from.
+
+
+def write_some(directory: Path, *steps: int, keep: int = 9, **more) -> None:
+    """Save something as checkpoints of some steps."""
+    for step in steps:
+        checkpoints.save(directory, {"global_step": step, "w": torch.ones(step)}, keep, **more)
+
+
+def steps(directory: Path) -> list[int]:
+    """Of which steps there are checkpoints, newest first."""
+    return [int(path.stem.split("_")[1]) for path in checkpoints.newest_first(directory)]
+
+
+def damage(directory: Path, *steps: int) -> None:
+    """Leave files under the names of checkpoints: cut short, changed, empty, and no archive."""
+    whole = checkpoints.newest_first(directory)[0].read_bytes()
+    ways = [whole[:-9], whole[:99] + b"?" + whole[100:], b"", b"<!DOCTYPE html>"]
+    for step, data in zip(steps, ways, strict=True):
+        (directory / f"checkpoint_{step:09d}.pt").write_bytes(data)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_damaged_checkpoint_does_not_push_out_one_that_can_be_resumed(tmp_path, keep):
+    write_some(tmp_path, 2, 4, 6, 8)
+    damage(tmp_path, 1, 7, 90, 91)
+    write_some(tmp_path, 10, keep=keep)
+    assert steps(tmp_path) == sorted([1, 7, 90, 91, *[10, 8, 6][:keep]], reverse=True)
+    write_some(tmp_path, 12, keep=keep)
+    assert steps(tmp_path) == sorted([1, 7, 90, 91, *[12, 10, 8][:keep]], reverse=True)
+
+
+def test_without_the_check_it_would(tmp_path, monkeypatch):
+    """The twin of the test above: even the checkpoint just written would be removed."""
+    monkeypatch.setattr(checkpoints, "_is_sound", lambda path: True)
+    write_some(tmp_path, 2, 4)
+    damage(tmp_path, 1, 3, 90, 91)
+    write_some(tmp_path, 10, keep=2)
+    assert steps(tmp_path) == [91, 90]
+
+
+def test_what_another_process_wrote_is_read_once_and_what_this_one_wrote_never(
+    tmp_path, monkeypatch
+):
+    write_some(tmp_path, 2, 4)
+    read, known = [], {}
+    is_sound = checkpoints._is_sound
+    monkeypatch.setattr(
+        checkpoints, "_is_sound", lambda path: read.append(path.name) or is_sound(path)
+    )
+    write_some(tmp_path, 6, 8, 10, keep=3, known=known)
+    assert sorted(read) == ["checkpoint_000000002.pt", "checkpoint_000000004.pt"]
+    assert steps(tmp_path) == [10, 8, 6]

@@ -33,6 +33,9 @@ def test_no_memory_is_one_line_and_the_run_goes_on_where_it_was(tmp_path, action
 def test_another_error_is_a_bug_with_its_traceback(tmp_path):
     result = run(tiny(**FLAGS, save=tmp_path / "run"), partial(at_batch, fail, k=2))
     assert result.code == 1 and "RuntimeError: out of luck" in result.err
+    verdict = status(tmp_path / "run")
+    assert (verdict["state"], verdict["code"]) == ("failed", 1)
+    assert verdict["reason"] == "a bug: RuntimeError: out of luck"
 
 
 def fail() -> None:

@@ -6,16 +6,23 @@ import signal
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from program import run
 
 import checkpoints
 import runlog
 from datasets.randomness import permutation
-from faults.contract import command, outcome, refused, saved, status, tiny
+from faults.contract import (
+    TINY_FILES,
+    command,
+    outcome,
+    refused,
+    saved,
+    status,
+    tiny,
+    write_files,
+)
 from faults.sabotage import (
     at_batch,
     both,
@@ -133,15 +140,7 @@ def never() -> None:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """Two classes of six and two images."""
-    root, draws = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = draws.integers(0, 256, (80, 80, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
+    return write_files(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +150,7 @@ def photographs(tmp_path_factory) -> Path:
 def test_a_signal_to_the_whole_group_stops_it_as_gracefully(
     photographs, tmp_path, number, phase, steps
 ):
-    argv = command(
-        dataset="folder", data=photographs, imageSize=72, d1=1, d2=1, d3=1, d4=1, initChannels=4,
-        growthRate=2, batchSize=2, nThreads=2, nEpochs=2, save=tmp_path,
-    )  # fmt: skip
+    argv = command(**TINY_FILES, data=photographs, nThreads=2, nEpochs=2, save=tmp_path)
     moment = partial(at_batch, partial(send_to_group, number), 2, phase)
     result = run(argv, partial(both, own_group, moment))
     assert result.code == 75, result

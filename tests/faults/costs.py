@@ -1,0 +1,196 @@
+"""What a call costs in time and memory, and small files that would like to cost much."""
+
+import gc
+import io
+import pickle
+import re
+import struct
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+MB = 2**20
+ALLOWED = 256 * MB  # beyond three times the size of the file
+
+
+def cost(call: Callable[[], object]) -> tuple[float, int]:
+    """Processor seconds that a call takes, and bytes by which it raises the memory in use."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now
+    before, since = _peak(), time.process_time()
+    call()
+    return time.process_time() - since, _peak() - before
+
+
+def _peak() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+def archive(pickled: bytes) -> bytes:
+    """A file as torch.save writes it, with right checksums, around any pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as entries:
+        entries.writestr("archive/data.pkl", pickled)
+        entries.writestr("archive/version", b"3\n")
+    return file.getvalue()
+
+
+def old_format(pickled: bytes) -> bytes:
+    """A file as torch.save wrote it before version 1.6, around any pickle."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    start = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, system)
+    return b"".join(pickle.dumps(part, 2) for part in start) + pickled
+
+
+def number(value: int) -> bytes:
+    """A whole number, pickled."""
+    data = value.to_bytes(9, "little")
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def list_of(item: bytes, count: int) -> bytes:
+    """A list of as many new objects, a byte each, pickled."""
+    return b"\x80\x02](" + item * count + b"e."
+
+
+BYTES = b"\x80\x02cbuiltins\nbytearray\n" + number(2 * 10**9) + b"\x85R."  # two gigabytes in all
+# A list of 100,000 zeros, counted 30,000 times: 1 is the list, 2 the counter.
+COUNTING = (
+    b"\x80\x02]q\x01(" + b"K\x00" * 100_000 + b"eccollections\nCounter\nq\x02"
+    + b"h\x02h\x01\x85R" * 30_000 + b"."
+)  # fmt: skip
+
+
+def many_entries(count: int) -> bytes:
+    """A zip archive with as many entries of no bytes."""
+    local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, *[0] * 9)
+    name = b"a%07d"
+    central = b"".join(
+        struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, *[0] * 7, 8, *[0] * 6) + name % i
+        for i in range(count)
+    )
+    shown = min(count, 0xFFFF)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, shown, shown, len(central), len(local), 0)
+    return local + central + end
+
+
+CHECKPOINTS = {
+    "two gigabytes of zeros": lambda: archive(BYTES),
+    "sets": lambda: archive(list_of(b"\x8f", 4 * MB)),
+    "lists": lambda: archive(list_of(b"]", 4 * MB)),
+    "marks": lambda: archive(b"\x80\x02" + b"(" * 4 * MB),
+    "counting": lambda: archive(COUNTING),
+    "entries": lambda: many_entries(200_000),
+    "old, zeros": lambda: old_format(BYTES),
+    "old, dicts": lambda: old_format(list_of(b"}", 4 * MB)),
+    "old, counting": lambda: old_format(COUNTING),
+}
+
+# ---------------------------------------------------------------------------------------- images
+
+
+def png(width: int, height: int, depth: int = 8, colour: int = 2, rows: int = 0) -> bytes:
+    """A PNG of one colour, in very few bytes; only the first `rows` rows of it if not 0."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    bits = depth * {0: 1, 2: 3, 3: 1, 6: 4}[colour]
+    packer, row = zlib.compressobj(9), bytes(1 + (width * bits + 7) // 8)
+    packed = b"".join(packer.compress(row) for _ in range(rows or height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def scans(size: int, count: int) -> bytes:
+    """A progressive JPEG whose last scan over all its pixels is repeated."""
+    file = io.BytesIO()
+    Image.new("RGB", (size, size)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * count + data[-2:]
+
+
+IMAGES = {
+    "50,000 x 50,000": lambda: png(50_000, 50_000, 1, 0, 100),
+    "12,000 x 10,000": lambda: png(12_000, 10_000, 1, 0, 100),
+    "8,192 x 8,192, cut": lambda: png(8192, 8192, 8, 2, 4000)[:-1000],
+    "8,192 x 8,192 RGBA, cut": lambda: png(8192, 8192, 8, 6, 4000)[:-1000],
+    "scans": lambda: scans(4000, 20_000),
+}
+
+# -------------------------------------------------------------------------------------- archives
+
+
+def tar_gz(*parts: tuple[tarfile.TarInfo, bytes], tail: int = 0) -> bytes:
+    """A packed archive; `tail` more zeros follow the content of the last entry."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for entry, data in parts:
+            tar.addfile(entry, io.BytesIO(data))
+    packer = zlib.compressobj(1, wbits=31)
+    plain = file.getvalue()
+    packed = [packer.compress(plain[: -tarfile.RECORDSIZE] if tail else plain)]
+    packed += [packer.compress(bytes(MB)) for _ in range(tail // MB)]
+    return b"".join(packed) + packer.flush()
+
+
+def entry(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    """An entry of an archive."""
+    made = tarfile.TarInfo(name)
+    made.size, made.type = size, kind
+    return made
+
+
+def _header_bomb(folder: str, size: int) -> bytes:
+    """A name, in a header of its own, that takes all memory."""
+    header = entry("././@LongLink", size, tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT)
+    packer = zlib.compressobj(1, wbits=31)
+    packed = [packer.compress(header)] + [packer.compress(b"a" * MB) for _ in range(size // MB)]
+    packed.append(packer.compress(entry(folder).tobuf() + bytes(1024)))
+    return b"".join(packed) + packer.flush()
+
+
+def archives(folder: str) -> dict[str, Callable[[], bytes]]:
+    """Bombs in the form of a dataset's archive."""
+    return {
+        "a long file": partial(_long_file, folder, 300 * MB),
+        "a long name": partial(_header_bomb, folder, 600 * MB),
+        "many files": lambda: tar_gz(*[(entry(f"{folder}/{i}"), b"") for i in range(5000)]),
+    }
+
+
+def _long_file(folder: str, size: int) -> bytes:
+    header = entry(f"{folder}/data_batch_1", size).tobuf()
+    packer = zlib.compressobj(1, wbits=31)
+    packed = [packer.compress(header)] + [packer.compress(bytes(MB)) for _ in range(size // MB)]
+    return b"".join(packed) + packer.compress(bytes(1024)) + packer.flush()
+
+
+# ------------------------------------------------------------------------------------------ YAML
+def _twice(i: int) -> bytes:
+    return b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1)
+
+
+YAML = {
+    "[": lambda: b"[" * 10**6,
+    "{": lambda: b"depth: " + b"{a: " * 10**6,
+    "-": lambda: b"- " * 10**6,
+    "steps": lambda: b"a:\n" + b"".join(b" " * i + b"a:\n" for i in range(1, 1400)),
+    "keys": lambda: b"".join(b"depth%d: 1\n" % i for i in range(1400)),
+    "many keys": lambda: b"depth: 1\n" * 10**6,
+    "aliases": lambda: b"a0: &a0 [x, x]\n" + b"".join(map(_twice, range(1, 300))),
+    "quotes": lambda: b'"' * 10**6,
+}

@@ -1,0 +1,322 @@
+"""Mutated inputs of every kind that the program reads; whatever they are, it may only refuse them.
+
+Each kind is a function of (random numbers, scratch directory) that makes one input and returns a
+call that reads it, and what the call may raise. A process of its own runs them, so that a crash of
+a library is seen as such.
+"""
+
+import contextlib
+import gc
+import gzip
+import io
+import json
+import multiprocessing
+import random
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoints
+import main
+import opts
+from datasets.archives import unpack
+from datasets.files import ImageFiles
+from errors import CheckpointError, DataError, RunError, UsageError
+from faults import costs
+from faults.contract import TINY, command, tiny
+from faults.sabotage import no_fsync
+
+Case = tuple[Callable[[], object], type[Exception] | tuple]
+NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """The same with one to eight things done to it."""
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 2, 8))):
+        size = len(changed)
+        place, other = draw.randrange(size + 1), draw.randrange(size + 1)
+        length = min(draw.choice((1, 4, 64, 4096)), size - place)
+        action = draw.randrange(7)
+        if action == 0 and place < size:
+            changed[place] ^= 1 << draw.randrange(8)
+        elif action == 1:
+            changed[place : place + length] = draw.randbytes(length)
+        elif action == 2:
+            changed[place : place + length] = bytes(length)
+        elif action == 3:
+            del changed[place : place + length]
+        elif action == 4:
+            changed[place:place] = changed[other : other + length]
+        elif action == 5:
+            number = draw.choice(NUMBERS).to_bytes(4, draw.choice(("little", "big")))
+            changed[place : place + 4] = number
+        elif action == 6 and draw.random() < 0.2:
+            del changed[place:]
+    return bytes(changed)
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+@cache
+def run_of(root: Path) -> Path:
+    """A run directory with a checkpoint, made once."""
+    directory = root / "run"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main.main(tiny(nEpochs=1, save=directory)) == 0
+    return directory
+
+
+def checkpoint_of(root: Path) -> Path:
+    return max(run_of(root).glob("checkpoint_*.pt"))
+
+
+def _reading(path: Path, draw: random.Random) -> Case:
+    return partial(draw.choice((checkpoints.load, checkpoints.load_weights)), path), CheckpointError
+
+
+def checkpoint_bytes(draw: random.Random, root: Path) -> Case:
+    """The file as a whole, with its digest or, as others write it, without."""
+    data = checkpoint_of(root).read_bytes()
+    path = root / "bytes.pt"
+    if draw.random() < 0.7:
+        sealed = len(checkpoints.SEAL) + 64
+        data = data[: -sealed - 2] + bytes(2)
+    path.write_bytes(mutated(data, draw))
+    return _reading(path, draw)
+
+
+def checkpoint_pickle(draw: random.Random, root: Path) -> Case:
+    """Only the pickle in it, with right checksums around, or in the format of old."""
+    with zipfile.ZipFile(checkpoint_of(root)) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    name = next(name for name in entries if name.endswith("data.pkl"))
+    changed = mutated(entries[name], draw)
+    path = root / "pickle.pt"
+    if draw.random() < 0.2:
+        path.write_bytes(costs.old_format(changed))
+    else:
+        with zipfile.ZipFile(path, "w") as new:
+            for entry, data in (entries | {name: changed}).items():
+                new.writestr(entry, data)
+    return _reading(path, draw)
+
+
+VALUES = (None, True, -1, 0, 1, 2**31, 10**400, 0.5, float("nan"), float("inf"), "", "text", "1,2",
+          "\udcff\n", b"bytes", [], [None], [[1.0] * 3] * 3, (), {}, {"a": {}}, {1: 2}, set(),
+          complex(1, 1))  # fmt: skip
+
+
+def odd_value(draw: random.Random, old: object) -> object:
+    """Something else, sometimes of the same type."""
+    if draw.random() < 0.3:
+        shape = draw.choice(((), (1,), (3,), (0,), (5056,)))
+        dtype = draw.choice((torch.uint8, torch.float32, torch.int64, torch.complex64, torch.bool))
+        return torch.zeros(shape, dtype=dtype)
+    if isinstance(old, int | float) and not isinstance(old, bool) and draw.random() < 0.5:
+        return draw.choice((old + 1, -old, old * 10**6, type(old)(0)))
+    return draw.choice(VALUES)
+
+
+def checkpoint_contents(draw: random.Random, root: Path) -> Case:
+    """Other values in a sound file, down to the first step of the program that goes on with it."""
+    state = checkpoints.load(checkpoint_of(root))
+    for _ in range(draw.choice((1, 1, 2))):
+        place, key = state, draw.choice(list(state))
+        while isinstance(place[key], dict) and place[key] and draw.random() < 0.8:
+            place, key = place[key], draw.choice(list(place[key]))
+        if draw.random() < 0.2:
+            del place[key]
+        elif draw.random() < 0.1:
+            place[draw.choice(("a", 1, "\udcff", "x" * 10**5))] = place.pop(key)
+        else:
+            place[key] = odd_value(draw, place[key])
+        if not state:
+            break
+    path = root / "contents.pt"
+    path.write_bytes(checkpoints.packed(state))
+    flag = draw.choice(("resume", "retrain"))
+    flags = TINY | {"nEpochs": 1, flag: path, "save": root / "other", "override": True}
+    if flag == "resume" and draw.random() < 0.5:
+        flags["testOnly"] = True
+    return partial(program, command(**flags), root / "other"), Refused
+
+
+class Refused(RunError):
+    """The program has ended with an error."""
+
+    def __init__(self, line: str):
+        super().__init__(line, "")
+
+
+def program(argv: list[str], save: Path) -> None:
+    """Run the program here; it may end well, or with 2, 3 or 4 and lines that say what to do."""
+    shutil.rmtree(save, ignore_errors=True)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main.main(argv)
+    errors = [line for line in err.getvalue().splitlines() if not line.startswith("note: ")]
+    assert code in (0, 2, 3, 4), (code, err.getvalue())
+    assert bool(errors) == bool(code), err.getvalue()
+    assert all(line.startswith("error: ") and "; fix: " in line for line in errors), errors
+    if code:
+        raise Refused(errors[0])
+
+
+# ------------------------------------------------------------------------------------------ YAML
+
+MARKS = "\n\n  :-,[]{}&*!'\"#?\t|>%@`<\\\x07\u2028"
+
+
+def config(draw: random.Random, root: Path) -> Case:
+    """A mutated config, or characters that mean something to YAML."""
+    path = root / "c.yaml"
+    words = [*opts.FLAGS, "paper", "<<", "!!python/object/apply:os.system", "&a", "*a", "0x1", "~"]
+    if draw.random() < 0.5:
+        lines = "".join(f"{name}: {draw.choice(VALUES[1:13])}\n" for name in draw.sample(words, 5))
+        content = mutated(lines.encode("utf-8", "surrogateescape"), draw)
+    else:
+        parts = draw.choices([*MARKS, *words], k=draw.choice((5, 50, 2000)))
+        content = "".join(parts).encode()
+    path.write_bytes(content)
+    return partial(opts.parse, ["--config", str(path)]), UsageError
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+@cache
+def pictures() -> list[bytes]:
+    """One of each kind that Pillow writes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    kinds = [
+        (image, "JPEG", {}), (image, "JPEG", {"progressive": True}), (image, "PNG", {}),
+        (image.convert("CMYK"), "JPEG", {}), (image.convert("P"), "PNG", {}),
+        (image.convert("P"), "PNG", {"transparency": 0}), (image.convert("1"), "PNG", {}),
+        (image.convert("RGBA"), "PNG", {}), (image.convert("I;16"), "PNG", {}),
+        (image, "PNG", {"save_all": True, "append_images": [image] * 2}), (image, "GIF", {}),
+        (image, "GIF", {"save_all": True, "append_images": [image] * 2}), (image, "PPM", {}),
+        (image, "WEBP", {"lossless": True}), (image, "WEBP", {}), (image, "BMP", {}),
+        (image.convert("P"), "BMP", {}), (image, "TIFF", {}), (image.convert("L"), "PPM", {}),
+        (image, "TIFF", {"compression": "tiff_lzw"}), (image, "TIFF", {"compression": "jpeg"}),
+        (image, "TIFF", {"compression": "tiff_deflate"}), (image.convert("F"), "TIFF", {}),
+    ]  # fmt: skip
+    written = []
+    for picture, kind, settings in kinds:
+        file = io.BytesIO()
+        picture.save(file, kind, **settings)
+        written.append(file.getvalue())
+    return written
+
+
+class ToTensor:
+    """PIL image -> tensor, at a size that does not matter."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.resize((8, 8))))
+
+
+def image(draw: random.Random, root: Path) -> Case:
+    """An image; a reason why it cannot be read counts as a refusal."""
+    path = root / "image"
+    path.write_bytes(mutated(draw.choice(pictures()), draw))
+    return partial(_read_image, path), DataError
+
+
+def _read_image(path: Path) -> None:
+    sample = ImageFiles([(str(path), 0)], ToTensor(), seed=0)[1, 0]
+    if isinstance(sample, str):
+        raise DataError(sample, "remove it")
+    assert sample[0].shape == (8, 8, 3)
+
+
+# -------------------------------------------------------------------------------------- archives
+
+
+def archive(draw: random.Random, root: Path) -> Case:
+    """A packed archive, or a plain one: its headers are as if the publisher had written them."""
+    folder = root / "archives"
+    folder.mkdir(exist_ok=True)
+    entries = [(costs.entry(f"data/{i}", 2000), draw.randbytes(2000)) for i in range(4)]
+    entries += [(costs.entry("data/" + "long" * 50, 5), b"12345")]
+    data = costs.tar_gz(*entries)
+    if draw.random() < 0.7:
+        data = gzip.compress(mutated(gzip.decompress(data), draw), 1)
+    else:
+        data = mutated(data, draw)
+    path = folder / "archive.tar.gz"
+    path.write_bytes(data)
+    return partial(_unpack, path), DataError
+
+
+def _unpack(path: Path) -> None:
+    before, folder = set(path.parent.parent.iterdir()), path.parent / "data"
+    try:
+        unpack(path, folder.name)
+        for item in folder.rglob("*"):
+            assert not item.is_symlink() and (item.is_file() or item.is_dir()), item
+    finally:
+        assert set(path.parent.parent.iterdir()) == before
+        assert {item.name for item in path.parent.iterdir()} <= {folder.name, path.name}
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (checkpoint_bytes, checkpoint_pickle, checkpoint_contents, config, image, archive)
+}
+
+
+def fuzz(kind: str, root: Path, seed: int, count: int, seconds: float, report: Path) -> None:
+    """Try inputs until there were `count` or `seconds` have gone; write down what they cost.
+
+    The report is rewritten before each input, with its number, so that a crash can be repeated.
+    """
+    torch.set_num_threads(1)
+    gc.freeze()  # what is there already need not be looked at each time
+    if kind == "checkpoint_contents":  # a whole program, which would wait for the disk
+        no_fsync()
+    end, said = time.monotonic() + seconds, {"count": 0, "refused": 0, "slowest_s": 0.0, "mb": 0.0}
+    while said["count"] < count and time.monotonic() < end:
+        draw = random.Random(f"{kind} {seed} {said['count']}")
+        call, allowed = KINDS[kind](draw, root)
+        refused = []
+
+        def attempt(call=call, allowed=allowed, refused=refused) -> None:
+            try:
+                call()
+            except allowed as error:
+                refused.append(error.report())
+
+        report.write_text(json.dumps(said))
+        took_s, size = costs.cost(attempt)
+        said["count"] += 1
+        said["slowest_s"] = max(said["slowest_s"], took_s)
+        if refused:
+            said["refused"] += 1
+            said["mb"] = max(said["mb"], size / costs.MB)
+    report.write_text(json.dumps(said | {"done": True}))
+
+
+def fuzz_apart(kind: str, root: Path, seed: int, count: int = 10**9, seconds: float = 600) -> dict:
+    """`fuzz` in a process of its own, which must not die of it; its report."""
+    report = root / "report.json"
+    arguments = (kind, root, seed, count, seconds, report)
+    process = multiprocessing.get_context("forkserver").Process(target=fuzz, args=arguments)
+    process.start()
+    process.join(seconds + 120)
+    if process.exitcode is None:
+        process.kill()
+    said = json.loads(report.read_text())
+    where = f"input {said['count']} of {kind}, seed {seed}"
+    assert process.exitcode == 0 and said["done"], f"{where}: {process.exitcode}"
+    return said

@@ -1,0 +1,145 @@
+"""The table of faults in docs/faults.md: every row is there, and the tests that it names exist."""
+
+import ast
+import re
+from collections.abc import Iterator
+
+import pytest
+from program import ROOT
+
+import errors
+from stopping import SIGNALS
+
+NUM_ROWS = 80
+DOCUMENT = (ROOT / "docs" / "faults.md").read_text()
+MANUAL = (ROOT / "docs" / "operations.md").read_text()
+UNCLAIMED = "not claimed: "
+LEFT_OUT = {"gpu", "soak"}  # marks of tests that `make test` leaves out, or skips
+
+
+def kinds(kind: type = errors.RunError) -> Iterator[type]:
+    """An error class and all that derive from it."""
+    yield kind
+    for derived in kind.__subclasses__():
+        yield from kinds(derived)
+
+
+CODES = {0} | {kind.code for kind in kinds()}
+FORCED = {128 + number for number in SIGNALS}  # by a second signal
+
+
+def cells(line: str) -> list[str]:
+    """The cells of one line of a Markdown table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Number, fault, exit codes and tests of each row of the catalogue."""
+    numbered = [cells(line) for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    return [row for row in numbered if len(row) == 4]
+
+
+def marks(node: ast.AST) -> set[str]:
+    """The names after `pytest.mark.` in a piece of code."""
+    return set(re.findall(r"pytest\.mark\.(\w+)", ast.unparse(node)))
+
+
+def find_tests() -> dict[str, set[str]]:
+    """`file.py::test_name` -> the marks of that test and of its file."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        body = ast.parse(path.read_text()).body
+        whole_file = set().union(
+            *(marks(node) for node in body
+              if isinstance(node, ast.Assign) and ast.unparse(node).startswith("pytestmark ="))
+        )  # fmt: skip
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                decorators = set().union(*map(marks, node.decorator_list))
+                found[f"{path.name}::{node.name}"] = whole_file | decorators
+    return found
+
+
+TESTS = find_tests()
+
+
+def problems(text: str) -> list[str]:
+    """What is wrong with a catalogue."""
+    catalogue = rows(text)
+    numbers = [row[0] for row in catalogue]
+    wanted = [str(number) for number in range(1, NUM_ROWS + 1)]
+    found = [] if numbers == wanted else [f"rows: {' '.join(set(wanted) ^ set(numbers))}"]
+    for number, _, codes, held_by in catalogue:
+        if not set(map(int, re.findall(r"\d+", codes))) <= CODES | FORCED:
+            found.append(f"row {number}: no such exit code: {codes}")
+        if held_by.startswith(UNCLAIMED):
+            found += [f"row {number}: no reason"] * (len(held_by.split()) < 5)
+            continue
+        names = re.findall(r"\w+\.py::\w+", held_by)
+        found += [f"row {number}: no such test: {name}" for name in names if name not in TESTS]
+        quick = [name for name in names if not LEFT_OUT & TESTS.get(name, set())]
+        found += [f"row {number}: not held by `make test`"] * (not quick)
+        found += [f"row {number}: {held_by}"] * ("to come" in held_by)
+    return found
+
+
+def test_every_fault_has_a_code_and_tests_that_exist_and_run():
+    assert problems(DOCUMENT) == []
+
+
+def test_a_name_stands_for_one_test():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(set(names)) == len(names)
+    assert "test_catalogue.py::test_a_name_stands_for_one_test" in TESTS
+
+
+ROW = "| 2 | SIGKILL | 0 | test_resume.py::test_the_same_command_gives_the_same_run |"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("", "rows: 2"),
+        (f"{ROW}\n{ROW}", "rows: "),
+        (ROW.replace("test_the_same", "test_the_sane"), "row 2: no such test: "),
+        (ROW.replace("test_resume.py", "test_models.py"), "row 2: no such test: "),
+        (ROW.replace("| 0 |", "| 9 |"), "row 2: no such exit code: 9"),
+        (f"{ROW[:-2]}, the rest to come |", "row 2: "),
+        (f"| 2 | SIGKILL | 0 | {UNCLAIMED}no |", "row 2: no reason"),
+        (re.sub("test_resume.*", "test_gpu.py::test_every_precision_learns |", ROW), "row 2: "),
+    ],
+)
+def test_a_fault_that_nothing_holds_would_be_noticed(line, problem):
+    others = "\n".join(ROW.replace("| 2 |", f"| {n} |") for n in range(1, NUM_ROWS + 1) if n != 2)
+    first, rest = others.split("\n", 1)
+    assert problems(f"{first}\n{ROW}\n{rest}") == []
+    found = problems(f"{first}\n{line}\n{rest}")
+    assert found and found[0].startswith(problem)
+
+
+def stale(text: str) -> list[str]:
+    """Commands of a document that would run no test, or no tool."""
+    tools = re.findall(r"python -m (tools\.\w+)", text)
+    found = [tool for tool in tools if not (ROOT / f"{tool.replace('.', '/')}.py").is_file()]
+    for path, words in re.findall(
+        r"python -m pytest [^`]*?(tests/\S+\.py)(?: -k \"(.*?)\")?", text
+    ):
+        names = [name for name in TESTS if name.startswith(f"{(ROOT / path).name}::")]
+        for word in (words or "test").split(" or "):
+            if not any(word in name.split("::")[1] for name in names):
+                found.append(f"{path} {word}")
+    return found
+
+
+def test_the_commands_of_the_manual_run_something():
+    assert MANUAL.count("python -m pytest") > 15 and stale(MANUAL) == []
+    for old, new in [("soak_kills", "soak_skills"), ("forgets", "forgives"), ("endurance", "ease")]:
+        assert stale(MANUAL.replace(old, new))
+
+
+def test_the_exit_codes_of_the_manual_are_those_of_the_program():
+    (table,) = re.findall(r"\| code \|.*?\n((?:\|.*\n)+)", MANUAL)
+    listed = {
+        int(code) for line in table.splitlines() for code in re.findall(r"\d+", cells(line)[0])
+    }
+    assert listed == CODES | {128 + number for number in (2, 15)}

@@ -1,0 +1,108 @@
+"""A run that is restarted again and again without getting further is stopped, with the reason."""
+
+from pathlib import Path
+
+import pytest
+
+import launch
+import resume
+from errors import DataError, PeerError, Preempted, RunError
+from faults.contract import status
+from storage import RunDirectory
+
+BY_HAND = {"SLURM_RESTART_COUNT": "0"}
+BY_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "1"}
+BY_SLURM = {"SLURM_RESTART_COUNT": "7", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+CAUSE = DataError("cannot read image 7.png", "remove it")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is written any more."""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """What one process does: it finds its checkpoint at `step`, says so, and ends with `end`."""
+
+    def start(environment: dict[str, str], step: int, end: BaseException = CAUSE) -> None:
+        for name in launch.RESTART_COUNTS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(type(end)), RunDirectory(tmp_path) as directory:
+            state = {"global_step": step} if step else None
+            resume.check_progress(directory, state, launch.here().restarted)
+            directory.write_status("running", global_step=step)
+            raise end
+
+    return start
+
+
+def refused(start, environment: dict[str, str], step: int) -> RunError:
+    """The error that a start is refused with."""
+    with pytest.raises(PeerError) as caught:
+        start(environment, step)
+    return caught.value
+
+
+@pytest.mark.parametrize("environment", [BY_TORCHRUN, BY_SLURM], ids=["torchrun", "slurm"])
+@pytest.mark.parametrize("step", [0, 40])
+def test_the_third_automatic_start_in_vain_is_refused(start, tmp_path, environment, step):
+    start(BY_HAND, step)
+    for _ in range(2):
+        start(environment, step)
+    error = refused(start, environment, step)
+    assert error.code == 8
+    assert error.report() == (
+        f"error: 3 automatic starts in a row found the run at step {step}; the one before ended "
+        f"with: {CAUSE}; fix: look into the cause, then start it by hand, which counts anew"
+    )
+    assert (status(tmp_path)["state"], status(tmp_path)["code"]) == ("failed", 8)
+    again = refused(start, environment, step)  # whatever restarts it may not have understood
+    assert f"4 automatic starts in a row found the run at step {step}" in str(again)
+    assert str(again).count(str(CAUSE)) == 1 and str(again).endswith(str(CAUSE))
+
+
+def test_a_start_by_hand_counts_anew(start):
+    for _ in range(3):
+        start(BY_HAND, 40)
+        start(BY_TORCHRUN, 40)
+        start(BY_TORCHRUN, 40)
+    refused(start, BY_TORCHRUN, 40)
+    start(BY_HAND, 40)
+    start({}, 40)
+    start(BY_TORCHRUN, 40)
+
+
+def test_a_run_that_gets_further_is_never_refused(start):
+    start(BY_HAND, 0)
+    for step in range(10):
+        start(BY_SLURM, step)
+        start(BY_SLURM, step)
+
+
+def test_a_start_that_is_stopped_by_a_signal_is_no_failure(start):
+    start(BY_HAND, 40)
+    for _ in range(9):
+        start(BY_SLURM, 40, Preempted("SIGTERM", "go on"))
+    start(BY_SLURM, 40)  # with the start by hand, two failures so far
+    start(BY_SLURM, 40)
+    refused(start, BY_SLURM, 40)
+
+
+def test_killed_starts_count_and_are_called_killed(start, tmp_path):
+    start(BY_HAND, 40, Killed())
+    start(BY_TORCHRUN, 40, Killed())
+    start(BY_TORCHRUN, 40, Killed())
+    assert str(refused(start, BY_TORCHRUN, 40)).endswith("ended with: it was killed")
+
+
+def test_an_automatic_start_is_counted_before_it_can_die(tmp_path, monkeypatch):
+    """Of a start by hand nothing is written before it has been found to be in order."""
+    for count, written in (("0", False), ("1", True)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        with pytest.raises(DataError), RunDirectory(Path(tmp_path)) as directory:
+            resume.check_progress(directory, None, launch.here().restarted)
+            raise CAUSE
+        assert (tmp_path / "status.json").exists() == written
