@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import run as torchrun
 
 import opts
 from tools import describe
@@ -120,11 +121,17 @@ def test_a_config_names_its_command_and_little_more_than_what_differs(path):
         assert getattr(opts.parse(rest), name) != getattr(parsed(path), name), name
 
 
-def documented_commands() -> list[str]:
-    """Every `python main.py` and `python -m tools.describe` line of the documents and configs."""
+def documents() -> str:
+    """The documents and configs."""
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/*.yaml")]
-    text = "\n".join(path.read_text() for path in sorted(files))
-    found = re.findall(r"python (?:main\.py|-m tools\.describe)(?: (?![ #])[^`#|,\s]+)+", text)
+    return "\n".join(path.read_text() for path in sorted(files))
+
+
+def documented_commands() -> list[str]:
+    """Every `python main.py` and `python -m tools.describe` line of them."""
+    found = re.findall(
+        r"python (?:main\.py|-m tools\.describe)(?: (?![ #])[^`#|,\s]+)+", documents()
+    )
     runnable = (word for word in found if "--help" not in word and "RUN/" not in word)
     return sorted(set(runnable))
 
@@ -138,6 +145,41 @@ def test_every_documented_command_is_understood(command, monkeypatch):
             opts.parse(argv)
     else:
         opts.parse(argv)
+
+
+def launches() -> list[str]:
+    """Every `torchrun ... main.py ...` line of the documents."""
+    found = re.findall(
+        r"torchrun (?:(?![ #])[^`#|,\s]+ )*main\.py(?: (?![ #.])[^`#|,\s]+)+", documents()
+    )
+    return sorted(set(found))
+
+
+def sizes(command: str) -> list[int]:
+    """How many processes a `torchrun` line may start; it and its program must understand it."""
+    args = torchrun.get_args_parser().parse_args(shlex.split(command)[1:])
+    fewest, most = torchrun.parse_min_max_nnodes(args.nnodes)
+    found = [nodes * int(args.nproc_per_node) for nodes in range(fewest, most + 1)]
+    assert args.training_script == "main.py"
+    for size in found:
+        opts.parse(args.training_script_args, size)
+    return found
+
+
+@pytest.mark.parametrize("command", launches())
+def test_every_documented_launch_is_understood_at_every_size_that_it_allows(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert sizes(command)
+
+
+def test_launches_are_found_and_their_mistakes_noticed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (elastic,) = (command for command in launches() if "--nnodes" in command)
+    assert sizes(elastic) == [8, 16, 24, 32]
+    with pytest.raises(opts.UsageError, match="256 over 24 processes"):
+        sizes(elastic.replace("--batchSize 192", "--batchSize 256"))
+    with pytest.raises(SystemExit):
+        sizes(elastic.replace("--nnodes", "--nodes"))
 
 
 def test_the_mistakes_in_the_readme_are_answered_as_it_says():
