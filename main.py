@@ -58,14 +58,14 @@ def main(argv: list[str]) -> int:
 
 def end(error: Exception, opt: SimpleNamespace | None, place: launch.Place, world) -> int:
     """Say on standard error how the run ended, once for all its processes; the exit code."""
-    code = error.code if isinstance(error, RunError) else 1
     if isinstance(error, Preempted):
         with contextlib.suppress(RunError):  # it is saved, whatever becomes of the others
             world.leave()
     else:
         kill_children()
         if world:
-            world.fail(error)
+            error = world.fail(error)  # or what another process has failed with before
+    code = error.code if isinstance(error, RunError) else 1
     if isinstance(error, RunError) and is_speaker(error, place, world):
         say(error)
         if world and not place.is_first:  # which is lost

@@ -312,7 +312,7 @@ def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
     wrong(
         opt.batchSize % opt.replicas != 0 and not opt.testOnly,
         f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number",
-        f"use {max(round(opt.batchSize / opt.replicas), 1) * opt.replicas}, or other processes",
+        f"use {max(round(opt.batchSize / opt.replicas), 1) * opt.replicas}, or another number",
     )
     wrong(
         opt.nImages != FLAGS["nImages"].default and opt.dataset != "synthetic",

@@ -322,7 +322,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
     results = run_ranks(argv, 3)
     assert codes(results) == [2, 2, 2]
     (line,) = [line for result in results for line in result.err.splitlines()]
-    assert re.fullmatch(r"error: batchSize 8 over 3 processes .*; fix: use 9, or other .*", line)
+    assert re.fullmatch(r"error: batchSize 8 over 3 processes .*; fix: use 9, or another .*", line)
 
 
 def other_data() -> None:
