@@ -67,6 +67,16 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def facts(device: torch.device, replicas: int) -> dict[str, object]:
+    """What an epoch's record says of where it ran; a run may go on elsewhere."""
+    return {
+        "memory_mb": peak_memory_mb(device),
+        "device": describe(device),
+        "replicas": replicas,
+        "torch": torch.__version__,
+    }
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Memory of a GPU that is free for this process; None for the CPU, where nobody can say."""
     if device.type != "cuda":
@@ -79,4 +89,5 @@ def describe(device: torch.device) -> str:
     """The device in words, for the log."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"

@@ -60,6 +60,8 @@ class Estimate:
         self, opt: SimpleNamespace, num_classes: int, device: torch.device, ops: ModuleType
     ):
         self.opt, self.num_classes, self.device, self.ops = opt, num_classes, device, ops
+        # A network without dense blocks has no levels, and optMemory None.
+        self.levels = BY_SPEED if opt.optMemory is not None else ()
         self._known: dict[tuple[int, int], int] = {}
 
     def peak_bytes(self, level: int | None = None, batch: int | None = None) -> int:
@@ -101,7 +103,7 @@ class Estimate:
         need = f"it needs {self._text(level)} and {_mb(free_bytes)} are free"
         return level, f"optMemory auto: {level}, the smallest, though {need}; {fix}"
 
-    def largest_batch(self, limit_bytes: float, level: int) -> int:
+    def largest_batch(self, limit_bytes: float, level: int | None) -> int:
         """The largest batch up to the run's own that fits at a level; 0 if not even one image."""
         if self._fits(limit_bytes, level):
             return self.opt.batchSize
@@ -117,7 +119,7 @@ class Estimate:
         step = self.opt.replicas * (8 if fits > 16 * self.opt.replicas else 1)
         return fits // step * step
 
-    def _between(self, fits: int, fails: int, limit_bytes: float, level: int) -> int:
+    def _between(self, fits: int, fails: int, limit_bytes: float, level: int | None) -> int:
         """Where the limit is, were memory a straight line in the batch, which it nearly is."""
         if not fits:
             return max(1, fails // 4)
@@ -134,13 +136,13 @@ class Estimate:
         try:
             return self._advice(free_bytes)
         except MemoryError:  # the simulation needs a little as well
-            return "use a smaller --batchSize, or --optMemory 4"
+            return "use a smaller --batchSize" + (", or --optMemory 4" if self.levels else "")
 
     def _advice(self, free_bytes: int | None) -> str:
         now = self.peak_bytes()
         # Whatever is free: what failed does not fit.
         limit = now if free_bytes is None else min(now, free_bytes)
-        for level in BY_SPEED:
+        for level in self.levels:
             if self._fits(limit, level):
                 return f"use --optMemory {level}, {self._text(level)} instead of {_mb(now)}"
         level = self._smallest()
@@ -148,18 +150,19 @@ class Estimate:
         if not batch:
             least = self.opt.replicas
             need = self._text(level, least)
-            return f"use a larger device: --optMemory {level} --batchSize {least} needs {need}"
+            flags = (f"--optMemory {level} " if self.levels else "") + f"--batchSize {least}"
+            return f"use a larger device: {flags} needs {need}"
         also = "" if level == self.opt.optMemory else f" --optMemory {level}"
         need = self._text(level, batch)
         return f"use --batchSize {batch}{also}, {need} instead of {_mb(now)}"
 
-    def _fits(self, limit_bytes: float, level: int, batch: int | None = None) -> bool:
+    def _fits(self, limit_bytes: float, level: int | None, batch: int | None = None) -> bool:
         return TOLERANCE * self.peak_bytes(level, batch) <= limit_bytes
 
-    def _smallest(self) -> int:
-        return min(BY_SPEED, key=self.peak_bytes)
+    def _smallest(self) -> int | None:
+        return min(self.levels, key=self.peak_bytes, default=None)
 
-    def _text(self, level: int, batch: int | None = None) -> str:
+    def _text(self, level: int | None, batch: int | None = None) -> str:
         return f"about {_mb(self.peak_bytes(level, batch))}"
 
 

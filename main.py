@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -179,6 +180,7 @@ def run(opt: SimpleNamespace, stop: Stop, world, device) -> int:
             every_s=60 * opt.saveEvery,
         )
         if directory:
+            directory.remember(overrides=overrides)  # what it departed from its first settings in
             begin(opt, directory, log, data, trainer)
         if state:
             continue_files(opt, directory, trainer, saver)
@@ -187,9 +189,11 @@ def run(opt: SimpleNamespace, stop: Stop, world, device) -> int:
         for _ in range(trainer.epoch, opt.nEpochs + 1):
             with memory_errors(estimate.opt, lambda: estimate.advice(free_bytes)):
                 trained = trainer.train(data.train, saver.after_step)
+                since = time.perf_counter()
                 tested = trainer.test(data.val, saver.after_step)
-            memory = {"memory_mb": devices.peak_memory_mb(device)}
-            record = trainer.finish_epoch(trained, tested) | memory
+                where = {"val_time_s": time.perf_counter() - since}
+            where |= devices.facts(device, world.size)
+            record = trainer.finish_epoch(trained, tested) | where
             if directory:
                 log.epoch(record, trainer.is_best)
             saver.end_epoch()
@@ -275,7 +279,8 @@ def memory_errors(opt: SimpleNamespace, advice: Callable[[], str]) -> Iterator[N
     except (RuntimeError, MemoryError) as error:
         if not footprint.is_out_of_memory(error):
             raise
-        what = f"out of memory with --batchSize {opt.batchSize} --optMemory {opt.optMemory}"
+        level = "" if opt.optMemory is None else f" --optMemory {opt.optMemory}"
+        what = f"out of memory with --batchSize {opt.batchSize}{level}"
         raise OutOfMemoryError(what, advice()) from error
 
 
@@ -364,8 +369,8 @@ def evaluate(opt: SimpleNamespace, world, device) -> int:
         if opt.optMemory == "auto":
             opt.optMemory = opts.FLAGS["optMemory"].default  # levels are about training
         model = models.create(opt, len(data.classes), ops)
-        models.load_weights(model, weights)
         trainer = train.create(opt, model, device, runlog.RunLog(None), world)
+        models.load_weights(model, weights)  # now that it has the precision of the run
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.test(data.test or data.val, lambda: None, phase="test")
     runlog.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")

@@ -81,7 +81,8 @@ class RunLog:
 
         def scalars(board) -> None:
             for key in record.keys() - {"epoch"}:
-                board.add_scalar(_board_name(key), record[key], record["epoch"])
+                if not isinstance(record[key], str):
+                    board.add_scalar(_board_name(key), record[key], record["epoch"])
             board.flush()
 
         self._on_board(scalars)

@@ -41,7 +41,7 @@ class Stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launch.py has blocked them
         if self._launched:
             self._end_a_long_start()
-            _end_with_parent()
+            end_with_parent()
         return self
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -87,7 +87,7 @@ class Stop:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have the kernel send SIGTERM when the launcher is gone, or there would soon be two runs."""
     if sys.platform == "linux":
         parent = os.getppid()

@@ -8,7 +8,9 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from errors import BusyError, Preempted, RunError, StorageError
 
@@ -35,17 +37,30 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the disk is full or cannot be written; the temporary file is gone.
     """
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
+    """The same for a file that is written little by little: it replaces `path` at the end.
+
+    Args:
+        size: in bytes, for the message when there is no room; 0 where it is not known.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         _remove(temporary)
-        raise storage_error(error, path, len(data)) from error
+        if isinstance(error, OSError):
+            raise storage_error(error, path, size) from error
+        raise
 
 
 def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
@@ -64,9 +79,8 @@ def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
             f"no space in {path.parent}: {need} ({error.strerror})",
             "free space, or choose another disk with --save or --data",
         )
-    return StorageError(
-        f"cannot write {path}: {error.strerror or error}", "check the disk or choose another --save"
-    )
+    fix = "check the disk, or write elsewhere: --save, --output"
+    return StorageError(f"cannot write {path}: {error.strerror or error}", fix)
 
 
 def sync_directory(directory: Path) -> None:
@@ -158,11 +172,7 @@ class RunDirectory:
 
     def status(self) -> dict:
         """What `status.json` says, {} when there is none."""
-        try:
-            found = json.loads((self.path / "status.json").read_text())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_json(self.path / "status.json")
 
     def close(self) -> None:
         """Let another process have the directory."""
@@ -184,6 +194,15 @@ class RunDirectory:
             error = RunError(f"a bug: {type(error).__name__}: {error}", "report it")
         with contextlib.suppress(StorageError):  # the disk may be what failed
             self.write_status(state, error.code, reason=str(error), **error.details)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file, {} when there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def judge_for_another(path: Path, error: RunError) -> None:

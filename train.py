@@ -132,8 +132,7 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass in this run's precision."""
-        dtype = AUTOCAST_DTYPES.get(self.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+        return autocast(self.device, self.precision)
 
     def train(self, loader, after_step: Callable[[], None]) -> dict[str, float]:
         """Finish the current epoch from wherever it stands; its means, rate and speed.
@@ -314,8 +313,7 @@ class Trainer:
             return
         with self.autocast():
             logits = self.model(images).to(self.dtype)  # (N * crops, C)
-            # The mean ranks classes as the sum of fb.resnet.torch does, and has a loss.
-            logits = logits.unflatten(0, (-1, self.num_crops)).mean(dim=1)  # (N, C)
+            logits = mean_over_crops(logits, self.num_crops)  # (N, C)
             loss = F.cross_entropy(logits, targets)
         self._test_sums.add(loss, logits, targets)
 
@@ -401,6 +399,18 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context of a forward pass in a precision of `--precision`."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def mean_over_crops(logits: Tensor, num_crops: int) -> Tensor:
+    """(N * num_crops, C) -> (N, C)."""
+    # It ranks classes as the sum of fb.resnet.torch does, and has a loss.
+    return logits.unflatten(0, (-1, num_crops)).mean(dim=1)
 
 
 def _timed(pairs: Iterator[tuple]) -> Iterator[tuple]:

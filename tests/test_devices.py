@@ -166,4 +166,9 @@ def test_peak_memory_of_a_process_is_what_the_kernel_says():
 
 
 def test_the_cpu_is_described_with_its_threads():
-    assert devices.describe(torch.device("cpu")) == f"CPU, {torch.get_num_threads()} threads"
+    assert devices.describe(torch.device("cpu")) == "CPU, 1 thread"
+    torch.set_num_threads(2)
+    try:
+        assert devices.describe(torch.device("cpu")) == "CPU, 2 threads"
+    finally:
+        torch.set_num_threads(1)

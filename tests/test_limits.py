@@ -4,10 +4,14 @@ import hashlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
+from program import ROOT
 
 import limits
 
@@ -57,7 +61,19 @@ def test_what_other_threads_compute_does_not_count():
             thread.join()
 
 
-def test_what_takes_too_much_memory_is_stopped():
+def alone(check: Callable[[], None]) -> None:
+    """Run a function of this file in a process of its own.
+
+    One that has run other tests may have freed much memory and kept it, and needs no more.
+    """
+    code = f"import test_limits; test_limits.{check.__name__}()"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+
+def one_limit() -> None:
     before = settings()
     with limits.memory_limit(2**26):
         bytearray(2**24)
@@ -67,9 +83,24 @@ def test_what_takes_too_much_memory_is_stopped():
     bytearray(2**28)
 
 
-def test_a_limit_within_a_lower_one_does_not_raise_it():
+def limit_within_a_lower_one() -> None:
     with limits.memory_limit(2**26), limits.memory_limit(2**30), pytest.raises(MemoryError):
         bytearray(2**28)
+
+
+def no_limit() -> None:
+    with pytest.raises(MemoryError):
+        bytearray(2**28)
+
+
+def test_what_takes_too_much_memory_is_stopped():
+    alone(one_limit)
+    with pytest.raises(subprocess.CalledProcessError):
+        alone(no_limit)
+
+
+def test_a_limit_within_a_lower_one_does_not_raise_it():
+    alone(limit_within_a_lower_one)
 
 
 def test_both_limits_end_with_an_error_of_any_kind():

@@ -18,12 +18,13 @@ from faults.contract import tiny
 from program import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import devices
 import runlog
 from metrics import Sums
 from runlog import RunLog, read_log
 
 REQUIRED = {"epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1",
-            "val_top5", "images_per_s", "time_s"}  # fmt: skip
+            "val_top5", "images_per_s", "time_s", "val_time_s", "replicas"}  # fmt: skip
 
 
 def record(epoch: int, **more) -> dict:
@@ -63,6 +64,9 @@ def test_a_run_logs_every_key_of_every_epoch(tmp_path):
     assert (first["epoch"], second["epoch"]) == (1, 2)
     for line in (first, second):
         assert line.keys() >= REQUIRED
+        words = {key: line.pop(key) for key in ("device", "torch")}
+        device = devices.describe(torch.device("cpu"))
+        assert words == {"device": device, "torch": torch.__version__}
         assert all(isinstance(value, int | float) for value in line.values())
         assert 0 <= line["train_top5"] <= line["train_top1"] <= 100
         assert line["images_per_s"] > 0 and line["time_s"] > 0

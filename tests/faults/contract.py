@@ -32,7 +32,7 @@ TINY_FILES = {
     "growthRate": 2,
     "batchSize": 2,
 }
-OF_CLOCKS = ("images_per_s", "data_wait", "time_s", "memory_mb")
+OF_CLOCKS = ("images_per_s", "data_wait", "time_s", "val_time_s", "memory_mb")
 
 
 def command(**flags: object) -> list[str]:
