@@ -3,12 +3,12 @@
 Nothing heavy is imported here: `--help` and every usage error answer before torch is loaded.
 """
 
-import math
 import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import depths
 from errors import UsageError
 from flags import (
     AT_LEAST_0,
@@ -28,25 +28,11 @@ from flags import (
     text,
 )
 
-# What this version can do; a later one extends these lines and nothing else in this file.
-NET_TYPES = ("densenet",)
 MEMORY_LEVELS = (0, 1, 2, 3, 4)
 
 DATASETS = ("cifar10", "cifar100", "svhn", "imagenet", "folder", "digits", "synthetic")
 FIXED_SIZE = {"cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 8}
 SMALL_IMAGE = 64  # up to this size in pixels: the CIFAR network shape, and the data in memory
-
-# Layers per block of the ImageNet networks: paper Table 1; 264 and 232 are in no table of the
-# authors, see docs/parity.md.
-IMAGENET_STAGES = {
-    121: (6, 12, 24, 16),
-    161: (6, 12, 36, 24),
-    169: (6, 12, 32, 32),
-    201: (6, 12, 48, 32),
-    232: (6, 12, 48, 48),
-    264: (6, 12, 64, 48),
-}
-WIDE_IMAGENET = (161, 232)  # growth rate 48 instead of 32
 
 
 # One option, one entry: the formatter would make this table five screens long.
@@ -98,11 +84,12 @@ GROUPS: dict[str, list[Flag]] = {
     ],
     "Training options": [
         Flag("nEpochs", integer, None, "epochs to train",
-             "300 CIFAR, 40 SVHN, 90 ImageNet, 100 for depth 161", range=Range(1, 1_000_000),
-             role="length"),
+             "300 CIFAR, 164 with resnets; 40 SVHN; 90 ImageNet, 100 for DenseNet-161",
+             range=Range(1, 1_000_000), role="length"),
         Flag("epochNumber", integer, 1, "number of the first epoch", range=AT_LEAST_1),
         Flag("batchSize", integer, None, "images per step, over all GPUs together",
-             "64 CIFAR and SVHN, 256 ImageNet, 128 for depth 161", range=AT_LEAST_1, role="course"),
+             "64 CIFAR and SVHN; 256 ImageNet, 128 for DenseNet-161", range=AT_LEAST_1,
+             role="course"),
         Flag("testOnly", boolean, False, "only evaluate the weights of --resume or --retrain"),
         Flag("tenCrop", boolean, False, "evaluate on ten crops of each image (above 64 pixels)"),
     ],
@@ -125,15 +112,22 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("lrShape", text, "multistep", "a tenth at each milestone, or a cosine from LR to 0",
              choices=("multistep", "cosine"), role="course"),
         Flag("milestones", integers, None, "epochs from which the rate is a tenth of what it was",
-             "50 % and 75 % of nEpochs; ImageNet: 31, 61, 91", range=AT_LEAST_1, role="course"),
+             "50 % and 75 % of nEpochs, with resnets 81 and 122 of 164; ImageNet: 31, 61, 91",
+             range=AT_LEAST_1, role="course"),
     ],
     "Model options": [
-        Flag("netType", text, "densenet", "network", choices=NET_TYPES, role="model"),
-        Flag("depth", integer, None, "layers L: 6n+4, or 3n+4 without bottleneck; on ImageNet "
-             "121, 161, 169, 201, 232 or 264", "100; 121 ImageNet", range=AT_LEAST_1, role="model"),
-        Flag("shortcutType", text, "none", "accepted for Lua command lines; no effect"),
-        Flag("retrain", text, "none", "weights to start from: a checkpoint of this program, or a "
-             "torchvision or timm state dict"),
+        Flag("netType", text, "densenet", "network", choices=depths.NET_TYPES, role="model"),
+        Flag("depth", integer, None, "layers L: densenet 6n+4, or 3n+4 without bottleneck, resnet "
+             "6n+2, preresnet 9n+2, or 6n+2 without; on ImageNet 121, 161, 169, 201, 232 or "
+             "264, resnets 18, 34, 50, 101, 152 or 200", "100, 110, 164; ImageNet 121, resnets 50",
+             range=AT_LEAST_1, role="model"),
+        Flag("shortcutType", text, None, "of resnets where the maps change: A zeros, B a "
+             "convolution; C a convolution in every block", "A; B ImageNet",
+             choices=("A", "B", "C"), role="model"),
+        Flag("syncBN", boolean, False, "one set of batch statistics for all GPUs, not one for each",
+             role="course"),
+        Flag("retrain", text, "none", "weights to start from: a checkpoint of this program, a "
+             "torchvision or timm state dict, or a .t7 file of Lua"),
         Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
         Flag("shareGradInput", boolean, False, "Lua's name of optMemory 2"),
         Flag("optnet", boolean, False, "Lua's name of optMemory 1"),
@@ -145,7 +139,8 @@ GROUPS: dict[str, list[Flag]] = {
     "Model options for DenseNet": [
         Flag("growthRate", integer, None, "feature maps k that each layer adds",
              "12; 32 ImageNet, 48 for depth 161 and 232", range=AT_LEAST_1, role="model"),
-        Flag("bottleneck", boolean, True, "1x1 convolution to 4k maps before each 3x3 (DenseNet-B)",
+        Flag("bottleneck", boolean, True, "1x1 convolution to 4k maps before each 3x3 "
+             "(DenseNet-B); of preresnet up to 64 pixels: 1x1, 3x3, 1x1, not two 3x3",
              role="model"),
         Flag("reduction", number, 0.5, "share of the maps that a transition keeps (DenseNet-C)",
              range=Range(0, 1, low_open=True), role="model"),
@@ -154,8 +149,6 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("optMemory", level, 2, "what backward finds kept: 0 everything, each level up less; "
              "2 is the fastest, 4 the smallest; auto: the fastest that fits the GPU",
              choices=(*MEMORY_LEVELS, "auto")),
-        Flag("syncBN", boolean, False, "one set of batch statistics for all GPUs, not one for each",
-             role="course"),
         Flag("initChannels", integer, None, "feature maps of the first convolution",
              "2k; 16 at CIFAR size without bottleneck", range=AT_LEAST_1, role="model"),
         *(Flag(f"d{i}", integer, 0, f"layers of block {i}, ImageNet shape with a depth of your own",
@@ -167,13 +160,30 @@ FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag 
 
 USAGE = """usage: python main.py [--config FILE.yaml] [--flag value ...]
 
-Train a DenseNet as in `Densely Connected Convolutional Networks` (CVPR 2017).
+Train a DenseNet as in `Densely Connected Convolutional Networks` (CVPR 2017), or a ResNet.
 Every flag takes one value, as -flag VALUE or --flag VALUE; booleans are true or false.
 Examples and the run directory: README.md. The original's rules: docs/parity.md."""
 # Read by the Lua code's parser and by nothing after it.
-WITHOUT_EFFECT = ("backend", "gen", "optimState", "shortcutType")
+WITHOUT_EFFECT = ("backend", "gen", "optimState")
 # Three names of one setting.
 MEMORY_NAMES = ("optMemory", "shareGradInput", "optnet")
+_OF_DENSENETS = {
+    "optMemory": None,
+    "shareGradInput": False,
+    "optnet": False,
+    "kernels": "torch",
+    "growthRate": None,
+    "reduction": None,
+    "dropRate": 0.0,
+    "initChannels": None,
+    **dict.fromkeys(("d1", "d2", "d3", "d4"), 0),
+}
+# The flags that a network does not read, with the values that they have for it.
+NOT_READ_BY: dict[str, dict[str, object]] = {
+    "densenet": {"shortcutType": None},
+    "resnet": {"bottleneck": None} | _OF_DENSENETS,
+    "preresnet": _OF_DENSENETS,
+}
 # Facts of one call, not of the experiment: left out of a run's config.yaml.
 OF_ONE_CALL = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
 
@@ -196,26 +206,23 @@ def resolve(given: dict[str, object]) -> SimpleNamespace:
 
     default("imageSize", FIXED_SIZE.get(opt.dataset, 32 if opt.dataset == "synthetic" else 224))
     opt.imagenetShape = imagenet = opt.imageSize > SMALL_IMAGE
-    free = (opt.d1, opt.d2, opt.d3, opt.d4) if imagenet else (0, 0, 0, 0)
-    layers_per_stage = 2 if opt.bottleneck else 1
-    default("depth", (layers_per_stage * sum(free) + 5 if any(free) else 121) if imagenet else 100)
-    if imagenet:
-        opt.stages = free if any(free) else IMAGENET_STAGES.get(opt.depth, ())
-    else:
-        opt.stages = ((opt.depth - 4) // (3 * layers_per_stage),) * 3
-    default("growthRate", (48 if opt.depth in WIDE_IMAGENET else 32) if imagenet else 12)
-    default("initChannels", 2 * opt.growthRate if imagenet or opt.bottleneck else 16)
+    foreign = NOT_READ_BY[opt.netType]
+    vars(opt).update(foreign)
+    if "shortcutType" not in foreign:
+        default("shortcutType", "B" if imagenet else "A")
+    depths.resolve(opt)
 
     # The paper, section 4.2; DenseNet-161 trained in smaller batches for ten epochs more.
     large = imagenet and opt.depth == 161
-    epochs = 40 if opt.dataset == "svhn" else 300
+    small_epochs = 300 if opt.netType == "densenet" else 164
+    epochs = 40 if opt.dataset == "svhn" else small_epochs
     default("nEpochs", (100 if large else 90) if imagenet else epochs)
     default("batchSize", (128 if large else 256) if imagenet else 64)
     default("augment", opt.dataset not in ("svhn", "digits"))
     default("validSize", 6000 if opt.dataset == "svhn" else 0)
     default("dropRate", 0.0 if opt.augment else 0.2)
     if opt.lrShape == "multistep":
-        default("milestones", default_milestones(opt.nEpochs, imagenet))
+        default("milestones", default_milestones(opt.nEpochs, imagenet, opt.netType))
     if opt.optnet or opt.shareGradInput:
         opt.optMemory = 1 if opt.optnet else 2
         opt.optnet = opt.shareGradInput = False  # their meaning is in optMemory now
@@ -223,15 +230,16 @@ def resolve(given: dict[str, object]) -> SimpleNamespace:
     return opt
 
 
-def default_milestones(num_epochs: int, imagenet: bool) -> list[int]:
+def default_milestones(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[int]:
     """Epochs, counted from 1, from which the rate is a tenth of what it was (docs/parity.md).
 
-    CIFAR and SVHN: the first epochs that are >= 50 % and >= 75 % of `num_epochs`. ImageNet: every
-    thirty epochs.
+    CIFAR and SVHN: the first epochs that are >= 50 % and >= 75 % of `num_epochs`, for residual
+    networks 81 and 122 of 164 in proportion. ImageNet: every thirty epochs.
     """
     if imagenet:
         return list(range(31, num_epochs + 1, 30))
-    return [math.ceil(0.5 * num_epochs), math.ceil(0.75 * num_epochs)]
+    whole, *parts = (4, 2, 3) if net_type == "densenet" else (164, 81, 122)
+    return [-(-num_epochs * part // whole) for part in parts]  # rounded up
 
 
 def run_name(opt: SimpleNamespace) -> str:
@@ -239,10 +247,19 @@ def run_name(opt: SimpleNamespace) -> str:
     folder = os.path.basename(os.path.abspath(opt.data))
     data = f"folder-{folder}" if opt.dataset == "folder" else opt.dataset
     plus = "+" if opt.augment and opt.dataset.startswith("cifar") else ""
-    form = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
-    name = f"{data}{plus}-{opt.netType}{form.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
     cosine = "-cosine" if opt.lrShape == "cosine" else ""
-    return f"{name}{cosine}-seed{opt.manualSeed}"
+    return f"{data}{plus}-{network_name(opt)}{cosine}-seed{opt.manualSeed}"
+
+
+def network_name(opt: SimpleNamespace) -> str:
+    """The network in a run's name: `densenet-BC-L100-k12`, `resnet-L110`, `preresnet-L164-B`."""
+    if opt.netType != "densenet":
+        usual = "B" if opt.imagenetShape else "A"
+        shortcut = "" if opt.shortcutType == usual else f"-{opt.shortcutType}"
+        is_fbs = opt.netType == "preresnet" and not opt.imagenetShape and not opt.bottleneck
+        return f"{opt.netType}-L{opt.depth}{shortcut}{'-basic' if is_fbs else ''}"
+    form = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
+    return f"{opt.netType}{form.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
 
 
 # -------------------------------------------------------------------------------------- checking
@@ -250,7 +267,7 @@ def run_name(opt: SimpleNamespace) -> str:
 
 def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
     """What is impossible about settings that are valid one by one."""
-    problems = _check_depth(opt) or _check_widths(opt)
+    problems = _check_foreign(opt, given) + depths.problems(opt)
 
     def wrong(condition: bool, what: str, fix: str) -> None:
         if condition:
@@ -297,7 +314,7 @@ def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
     wrong(
         opt.resetClassifier and opt.testOnly and opt.resume == "none",
         "resetClassifier with testOnly would test a random classifier",
-        "leave out one of them",
+        "add --resetClassifier false, also where a run's config.yaml has it",
     )
     wrong(
         opt.lrShape == "cosine" and bool(opt.milestones),
@@ -327,59 +344,45 @@ def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
     return problems
 
 
-def _check_widths(opt: SimpleNamespace) -> list[Problem]:
-    channels = opt.initChannels
-    for i, num_layers in enumerate(opt.stages[:-1], start=1):
-        channels = math.floor(opt.reduction * (channels + num_layers * opt.growthRate))
-        if channels < 1:
-            what = f"reduction: {opt.reduction:g} leaves no maps after block {i}"
-            return [(what, f"use {FLAGS['reduction'].default}")]
-    return []
-
-
-def _check_depth(opt: SimpleNamespace) -> list[Problem]:
-    free = {f"d{i}": getattr(opt, f"d{i}") for i in (1, 2, 3, 4)}
-    if not opt.imagenetShape:
-        step = 6 if opt.bottleneck else 3
-        n, rest = divmod(opt.depth - 4, step)
-        problems = []
-        if any(free.values()):
-            what = f"d1 to d4 have no effect at {opt.imageSize} pixels"
-            problems = [(what, "use --depth, or an imageSize above 64")]
-        if rest or n < 1:
-            low = step * max(n, 1) + 4
-            near = f"{low}" if n < 1 else f"{low} or {low + step}"
-            why = "with" if opt.bottleneck else "without"
-            what = f"depth: {opt.depth} is not {step}n + 4 ({why} bottleneck)"
-            problems.append((what, f"use {near}"))
-        return problems
-    if any(free.values()):
-        if not all(free.values()):
-            return [("d1 to d4: not all four are given", "give layers for all four blocks")]
-        counted = (2 if opt.bottleneck else 1) * sum(opt.stages) + 5
-        known = IMAGENET_STAGES.get(opt.depth, opt.stages)
-        if known != opt.stages and opt.depth != counted:
-            stages = f"{as_text(known)}, d1 to d4 say {as_text(opt.stages)}"
-            return [(f"depth {opt.depth} has blocks of {stages}", "leave out depth or d1 to d4")]
-    elif opt.depth not in IMAGENET_STAGES:
-        near = min(IMAGENET_STAGES, key=lambda depth: abs(depth - opt.depth))
-        what = f"depth: {opt.depth} is not one of {', '.join(map(str, IMAGENET_STAGES))}"
-        return [(what, f"use {near}, or give d1 to d4")]
-    return []
+def _check_foreign(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
+    """Flags that describe another kind of network than the one that is built."""
+    if opt.netType == "densenet":
+        return []  # Lua command lines have a shortcutType with any network: it is noted
+    fix = "leave it out, or use --netType densenet"
+    found = [
+        (f"{name} {as_text(given[name])} has no effect on a {opt.netType}", fix)
+        for name, value in NOT_READ_BY[opt.netType].items()
+        if FLAGS[name].role and given.get(name) not in (None, value, FLAGS[name].default)
+    ]
+    is_pre, wish = opt.netType == "preresnet", given.get("bottleneck", opt.bottleneck)
+    if is_pre and wish != opt.bottleneck:
+        what = f"bottleneck {as_text(wish)} has no effect on a preresnet of depth {opt.depth}"
+        found.append((what, "leave it out: above 64 pixels the depth decides"))
+    return found
 
 
 def _notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
     """What the user should know though it stops nothing."""
     notes = [f"{name} has no effect here" for name in WITHOUT_EFFECT if name in given]
+    foreign = NOT_READ_BY[opt.netType]
+    for name in foreign:
+        if given.get(name, False) is not False:
+            notes.append(f"{name} has no effect on a {opt.netType}")
     for name in ("shareGradInput", "optnet"):
-        if given.get(name):
+        if given.get(name) and name not in foreign:
             notes.append(f"{name} is optMemory {opt.optMemory} here")
     late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
     if late:
         notes.append(f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}")
     if opt.syncBN and opt.replicas == 1:
         notes.append("syncBN has no effect on one process")
-    if not opt.bottleneck and opt.reduction < 1:
+    known = opt.depth == depths.DEFAULTS[opt.netType][opt.imagenetShape]
+    if depths.is_basic_elsewhere(opt) and "bottleneck" not in given and not known:
+        notes.append(
+            f"preresnet of depth {opt.depth} has {sum(opt.stages)} bottlenecks; "
+            f"fb.resnet.torch's has {(opt.depth - 2) // 2} basic blocks: --bottleneck false"
+        )
+    if opt.netType == "densenet" and not opt.bottleneck and opt.reduction < 1:
         notes.append(
             f"bottleneck false with reduction {opt.reduction:g} is a DenseNet-C; "
             "the paper's basic DenseNet has --reduction 1"
@@ -417,7 +420,7 @@ def parse(argv: list[str], launched: int = 0) -> SimpleNamespace:
     opt.replicas = launched or max(opt.nGPU or 1, 1)
     problems = reader.problems
     # With one of these misread, every rule about depth or size would be judged on a default.
-    if not reader.unread & {"dataset", "imageSize", "bottleneck"}:
+    if not reader.unread & {"dataset", "imageSize", "netType", "bottleneck"}:
         problems = problems + check(opt, reader.values)
     if problems:
         raise UsageError.of(problems)
@@ -453,7 +456,9 @@ def _add_resumed(reader: Reader) -> None:
 
 def settings(opt: SimpleNamespace) -> dict[str, object]:
     """The settings that mean something here, as plain values in the order of the table."""
-    silent = (*WITHOUT_EFFECT, "optnet", "shareGradInput")
+    silent = {*WITHOUT_EFFECT, "optnet", "shareGradInput", *NOT_READ_BY[opt.netType]}
+    if opt.netType == "preresnet" and opt.imagenetShape:
+        silent.add("bottleneck")  # the depth decides
     values = {name: getattr(opt, name) for name in FLAGS if name not in silent}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -480,7 +485,11 @@ def as_yaml(opt: SimpleNamespace, without: tuple[str, ...] = ("config", "printCo
 
 
 def differences(mine: dict, theirs: dict, role: str) -> list[tuple[str, str, str]]:
-    """Flags of `role` on which two `settings` disagree: (flag, mine, theirs)."""
-    names = [flag.name for flag in FLAGS.values() if flag.role == role]
+    """Flags of `role` on which two `settings` disagree: (flag, mine, theirs).
+
+    Flags that my network does not read are left out: what theirs makes of them is no difference.
+    """
+    foreign = NOT_READ_BY[mine["netType"]]
+    names = [flag.name for flag in FLAGS.values() if flag.role == role and flag.name not in foreign]
     pairs = [(name, as_text(mine.get(name)), as_text(theirs.get(name))) for name in names]
     return [pair for pair in pairs if pair[1] != pair[2]]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels import plain
 from models import shared_block
+from models.blocks import conv1x1, conv3x3, conv7x7, reset_parameters
 from models.dense_block import DenseBlock, Dropout, DroppedPool
 from models.replicas import BatchNorm
 
@@ -75,29 +76,12 @@ class DenseNet(nn.Module):
                 channels = kept
         self.features.add_module("norm5", BatchNorm(channels))  # 5 however many blocks
         self.classifier = nn.Linear(channels, num_classes)
-        self.reset_parameters()
+        reset_parameters(self)
 
     @property
     def ops(self) -> ModuleType:
         """What runs levels 2 to 4."""
         return importlib.import_module(self._ops)
-
-    def reset_parameters(self) -> None:
-        """Initialise as fb.resnet.torch does (docs/parity.md, rules)."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                # N(0, sqrt(2 / (kh kw C_out))).
-                # Parity: fan-out; torchvision and timm divide by the fan-in.
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-        self.reset_classifier()
-
-    def reset_classifier(self) -> None:
-        """Weights uniform within 1/sqrt(C_in) of 0, biases 0."""
-        bound = 1 / math.sqrt(self.classifier.in_features)
-        nn.init.uniform_(self.classifier.weight, -bound, bound)
-        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
@@ -143,12 +127,12 @@ class DenseNet(nn.Module):
 
 def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
     # Parity: without BN or ReLU, the first dense layer begins with both.
-    return OrderedDict(conv0=nn.Conv2d(3, channels, 3, padding=1, bias=False))
+    return OrderedDict(conv0=conv3x3(3, channels))
 
 
 def _imagenet_stem(channels: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
-        conv0=nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False),
+        conv0=conv7x7(3, channels),
         norm0=BatchNorm(channels),
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(3, stride=2, padding=1),
@@ -164,7 +148,7 @@ class Transition(nn.Sequential):
             OrderedDict(
                 norm=BatchNorm(in_channels),
                 relu=nn.ReLU(inplace=True),
-                conv=nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                conv=conv1x1(in_channels, out_channels),
                 **drop,
                 pool=nn.AvgPool2d(2),
             )

@@ -23,11 +23,14 @@ MAY_IMPORT = {
     "launch": {"stopping"},
     "distributed": {"errors", "launch"},
     "devices": {"errors", "launch"},
-    "opts": {"errors", "flags"},
+    "depths": {"flags"},
+    "opts": {"depths", "errors", "flags"},
     "kernels": {"errors"},
     "models": {"errors", "kernels"},
     "datasets": {"errors", "limits", "stopping", "storage"},
-    "checkpoints": {"errors", "limits", "schema", "storage"},
+    "torch7": {"errors"},
+    "lua_network": {"errors", "torch7"},
+    "checkpoints": {"errors", "limits", "lua_network", "schema", "storage", "torch7"},
     "runlog": {"errors", "flags", "metrics", "storage"},
     "footprint": {"kernels", "models"},
     "graphs": {"errors"},
@@ -36,7 +39,7 @@ MAY_IMPORT = {
 }
 ROOTS = {"main", "tools"}  # compose everything below, never the one the other
 # Answer `--help`, usage errors and missing paths: what they import at start-up must be light.
-LIGHT = {"main", "opts", "flags", "errors", "paths", "storage", "stopping", "launch"}
+LIGHT = {"main", "opts", "depths", "flags", "errors", "paths", "storage", "stopping", "launch"}
 MAX_LINES = 500
 
 

@@ -21,6 +21,8 @@ NETWORKS = {
     "basic": "--depth 13 --bottleneck false --reduction 1 --imageSize 24 --batchSize 32",
     "dropout": "--depth 16 --dropRate 0.2 --momentum 0 --imageSize 24 --batchSize 24",
     "ImageNet": "--d1 1 --d2 2 --d3 2 --d4 1 --imageSize 96 --batchSize 8",
+    "resnet": "--netType resnet --depth 14 --imageSize 32 --batchSize 32",
+    "preresnet": "--netType preresnet --depth 18 --imageSize 96 --batchSize 4",
     "tiles": "--depth 10 --growthRate 24 --imageSize 64 --batchSize 16",
 }
 
@@ -66,6 +68,8 @@ def measured(opt) -> int:
         ("ImageNet", 0, "single"),
         ("ImageNet", 3, "half"),
         ("tiles", 2, "single"),
+        ("resnet", 2, "single"),
+        ("preresnet", 2, "double"),
     ],
 )
 def test_prediction_is_within_15_per_cent_of_the_peak(network, level, precision):

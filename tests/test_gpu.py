@@ -28,6 +28,10 @@ pytestmark = [
 SMALL = (
     "--dataset synthetic --imageSize 16 --depth 10 --growthRate 8 --batchSize 64 --LR 0.05 --nGPU 1"
 )
+RESIDUAL = [
+    f"--dataset synthetic --imageSize 16 {network} --batchSize 64 --LR 0.05 --nGPU 1"
+    for network in ("--netType resnet --depth 8", "--netType preresnet --depth 11")
+]
 
 
 def run(flags: str) -> subprocess.CompletedProcess:
@@ -39,7 +43,7 @@ def run(flags: str) -> subprocess.CompletedProcess:
 def log(directory: Path) -> list[dict]:
     """The records of log.jsonl without what differs from run to run."""
     lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
-    volatile = ("time_s", "images_per_s", "data_wait", "memory_mb")
+    volatile = ("time_s", "val_time_s", "images_per_s", "data_wait", "memory_mb")
     return [{key: line[key] for key in line if key not in volatile} for line in lines]
 
 
@@ -152,10 +156,13 @@ def test_the_same_step_gives_the_same_bits(ops):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("more", ["", "--precision bf16", "--dropRate 0.2", "--lrShape cosine"])
-def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(more, tmp_path):
+COURSES = ("", "--precision bf16", "--dropRate 0.2", "--lrShape cosine")
+
+
+@pytest.mark.parametrize("network", [*(f"{SMALL} {more}" for more in COURSES), *RESIDUAL])
+def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(network, tmp_path):
     # 1,000 images: 15 full batches and one of 40.
-    line = f"{SMALL} --cudnn deterministic --nImages 1000 --nEpochs 2 {more}"
+    line = f"{network} --cudnn deterministic --nImages 1000 --nEpochs 2"
     for wish in ("true", "false"):
         done = run(f"{line} --cudaGraph {wish} --save {tmp_path / wish}")
         assert done.returncode == 0 and "note:" not in done.stderr, done.stderr

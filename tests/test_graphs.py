@@ -18,9 +18,9 @@ from runlog import RunLog
 
 CPU = torch.device("cpu")
 SMALL = (
-    "--dataset synthetic --imageSize 8 --nImages 84 --batchSize 8 --depth 10 --growthRate 4 "
-    "--nEpochs 4 --LR 0.05 --nGPU 0"
+    "--dataset synthetic --imageSize 8 --nImages 84 --batchSize 8 --nEpochs 4 --LR 0.05 --nGPU 0"
 )
+DENSENET = "--depth 10 --growthRate 4"  # where a line names no other network
 
 
 class Recording(TorchDispatchMode):
@@ -91,7 +91,8 @@ def eagerly(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, datasets.Data]:
-    opt = opts.parse([*SMALL.split(), *line.split()])
+    network = "" if "--netType" in line else DENSENET
+    opt = opts.parse([*SMALL.split(), *network.split(), *line.split()])
     data = data or datasets.create(opt, CPU, pytest.fail)
     model = models.create(opt, len(data.classes))
     trainer = train.create(opt, model, CPU, RunLog(None), recorder=recorder)
@@ -132,6 +133,8 @@ def equal(mine: dict, theirs: dict) -> bool:
         "--optMemory 2 --precision bf16",
         "--optMemory 2 --precision double --lrShape cosine",
         "--optMemory 2 --augment false --momentum 0",
+        "--netType resnet --depth 8",
+        "--netType preresnet --depth 11 --precision bf16",
     ],
 )
 def test_replayed_steps_train_as_eager_steps_do(line):
@@ -171,7 +174,8 @@ def test_an_epoch_is_continued_in_the_middle():
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_replica_replays_its_own_images(split):
-    opt = opts.parse(SMALL.replace("84", "200").split())  # the 40 of the test set are 5 batches
+    # The 40 images of the test set are 5 batches.
+    opt = opts.parse(f"{SMALL} {DENSENET}".replace("84", "200").split())
 
     def images_of(rank: int, replay: bool) -> list[torch.Tensor]:
         data = datasets.create(opt, CPU, pytest.fail, replica=datasets.Replica(rank, 2))

@@ -67,7 +67,7 @@ DEFAULTS = {
     "lrShape": "multistep",
     "netType": "densenet",
     "depth": 100,
-    "shortcutType": "none",
+    "shortcutType": None,
     "retrain": "none",
     "optimState": "none",
     "shareGradInput": False,
@@ -113,6 +113,17 @@ IMAGENET = {
     "milestones": [31, 61],
     "dropRate": 0.0,
     "augment": True,
+}
+RESNET = {
+    "nEpochs": 164,
+    "batchSize": 64,
+    "milestones": [81, 122],
+    "shortcutType": "A",
+    "dropRate": 0.0,
+    "augment": True,
+    "depth": 110,
+    "stages": (18, 18, 18),
+    "bottleneck": False,
 }
 SVHN = {
     "nEpochs": 40,
@@ -165,11 +176,52 @@ def test_the_defaults_are_the_papers():
         ("--growthRate 40 --initChannels 7", {"initChannels": 7}),
         ("--nEpochs 7", {"milestones": [4, 6]}),
         ("--lrShape cosine", {"milestones": None}),
+        ("--netType resnet", RESNET),
+        ("--netType resnet --augment false", RESNET | {"augment": False}),
+        ("--netType resnet --dataset folder --imageSize 32", RESNET),
+        (
+            "--netType preresnet --dataset cifar100",
+            RESNET | {"depth": 164, "bottleneck": True},
+        ),
+        (
+            "--netType resnet --dataset svhn",
+            {"nEpochs": 40, "milestones": [20, 30], "validSize": 6000, "dropRate": 0.0},
+        ),
+        *(
+            (
+                f"--netType {name} --dataset imagenet",
+                {
+                    "depth": 50,
+                    "nEpochs": 90,
+                    "batchSize": 256,
+                    "milestones": [31, 61],
+                    "shortcutType": "B",
+                    "bottleneck": True,
+                    "imageSize": 224,
+                },
+            )
+            for name in ("resnet", "preresnet")
+        ),
+        ("--netType resnet --nEpochs 328", {"milestones": [162, 244]}),
+        ("--netType resnet --lrShape cosine", {"milestones": None}),
+        ("--netType resnet --shortcutType C", {"shortcutType": "C"}),
+        ("--shortcutType C", {"shortcutType": None}),
     ],
 )
 def test_a_default_that_depends_follows_what_it_depends_on(line, expected):
     opt = vars(parse(line))
     assert {name: opt[name] for name in expected} == expected
+
+
+# From fb.resnet.torch.
+RESNET_STAGES = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +239,18 @@ def test_a_default_that_depends_follows_what_it_depends_on(line, expected):
         ("--dataset imagenet --depth 264", (6, 12, 64, 48)),
         ("--dataset imagenet --d1 1 --d2 2 --d3 3 --d4 4", (1, 2, 3, 4)),
         ("--dataset imagenet --d1 6 --d2 12 --d3 24 --d4 16 --depth 121", (6, 12, 24, 16)),
+        ("--netType resnet --depth 20", (3, 3, 3)),
+        ("--netType resnet --depth 8", (1, 1, 1)),
+        ("--netType resnet --depth 1202", (200, 200, 200)),
+        ("--netType preresnet --depth 20", (2, 2, 2)),
+        ("--netType preresnet --depth 20 --bottleneck false", (3, 3, 3)),
+        ("--netType preresnet --depth 164", (18, 18, 18)),
+        ("--netType preresnet --depth 1001", (111, 111, 111)),
+        *(
+            (f"--dataset imagenet --netType {name} --depth {depth}", stages)
+            for name in ("resnet", "preresnet")
+            for depth, stages in RESNET_STAGES.items()
+        ),
         # 2 (6 + 12 + 20 + 20) + 5 is 121 as well, but nobody asked for DenseNet-121.
         ("--dataset imagenet --d1 6 --d2 12 --d3 20 --d4 20", (6, 12, 20, 20)),
     ],
@@ -329,7 +393,8 @@ def test_the_ends_of_the_ranges_are_inside(line):
     [
         ("--dataset cifar", "dataset: 'cifar' is not one of", "use cifar10"),
         ("--dataset imagnet", "dataset: 'imagnet' is not one of", "use imagenet"),
-        ("--netType resnet", "netType: 'resnet' is not one of densenet", "use densenet"),
+        ("--netType resnt", "'resnt' is not one of densenet, resnet, preresnet", "use resnet"),
+        ("--netType resnet --shortcutType D", "shortcutType: 'D' is not one of A, B, C", "use A"),
         ("--precision singel", "precision: 'singel' is not one of", "use single"),
         ("--cudnn deterministc", "is not one of fastest, default", "use deterministic"),
         ("--lrShape cos", "lrShape: 'cos' is not one of multistep, cosine", "use cosine"),
@@ -371,6 +436,17 @@ def test_a_wrong_choice_is_answered_with_the_nearest(line, what, fix):
         ("--dataset imagenet --depth 100", "use 121, or give d1 to d4"),
         ("--dataset imagenet --depth 265", "use 264, or give d1 to d4"),
         ("--dataset folder --imageSize 32 --depth 121", "use 118 or 124"),
+        ("--netType resnet --depth 100", "use 98 or 104"),
+        ("--netType resnet --depth 2", "use 8"),
+        ("--netType resnet --depth 1", "use 8"),
+        ("--netType preresnet --depth 112", "use 110 or 119"),
+        ("--netType preresnet --depth 163", "use 155 or 164"),
+        ("--netType preresnet --depth 32", "use 29 or 38, or --bottleneck false"),
+        ("--netType preresnet --bottleneck false --depth 33", "use 32 or 38"),
+        ("--netType preresnet --depth 3", "use 11"),
+        ("--dataset imagenet --netType resnet --depth 20", "use 18"),
+        ("--dataset imagenet --netType preresnet --depth 199", "use 200"),
+        ("--dataset imagenet --netType resnet --depth 121", "use 101"),
     ],
 )
 def test_an_impossible_depth_is_answered_with_the_nearest_valid_ones(line, fix):
@@ -391,6 +467,20 @@ def test_every_depth_is_built_or_refused_by_the_papers_formula():
                 assert sum(parse(line).stages) * layers + 4 == depth
             else:
                 refused(line)
+
+
+RESIDUAL = [("resnet", 2), ("preresnet", 3), ("preresnet --bottleneck false", 2)]
+
+
+@pytest.mark.parametrize(("name", "layers"), RESIDUAL)
+def test_every_depth_of_a_residual_network_is_built_or_refused(name, layers):
+    valid = {3 * layers * n + 2 for n in range(1, 60)}
+    for depth in range(1, 130):
+        line = f"--netType {name} --depth {depth}"
+        if depth in valid:
+            assert parse(line).stages == ((depth - 2) // (3 * layers),) * 3
+        else:
+            refused(line)
 
 
 @pytest.mark.parametrize(
@@ -431,6 +521,34 @@ def test_settings_that_exclude_each_other_are_refused(line, what, fix):
     ((found, mend),) = refused(line)
     assert what in found
     assert mend.startswith(fix)
+
+
+FOREIGN = "growthRate=12 reduction=0.7 dropRate=0.2 initChannels=16 d1=6 d4=6"
+
+
+@pytest.mark.parametrize("size", ["cifar10", "imagenet"])
+@pytest.mark.parametrize("name", ["resnet", "preresnet"])
+def test_a_flag_that_describes_a_densenet_is_refused_with_a_residual_network(name, size):
+    for flag in FOREIGN.split():
+        ((what, fix),) = refused(f"--netType {name} --dataset {size} --{flag}")
+        assert what == f"{flag.replace('=', ' ')} has no effect on a {name}"
+        assert fix == "leave it out, or use --netType densenet"
+    config = " ".join(f"--{flag}" for flag in FOREIGN.split())
+    assert len(refused(f"--netType {name} --dataset {size} {config}")) == len(FOREIGN.split())
+
+
+def test_a_bottleneck_is_refused_where_network_or_depth_decide_about_it():
+    ((what, _),) = refused("--netType resnet --bottleneck false")
+    assert what == "bottleneck false has no effect on a resnet"
+    ((what, fix),) = refused("--netType preresnet --dataset imagenet --bottleneck false")
+    assert what == "bottleneck false has no effect on a preresnet of depth 50"
+    assert fix == "leave it out: above 64 pixels the depth decides"
+    large = parse("--netType preresnet --dataset imagenet --depth 18")
+    assert not large.bottleneck and "bottleneck" not in opts.settings(large)
+    ((what, _),) = refused("--netType preresnet --dataset imagenet --depth 18 --bottleneck true")
+    assert what == "bottleneck true has no effect on a preresnet of depth 18"
+    basic = parse("--netType preresnet --depth 20 --bottleneck false")
+    assert not basic.bottleneck and opts.settings(basic)["bottleneck"] is False
 
 
 @pytest.mark.parametrize(
@@ -527,7 +645,27 @@ def test_a_nul_byte_in_a_path_is_refused(tmp_path):
         ("", []),
         ("-backend nn", ["backend has no effect here"]),
         ("-gen x -optimState y", ["gen has no effect here", "optimState has no effect here"]),
-        ("-shortcutType B", ["shortcutType has no effect here"]),
+        ("-shortcutType B", ["shortcutType has no effect on a densenet"]),
+        ("-netType resnet -shortcutType B", []),
+        ("-netType preresnet", []),
+        ("-netType preresnet -depth 29", []),
+        ("-netType preresnet -depth 110 -bottleneck true", []),
+        (
+            "-netType preresnet -depth 110",
+            ["preresnet of depth 110 has 36 bottlenecks; fb.resnet.torch's has 54 basic blocks: "
+             "--bottleneck false"],
+        ),
+        ("-netType resnet -shareGradInput false -optnet false", []),
+        ("-netType resnet -optnet true", ["optnet has no effect on a resnet"]),
+        ("-netType resnet -optMemory 4", ["optMemory has no effect on a resnet"]),
+        ("-netType preresnet -optMemory auto", ["optMemory has no effect on a preresnet"]),
+        ("-netType preresnet -kernels triton", ["kernels has no effect on a preresnet"]),
+        # What the flag says is so: nothing is wrong, and yet it decides nothing.
+        ("-netType resnet -dropRate 0", ["dropRate has no effect on a resnet"]),
+        (
+            "-netType resnet -bottleneck true -d1 0",
+            ["bottleneck has no effect on a resnet", "d1 has no effect on a resnet"],
+        ),
         ("-optnet true", ["optnet is optMemory 1 here"]),
         ("-optnet false", []),
         ("-bottleneck false -reduction 1", []),
@@ -573,6 +711,14 @@ def test_every_memory_level_is_taken_and_read_back(value, tmp_path):
         ("--reduction 1", "cifar10+-densenet-B-L100-k12-seed0"),
         ("--dataset svhn --manualSeed 7", "svhn-densenet-BC-L100-k12-seed7"),
         ("--dataset imagenet --depth 161", "imagenet-densenet-BC-L161-k48-seed0"),
+        ("--netType resnet", "cifar10+-resnet-L110-seed0"),
+        ("--netType resnet --augment false --lrShape cosine", "cifar10-resnet-L110-cosine-seed0"),
+        ("--netType preresnet --dataset cifar100", "cifar100+-preresnet-L164-seed0"),
+        ("--netType preresnet --shortcutType B", "cifar10+-preresnet-L164-B-seed0"),
+        ("--netType preresnet --bottleneck false --depth 20", "cifar10+-preresnet-L20-basic-seed0"),
+        ("--netType resnet --shortcutType C --depth 20", "cifar10+-resnet-L20-C-seed0"),
+        ("--dataset imagenet --netType resnet --shortcutType B", "imagenet-resnet-L50-seed0"),
+        ("--dataset imagenet --netType resnet --shortcutType A", "imagenet-resnet-L50-A-seed0"),
         ("--dataset folder --data /a/cats/", "folder-cats-densenet-BC-L121-k32-seed0"),
     ],
 )
@@ -632,6 +778,28 @@ def test_two_settings_are_compared_by_what_a_difference_means():
     assert opts.differences(mine, mine, "course") == []
 
 
+def test_settings_of_an_older_densenet_are_no_difference_and_those_of_a_resnet_are():
+    mine = opts.settings(parse(""))
+    assert "shortcutType" not in mine
+    # As resume.py reads them: what a checkpoint does not know has its default.
+    theirs = {name: flag.default for name, flag in opts.FLAGS.items()} | mine
+    assert opts.differences(mine, theirs, "model") == []
+    assert opts.differences(mine, theirs | {"shortcutType": "B"}, "model") == []
+    assert opts.differences(mine, theirs | {"growthRate": 24}, "model") == [
+        ("growthRate", "12", "24")
+    ]
+
+    mine = opts.settings(parse("--netType resnet"))
+    assert not set(opts.NOT_READ_BY["resnet"]) & set(mine)
+    theirs = {name: flag.default for name, flag in opts.FLAGS.items()} | mine
+    assert opts.differences(mine, theirs, "model") == []
+    assert opts.differences(mine, theirs | {"shortcutType": "B"}, "model") == [
+        ("shortcutType", "A", "B")
+    ]
+    names = [name for name, *_ in opts.differences(mine, opts.settings(parse("")), "model")]
+    assert names == ["netType", "depth", "shortcutType"]
+
+
 def test_an_experiment_is_its_settings_without_the_procedure():
     one, other = (opts.experiment(parse(f"--{name} 7")) for name in ("nThreads", "keep"))
     assert one == other
@@ -661,6 +829,9 @@ LINES = (
     "--optMemory auto --kernels triton --cudaGraph false",
     "--optMemory 4 --kernels torch --cudaGraph true",
     "--save=a,b:#c --data=!!python/none --resume auto",
+    "--netType resnet -optMemory 4 -kernels triton",
+    "--netType preresnet --depth 20 --shortcutType C --dataset svhn",
+    "--dataset imagenet --netType preresnet --depth 200 --syncBN true --nGPU 2",
 )
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -39,16 +40,11 @@ ADDED = {
 }
 READ_BY_NOTHING = dict.fromkeys(
     ("backend", "gen", "optimState"), "read by the Lua code's parser and by nothing after it"
-) | {"shortcutType": "chooses between shortcuts that only a ResNet has"}
+)
 READ_IN_OPTS_ONLY = {
     "config": "names the file that opts.py itself reads",
     "shareGradInput": "becomes optMemory there",
     "optnet": "becomes optMemory there",
-    "depth": "becomes `stages` there",
-    "d1": "becomes `stages` there",
-    "d2": "becomes `stages` there",
-    "d3": "becomes `stages` there",
-    "d4": "becomes `stages` there",
 }
 
 
@@ -61,9 +57,8 @@ def test_every_flag_of_the_original_is_taken_in_both_spellings(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name in ORIGINAL.split():
         # Its default where it has one, so that no combination is at fault.
-        value = opts.as_text(opts.FLAGS[name].default) or {"depth": "100", "dropRate": "0"}.get(
-            name, "1"
-        )
+        fitting = {"depth": "100", "dropRate": "0", "shortcutType": "A"}
+        value = opts.as_text(opts.FLAGS[name].default) or fitting.get(name, "1")
         for dashes in ("-", "--"):
             opts.parse([f"{dashes}{name}", value])
 
@@ -99,9 +94,9 @@ def test_a_flag_that_is_only_set_or_named_would_be_found():
 # ------------------------------------------------------------------------------------- schedules
 
 
-def rates(num_epochs: int, imagenet: bool) -> list[float]:
+def rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[float]:
     """The rate of each epoch by the defaults of the program."""
-    milestones = opts.default_milestones(num_epochs, imagenet)
+    milestones = opts.default_milestones(num_epochs, imagenet, net_type)
     return [multistep_rate(0.1, milestones, epoch) for epoch in range(1, num_epochs + 1)]
 
 
@@ -113,6 +108,11 @@ def rates(num_epochs: int, imagenet: bool) -> list[float]:
         ("--dataset svhn", {0.1: 19, 0.01: 10, 0.001: 11}),
         ("--dataset imagenet", {0.1: 30, 0.01: 30, 0.001: 30}),
         ("--dataset imagenet --depth 161", {0.1: 30, 0.01: 30, 0.001: 30, 0.0001: 10}),
+        # fb.resnet.torch: decay = epoch >= 122 and 2 or epoch >= 81 and 1 or 0.
+        ("--netType resnet", {0.1: 80, 0.01: 41, 0.001: 43}),
+        ("--netType preresnet --dataset cifar100", {0.1: 80, 0.01: 41, 0.001: 43}),
+        ("--netType resnet --dataset svhn", {0.1: 19, 0.01: 10, 0.001: 11}),
+        ("--netType preresnet --dataset imagenet", {0.1: 30, 0.01: 30, 0.001: 30}),
     ],
 )
 def test_the_default_rates_are_those_of_the_table(line, spans):
@@ -133,6 +133,17 @@ def test_cifar_drops_at_the_first_epochs_past_half_and_three_quarters(num_epochs
 
     expected = [lua(epoch) for epoch in range(1, num_epochs + 1)]
     assert rates(num_epochs, imagenet=False) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_epochs", [*range(1, 13), 40, 163, 164, 165, 200, 500])
+@pytest.mark.parametrize("net_type", ["resnet", "preresnet"])
+def test_residual_networks_drop_at_81_and_122_of_164_in_proportion(net_type, num_epochs):
+    drops = [(epoch >= Fraction(81, 164) * num_epochs) + (epoch >= Fraction(122, 164) * num_epochs)
+             for epoch in range(1, num_epochs + 1)]  # fmt: skip
+    expected = [0.1 / 10**drop for drop in drops]
+    assert rates(num_epochs, False, net_type) == pytest.approx(expected, rel=1e-12)
+    same = rates(num_epochs, False, net_type) == rates(num_epochs, False)
+    assert same == (num_epochs < 13 or num_epochs == 40)  # where rounding hides the difference
 
 
 @pytest.mark.parametrize("num_epochs", [1, 30, 31, 60, 61, 89, 90, 91, 100, 121])
