@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import limits
+import lua_network
 import schema
+import torch7
 from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
 from storage import storage_error, write_whole
 
@@ -225,6 +227,8 @@ def load(path: Path) -> dict:
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The network weights in a checkpoint or a plain state dict, also of torchvision or timm.
 
+    Those of a network of Lua Torch (`.t7`) are named as in lua_network.py.
+
     Raises:
         CheckpointError: missing, damaged or no weights.
     """
@@ -244,28 +248,46 @@ def _read(path: Path, with_checksums: bool = False) -> object:
     torch.save writes are checked here; old files without a zip archive around them have none.
     """
     data = _bytes_of(path)
-    zipped = data.startswith(b"PK\x03\x04")
     try:
         with limits.time_limit(READ_S + len(data) / READ_RATE):
             with limits.memory_limit(READ_BYTES + 2 * len(data)), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch finds odd is refused here
-                if zipped:
-                    _check_bytes(data)
-                elif with_checksums:
-                    raise ValueError("not a zip archive")
-                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                state = _parsed(data, with_checksums)
             # Not under that limit: torch may start threads here, each with much address space.
             _check_tensors(state, 2 * len(data))
     except Exception as error:  # hostile or damaged bytes can raise anything in a parser
-        # What was only too much is not proven to be damaged: it stays where it is.
-        if isinstance(error, TimeoutError):
-            raise CheckpointError(f"{path} {error}", "use another checkpoint") from error
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            fix = "use another checkpoint, or a machine with more memory"
-            raise CheckpointError(f"{path} takes more memory than there is", fix) from error
-        reason = f"damaged ({_first_line(error)})" if zipped else _looks_like(data)
-        raise DamagedError(f"{path} is {reason}", "use another checkpoint") from error
+        raise _unreadable(path, data, with_checksums, error) from error
     return state
+
+
+def _is_zip(data: bytes) -> bool:
+    return data.startswith(b"PK\x03\x04")
+
+
+def _parsed(data: bytes, with_checksums: bool) -> object:
+    if _is_zip(data):
+        _check_bytes(data)
+    elif with_checksums:
+        raise ValueError("not a zip archive")
+    elif torch7.recognises(data):
+        return lua_network.weights(torch7.load(data))
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _unreadable(path: Path, data: bytes, with_checksums: bool, error: Exception) -> CheckpointError:
+    """What to report when reading a file failed in whatever way."""
+    if isinstance(error, CheckpointError):
+        what, fix = error.problems[0]
+        return CheckpointError(f"{path}: {what}", fix)
+    # What was only too much is not proven to be damaged: it stays where it is.
+    if isinstance(error, TimeoutError):
+        return CheckpointError(f"{path} {error}", "use another checkpoint")
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        fix = "use another checkpoint, or a machine with more memory"
+        return CheckpointError(f"{path} takes more memory than there is", fix)
+    was_read = _is_zip(data) or (torch7.recognises(data) and not with_checksums)
+    reason = f"damaged ({_first_line(error)})" if was_read else _looks_like(data)
+    return DamagedError(f"{path} is {reason}", "use another checkpoint")
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -347,6 +369,8 @@ def _looks_like(data: bytes) -> str:
         return "a Git LFS pointer, not the file it points to"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, not a checkpoint"
+    if torch7.recognises(data):
+        return "a file of Lua Torch, for --retrain only"
     if b"ustar" in data[257:263]:
         return "a tar archive, not a checkpoint"
     if head.isascii() and b"\x00" not in head and head[:1] not in (b"\x80", b"("):

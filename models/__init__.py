@@ -1,6 +1,7 @@
 """netType -> network, and weights from elsewhere into it. Only this file here sees `opt`."""
 
 import re
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -8,8 +9,23 @@ from torch import Tensor, nn
 
 from errors import CheckpointError
 from kernels import plain
+from models import lua
 from models.densenet import DenseNet
+from models.preresnet import PreResNet
 from models.replicas import Share, join
+from models.resnet import ResNet
+
+
+def _residual(network: type[nn.Module]) -> Callable[..., nn.Module]:
+    """The constructor of a residual network, which has no dense blocks to run."""
+    return lambda opt, num_classes, ops: network(
+        opt.stages,
+        num_classes,
+        imagenet_stem=opt.imagenetShape,
+        bottleneck=opt.bottleneck,
+        shortcut=opt.shortcutType,
+    )
+
 
 NETWORKS = {
     "densenet": lambda opt, num_classes, ops: DenseNet(
@@ -24,6 +40,8 @@ NETWORKS = {
         memory_level=opt.optMemory,
         ops=ops,
     ),
+    "resnet": _residual(ResNet),
+    "preresnet": _residual(PreResNet),
 }
 
 
@@ -46,27 +64,29 @@ def create(
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], reset_classifier: bool = False
 ) -> None:
-    """Load a state dict by name: this project's, torchvision's or timm's.
+    """Load a state dict by name: this project's, torchvision's or timm's; or a Lua network's.
 
     Args:
         weights: names and tensors; `norm.1` for `norm1`, the spelling of old torchvision files, is
-            understood.
+            understood; so are the places of modules in a Lua network, see models/lua.py.
         reset_classifier: leave the model's fresh classifier as it is.
 
     Raises:
         CheckpointError: names or shapes do not fit; the model is untouched.
     """
+    if lua.is_lua(weights):
+        weights = lua.renamed(weights, model)
     weights = {_modern_name(name): tensor for name, tensor in weights.items()}
-    wanted = model.state_dict()
+    wanted, classifier = model.state_dict(), _classifier_prefix(model)
     if reset_classifier:
-        weights |= {name: wanted[name] for name in wanted if name.startswith("classifier.")}
+        weights |= {name: wanted[name] for name in wanted if name.startswith(classifier)}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     for name in counters - weights.keys():  # files from before PyTorch 0.4.1 do not have them
         weights[name] = wanted[name]
     problems = mismatches(weights, wanted)
     if problems:
         shown = "; ".join(problems[:3]) + (f"; {len(problems)} in all" if len(problems) > 3 else "")
-        only_classifier = all(problem.startswith("classifier.") for problem in problems)
+        only_classifier = all(problem.startswith(classifier) for problem in problems)
         fix = "add --resetClassifier true" if only_classifier else "give the flags of that network"
         raise CheckpointError(f"weights do not fit the network: {shown}", fix)
     model.load_state_dict(weights)
@@ -82,6 +102,12 @@ def mismatches(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]
         if found[name].shape != wanted[name].shape
     ]
     return sorted(problems)
+
+
+def _classifier_prefix(model: nn.Module) -> str:
+    """What the names of the classifier's tensors begin with, `classifier.` or `fc.`."""
+    (name,) = (name for name, module in model.named_modules() if module is model.classifier)
+    return f"{name}."
 
 
 def _modern_name(name: str) -> str:

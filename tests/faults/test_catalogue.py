@@ -10,7 +10,7 @@ from program import ROOT
 import errors
 from stopping import SIGNALS
 
-NUM_ROWS = 80
+NUM_ROWS = 81
 DOCUMENT = (ROOT / "docs" / "faults.md").read_text()
 MANUAL = (ROOT / "docs" / "operations.md").read_text()
 UNCLAIMED = "not claimed: "
