@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import limits
-from datasets.batches import Augmentation, Batches, channel_statistics
+from datasets.batches import Augmentation, Batches, Images, Plan, channel_statistics
 from datasets.deal import Deal
 from datasets.digests import of_files, of_images
 from datasets.files import BadImages, FileBatches, ImageFiles, worker_failures
@@ -17,12 +17,30 @@ from datasets.randomness import permutation
 from datasets.small import SmallSet
 from errors import DataError
 
-__all__ = ["NUM_CLASSES", "SYNTHETIC_CLASSES", "Data", "create", "worker_failures"]
+__all__ = [
+    "NUM_CLASSES",
+    "NUM_IMAGES",
+    "SYNTHETIC_CLASSES",
+    "Data",
+    "create",
+    "evaluation",
+    "published_statistics",
+    "worker_failures",
+]
 
-# Classes of the sets that have a fixed number, for describing a network without its data.
+# Classes, training and test images of the sets that have a fixed number, for what is said of them
+# without their data.
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "digits": 10, "imagenet": 1000}
+NUM_IMAGES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "svhn": (604_388, 26_032),
+    "imagenet": (1_281_167, 50_000),
+    "digits": (1_437, 360),
+}
 SYNTHETIC_CLASSES = 10
 FILES, FILES_OF_WORKER = 64, 48  # that are open at once, and the pipes of each worker
+Statistics = tuple[list[float], list[float]]  # mean and deviation per channel, from 0 to 255
 PAD_SHARE = 8  # random crops shift by up to an eighth of the image: 4 pixels of 32
 
 
@@ -44,12 +62,13 @@ class Data:
     """The splits of a run, as batches on the training device.
 
     Args:
+        train: None where nothing is to be trained and its images were not needed.
         val: measured after every epoch. Held out of training with `validSize`; else the test set.
         test: measured once, at the end, with `validSize`; else None.
         facts: what a checkpoint must find again: classes, counts, statistics, the split, digests.
     """
 
-    train: Batches | FileBatches
+    train: Batches | FileBatches | None
     val: Batches | FileBatches
     test: Batches | FileBatches | None
     classes: list[str]
@@ -65,7 +84,7 @@ def create(
     opt: SimpleNamespace,
     device: torch.device,
     warn: Callable[[str], None],
-    statistics: tuple[list[float], list[float]] | None = None,
+    statistics: Statistics | None = None,
     replica: Replica = Replica(),
 ) -> Data:
     """Read, check and split the dataset that the settings name.
@@ -81,21 +100,127 @@ def create(
         limits.allow_open_files(FILES + FILES_OF_WORKER * opt.nThreads)
     except OSError as error:
         raise DataError(error.strerror, "raise it with ulimit -n, or lower --nThreads") from error
-    dtype = torch.float64 if opt.precision == "double" else torch.float32
-    if opt.imagenetShape and opt.dataset in ("imagenet", "folder"):
-        data = _large(opt, device, dtype, warn, replica)
+    if _stays_in_files(opt):
+        data = _large(opt, device, warn, replica)
+    elif opt.dataset == "folder" and opt.testOnly and statistics:
+        data = _test_images(opt, device, statistics, warn, replica)
     else:
-        data = _small(opt, device, dtype, _load_small(opt, warn), statistics, replica)
+        data = _small(opt, device, _load_small(opt, warn), statistics, replica)
     for split in (data.train, data.val, data.test):
         if isinstance(split, FileBatches):
             split.start()
     data.facts |= {
         "classes": data.classes,
-        "train": data.train.deal.num_images,
+        "train": data.train.deal.num_images if data.train else None,
         "val": data.val.deal.num_images,
         "test": data.test.deal.num_images if data.test else None,
     }
     return data
+
+
+def evaluation(
+    opt: SimpleNamespace,
+    samples: Sequence[tuple[str, int]],
+    device: torch.device,
+    statistics: Statistics,
+    bad: BadImages,
+    replica: Replica = Replica(),
+    indices: Tensor | None = None,
+) -> FileBatches:
+    """Image files, in their order, as a network of these settings is evaluated on them.
+
+    Args:
+        samples: (path, number) of each image; batches have the numbers as targets.
+        statistics: means and deviations that the network was trained with.
+        bad: told of the images that cannot be read.
+        indices: which of the samples; None: all.
+    """
+    crops = 10 if opt.tenCrop else 1
+    transform, normalise = _pipeline(opt, device, statistics)
+    chosen = torch.arange(len(samples)) if indices is None else indices
+    return FileBatches(
+        ImageFiles(samples, transform, opt.manualSeed),
+        _deal(chosen, max(1, opt.batchSize // crops), None, replica),
+        num_workers=opt.nThreads,
+        bad=bad,
+        image_size=opt.imageSize,
+        normalise=normalise,
+        device=device,
+    )
+
+
+def published_statistics(opt: SimpleNamespace) -> Statistics | None:
+    """Means and deviations that are constants; None where they are those of training images."""
+    if _stays_in_files(opt):
+        from datasets.transforms import MEAN, STD
+
+        return [255 * value for value in MEAN], [255 * value for value in STD]
+    if opt.dataset in ("cifar10", "cifar100"):
+        from datasets import cifar
+
+        kinds = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+        return cifar.STATISTICS[kinds[opt.dataset]]
+    if opt.dataset == "svhn":
+        from datasets import svhn
+
+        return svhn.STATISTICS
+    return None
+
+
+def _stays_in_files(opt: SimpleNamespace) -> bool:
+    """Whether images are decoded anew each time they are used."""
+    return opt.imagenetShape and opt.dataset in ("imagenet", "folder")
+
+
+def _dtype(opt: SimpleNamespace) -> torch.dtype:
+    return torch.float64 if opt.precision == "double" else torch.float32
+
+
+def _pipeline(
+    opt: SimpleNamespace, device: torch.device, statistics: Statistics
+) -> tuple[Callable, Callable]:
+    """Evaluation: PIL image -> bytes, and a batch of those -> what the network gets."""
+    if _stays_in_files(opt):
+        from datasets import transforms
+
+        crop = transforms.ten_crops if opt.tenCrop else transforms.validation
+        return crop(opt.imageSize), transforms.Normalise(device, _dtype(opt))
+    from datasets.folder import ToSize
+
+    def normalise(pixels: Tensor) -> Tensor:
+        count = torch.arange(len(pixels), device=device)
+        images, deal = Images(pixels, count), Deal(count, len(pixels))
+        mean, std = statistics
+        return Batches(images, deal, mean=mean, std=std, dtype=_dtype(opt)).cut(Plan(count))[0]
+
+    return ToSize(opt.imageSize), normalise
+
+
+def _test_images(
+    opt: SimpleNamespace,
+    device: torch.device,
+    statistics: Statistics,
+    warn: Callable[[str], None],
+    replica: Replica,
+) -> Data:
+    """The test images of a folder, for a network that knows its statistics."""
+    from datasets.folder import listing
+
+    files = listing(Path(opt.data))
+    _check_classes(opt, files.classes)
+    bad = BadImages(opt.onBadImage, len(files.val), warn, replica.everyone)
+    mean, std = statistics
+    return Data(
+        train=None,
+        val=evaluation(opt, files.val, device, statistics, bad, replica),
+        test=None,
+        classes=files.classes,
+        facts={
+            "mean": list(mean),
+            "std": list(std),
+            "test_set": of_files(files.val, Path(opt.data) / "val"),
+        },
+    )
 
 
 def _load_small(opt: SimpleNamespace, warn: Callable[[str], None]) -> SmallSet:
@@ -126,9 +251,8 @@ def _load_small(opt: SimpleNamespace, warn: Callable[[str], None]) -> SmallSet:
 def _small(
     opt: SimpleNamespace,
     device: torch.device,
-    dtype: torch.dtype,
     data: SmallSet,
-    statistics: tuple[list[float], list[float]] | None,
+    statistics: Statistics | None,
     replica: Replica,
 ) -> Data:
     _check_classes(opt, data.classes)
@@ -145,7 +269,9 @@ def _small(
 
     def batches(images, indices: Tensor, seed: int | None = None, augmentation=None) -> Batches:
         deal = _deal(indices, opt.batchSize, seed, replica)
-        return Batches(images, deal, mean=mean, std=std, dtype=dtype, augmentation=augmentation)
+        return Batches(
+            images, deal, mean=mean, std=std, dtype=_dtype(opt), augmentation=augmentation
+        )
 
     everything = torch.arange(len(test.labels))
     return Data(
@@ -165,7 +291,6 @@ def _deal(indices: Tensor, batch_size: int, seed: int | None, replica: Replica) 
 def _large(
     opt: SimpleNamespace,
     device: torch.device,
-    dtype: torch.dtype,
     warn: Callable[[str], None],
     replica: Replica,
 ) -> Data:
@@ -175,32 +300,34 @@ def _large(
     files = listing(Path(opt.data))
     _check_classes(opt, files.classes)
     kept, held_out = split_indices(len(files.train), opt.validSize, opt.manualSeed)
-    evaluate = (transforms.ten_crops if opt.tenCrop else transforms.validation)(opt.imageSize)
+    statistics = published_statistics(opt)
 
-    def batches(samples: Sequence, transform, indices: Tensor, seed: int | None) -> FileBatches:
-        crops = 10 if opt.tenCrop and seed is None else 1
-        return FileBatches(
-            ImageFiles(samples, transform, opt.manualSeed),
-            _deal(indices, max(1, opt.batchSize // crops), seed, replica),
-            num_workers=opt.nThreads,
-            bad=BadImages(opt.onBadImage, len(indices), warn, replica.everyone),
-            image_size=opt.imageSize,
-            normalise=transforms.Normalise(device, dtype),
-            device=device,
-        )
+    def bad(count: int) -> BadImages:
+        return BadImages(opt.onBadImage, count, warn, replica.everyone)
 
-    everything = torch.arange(len(files.val))
-    published = batches(files.val, evaluate, everything, None)
+    def evaluated(samples: Sequence[tuple[str, int]], indices: Tensor) -> FileBatches:
+        among = bad(len(indices))
+        return evaluation(opt, samples, device, statistics, among, replica, indices)
+
+    train = FileBatches(
+        ImageFiles(files.train, transforms.training(opt.imageSize, opt.augment), opt.manualSeed),
+        _deal(kept, opt.batchSize, opt.manualSeed, replica),
+        num_workers=opt.nThreads,
+        bad=bad(len(kept)),
+        image_size=opt.imageSize,
+        normalise=transforms.Normalise(device, _dtype(opt)),
+        device=device,
+    )
+    published = evaluated(files.val, torch.arange(len(files.val)))
+    mean, std = statistics
     return Data(
-        train=batches(
-            files.train, transforms.training(opt.imageSize, opt.augment), kept, opt.manualSeed
-        ),
-        val=batches(files.train, evaluate, held_out, None) if opt.validSize else published,
+        train=train,
+        val=evaluated(files.train, held_out) if opt.validSize else published,
         test=published if opt.validSize else None,
         classes=files.classes,
         facts={
-            "mean": [255 * value for value in transforms.MEAN],
-            "std": [255 * value for value in transforms.STD],
+            "mean": mean,
+            "std": std,
             "held_out": held_out.tolist(),
             "training_set": of_files(files.train, Path(opt.data) / "train"),
             "test_set": of_files(files.val, Path(opt.data) / "val"),

@@ -214,7 +214,8 @@ class FileBatches:
     def _on_device(self, images: Tensor) -> Tensor:
         # What is not augmented crosses as bytes, at a quarter of the cost of numbers.
         moved = images.to(self.device, non_blocking=True)
-        normalised = self.normalise(moved) if self.normalise else moved
+        # Of no image it is not known how the transform would have laid it out.
+        normalised = self.normalise(moved) if self.normalise and len(moved) else moved
         return normalised.contiguous(memory_format=torch.channels_last)
 
 

@@ -53,7 +53,7 @@ def _list(directory: Path) -> tuple[Samples, list[str]]:
         classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
     except OSError as error:
         raise DataError(f"{directory}: {error.strerror}", "check the directory") from error
-    images = [_images(directory / name) for name in classes]
+    images = [images_below(directory / name) for name in classes]
     empty = [name for name, found in zip(classes, images, strict=True) if not found]
     if empty or not classes:
         what = f"no images in class {' '.join(empty[:5])}" if empty else "no class directories"
@@ -61,8 +61,12 @@ def _list(directory: Path) -> tuple[Samples, list[str]]:
     return [(path, number) for number, found in enumerate(images) for path in found], classes
 
 
-def _images(directory: Path) -> list[str]:
-    """The image files of a class, with those in directories below it and behind links."""
+def images_below(directory: Path) -> list[str]:
+    """The image files in a directory, with those in directories below it and behind links.
+
+    Raises:
+        DataError: a directory cannot be read, or contains itself.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}", "check the directory") from error
@@ -104,7 +108,7 @@ def _decode_all(
     samples: Samples, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
 ) -> Images:
     batches = FileBatches(
-        ImageFiles(samples, _ToSize(size), seed=0),
+        ImageFiles(samples, ToSize(size), seed=0),
         Deal(torch.arange(len(samples)), batch_size=256),
         num_workers=num_workers,
         bad=BadImages(on_bad_image, len(samples), warn),
@@ -115,13 +119,15 @@ def _decode_all(
     labels = torch.empty(len(samples), dtype=torch.int64)
     count = 0
     for images, targets in batches.batches(epoch=0):
+        if not len(targets):  # every image of it was skipped
+            continue
         pixels[count : count + len(targets)] = images
         labels[count : count + len(targets)] = targets
         count += len(targets)
     return Images(pixels[:count], labels[:count])
 
 
-class _ToSize:
+class ToSize:
     """PIL image -> (size, size, 3) uint8: the shorter side resized to it, the centre cut out."""
 
     def __init__(self, size: int):

@@ -10,16 +10,18 @@ from datasets.batches import Images
 from datasets.small import SmallSet
 from errors import DataError
 
+STATISTICS = ((0.0,) * 3, (255.0,) * 3)  # mean and deviation: pixels are divided by 255
+
 
 def svhn(root: Path) -> SmallSet:
-    """604,388 training and 26,032 test images of the ten digits; pixels are divided by 255."""
+    """604,388 training and 26,032 test images of the ten digits."""
     parts = {split: _read(root, split) for split in ("train", "extra", "test")}
     train = Images(
         torch.cat([parts["train"].pixels, parts["extra"].pixels]),
         torch.cat([parts["train"].labels, parts["extra"].labels]),
     )
     classes = [str(digit) for digit in range(10)]
-    return SmallSet(train, parts["test"], classes, (0.0,) * 3, (255.0,) * 3, flip=False)
+    return SmallSet(train, parts["test"], classes, *STATISTICS, flip=False)
 
 
 def _read(root: Path, split: str) -> Images:

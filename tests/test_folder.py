@@ -229,3 +229,11 @@ def test_a_bad_image_in_a_large_folder_follows_the_settings(tmp_path):
         assert shown in refused(list, data.train.batches(1))
         assert len(list(data.val.batches(1))) == 1  # the other split is whole
     assert len(warned) == 1 and str(bad) in warned[0]
+
+
+def test_a_last_batch_of_nothing_but_skipped_images_is_left_out(tmp_path):
+    write_folder(tmp_path, {"train": {"a": 1000, "b": 25}, "val": {"a": 1, "b": 1}})
+    (tmp_path / "train" / "b" / "1024.png").write_bytes(b"x")
+    warned = []
+    data = create(tmp_path, "--onBadImage", "skip", warn=warned.append)
+    assert data.facts["train"] == 1024 and len(warned) == 1
