@@ -198,12 +198,21 @@ class Reader:
                 self.unread.add(flag.name)
             self.problems.append((f"{flag.name}: {what} ({source})", fix))
 
-    def command_line(self, argv: list[str]) -> list[tuple[str, str, str]]:
-        """`-name value`, `--name value` and `--name=value` as (name, value, source)."""
+    def command_line(
+        self, argv: list[str], operands: list[str] | None = None
+    ) -> list[tuple[str, str, str]]:
+        """`-name value`, `--name value` and `--name=value` as (name, value, source).
+
+        Args:
+            operands: gets what is no flag and no flag's value; None: that is a problem.
+        """
         written, rest = [], list(argv)
         while rest:
             token = rest.pop(0)
             match = re.fullmatch(r"--?([A-Za-z]\w*)(?:=(.*))?", token, re.DOTALL)
+            if not match and operands is not None and not token.startswith("-"):
+                operands.append(token)
+                continue
             if not match:
                 fix = "write --flag VALUE; see --help"
                 self.problems.append((f"{token!r} is no flag (command line)", fix))

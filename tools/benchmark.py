@@ -25,10 +25,11 @@ from types import SimpleNamespace
 
 import opts
 import storage
-from errors import RunError, UsageError
-from flags import AT_LEAST_0, AT_LEAST_1, Flag, Range, Reader, boolean, help_text, integer, integers
+from errors import UsageError
+from flags import AT_LEAST_0, AT_LEAST_1, Flag, Range, Reader, boolean, integer, integers
 from flags import text as plain_text
 from tools import benchmark_results as results
+from tools import command
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {"single": "fp32", "bf16": "bf16"}
@@ -100,6 +101,9 @@ def parse(argv: list[str]) -> Request:
             networks.append(opts.parse(["--dataset=synthetic", *rest, *of_depth]))
         except UsageError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    if networks and networks[0].netType != "densenet":
+        what = f"netType: {networks[0].netType} is not measured, its peers are other DenseNets"
+        problems.append((what, "use densenet"))
     if networks and networks[0].precision not in PRECISIONS:
         what = f"precision: {networks[0].precision} is not measured"
         problems.append((what, f"use {' or '.join(PRECISIONS)}"))
@@ -343,24 +347,21 @@ def _target(csv: str | None, name: str) -> Path | None:
     return path
 
 
-def main(argv: list[str]) -> int:
+def work(argv: list[str]) -> None:
     """Measure, print a table and write a CSV file."""
-    if {"-h", "-help", "--help"} & set(argv):
-        print(help_text(USAGE, {"Benchmark options": list(FLAGS.values())} | opts.GROUPS))
-        return 0
-    try:
-        request = parse(argv)
-        with empty_caches():
-            rows, path = run(request, lambda line: print(line, file=sys.stderr, flush=True))
-    except RunError as error:
-        print(error.report(), file=sys.stderr)
-        return error.code
+    request = parse(argv)
+    with empty_caches():
+        rows, path = run(request, lambda line: print(line, file=sys.stderr, flush=True))
     print(results.as_table(rows))
     if request.own.depths:
         print(results.growth_table(rows))
     if path:
         print(f"\nwritten: {path}")
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line."""
+    return command.run(argv, USAGE, FLAGS, work, network=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a network counts: `python -m tools.describe` with any flags or `--config` of main.py.
 
-With `--batchSize` also what its training steps need in memory, per memory level and precision.
+With `--batchSize` also what its training steps need in memory, per precision and, of a DenseNet,
+memory level.
 """
 
 import signal
@@ -13,8 +14,6 @@ import opts
 from errors import RunError, UsageError
 
 PRECISIONS = ("single", "half", "bf16", "double")
-# Training and test images of the sets that lie on the device as a whole.
-NUM_IMAGES = {"cifar10": 60_000, "cifar100": 60_000, "svhn": 99_289, "digits": 1_797}
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,14 @@ def render(opt: SimpleNamespace, model, layers: list[Layer]) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = sum(layer.macs for layer in layers)
     activations = sum(layer.activations for layer in layers)
+    if opt.netType == "densenet":
+        form, parts = f"k={opt.growthRate}", "layers per block"
+    else:
+        form, parts = f"shortcut {opt.shortcutType}", "blocks per stage"
     lines = [
-        f"{opt.netType}, L={opt.depth}, k={opt.growthRate}, "
+        f"{opt.netType}, L={opt.depth}, {form}, "
         f"{model.classifier.out_features} classes, input 3 x {opt.imageSize} x {opt.imageSize}",
-        f"stages         {', '.join(map(str, opt.stages))} layers per block",
+        f"stages         {', '.join(map(str, opt.stages))} {parts}",
         f"parameters     {parameters:,}",
         f"multiply-adds  {macs:,} per image (convolutions and classifier)",
         f"activations    {activations:,} per image (their outputs)",
@@ -122,6 +125,8 @@ def render(opt: SimpleNamespace, model, layers: list[Layer]) -> str:
 
 def memory(opt: SimpleNamespace) -> Iterator[str]:
     """Lines about the memory of training steps, each as soon as it is known.
+
+    One per level of optMemory, or one for a network that has no levels.
 
     Raises:
         UsageError: a GPU or kernels are asked for that are not there.
@@ -140,14 +145,18 @@ def memory(opt: SimpleNamespace) -> Iterator[str]:
         estimates[precision] = footprint.Estimate(changed, num_classes(opt), device, ops)
 
     yield f"memory of a training step at batch {opt.batchSize} on {devices.describe(device)}, in MB"
-    yield f"{'optMemory':<12}" + "".join(f"{precision:>12}" for precision in PRECISIONS)
-    for level in opts.MEMORY_LEVELS:
+    has_levels = bool(estimates[opt.precision].levels)
+    title = "optMemory" if has_levels else ""
+    yield f"{title:<12}" + "".join(f"{precision:>12}" for precision in PRECISIONS)
+    for level in opts.MEMORY_LEVELS if has_levels else (None,):
         peaks = [estimate.peak_bytes(level) for estimate in estimates.values()]
-        yield f"{level:<12}" + "".join(f"{peak / 1e6:>12,.1f}" for peak in peaks)
+        name = "step" if level is None else level
+        yield f"{name:<12}" + "".join(f"{peak / 1e6:>12,.1f}" for peak in peaks)
     data = resident_bytes(opt)
     yield f"{'data':<12}" + ("not known here" if data is None else f"{data / 1e6:>12,.1f} more")
     free = devices.free_bytes(device)
-    yield _choice(estimates[opt.precision], None if free is None else free - (data or 0))
+    if has_levels:
+        yield _choice(estimates[opt.precision], None if free is None else free - (data or 0))
 
 
 def _choice(estimate, free: int | None) -> str:
@@ -161,7 +170,9 @@ def resident_bytes(opt: SimpleNamespace) -> int | None:
     """The images and labels that stay on the device; None where only the data tells."""
     if opt.imagenetShape and opt.dataset in ("imagenet", "folder"):
         return 0  # read batch by batch
-    count = NUM_IMAGES.get(opt.dataset)
+    import datasets
+
+    count = sum(datasets.NUM_IMAGES.get(opt.dataset, ())) or None
     if opt.dataset == "synthetic":
         count = opt.nImages + max(1, opt.nImages // 5)
     return count and count * (3 * opt.imageSize**2 + 8)

@@ -25,8 +25,8 @@ from types import SimpleNamespace
 
 import opts
 import storage
-from errors import RunError, UsageError
-from flags import Flag, Reader, help_text, text
+from flags import Flag, text
+from tools import command
 from tools.faults_results import Figure, machine, record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,6 @@ SAVES, PAIRS, STARTS = 20, 150, 5  # how often each is measured
 WARM_UP = 4  # steps or saves that do not count; the first pair begins with a look
 CIFAR = ["--dataset=synthetic", "--imageSize=32", "--nClasses=10", "--depth=100",
          "--growthRate=12", "--batchSize=64"]  # fmt: skip
-CIFAR_IMAGES, IMAGENET_IMAGES = 50_000, 1_281_167
 
 # fmt: off
 FLAGS = {flag.name: flag for flag in (
@@ -280,18 +279,22 @@ def until_a_checkpoint(words: list[str], run: Path) -> float:
 
 def measure(own: SimpleNamespace) -> Iterator[tuple[str, Rows]]:
     """The goals that are asked for, each with what was measured."""
+    import datasets
+
+    cifar_images, _ = datasets.NUM_IMAGES["cifar10"]
+    imagenet_images, _ = datasets.NUM_IMAGES["imagenet"]
     disk = Path(own.disk)
     disk.mkdir(parents=True, exist_ok=True)
     if own.only in (None, "save"):
-        yield "G5", measure_save("DenseNet-BC-100-12", CIFAR, CIFAR_IMAGES, 100, disk)
+        yield "G5", measure_save("DenseNet-BC-100-12", CIFAR, cifar_images, 100, disk)
         large = ["--dataset=synthetic", "--imageSize=224", "--nClasses=1000", "--depth=161"]
         flags = [*large, "--batchSize=8"]
-        yield "G5", measure_save("DenseNet-161", flags, IMAGENET_IMAGES, 1000, disk)
+        yield "G5", measure_save("DenseNet-161", flags, imagenet_images, 1000, disk)
     if own.only in (None, "check"):
         yield "G15", measure_check()
     if own.only in (None, "start"):
-        resident = [*CIFAR, f"--nImages={CIFAR_IMAGES}"]
-        yield "G17", measure_start(f"{CIFAR_IMAGES} images in memory", resident, disk)
+        resident = [*CIFAR, f"--nImages={cifar_images}"]
+        yield "G17", measure_start(f"{cifar_images} images in memory", resident, disk)
         if own.images != "none":
             folder = [*CIFAR[3:], "--dataset=folder", f"--data={own.images}", "--imageSize=32"]
             yield "G17", measure_start("as many in a folder", folder, disk)
@@ -303,36 +306,29 @@ def parse(argv: list[str]) -> SimpleNamespace:
     Raises:
         UsageError: every problem of the flags at once.
     """
-    reader = Reader(FLAGS)
-    reader.add(reader.command_line(argv))
-    if reader.problems:
-        raise UsageError.of(reader.problems)
-    return SimpleNamespace(**{flag.name: flag.default for flag in FLAGS.values()} | reader.values)
+    return command.read(argv, FLAGS).own
+
+
+def work(argv: list[str]) -> None:
+    """Measure, print and add to a CSV file."""
+    own = parse(argv)
+    today = f"{datetime.date.today():%Y%m}"
+    torch = ".".join(version("torch").split(".")[:2])
+    default = ROOT / "results" / f"faults_{machine()}_torch{torch}_{today}.csv"
+    path = Path(own.csv or default)
+    for goal, rows in measure(own):
+        only = {"G5": "save", "G15": "check", "G17": "start"}[goal]
+        line = f"python -m tools.endurance --only {only}"
+        figures = [Figure(goal, *row, line) for row in rows]
+        for figure in figures:
+            print(f"{goal:4} {figure.what:85} {figure.value:10.4g}  {figure.limit}", flush=True)
+        if own.csv != "none":
+            record(path, figures)
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print and add to a CSV file."""
-    if {"-h", "-help", "--help"} & set(argv):
-        print(help_text(USAGE, {"Options": list(FLAGS.values())}))
-        return 0
-    try:
-        own = parse(argv)
-        today = f"{datetime.date.today():%Y%m}"
-        torch = ".".join(version("torch").split(".")[:2])
-        default = ROOT / "results" / f"faults_{machine()}_torch{torch}_{today}.csv"
-        path = Path(own.csv or default)
-        for goal, rows in measure(own):
-            only = {"G5": "save", "G15": "check", "G17": "start"}[goal]
-            command = f"python -m tools.endurance --only {only}"
-            figures = [Figure(goal, *row, command) for row in rows]
-            for figure in figures:
-                print(f"{goal:4} {figure.what:85} {figure.value:10.4g}  {figure.limit}", flush=True)
-            if own.csv != "none":
-                record(path, figures)
-    except RunError as error:
-        print(error.report(), file=sys.stderr)
-        return error.code
-    return 0
+    """Run one command line."""
+    return command.run(argv, USAGE, FLAGS, work)
 
 
 if __name__ == "__main__":
