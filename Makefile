@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+JPEG = "CIFAR-10 images re-encoded as JPEG"
 
-.PHONY: quickstart test check gpu soak clean
+.PHONY: quickstart test check gpu soak report clean
 
 quickstart: $(VENV)/.installed  ## train on handwritten digits: no download, ends with the test error
 	$(RUN) main.py --config configs/quickstart.yaml --resume auto
@@ -23,6 +24,11 @@ gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 soak: $(VENV)/.installed-dev  ## the long fault tests, about half an hour; RECORD=FILE keeps figures
 	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record $(RECORD))
 
+# Figure 5 is drawn from its numbers: the weights that they are of are too large to keep here.
+report: $(VENV)/.installed-dev  ## draw the figures and write RESULTS.md anew from the runs in results/runs
+	$(RUN) -m tools.figures results/runs --weights results/figures/figure5.csv --note $(JPEG)
+	$(RUN) -m tools.report results/runs --output RESULTS.md
+
 clean:  ## remove the environment and caches, never runs or data
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -35,6 +41,6 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install -q -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: requirements.txt requirements-tools.txt requirements-dev.txt | $(VENV)/bin/python
 	$(RUN) -m pip install -q -r requirements-dev.txt
 	touch $@ $(VENV)/.installed

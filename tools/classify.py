@@ -1,0 +1,116 @@
+"""What a trained network sees in images: `python -m tools.classify CHECKPOINT IMAGE...`.
+
+The images go through the pipeline of --testOnly, so that errors counted from the output are those
+that it reports.
+"""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from errors import printable
+from flags import AT_LEAST_1, Flag, integer, text
+from tools import command, trained
+
+FLAGS = {
+    flag.name: flag
+    for flag in (
+        Flag("top", integer, 5, "classes to name for each image", range=AT_LEAST_1),
+        Flag("csv", text, None, "CSV file to write instead of printing; - prints it", "none"),
+        trained.CLASSES,
+        trained.OVERWRITE,
+    )
+}
+USAGE = f"""usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
+
+Names the classes that a trained network finds most probable for each image, with their
+probabilities in per cent. An IMAGE may be a directory, with all images below it.
+{trained.SOURCES}
+With --tenCrop true ten crops of each image are averaged. An image that cannot be read is an error
+line, the others are classified, and the exit code is 3."""
+COLUMNS = ("image", "rank", "class", "percent")
+
+Guess = tuple[str, float]  # class name, probability in per cent
+
+
+def parse(argv: list[str]) -> command.Command:
+    """The command line; the first operand is the checkpoint.
+
+    Raises:
+        UsageError: a flag is wrong, or something is not named.
+    """
+    return trained.read_command(argv, FLAGS)
+
+
+def classify(
+    net: trained.Trained, paths: list[str], bad: trained.Unreadable, top: int
+) -> Iterator[tuple[str, list[Guess]]]:
+    """Each image that can be read with its most probable classes, the most probable first."""
+    for images, places in net.batches(paths, bad):
+        probable = net.logits(images).double().softmax(dim=1).topk(min(top, len(net.classes)))
+        rows = zip(probable.values.tolist(), probable.indices.tolist(), strict=True)
+        for place, (shares, classes) in zip(places, rows, strict=True):
+            found = zip(classes, shares, strict=True)
+            yield paths[place], [(net.classes[number], 100 * share) for number, share in found]
+
+
+def as_text(path: str, guesses: list[Guess]) -> str:
+    """The lines of one image."""
+    lines = [f"  {percent:7.3f} %  {name}" for name, percent in guesses]
+    return "\n".join([printable(path), *lines])
+
+
+def as_rows(path: str, guesses: list[Guess]) -> list[tuple]:
+    """The CSV rows of one image."""
+    ranked = enumerate(guesses, start=1)
+    return [(path, rank, name, f"{percent:.6g}") for rank, (name, percent) in ranked]
+
+
+def csv_lines(rows: list[tuple]) -> str:
+    """Rows as CSV text."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def work(argv: list[str]) -> int:
+    """Classify what the command line names; the exit code."""
+    asked = parse(argv)
+    checkpoint, *operands = asked.operands
+    output = Path(asked.own.csv) if asked.own.csv not in (None, "-") else None
+    if output:
+        trained.check_new(output, asked.own.overwrite)
+    trained.check_there(Path(checkpoint))
+    paths = trained.find_images(operands)
+
+    import datasets
+    import runlog
+    import storage
+
+    classes = asked.own.classes and Path(asked.own.classes)
+    net, bad = trained.load(Path(checkpoint), asked.network, classes), trained.Unreadable()
+    written = [csv_lines([COLUMNS])] if output else []
+    if asked.own.csv == "-":
+        runlog.say(csv_lines([COLUMNS]).rstrip("\n"))
+    with datasets.worker_failures():
+        for path, guesses in classify(net, paths, bad, asked.own.top):
+            if output:
+                written.append(csv_lines(as_rows(path, guesses)))
+            elif asked.own.csv:
+                runlog.say(csv_lines(as_rows(path, guesses)).rstrip("\n"))
+            else:
+                runlog.say(as_text(path, guesses))
+    if output:
+        storage.write_whole(output, "".join(written).encode("utf-8", "surrogateescape"))
+    return bad.code
+
+
+def main(argv: list[str]) -> int:
+    """Print or write the classes of images."""
+    return command.run(argv, USAGE, FLAGS, work, network=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""ONNX files that hold a network and what belongs to it, and give its weights back bit for bit.
+
+Every initialiser has the name of its parameter here, and batch normalisation is not folded into
+convolutions. The input is `images`, float32 (N, 3, H, W), the output `logits`, (N, classes). The
+metadata are texts by name; `sha256` is that of the weights, since the format has no checksum.
+"""
+
+import contextlib
+import copy
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errors import CheckpointError, RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import torch
+
+OPSET = 18  # what torch's exporter writes without converting it
+PRODUCER = "densenet tools.export"
+
+
+def needed(*packages: str) -> None:
+    """Raise RunError when an optional package is not installed."""
+    import importlib.util
+
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            fix = "pip install -r requirements-tools.txt"
+            raise RunError(f"tools.export needs {package} for ONNX files", fix)
+
+
+def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> bytes:
+    """A network, in single precision and for any number of images, as an ONNX file.
+
+    Args:
+        size: height and width of the images.
+
+    Raises:
+        RunError: onnx or onnxscript is not installed.
+    """
+    needed("onnx", "onnxscript")
+
+    import torch
+
+    with _quiet():
+        program = torch.onnx.export(
+            copy.deepcopy(model).float().cpu().eval(),
+            (torch.zeros(2, 3, size, size),),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,  # would fold batch normalisation into convolutions
+            verbose=False,
+        )
+    proto = program.model_proto
+    _strip(proto.graph)
+    del proto.metadata_props[:]
+    proto.producer_name, proto.producer_version = PRODUCER, ""
+    digest = _digest({tensor.name: _tensor(tensor) for tensor in proto.graph.initializer})
+    for key, value in (metadata | {"sha256": digest}).items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter has to say about itself."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _strip(graph: "onnx.GraphProto") -> None:
+    """Remove the exporter's notes, which double the file and hold paths of this machine."""
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
+    for node in graph.node:
+        node.doc_string = ""
+    del graph.metadata_props[:]
+
+
+def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
+    """The initialisers of an ONNX file by name, and its metadata; of another program's file {}.
+
+    Raises:
+        CheckpointError: missing or damaged.
+        RunError: onnx is not installed.
+    """
+    needed("onnx")
+
+    import onnx
+
+    try:
+        proto = onnx.load_model_from_string(path.read_bytes())
+        weights = {tensor.name: _tensor(tensor) for tensor in proto.graph.initializer}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", "name a file") from error
+    except Exception as error:  # damaged bytes can raise anything in a parser
+        raise CheckpointError(f"{path} is damaged, or not ONNX", "use another file") from error
+    if not weights:
+        raise CheckpointError(f"{path} holds no weights", "use another file")
+    metadata = {prop.key: prop.value for prop in proto.metadata_props}
+    if proto.producer_name != PRODUCER or "sha256" not in metadata:
+        return weights, {}
+    if metadata["sha256"] != _digest(weights):
+        raise CheckpointError(f"{path} is damaged: its digest is another", "use another file")
+    return weights, metadata
+
+
+def _digest(weights: dict[str, "torch.Tensor"]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensor(tensor: "onnx.TensorProto") -> "torch.Tensor":
+    """A finite initialiser that lies in the file itself."""
+    import onnx
+    import torch
+
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:  # a path to any file there is
+        raise ValueError("data outside of the file")
+    values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+    if not torch.isfinite(values).all():
+        raise ValueError("a weight that is not finite")
+    return values
+
+
+def runner(content: bytes) -> Callable[["np.ndarray"], "np.ndarray"]:
+    """What computes the logits (n, classes) of images (n, 3, H, W) by ONNX Runtime.
+
+    Raises:
+        RunError: onnxruntime is not installed.
+    """
+    needed("onnxruntime")
+
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images})[0]
