@@ -448,10 +448,15 @@ def _name_of_start(meeting: dist.Store, place: Place) -> str:
 def versions() -> dict[str, str]:
     """What of this program and of PyTorch has to be the same in every process."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted([*root.glob("*.py"), *root.glob("[dkm]*/*.py")]):
+    for path in source_files(Path(__file__).parent):
         digest.update(path.read_bytes())
     return {"torch": torch.__version__, "code": digest.hexdigest()[:12]}
+
+
+def source_files(root: Path) -> list[Path]:
+    """The Python files of the program: those at `root` and in its packages, at any depth."""
+    packages = [path.parent for path in root.glob("*/__init__.py")]
+    return sorted([*root.glob("*.py"), *(file for each in packages for file in each.rglob("*.py"))])
 
 
 def is_first_to_say(place: Place, line: str) -> bool:

@@ -24,6 +24,7 @@ import pytest
 import torch
 from faults import sabotage
 from faults.contract import refused, tiny
+from faults.costs import archive
 from program import run
 from torch import nn
 
@@ -179,15 +180,6 @@ class Call:
 
     def __reduce__(self):
         return self.call
-
-
-def archive(pickled: bytes) -> bytes:
-    """A file as torch.save writes it, with right checksums, around any pickle."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as entries:
-        entries.writestr("archive/data.pkl", pickled)
-        entries.writestr("archive/version", b"3\n")
-    return file.getvalue()
 
 
 def tar_archive(pickled: bytes) -> bytes:

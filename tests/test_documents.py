@@ -42,7 +42,11 @@ def parser(program: str) -> Callable[[list[str]], object]:
     name = program.removeprefix("tools.")
     if name in ("main.py", *WITH_FLAGS_OF_MAIN):
         return opts.parse
-    return importlib.import_module(program).parse
+    module = importlib.import_module(program)
+    # A tool of several files is a package, whose command line `__main__` reads.
+    return (
+        module if hasattr(module, "parse") else importlib.import_module(f"{program}.__main__")
+    ).parse
 
 
 def program_of(command: str) -> tuple[str, list[str]]:
@@ -73,6 +77,7 @@ def test_every_documented_command_is_understood(command, project):
 def test_commands_are_found_in_every_document_and_for_every_tool():
     found = documented_commands()
     tools = {path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()}
+    tools |= {path.parent.name for path in (ROOT / "tools").glob("*/__main__.py")}
     named = {match[1] for match in map(re.compile(r"python -m tools\.(\w+)").match, found) if match}
     assert named == tools
     assert any("--seeds 0,1,2" in command for command in found)  # a comma within a word

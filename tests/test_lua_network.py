@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faults.contract import tiny
+from networks import scramble
 from program import run
-from test_models import scramble
 from torch import nn
 from torch7_writer import Lua, Module, Storage, View, data_parallel, dumps, tensor
 

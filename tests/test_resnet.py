@@ -8,6 +8,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision.models
+from networks import network, one_step, photographs, same_state, scramble
+from steps import largest_difference
 from torch import Tensor, nn
 
 import datasets
@@ -25,43 +27,6 @@ from tools import benchmark, describe
 
 NETWORKS = ("resnet", "preresnet")
 IMAGENET = "--dataset imagenet --netType"
-
-
-def network(line: str, num_classes: int = 10) -> nn.Module:
-    return models.create(opts.parse(line.split()), num_classes)
-
-
-def scramble(model: nn.Module) -> nn.Module:
-    """Random BN weights, biases and statistics: at 1 and 0 a mistake with them would not show."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
-
-
-def one_step(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """What a training step computes: logits, gradients, and the statistics it leaves behind."""
-    logits = model.train()(images)
-    F.cross_entropy(logits, targets).backward()
-    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
-    return {"logits": logits.detach(), **gradients, **dict(model.named_buffers())}
-
-
-def largest_difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    assert got.keys() == want.keys()
-    return max((got[name] - want[name]).abs().max().item() for name in want)
-
-
-def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
-def photographs(count: int, size: int, classes: int = 10) -> tuple[Tensor, Tensor]:
-    images = torch.randn(count, 3, size, size, dtype=torch.float64)
-    return images, torch.randint(classes, (count,))
 
 
 # ------------------------------------------------------------------------- torchvision and timm
