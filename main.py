@@ -10,31 +10,32 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import launch
+import experiment.directory
 import opts
-import paths
-import stopping
-import storage
+from cli import path_checks
+from distributed import launcher, signals
+from distributed.signals import Stop, kill_children
 from errors import OutOfMemoryError, PeerError, Preempted, RunError
-from stopping import Stop, kill_children
+from experiment.directory import RunDirectory
+from fileio import atomic
 
 
 def main(argv: list[str]) -> int:
     """Run one command line; the exit code is 0, or that of an error class in errors.py."""
-    stopping.hold_standard_files()
-    place = launch.here()
+    signals.hold_standard_files()
+    place = launcher.here()
     stop = Stop(place.launched, speaks=place.is_first).install()
     opt = world = None
     try:
-        paths.check_here()
+        path_checks.check_here()
         opt = opts.parse(argv, place.size if place.launched else 0)
         if opt.printConfig:
             if place.is_first:
                 print(opts.as_yaml(opt), end="")
             return 0
-        paths.check(opt, place.is_first)
+        path_checks.check(opt, place.is_first)
         if place.is_first and not opt.testOnly:
-            storage.check_writable(Path(opt.save))
+            experiment.directory.check_writable(Path(opt.save))
         if opt.replicas > 1 and not place.launched:
             return start_replicas(opt, argv)
         world, device = meet(opt, place)
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         return end(error, opt, place, world)
 
 
-def end(error: Exception, opt: SimpleNamespace | None, place: launch.Place, world) -> int:
+def end(error: Exception, opt: SimpleNamespace | None, place: launcher.Place, world) -> int:
     """Say on standard error how the run ended, once for all its processes; the exit code."""
     if isinstance(error, Preempted):
         with contextlib.suppress(RunError):  # it is saved, whatever becomes of the others
@@ -70,7 +71,7 @@ def end(error: Exception, opt: SimpleNamespace | None, place: launch.Place, worl
     if isinstance(error, RunError) and is_speaker(error, place, world):
         say(error)
         if world and not place.is_first:  # which is lost
-            storage.judge_for_another(Path(opt.save), error)
+            experiment.directory.judge_for_another(Path(opt.save), error)
     if world and world.size > 1:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError):
@@ -79,15 +80,15 @@ def end(error: Exception, opt: SimpleNamespace | None, place: launch.Place, worl
     return code
 
 
-def is_speaker(error: RunError, place: launch.Place, world) -> bool:
+def is_speaker(error: RunError, place: launcher.Place, world) -> bool:
     """Whether this is the process that says how the run ended."""
     if world:
         return world.speaks
     if not place.launched:
         return True
-    import distributed
+    from distributed import rendezvous
 
-    return distributed.is_first_to_say(place, error.report())
+    return rendezvous.is_first_to_say(place, error.report())
 
 
 def say(error: RunError) -> None:
@@ -98,79 +99,82 @@ def say(error: RunError) -> None:
 
 def start_replicas(opt: SimpleNamespace, argv: list[str]) -> int:
     """`--nGPU N`: run N processes of this command, each on a GPU of its own."""
-    import devices
+    import engine.device
 
-    devices.select(opt.nGPU)  # all of them are there
-    return launch.replicas(opt.nGPU, partial(main, argv))
+    engine.device.select(opt.nGPU)  # all of them are there
+    return launcher.replicas(opt.nGPU, partial(main, argv))
 
 
 # What is heavy is imported where it is used, so that a mistyped flag is answered at once.
 
 
-def meet(opt: SimpleNamespace, place: launch.Place):
+def meet(opt: SimpleNamespace, place: launcher.Place):
     """The other processes of the run, if any, and the device of this one."""
     if place.launched:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded
 
-    import devices
-    import distributed
-    import runlog
+    import engine.device
+    from distributed import rendezvous
+    from experiment import console
 
-    device = devices.select(opt.nGPU, place)
-    devices.configure(opt.cudnn, opt.tf32)
+    device = engine.device.select(opt.nGPU, place)
+    engine.device.configure(opt.cudnn, opt.tf32)
     if not place.is_first:
-        runlog.mute()
-    world = distributed.join(place, device, opt.timeout)
+        console.mute()
+    world = rendezvous.join(place, device, opt.timeout)
     if place.launched and opt.nGPU not in (None, 0, place.local_size):
         started = f"{place.local_size} processes were started on this machine"
         opt.notes.append(f"nGPU {opt.nGPU} has no effect: {started}")
     for note in opt.notes:
-        runlog.warn(note)
+        console.warn(note)
     return world, device
 
 
 def run(opt: SimpleNamespace, stop: Stop, world, device) -> int:
     """Start or continue a run and bring it to its end."""
     import checkpoints
-    import datasets
-    import devices
-    import distributed
-    import graphs
-    import models
-    import resume
-    import runlog
+    import datasets.factory
+    import datasets.file_loader
+    import engine.device
+    import models.factory
+    import models.weights
     import train
+    from distributed.world import Share
+    from engine import cuda_graph
+    from experiment import console, resume
+    from experiment.log import RunLog
+    from fileio import serialization
 
     ops = choose_kernels(opt, device)
     with contextlib.ExitStack() as opened:
         # Only the first process has the directory; what the others need of it, it tells them.
         directory = None
         if world.is_first:
-            directory = opened.enter_context(storage.RunDirectory(Path(opt.save)))
+            directory = opened.enter_context(RunDirectory(Path(opt.save)))
         world.watch(partial(end_stuck, world, directory))
-        opened.enter_context(datasets.worker_failures())
+        opened.enter_context(datasets.file_loader.worker_failures())
         state, is_complete = world.from_first(
             lambda: find_run(opt, directory, world.place),
-            checkpoints.packed,
-            checkpoints.unpacked,
+            serialization.packed,
+            serialization.unpacked,
         )
         resume.check_seen(Path(opt.save), world.numbers(resume.newest_step(Path(opt.save))))
-        overrides = resume.check(opt, state, runlog.warn) if state else []
+        overrides = resume.check(opt, state, console.warn) if state else []
         if is_complete:
-            runlog.say(f"=> {opt.save} is already complete")
-            runlog.say(runlog.finished_line(state["last"], state["best"]))
+            console.say(f"=> {opt.save} is already complete")
+            console.say(console.finished_line(state["last"], state["best"]))
             return 0
         data = create_data(opt, world, device)
         estimate, free_bytes = estimate_memory(opt, len(data.classes), world, device, ops)
-        share = distributed.Share(world, device) if world.size > 1 else None
-        model = models.create(estimate.opt, len(data.classes), ops, share)
-        log = runlog.RunLog(directory.path if directory else None)
-        recorder = graphs.recorder(opt.cudaGraph, device, data.is_resident)
+        share = Share(world, device) if world.size > 1 else None
+        model = models.factory.create(estimate.opt, len(data.classes), ops, share)
+        log = RunLog(directory.path if directory else None)
+        recorder = cuda_graph.recorder(opt.cudaGraph, device, data.is_resident)
         trainer = train.create(opt, model, device, log, world, share, recorder)
         if state:
-            overrides += resume.restore(trainer, state, data.facts, runlog.warn, opt.override)
+            overrides += resume.restore(trainer, state, data.facts, console.warn, opt.override)
         elif opt.retrain != "none":
-            models.load_weights(model, read_weights(opt, world), opt.resetClassifier)
+            models.weights.load_weights(model, read_weights(opt, world), opt.resetClassifier)
         saver = checkpoints.Saver(
             directory,
             trainer,
@@ -192,7 +196,7 @@ def run(opt: SimpleNamespace, stop: Stop, world, device) -> int:
                 since = time.perf_counter()
                 tested = trainer.test(data.val, saver.after_step)
                 where = {"val_time_s": time.perf_counter() - since}
-            where |= devices.facts(device, world.size)
+            where |= engine.device.facts(device, world.size)
             record = trainer.finish_epoch(trained, tested) | where
             if directory:
                 log.epoch(record, trainer.is_best)
@@ -202,12 +206,11 @@ def run(opt: SimpleNamespace, stop: Stop, world, device) -> int:
     return 0
 
 
-def find_run(opt: SimpleNamespace, directory: storage.RunDirectory, place: launch.Place) -> tuple:
+def find_run(opt: SimpleNamespace, directory: RunDirectory, place: launcher.Place) -> tuple:
     """The checkpoint to go on from, if any, and whether nothing is left to do."""
-    import resume
-    import runlog
+    from experiment import console, resume
 
-    state = resume.find(opt, runlog.warn)
+    state = resume.find(opt, console.warn)
     if state and resume.is_complete(opt, state, directory.status()):
         return state, True
     resume.check_progress(directory, state, place.restarted)
@@ -216,47 +219,50 @@ def find_run(opt: SimpleNamespace, directory: storage.RunDirectory, place: launc
 
 def choose_kernels(opt: SimpleNamespace, device):
     """What runs dense blocks on the device."""
-    import kernels
-    import runlog
+    import kernels.backend
+    from experiment import console
 
-    ops, remark = kernels.select(opt.kernels, device, opt.precision)
+    ops, remark = kernels.backend.select(opt.kernels, device, opt.precision)
     if remark:
-        runlog.warn(remark)
+        console.warn(remark)
     return ops
 
 
 def create_data(opt: SimpleNamespace, world, device, statistics=None):
     """The data of this process. One process of each machine downloads and unpacks it."""
-    import datasets
-    import distributed
-    import runlog
+    import datasets.factory
+    from datasets.factory import Replica
+    from distributed import rendezvous
+    from experiment import console
 
-    replica = datasets.Replica(world.rank, world.size, world.everyone)
+    replica = Replica(world.rank, world.size, world.everyone)
     with world.first_on_machine():
-        data = datasets.create(opt, device, runlog.warn, statistics, replica)
-    world.agree(data.facts | distributed.versions())
+        data = datasets.factory.create(opt, device, console.warn, statistics, replica)
+    world.agree(data.facts | rendezvous.versions())
     return data
 
 
 def read_weights(opt: SimpleNamespace, world) -> dict:
     """The weights that `--retrain` names, as the first process reads them."""
     import checkpoints
+    from fileio import serialization
 
     return world.from_first(
         lambda: checkpoints.load_weights(Path(opt.retrain)),
-        checkpoints.packed,
-        checkpoints.unpacked,
+        serialization.packed,
+        serialization.unpacked,
     )
 
 
 def estimate_memory(opt: SimpleNamespace, num_classes: int, world, device, ops):
     """What the run's steps will need, with `--optMemory auto` decided, and what there is."""
-    import devices
-    import footprint
-    import runlog
+    import engine.device
+    import engine.memory
+    from engine.memory import Estimate
+    from experiment import console
 
-    estimate = footprint.Estimate(opt, num_classes, device, ops)
-    free_bytes = devices.free_bytes(device)
+    estimate = Estimate(opt, num_classes, device, ops)
+    free_bytes = engine.device.free_bytes(device)
     if free_bytes is not None:
         free_bytes = min(world.numbers(free_bytes))
     if opt.optMemory != "auto":
@@ -264,36 +270,36 @@ def estimate_memory(opt: SimpleNamespace, num_classes: int, world, device, ops):
     level, remark = estimate.choose_level(free_bytes)
     level = max(world.numbers(level))  # the GPUs may be of different kinds
     if remark:
-        runlog.warn(remark)
-    decided = footprint.with_settings(opt, optMemory=level)
-    return footprint.Estimate(decided, num_classes, device, ops), free_bytes
+        console.warn(remark)
+    decided = engine.memory.with_settings(opt, optMemory=level)
+    return Estimate(decided, num_classes, device, ops), free_bytes
 
 
 @contextlib.contextmanager
 def memory_errors(opt: SimpleNamespace, advice: Callable[[], str]) -> Iterator[None]:
     """Say what would fit when there is no memory left."""
-    import footprint
+    import engine.memory
 
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not footprint.is_out_of_memory(error):
+        if not engine.memory.is_out_of_memory(error):
             raise
         level = "" if opt.optMemory is None else f" --optMemory {opt.optMemory}"
         what = f"out of memory with --batchSize {opt.batchSize}{level}"
         raise OutOfMemoryError(what, advice()) from error
 
 
-def begin(opt: SimpleNamespace, directory: storage.RunDirectory, log, data, trainer) -> None:
+def begin(opt: SimpleNamespace, directory: RunDirectory, log, data, trainer) -> None:
     """Write what a run is before it starts: its settings, its data, its first images."""
-    import devices
+    import engine.device
 
     config = opts.as_yaml(opt, without=opts.OF_ONE_CALL)
-    storage.write_whole(directory.path / "config.yaml", config.encode())
+    atomic.write_whole(directory.path / "config.yaml", config.encode())
     directory.write_json("data.json", data.facts)
     directory.write_status("running", **trainer.position)
     log.open(next_epoch=trainer.epoch)
-    log.texts(config=config, device=devices.describe(trainer.device))
+    log.texts(config=config, device=engine.device.describe(trainer.device))
     if trainer.global_step == 0:
         log.images(next(iter(data.train.batches(trainer.epoch)))[0])
 
@@ -301,14 +307,13 @@ def begin(opt: SimpleNamespace, directory: storage.RunDirectory, log, data, trai
 def continue_files(opt: SimpleNamespace, directory, trainer, saver) -> None:
     """Bring the files of a resumed run up to its checkpoint."""
     import checkpoints
-    import resume
-    import runlog
+    from experiment import console, resume
 
     if trainer.is_between_epochs:
         saver.save_models()  # the process that wrote the checkpoint may have died before this
     elsewhere = False
     if directory:
-        resume.bring_best(opt, trainer, runlog.warn)
+        resume.bring_best(opt, trainer, console.warn)
         elsewhere = not checkpoints.newest_first(directory.path)
     if any(trainer.world.maximum(elsewhere)):  # it goes on in a directory of its own
         saver.save()
@@ -317,7 +322,7 @@ def continue_files(opt: SimpleNamespace, directory, trainer, saver) -> None:
 def finish(opt: SimpleNamespace, directory, log, data, trainer, saver) -> None:
     """Measure the test set if it was kept for the end, and say how the run ended."""
     import checkpoints
-    import runlog
+    from experiment import console
 
     tested = {}
     if data.test is not None:
@@ -327,15 +332,15 @@ def finish(opt: SimpleNamespace, directory, log, data, trainer, saver) -> None:
             weights = checkpoints.load_weights(directory.path / f"model_{which}.pt")
             trainer.model.load_state_dict(weights)
         tested = trainer.test(data.test, saver.stop_if_asked, phase="test")
-        runlog.say(runlog.tested_line(tested, f"{which} model, epoch {result['epoch']}"))
+        console.say(console.tested_line(tested, f"{which} model, epoch {result['epoch']}"))
     if directory:
         log.close(opts.experiment(opt), trainer.results() | tested)
         position = trainer.position | {"epoch": opt.nEpochs}  # the last, not the one after it
         directory.write_status("done", 0, **position, **trainer.results(), **tested)
-    runlog.say(runlog.finished_line(trainer.last, trainer.best))
+    console.say(console.finished_line(trainer.last, trainer.best))
 
 
-def end_stuck(world, directory: storage.RunDirectory | None, error: RunError) -> None:
+def end_stuck(world, directory: RunDirectory | None, error: RunError) -> None:
     """End a process whose main thread waits for what will never come."""
     if directory:
         directory.judge(error)
@@ -346,34 +351,35 @@ def end_stuck(world, directory: storage.RunDirectory | None, error: RunError) ->
 
 def evaluate(opt: SimpleNamespace, world, device) -> int:
     """Evaluate the weights of `--resume` or `--retrain`, on the test set where there is one."""
-    import checkpoints
-    import datasets
-    import models
-    import resume
-    import runlog
+    import datasets.factory
+    import models.factory
+    import models.weights
     import train
+    from experiment import console, resume
+    from experiment.log import RunLog
+    from fileio import serialization
 
     world.watch(partial(end_stuck, world, None))
     ops = choose_kernels(opt, device)
     state = world.from_first(
-        lambda: resume.find(opt, runlog.warn), checkpoints.packed, checkpoints.unpacked
+        lambda: resume.find(opt, console.warn), serialization.packed, serialization.unpacked
     )
     if state:
         resume.check_network(opt, state)
     weights = state["model"] if state else read_weights(opt, world)
     statistics = (state["data"]["mean"], state["data"]["std"]) if state else None
-    with datasets.worker_failures():
+    with datasets.file_loader.worker_failures():
         data = create_data(opt, world, device, statistics)
         if state:
             resume.check_data({"classes": data.classes}, state)
         if opt.optMemory == "auto":
             opt.optMemory = opts.FLAGS["optMemory"].default  # levels are about training
-        model = models.create(opt, len(data.classes), ops)
-        trainer = train.create(opt, model, device, runlog.RunLog(None), world)
-        models.load_weights(model, weights)  # now that it has the precision of the run
+        model = models.factory.create(opt, len(data.classes), ops)
+        trainer = train.create(opt, model, device, RunLog(None), world)
+        models.weights.load_weights(model, weights)  # now that it has the precision of the run
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.test(data.test or data.val, lambda: None, phase="test")
-    runlog.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
+    console.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
     return 0
 
 

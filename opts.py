@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import depths
-from errors import UsageError
-from flags import (
+from cli import network_flags
+from cli.flags import (
     AT_LEAST_0,
     AT_LEAST_1,
     POSITIVE,
     Flag,
     Problem,
     Range,
-    Reader,
+    Settings,
     as_text,
     boolean,
     help_text,
@@ -27,6 +26,9 @@ from flags import (
     number,
     text,
 )
+from cli.parser import Reader
+from errors import UsageError
+from models import architectures
 
 MEMORY_LEVELS = (0, 1, 2, 3, 4)
 
@@ -116,7 +118,7 @@ GROUPS: dict[str, list[Flag]] = {
              range=AT_LEAST_1, role="course"),
     ],
     "Model options": [
-        Flag("netType", text, "densenet", "network", choices=depths.NET_TYPES, role="model"),
+        Flag("netType", text, "densenet", "network", choices=architectures.NET_TYPES, role="model"),
         Flag("depth", integer, None, "layers L: densenet 6n+4, or 3n+4 without bottleneck, resnet "
              "6n+2, preresnet 9n+2, or 6n+2 without; on ImageNet 121, 161, 169, 201, 232 or "
              "264, resnets 18, 34, 50, 101, 152 or 200", "100, 110, 164; ImageNet 121, resnets 50",
@@ -198,7 +200,7 @@ def resolve(given: dict[str, object]) -> SimpleNamespace:
     dense block.
     """
     defaults = {name: flag.default for name, flag in FLAGS.items()}
-    opt = SimpleNamespace(**(defaults | given))
+    opt = Settings(**(defaults | given))
 
     def default(name: str, value: object) -> None:
         if getattr(opt, name) is None:
@@ -210,7 +212,7 @@ def resolve(given: dict[str, object]) -> SimpleNamespace:
     vars(opt).update(foreign)
     if "shortcutType" not in foreign:
         default("shortcutType", "B" if imagenet else "A")
-    depths.resolve(opt)
+    network_flags.resolve(opt)
 
     # The paper, section 4.2; DenseNet-161 trained in smaller batches for ten epochs more.
     large = imagenet and opt.depth == 161
@@ -267,7 +269,7 @@ def network_name(opt: SimpleNamespace) -> str:
 
 def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
     """What is impossible about settings that are valid one by one."""
-    problems = _check_foreign(opt, given) + depths.problems(opt)
+    problems = _check_foreign(opt, given) + network_flags.problems(opt)
 
     def wrong(condition: bool, what: str, fix: str) -> None:
         if condition:
@@ -376,8 +378,8 @@ def _notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
         notes.append(f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}")
     if opt.syncBN and opt.replicas == 1:
         notes.append("syncBN has no effect on one process")
-    known = opt.depth == depths.DEFAULTS[opt.netType][opt.imagenetShape]
-    if depths.is_basic_elsewhere(opt) and "bottleneck" not in given and not known:
+    known = opt.depth == architectures.DEFAULTS[opt.netType][opt.imagenetShape]
+    if network_flags.is_basic_elsewhere(opt) and "bottleneck" not in given and not known:
         notes.append(
             f"preresnet of depth {opt.depth} has {sum(opt.stages)} bottlenecks; "
             f"fb.resnet.torch's has {(opt.depth - 2) // 2} basic blocks: --bottleneck false"

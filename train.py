@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,46 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import Share, World
+from distributed.world import Share, World
+from engine.cuda_graph import WARM_UP, Recorder, ReplayedStep, Step
+from engine.gradients import Gradients
+from engine.metrics import Sums
+from engine.precision import autocast
+from engine.schedule import Schedule
 from errors import NonFiniteError
-from gradients import Gradients
-from graphs import WARM_UP, Recorder, ReplayedStep, Step
-from metrics import Sums
-from runlog import RunLog
-
-AUTOCAST_DTYPES = {"half": torch.float16, "bf16": torch.bfloat16}
-
-
-def multistep_rate(base: float, milestones: list[int], epoch: int) -> float:
-    """The rate of an epoch, counted from 1: a tenth for each milestone that has come."""
-    # Parity: a function of the epoch (train.lua), so that epoch 150 of 300 already has the lower
-    # rate; a scheduler stepped after each epoch is one late.
-    return base / 10 ** sum(epoch >= milestone for milestone in milestones)
-
-
-def cosine_rate(base: float, epoch: int, step: int, num_epochs: int, steps: int) -> float:
-    """The rate of one step: half a cosine over the run, 0 at its last step.
-
-    Args:
-        epoch, step: both counted from 1.
-        steps: steps in an epoch.
-    """
-    done = ((epoch - 1) * steps + step) / (num_epochs * steps)
-    return 0.5 * base * (1 + math.cos(math.pi * done))
-
-
-class Schedule:
-    """The learning rate as a function of the position in the run."""
-
-    def __init__(self, shape: str, base: float, num_epochs: int, milestones: list[int] | None):
-        self.shape, self.base, self.num_epochs = shape, base, num_epochs
-        self.milestones = milestones or []
-
-    def rate(self, epoch: int, step: int, steps: int) -> float:
-        """The rate of step `step` of `steps` in epoch `epoch`; both count from 1."""
-        if self.shape == "cosine":
-            return cosine_rate(self.base, epoch, step, self.num_epochs, steps)
-        return multistep_rate(self.base, self.milestones, epoch)
+from experiment.log import RunLog
 
 
 class Trainer:
@@ -63,7 +31,7 @@ class Trainer:
         num_crops: evaluate the mean of this many consecutive outputs per image.
         world: the replicas of the network, this one alone or one of several.
         share: what this replica has of each batch; None for one replica.
-        recorder: records steps over resident data, see graphs.py; None runs every step eagerly.
+        recorder: records steps over resident data, see engine/cuda_graph.py; None: all run eagerly.
     """
 
     def __init__(
@@ -399,12 +367,6 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context of a forward pass in a precision of `--precision`."""
-    dtype = AUTOCAST_DTYPES.get(precision)
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def mean_over_crops(logits: Tensor, num_crops: int) -> Tensor:

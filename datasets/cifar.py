@@ -5,9 +5,8 @@ from pathlib import Path
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from datasets.archives import fetch, unpack
-from datasets.batches import Images
-from datasets.small import SmallSet
+from datasets.download import fetch, unpack
+from datasets.memory_loader import Images, SmallSet
 from errors import DataError
 
 # Mean and deviation of the training pixels as fb.resnet.torch has them.

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_digits
 
-from datasets.batches import Images
-from datasets.small import SmallSet
+from datasets.memory_loader import Images, SmallSet
 
 TEST_EVERY = 5  # images 0, 5, 10, ... are the test set; scikit-learn has no split of its own
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import torch
 from torchvision.datasets import SVHN
 
-from datasets.archives import fetch
-from datasets.batches import Images
-from datasets.small import SmallSet
+from datasets.download import fetch
+from datasets.memory_loader import Images, SmallSet
 from errors import DataError
 
 STATISTICS = ((0.0,) * 3, (255.0,) * 3)  # mean and deviation: pixels are divided by 255

@@ -2,9 +2,8 @@
 
 import torch
 
-from datasets.batches import Images
-from datasets.randomness import generator
-from datasets.small import SmallSet
+from datasets.memory_loader import Images, SmallSet
+from datasets.rng import generator
 
 NOISE = 32  # deviation of the noise on a class's pattern, of 255
 

@@ -8,7 +8,7 @@ the weight. `finish` adds the shares in a fixed order, so that every run gives t
 import triton
 import triton.language as tl
 
-from kernels.triton_parts import (
+from kernels.triton_common import (
     affine,
     dropped,
     inside_of,
@@ -29,7 +29,7 @@ def gradient(
     target, target_stride, num_rows, channels, columns,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The complete gradient (see kernels/maps.py) through dropout; 0 in columns >= channels.
+    """The complete gradient (kernels/feature_maps.py) through dropout; 0 in columns >= channels.
 
     Without `mean` no norm has read the maps, and `grad` is complete.
     """

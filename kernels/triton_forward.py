@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.triton_parts import (
+from kernels.triton_common import (
     affine,
     dropped,
     inside_of,

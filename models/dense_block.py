@@ -4,7 +4,7 @@
 |--------------|-----------------------------------------------------------------------|
 | 0            | keeps every concatenation and rectification; grows with depth squared |
 | 1            | as 0; concatenations are made anew, ReLU overwrites its input         |
-| 2, 3, 4      | linear in depth: models/shared_block.py runs the same modules         |
+| 2, 3, 4      | linear in depth: models/memory_efficient.py runs the same modules         |
 
 Every level computes the same function with the same parameters, names and buffers.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.dropout import Drop, draw_seed
-from models.replicas import BatchNorm, Share, first_image
+from models.sync_batchnorm import BatchNorm, Share, first_image
 
 BOTTLENECK_WIDTH = 4  # the 1x1 convolution makes 4k maps (paper, section 3)
 
@@ -116,7 +116,7 @@ class DenseBlock(nn.ModuleDict):
 
 def _rejoined(joined: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManager:
     """Let operations that keep `joined` for backward keep its parts, which are there anyway."""
-    # Not the tensor, which would be kept; its storage, which fake tensors have too (footprint.py).
+    # Not the tensor, which would be kept; its storage: fake tensors have it too (engine/memory.py).
     place, shape = joined.untyped_storage()._cdata, joined.shape
 
     def pack(kept: Tensor) -> Tensor | tuple[Tensor, ...]:

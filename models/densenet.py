@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import plain
-from models import shared_block
-from models.blocks import conv1x1, conv3x3, conv7x7, reset_parameters
+from kernels import reference
+from models import memory_efficient
 from models.dense_block import DenseBlock, Dropout, DroppedPool
-from models.replicas import BatchNorm
+from models.layers import conv1x1, conv3x3, conv7x7, reset_parameters
+from models.sync_batchnorm import BatchNorm
 
 
 class DenseNet(nn.Module):
@@ -34,7 +34,7 @@ class DenseNet(nn.Module):
         compression: theta, share of the maps that a transition keeps (DenseNet-C below 1).
         drop_rate: dropout after each convolution except the first.
         memory_level: what a dense block keeps for backward, see models/dense_block.py.
-        ops: runs levels 2 to 4: kernels.plain, or another module with the same functions.
+        ops: runs levels 2 to 4: kernels.reference, or another module with the same functions.
 
     Input (N, 3, H, W), output logits (N, num_classes).
     """
@@ -51,7 +51,7 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         drop_rate: float = 0.0,
         memory_level: int = 2,
-        ops: ModuleType = plain,
+        ops: ModuleType = reference,
     ):
         super().__init__()
         self.memory_level = memory_level
@@ -92,7 +92,7 @@ class DenseNet(nn.Module):
         return self.classifier(maps.mean(dim=(2, 3)))
 
     def _shares(self) -> bool:
-        """Whether models/shared_block.py computes what the plain modules would."""
+        """Whether models/memory_efficient.py computes what the plain modules would."""
         if self.memory_level < 2:
             return False
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -117,8 +117,8 @@ class DenseNet(nn.Module):
                 if isinstance(module, Transition):
                     tail, rest = module.as_tail()
                 else:
-                    tail, rest = shared_block.Tail(module, window=tuple(x.shape[2:])), []
-                x = shared_block.stage(block, tail, x, self.ops, self.memory_level)
+                    tail, rest = memory_efficient.Tail(module, window=tuple(x.shape[2:])), []
+                x = memory_efficient.stage(block, tail, x, self.ops, self.memory_level)
                 for part in rest:
                     x = part(x)
                 block = None
@@ -159,12 +159,12 @@ class Transition(nn.Sequential):
         how = self.drop.draw(x.device)
         return DroppedPool.apply(x, how) if how else self.pool(x)
 
-    def as_tail(self) -> tuple[shared_block.Tail, list[nn.Module]]:
+    def as_tail(self) -> tuple[memory_efficient.Tail, list[nn.Module]]:
         """What of it runs with the dense block before it, and what is left for after that.
 
         Averages of 2x2 pixels and a 1x1 convolution commute, so that pooling comes first and the
         convolution has a quarter of the work; not with dropout, which sits between the two.
         """
         if hasattr(self, "drop"):
-            return shared_block.Tail(self.norm, conv=self.conv), [self._drop_and_pool]
-        return shared_block.Tail(self.norm, window=(2, 2)), [self.conv]
+            return memory_efficient.Tail(self.norm, conv=self.conv), [self._drop_and_pool]
+        return memory_efficient.Tail(self.norm, window=(2, 2)), [self.conv]

@@ -9,15 +9,8 @@ stage to its last.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import (
-    conv1x1,
-    conv3x3,
-    conv7x7,
-    make_shortcut,
-    reset_parameters,
-    residual_plan,
-)
-from models.replicas import BatchNorm
+from models.layers import conv1x1, conv3x3, conv7x7, make_shortcut, reset_parameters, residual_plan
+from models.sync_batchnorm import BatchNorm
 
 # What of a block sees its input normalised and rectified. The first block of a stage changes the
 # number of maps, and begins with that for both its ways; the first of all after a stem that ends
@@ -79,7 +72,7 @@ class PreResNet(nn.Module):
         imagenet_stem: 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling instead of one 3x3
             convolution; stages four times as wide.
         bottleneck: blocks of three convolutions, not of two.
-        shortcut: A, B or C, see models/blocks.py.
+        shortcut: A, B or C, see models/layers.py.
 
     Input (N, 3, H, W), output logits (N, num_classes).
     """

@@ -8,15 +8,8 @@ with torchvision and timm: `conv1.weight`, `layer1.0.bn1.bias`, `layer2.0.downsa
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import (
-    conv1x1,
-    conv3x3,
-    conv7x7,
-    make_shortcut,
-    reset_parameters,
-    residual_plan,
-)
-from models.replicas import BatchNorm
+from models.layers import conv1x1, conv3x3, conv7x7, make_shortcut, reset_parameters, residual_plan
+from models.sync_batchnorm import BatchNorm
 
 
 class Block(nn.Module):
@@ -68,7 +61,7 @@ class ResNet(nn.Module):
         imagenet_stem: 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling instead of 3x3
             convolution, BN and ReLU; stages four times as wide.
         bottleneck: blocks of three convolutions, not of two.
-        shortcut: A, B or C, see models/blocks.py.
+        shortcut: A, B or C, see models/layers.py.
 
     Input (N, 3, H, W), output logits (N, num_classes).
     """

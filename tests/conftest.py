@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.faults_results import Figure, record
+from faults.results import Figure, record
 
 torch.set_num_threads(1)
 

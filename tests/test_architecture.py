@@ -8,42 +8,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from program import ROOT
 
-from distributed import source_files
+from distributed.rendezvous import source_files
+from helpers.run_main import ROOT
 
-# Layers from the bottom up. A unit may import those listed for it, which all stand above it here.
+# Layers from the bottom up. A unit, a package or a file at the root, may import those listed
+# for it, which all stand above it here.
 MAY_IMPORT = {
     "errors": set(),
-    "flags": set(),
-    "limits": set(),
-    "schema": set(),
-    "metrics": set(),
-    "stopping": set(),
-    "gradients": set(),
-    "storage": {"errors"},
-    "paths": {"errors"},
-    "launch": {"stopping"},
-    "distributed": {"errors", "launch"},
-    "devices": {"errors", "launch"},
-    "depths": {"flags"},
-    "opts": {"depths", "errors", "flags"},
     "kernels": {"errors"},
+    "fileio": {"errors"},
+    "distributed": {"errors"},
     "models": {"errors", "kernels"},
-    "datasets": {"errors", "limits", "stopping", "storage"},
-    "torch7": {"errors"},
-    "lua_network": {"errors", "torch7"},
-    "checkpoints": {"errors", "limits", "lua_network", "schema", "storage", "torch7"},
-    "runlog": {"errors", "flags", "metrics", "storage"},
-    "footprint": {"kernels", "models"},
-    "graphs": {"errors"},
-    "train": {"distributed", "errors", "gradients", "graphs", "metrics", "runlog"},
-    "resume": {"errors", "storage", "opts", "models", "checkpoints"},
+    "datasets": {"distributed", "errors", "fileio"},
+    "checkpoints": {"errors", "fileio"},
+    "cli": {"errors", "models"},
+    "engine": {"distributed", "errors", "kernels", "models"},
+    "opts": {"cli", "errors", "models"},
+    "experiment": {"checkpoints", "cli", "engine", "errors", "fileio", "models", "opts"},
+    "train": {"distributed", "engine", "errors", "experiment"},
 }
 ROOTS = {"main", "tools"}  # compose everything below, never the one the other
 # Answer `--help`, usage errors and missing paths: what they import at start-up must be light.
-LIGHT = {"main", "opts", "depths", "flags", "errors", "paths", "storage", "stopping", "launch"}
-MAX_LINES = 510
+LIGHT = {
+    *("main", "opts", "errors", "cli.flags", "cli.parser", "cli.network_flags", "cli.path_checks"),
+    *("datasets.registry", "distributed.launcher", "distributed.signals"),
+    *("experiment.directory", "fileio.atomic", "models.architectures"),
+}
+MAX_LINES = 500
 
 
 @functools.cache
@@ -80,9 +72,17 @@ def imported(node: ast.AST) -> set[str]:
             assert part.level == 0, "write the whole name: relative imports hide the direction"
             names = {f"{part.module}.{alias.name}" for alias in part.names}
             files = {name for name in names if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
-            # `from models import densenet` takes a neighbour, not what models/__init__.py defines.
+            # `from models import densenet` takes a neighbour, not what models/factory.py defines.
             found |= names if names == files else names | {part.module}
     return found
+
+
+def own_names(module: str) -> set[str]:
+    """What can be imported from a file of the program."""
+    body = tree(ROOT / f"{module.replace('.', '/')}.py").body
+    return {part.id for node in body for part in ast.walk(node) if isinstance(part, ast.Name)} | {
+        node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
 
 
 def at_start_up(node: ast.AST) -> set[str]:
@@ -150,17 +150,19 @@ def test_no_module_imports_itself_through_others():
     graph = {
         module: imported(tree(path)) & set(modules) - {module} for module, path in modules.items()
     }
-    assert "datasets.batches" in graph["datasets"]  # the names of both sides match
+    assert "datasets.factory" in graph["main"]  # the names of both sides match
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("datasets.batches") < order.index("datasets") < order.index("main")
+    assert order.index("datasets.decode") < order.index("datasets.factory") < order.index("main")
     with pytest.raises(graphlib.CycleError):
         graphlib.TopologicalSorter(graph | {"errors": {"main"}}).prepare()
 
 
 @pytest.mark.parametrize("module", sorted(LIGHT))
 def test_what_answers_a_usage_error_loads_the_standard_library_only(module):
-    found = {part.split(".")[0] for part in at_start_up(tree(ROOT / f"{module}.py"))}
-    assert found <= set(sys.stdlib_module_names) | LIGHT
+    found = at_start_up(tree(ROOT / f"{module.replace('.', '/')}.py"))
+    rest = {part for part in found if part.split(".")[0] not in sys.stdlib_module_names}
+    names = LIGHT | {f"{light}.{name}" for light in LIGHT for name in own_names(light)}
+    assert rest <= names
 
 
 def test_an_import_at_start_up_is_told_from_a_late_one():
@@ -184,7 +186,7 @@ def test_a_file_of_a_package_is_told_from_what_the_package_defines():
 def test_settings_stop_at_the_door_of_a_package(package):
     for path in (ROOT / package).glob("*.py"):
         names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
-        assert ("opt" in names) == (path.name == "__init__.py"), name(path)
+        assert ("opt" in names) == (path.name == "factory.py"), name(path)
 
 
 # -------------------------------------------------------------------------------- who may do what
@@ -254,10 +256,10 @@ def printing(module: ast.Module) -> list[str]:
 
 def tied_to_a_backend(module: ast.Module) -> list[str]:
     """Where Triton, or what is written in it, is used by name."""
-    backends = ("kernels.fused", "kernels.triton", "triton")
+    backends = ("kernels.triton", "triton")
     found = [part for part in imported(module) if part.startswith(backends)]
     names = [dotted(node) for node in ast.walk(module) if isinstance(node, ast.Attribute)]
-    found += [part for part in names if part == "kernels.fused"]
+    found += [part for part in names if part == "kernels.triton_ops"]
     looked_up = ("importlib.import_module", "importlib.util.find_spec", "import_module")
     return found + [
         called
@@ -320,7 +322,7 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
     ),
     (
         loads_or_saves,
-        lambda path: path.name == "checkpoints.py",
+        lambda path: name(path) == "fileio/serialization.py",
         "torch.load(f)\ntorch.save(x, f)\nfrom torch import load\nimport torch as t\n"
         "torch.hub.load(x)\ntorch.jit.load(f)\njson.load(f)\ntorch.zeros(1)",
         6,
@@ -335,28 +337,30 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
     ),
     (
         flags_built,
-        lambda path: path.name == "opts.py" or unit(path) == "tools",  # a tool may have its own
+        lambda path: name(path) == "opts.py" or unit(path) == "tools",  # a tool may have its own
         "Flag('x', text, '', '')\nflags.Flag('x')",
         2,
     ),
     (
         printing,
-        lambda path: path.name in ("runlog.py", "main.py", "opts.py") or unit(path) == "tools",
+        lambda path: (
+            name(path) in ("experiment/console.py", "main.py", "opts.py") or unit(path) == "tools"
+        ),
         "print(x)\nsys.stdout.write(x)\nsys.stderr.write(x)\nfile.write(x)",
         3,
     ),
     (
-        # `kernels.select` alone knows which of the two runs.
+        # `kernels.backend.select` alone knows which of the two runs.
         tied_to_a_backend,
         lambda path: unit(path) == "kernels",
-        "import triton\nimport triton.language as tl\nfrom kernels import fused\nimport kernels\n"
-        "kernels.fused.product(x)\nimportlib.util.find_spec('triton')\nfrom kernels import plain\n"
-        "kernels.select('triton', device)",
+        "import triton\nimport triton.language as tl\nfrom kernels import triton_ops\n"
+        "kernels.triton_ops.product(x)\nimportlib.util.find_spec('triton')\n"
+        "from kernels import reference\nkernels.backend.select('triton', device)",
         5,
     ),
     (
         exchanges,
-        lambda path: path.name in ("distributed.py", "launch.py"),
+        lambda path: unit(path) == "distributed",
         "import torch.distributed.tensor as t\nfrom torch import distributed\n"
         "from torch.distributed.nn import all_reduce\ntorch.distributed.barrier()\n"
         "import distributed\nfrom torch import multiprocessing\ndistributed.join(place)",
@@ -364,7 +368,7 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
     ),
     (
         places_read,
-        lambda path: path.name == "launch.py",
+        lambda path: name(path) == "distributed/launcher.py",
         "os.environ['RANK']\nos.getenv('LOCAL_RANK', 0)\n'WORLD_SIZE' in os.environ\n"
         "os.environ.get('SLURM_PROCID')\nint(env['TORCHELASTIC_RESTART_COUNT'])\n"
         "os.environ['PATH']\n'''RANK and its kin.'''\nrank = 0",
@@ -396,12 +400,16 @@ def test_a_breach_of_the_rule_would_be_found(rule, exempt, code, count):
 
 def test_the_owners_do_what_they_alone_may_do():
     # Else the rules would hold because the code they are about has moved.
-    assert {"torch.load", "torch.save"} == set(loads_or_saves(tree(ROOT / "checkpoints.py")))
+    assert {"torch.load", "torch.save"} == set(
+        loads_or_saves(tree(ROOT / "fileio/serialization.py"))
+    )
     assert len(flags_built(tree(ROOT / "opts.py"))) > 40
-    assert printing(tree(ROOT / "runlog.py"))
-    assert "kernels.fused" in tied_to_a_backend(tree(ROOT / "kernels" / "__init__.py"))
-    assert "torch.distributed" in exchanges(tree(ROOT / "distributed.py"))
-    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(places_read(tree(ROOT / "launch.py")))
+    assert printing(tree(ROOT / "experiment/console.py"))
+    assert "kernels.triton_ops" in tied_to_a_backend(tree(ROOT / "kernels/backend.py"))
+    assert "torch.distributed" in exchanges(tree(ROOT / "distributed/world.py"))
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(
+        places_read(tree(ROOT / "distributed/launcher.py"))
+    )
 
 
 @pytest.mark.parametrize("path", sources(), ids=name)

@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Callable, Iterator
 
 import pytest
-from program import ROOT
 from torch.distributed import run as torchrun
 
 import opts
+import tools.results.configs
 from errors import UsageError
-from tools import runs, tasks
+from helpers.run_main import ROOT
+from tools.sweep import tasks
 
 # A word of a command line: a comma ends it where a sentence goes on behind.
 WORD = r"(?:[^`#|,\s]|,(?=\S))+"
@@ -143,7 +144,7 @@ def recipes(text: str) -> Iterator[tuple[str, str]]:
 
 def wrong_recipes(text: str) -> list[tuple[str, str]]:
     """Those whose error is not the published one."""
-    configs = runs.configs()
+    configs = tools.results.configs.configs()
     return [(name, error) for name, error in recipes(text)
             if name not in configs or configs[name].claim["error"] != float(error)]  # fmt: skip
 
@@ -162,7 +163,9 @@ def test_the_recipes_name_the_published_errors():
 
 def test_every_published_result_has_a_recipe():
     named = {name for name, _ in recipes((ROOT / "TRAINING.md").read_text())}
-    assert named == {name for name, config in runs.configs().items() if config.claim}
+    assert named == {
+        name for name, config in tools.results.configs.configs().items() if config.claim
+    }
 
 
 def test_the_mistakes_in_the_readme_are_answered_as_it_says():

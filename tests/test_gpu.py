@@ -11,14 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import FORMS, Results, mean_error, network, pictures, relative_differences, results
 
-import datasets
-import footprint
-import kernels
+import datasets.factory
+import kernels.backend
 import opts
-from gradients import Gradients
-from kernels import plain
+from engine.gradients import Gradients
+from engine.memory import Estimate
+from helpers.tiny_networks import (
+    FORMS,
+    Results,
+    mean_error,
+    network,
+    pictures,
+    relative_differences,
+    results,
+)
+from kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -54,8 +62,8 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
 def test_every_precision_learns(precision, tmp_path):
-    plain = f"{SMALL} --nImages 512 --augment false --dropRate 0 --milestones 4 --nEpochs 4"
-    done = run(f"{plain} --precision {precision} --save {tmp_path / 'run'}")
+    reference = f"{SMALL} --nImages 512 --augment false --dropRate 0 --milestones 4 --nEpochs 4"
+    done = run(f"{reference} --precision {precision} --save {tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     records = log(tmp_path / "run")
     assert records[-1]["val_top1"] < 20 < records[0]["train_top1"]
@@ -63,7 +71,7 @@ def test_every_precision_learns(precision, tmp_path):
 
 def test_the_data_and_its_batches_are_on_the_device():
     device = torch.device("cuda", 0)
-    data = datasets.create(opts.parse(SMALL.split()), device, print)
+    data = datasets.factory.create(opts.parse(SMALL.split()), device, print)
     images, targets = next(iter(data.train.batches(epoch=1)))
     assert data.train.images.pixels.is_cuda and images.is_cuda and targets.is_cuda
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -107,10 +115,10 @@ def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
 
 def backends() -> list:
     """The operations that this machine can run a dense block with."""
-    return [plain, kernels.select("auto", torch.device("cuda", 0), "single")[0]]
+    return [reference, kernels.backend.select("auto", torch.device("cuda", 0), "single")[0]]
 
 
-def step(level: int, form: str, ops=plain, low=None, seed: int = 5) -> Results:
+def step(level: int, form: str, ops=reference, low=None, seed: int = 5) -> Results:
     """Loss, gradients and buffers of a step on the GPU, brought to the CPU."""
     # Wide enough that the kernels use several tiles and a part of one.
     model = network(level, form, growth_rate=12, init_channels=24, ops=ops).float().cuda()
@@ -146,7 +154,7 @@ def test_lower_precisions_err_no_more_than_level_0_does(level, low):
         assert mean_error(step(level, "BC", ops, low), exact) < 1.5 * allowed, ops.__name__
 
 
-@pytest.mark.parametrize("ops", backends() if torch.cuda.is_available() else [plain])
+@pytest.mark.parametrize("ops", backends() if torch.cuda.is_available() else [reference])
 def test_the_same_step_gives_the_same_bits(ops):
     torch.use_deterministic_algorithms(True)
     try:
@@ -197,22 +205,22 @@ def test_memory_is_what_was_estimated(level, precision):
     line = "--depth 40 --growthRate 12 --batchSize 64 --dataset synthetic"
     opt = opts.parse([*line.split(), "--optMemory", str(level), "--precision", precision])
     device = torch.device("cuda", 0)
-    ops = kernels.select("auto", device, precision)[0]
+    ops = kernels.backend.select("auto", device, precision)[0]
     measured = footprint_of_a_run(opt, ops, device)
-    estimate = footprint.Estimate(opt, 10, device, ops)
+    estimate = Estimate(opt, 10, device, ops)
     assert measured == pytest.approx(estimate.peak_bytes(), rel=0.15)
     assert measured != pytest.approx(estimate.peak_bytes(batch=128), rel=0.15)
 
 
 def footprint_of_a_run(opt, ops, device: torch.device) -> int:
     """The peak of the allocator over three eager steps, in bytes."""
-    import models
-    import runlog
+    import models.factory
     import train
+    from experiment.log import RunLog
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
-    trainer = train.create(opt, models.create(opt, 10, ops), device, runlog.RunLog(None))
+    trainer = train.create(opt, models.factory.create(opt, 10, ops), device, RunLog(None))
     images = torch.randn(opt.batchSize, 3, 32, 32, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(opt.batchSize, dtype=torch.int64, device=device)

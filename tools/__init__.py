@@ -1,1 +1,1 @@
-"""Programs beside the training command, run as `python -m tools.NAME`."""
+"""Command lines beside `main.py`: `python -m tools.NAME`."""

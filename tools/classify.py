@@ -10,24 +10,26 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from cli.flags import AT_LEAST_1, Flag, integer, text
 from errors import printable
-from flags import AT_LEAST_1, Flag, integer, text
-from tools import command, trained
+from tools import cli
+from tools.inference import network, sources
+from tools.inference.images import OVERWRITE, Unreadable, check_new, find_images
 
 FLAGS = {
     flag.name: flag
     for flag in (
         Flag("top", integer, 5, "classes to name for each image", range=AT_LEAST_1),
         Flag("csv", text, None, "CSV file to write instead of printing; - prints it", "none"),
-        trained.CLASSES,
-        trained.OVERWRITE,
+        sources.CLASSES,
+        OVERWRITE,
     )
 }
 USAGE = f"""usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
 
 Names the classes that a trained network finds most probable for each image, with their
 probabilities in per cent. An IMAGE may be a directory, with all images below it.
-{trained.SOURCES}
+{sources.SOURCES}
 With --tenCrop true ten crops of each image are averaged. An image that cannot be read is an error
 line, the others are classified, and the exit code is 3."""
 COLUMNS = ("image", "rank", "class", "percent")
@@ -35,17 +37,17 @@ COLUMNS = ("image", "rank", "class", "percent")
 Guess = tuple[str, float]  # class name, probability in per cent
 
 
-def parse(argv: list[str]) -> command.Command:
+def parse(argv: list[str]) -> cli.Command:
     """The command line; the first operand is the checkpoint.
 
     Raises:
         UsageError: a flag is wrong, or something is not named.
     """
-    return trained.read_command(argv, FLAGS)
+    return network.read_command(argv, FLAGS)
 
 
 def classify(
-    net: trained.Trained, paths: list[str], bad: trained.Unreadable, top: int
+    net: network.Trained, paths: list[str], bad: Unreadable, top: int
 ) -> Iterator[tuple[str, list[Guess]]]:
     """Each image that can be read with its most probable classes, the most probable first."""
     for images, places in net.batches(paths, bad):
@@ -81,35 +83,39 @@ def work(argv: list[str]) -> int:
     checkpoint, *operands = asked.operands
     output = Path(asked.own.csv) if asked.own.csv not in (None, "-") else None
     if output:
-        trained.check_new(output, asked.own.overwrite)
-    trained.check_there(Path(checkpoint))
-    paths = trained.find_images(operands)
+        check_new(output, asked.own.overwrite)
+    sources.check_there(Path(checkpoint))
+    paths = find_images(operands)
 
-    import datasets
-    import runlog
-    import storage
+    import datasets.factory
+    import datasets.file_loader
+    from experiment import console
+    from fileio import atomic
 
     classes = asked.own.classes and Path(asked.own.classes)
-    net, bad = trained.load(Path(checkpoint), asked.network, classes), trained.Unreadable()
+    net, bad = (
+        network.load(Path(checkpoint), asked.network, classes),
+        Unreadable(),
+    )
     written = [csv_lines([COLUMNS])] if output else []
     if asked.own.csv == "-":
-        runlog.say(csv_lines([COLUMNS]).rstrip("\n"))
-    with datasets.worker_failures():
+        console.say(csv_lines([COLUMNS]).rstrip("\n"))
+    with datasets.file_loader.worker_failures():
         for path, guesses in classify(net, paths, bad, asked.own.top):
             if output:
                 written.append(csv_lines(as_rows(path, guesses)))
             elif asked.own.csv:
-                runlog.say(csv_lines(as_rows(path, guesses)).rstrip("\n"))
+                console.say(csv_lines(as_rows(path, guesses)).rstrip("\n"))
             else:
-                runlog.say(as_text(path, guesses))
+                console.say(as_text(path, guesses))
     if output:
-        storage.write_whole(output, "".join(written).encode("utf-8", "surrogateescape"))
+        atomic.write_whole(output, "".join(written).encode("utf-8", "surrogateescape"))
     return bad.code
 
 
 def main(argv: list[str]) -> int:
     """Print or write the classes of images."""
-    return command.run(argv, USAGE, FLAGS, work, network=True)
+    return cli.run(argv, USAGE, FLAGS, work, network=True)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,9 @@ def num_classes(opt: SimpleNamespace) -> int:
     Raises:
         UsageError: they are in the data only.
     """
-    import datasets
+    from datasets import registry
 
-    known = datasets.NUM_CLASSES | {"synthetic": datasets.SYNTHETIC_CLASSES}
+    known = registry.NUM_CLASSES | {"synthetic": registry.SYNTHETIC_CLASSES}
     count = opt.nClasses or known.get(opt.dataset)
     if count is None:
         raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")
@@ -89,11 +89,13 @@ def build(opt: SimpleNamespace):
     """
     import torch
 
-    import footprint
-    import models
+    import engine.memory
+    import models.factory
 
     with torch.device("meta"):
-        return models.create(footprint.with_settings(opt, optMemory=0), num_classes(opt))
+        return models.factory.create(
+            engine.memory.with_settings(opt, optMemory=0), num_classes(opt)
+        )
 
 
 def render(opt: SimpleNamespace, model, layers: list[Layer]) -> str:
@@ -131,20 +133,22 @@ def memory(opt: SimpleNamespace) -> Iterator[str]:
     Raises:
         UsageError: a GPU or kernels are asked for that are not there.
     """
-    import devices
-    import footprint
-    import kernels
+    import engine.device
+    import engine.memory
+    import kernels.backend
+    from engine.memory import Estimate
 
-    device = devices.select(opt.nGPU)
+    device = engine.device.select(opt.nGPU)
     estimates = {}
     for precision in PRECISIONS:
         # Triton asked for by name is an error where one precision cannot have it.
         wish = "torch" if opt.kernels == "torch" else "auto"
-        ops, _ = kernels.select(wish, device, precision)
-        changed = footprint.with_settings(opt, precision=precision)
-        estimates[precision] = footprint.Estimate(changed, num_classes(opt), device, ops)
+        ops, _ = kernels.backend.select(wish, device, precision)
+        changed = engine.memory.with_settings(opt, precision=precision)
+        estimates[precision] = Estimate(changed, num_classes(opt), device, ops)
 
-    yield f"memory of a training step at batch {opt.batchSize} on {devices.describe(device)}, in MB"
+    where = engine.device.describe(device)
+    yield f"memory of a training step at batch {opt.batchSize} on {where}, in MB"
     has_levels = bool(estimates[opt.precision].levels)
     title = "optMemory" if has_levels else ""
     yield f"{title:<12}" + "".join(f"{precision:>12}" for precision in PRECISIONS)
@@ -154,7 +158,7 @@ def memory(opt: SimpleNamespace) -> Iterator[str]:
         yield f"{name:<12}" + "".join(f"{peak / 1e6:>12,.1f}" for peak in peaks)
     data = resident_bytes(opt)
     yield f"{'data':<12}" + ("not known here" if data is None else f"{data / 1e6:>12,.1f} more")
-    free = devices.free_bytes(device)
+    free = engine.device.free_bytes(device)
     if has_levels:
         yield _choice(estimates[opt.precision], None if free is None else free - (data or 0))
 
@@ -170,9 +174,9 @@ def resident_bytes(opt: SimpleNamespace) -> int | None:
     """The images and labels that stay on the device; None where only the data tells."""
     if opt.imagenetShape and opt.dataset in ("imagenet", "folder"):
         return 0  # read batch by batch
-    import datasets
+    from datasets import registry
 
-    count = sum(datasets.NUM_IMAGES.get(opt.dataset, ())) or None
+    count = sum(registry.NUM_IMAGES.get(opt.dataset, ())) or None
     if opt.dataset == "synthetic":
         count = opt.nImages + max(1, opt.nImages // 5)
     return count and count * (3 * opt.imageSize**2 + 8)

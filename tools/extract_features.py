@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import storage
-from flags import Flag, text
-from tools import command, trained
+from cli.flags import Flag, text
+from fileio import atomic
+from tools import cli
+from tools.inference import network, sources
+from tools.inference.images import OVERWRITE, Unreadable, check_new, find_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +26,8 @@ FLAGS = {
     flag.name: flag
     for flag in (
         Flag("output", text, "features.npz", "file to write"),
-        trained.CLASSES,
-        trained.OVERWRITE,
+        sources.CLASSES,
+        OVERWRITE,
     )
 }
 USAGE = f"""usage: python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER... [options]
@@ -36,21 +38,21 @@ Writes the features of images, the input of the network's classifier, for numpy.
   names      (N,) the images as they are named; of a folder, the paths below it
   labels     (N,) int64, and
   classes    (K,) names of the directories, for a folder with the images in a directory a class
-{trained.SOURCES}
+{sources.SOURCES}
 An image that cannot be read is an error line and left out, and the exit code is 3."""
 
 
-def parse(argv: list[str]) -> command.Command:
+def parse(argv: list[str]) -> cli.Command:
     """The command line; the first operand is the checkpoint.
 
     Raises:
         UsageError: a flag is wrong, or something is not named.
     """
-    return trained.read_command(argv, FLAGS)
+    return network.read_command(argv, FLAGS)
 
 
 def features(
-    net: trained.Trained, paths: list[str], bad: trained.Unreadable
+    net: network.Trained, paths: list[str], bad: Unreadable
 ) -> Iterator[tuple["np.ndarray", list[int]]]:
     """Features (n, C) float32 batch by batch, and which of the paths they are of.
 
@@ -97,23 +99,27 @@ def work(argv: list[str]) -> int:
     asked = parse(argv)
     checkpoint, *operands = asked.operands
     output = Path(asked.own.output)
-    trained.check_new(output, asked.own.overwrite)
-    trained.check_there(Path(checkpoint))
-    paths = trained.find_images(operands)
+    check_new(output, asked.own.overwrite)
+    sources.check_there(Path(checkpoint))
+    paths = find_images(operands)
 
     import numpy as np
 
-    import datasets
-    import runlog
+    import datasets.factory
+    import datasets.file_loader
+    from experiment import console
 
     classes = asked.own.classes and Path(asked.own.classes)
-    net, bad = trained.load(Path(checkpoint), asked.network, classes), trained.Unreadable()
+    net, bad = (
+        network.load(Path(checkpoint), asked.network, classes),
+        Unreadable(),
+    )
     folder = Path(operands[0]) if len(operands) == 1 and Path(operands[0]).is_dir() else None
     names, width = [], net.model.classifier.in_features
     with (
-        storage.whole_file(output) as target,
+        atomic.whole_file(output) as target,
         tempfile.TemporaryFile(dir=output.parent) as rows,  # how many there are is known at the end
-        datasets.worker_failures(),  # within: what a lost process raises is no error of the file
+        datasets.file_loader.worker_failures(),  # a lost process is no error of the file
     ):
         for values, places in features(net, paths, bad):
             rows.write(values.astype("<f4").tobytes())
@@ -125,13 +131,13 @@ def work(argv: list[str]) -> int:
             others["classes"] = np.array(labelled[0], dtype=np.str_)
             others["labels"] = np.array(labelled[1], dtype=np.int64)
         write(target, rows, (len(names), width), others)
-    runlog.say(f"{output}: {len(names)} images, {width} features each")
+    console.say(f"{output}: {len(names)} images, {width} features each")
     return bad.code
 
 
 def main(argv: list[str]) -> int:
     """Write the features of images."""
-    return command.run(argv, USAGE, FLAGS, work, network=True)
+    return cli.run(argv, USAGE, FLAGS, work, network=True)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,19 @@ def measure(opt: SimpleNamespace) -> list[tuple[float, float]]:
     """(seconds of a bare step, seconds of a step of the trainer), `STEPS` times."""
     import torch
 
-    import datasets
-    import devices
-    import models
-    import runlog
+    import datasets.factory
+    import engine.device
+    import models.factory
     import train
+    from experiment import console
+    from experiment.log import RunLog
 
-    device = devices.select(opt.nGPU)
-    devices.configure(opt.cudnn, opt.tf32)
+    device = engine.device.select(opt.nGPU)
+    engine.device.configure(opt.cudnn, opt.tf32)
     opt.nImages = opt.batchSize * (WARM_UP + STEPS)
-    data = datasets.create(opt, device, runlog.warn)
-    model = models.create(opt, len(data.classes))
-    trainer = train.create(opt, copy.deepcopy(model), device, runlog.RunLog(None))
+    data = datasets.factory.create(opt, device, console.warn)
+    model = models.factory.create(opt, len(data.classes))
+    trainer = train.create(opt, copy.deepcopy(model), device, RunLog(None))
     bare = bare_step(
         trainer, model.to(device, trainer.dtype, memory_format=torch.channels_last), opt, data
     )

@@ -1,6 +1,6 @@
 """Several torchrun agents on this machine, each with an address of its own, for elastic runs.
 
-The agents are forked from a process that has torch (program.py); their workers are programs as
+The agents are forked from a process that has torch (run_main.py); their workers are programs as
 anybody starts them. A node is an address of the loopback device, or a network namespace at the end
 of a cable that can be pulled.
 """
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from program import ROOT, Running, start
-from recording import SLOW
-
 from faults.contract import tiny
+from helpers.recording import SLOW
+from helpers.run_main import ROOT, Running, start
 
 CLONE_NEWNET = 0x40000000  # of Linux's sched.h
 
@@ -87,7 +86,7 @@ class Elastic:
             f"--rdzv-conf={','.join(f'{name}={value}' for name, value in settings.items())}",
             f"--local-addr={node.address}",
             "--max-restarts=20",
-            str(ROOT / "tests" / "recording.py"),
+            str(ROOT / "tests" / "helpers/recording.py"),
             str(self.directory),
             *tiny(**self._flags),
         ]

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import torch
-from program import Result
-from samples import write_folder
 
 import checkpoints
-import runlog
+import experiment.log
+from helpers.run_main import Result
+from helpers.sample_data import write_folder
 
 # A run of four steps an epoch that takes a few hundredths of a second.
 TINY = {
@@ -79,7 +79,7 @@ def check_whole(directory: Path) -> int:
         assert checkpoints.load_weights(path)
     for path in directory.glob("*.json"):
         assert json.loads(path.read_text())
-    epochs = [line["epoch"] for line in runlog.read_log(directory)]
+    epochs = [line["epoch"] for line in experiment.log.read_log(directory)]
     assert epochs == sorted(set(epochs))
     return len(steps)
 

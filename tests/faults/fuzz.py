@@ -24,14 +24,16 @@ import torch
 from PIL import Image
 
 import checkpoints
+import fileio.archive
 import main
 import opts
-from datasets.archives import unpack
-from datasets.files import ImageFiles
+from datasets.download import unpack
+from datasets.file_loader import ImageFiles
 from errors import CheckpointError, DataError, RunError, UsageError
 from faults import costs
 from faults.contract import TINY, command, tiny
 from faults.sabotage import no_fsync
+from fileio import serialization
 
 Case = tuple[Callable[[], object], type[Exception] | tuple]
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -88,7 +90,7 @@ def checkpoint_bytes(draw: random.Random, root: Path) -> Case:
     data = checkpoint_of(root).read_bytes()
     path = root / "bytes.pt"
     if draw.random() < 0.7:
-        sealed = len(checkpoints.SEAL) + 64
+        sealed = len(fileio.archive.SEAL) + 64
         data = data[: -sealed - 2] + bytes(2)
     path.write_bytes(mutated(data, draw))
     return _reading(path, draw)
@@ -142,7 +144,7 @@ def checkpoint_contents(draw: random.Random, root: Path) -> Case:
         if not state:
             break
     path = root / "contents.pt"
-    path.write_bytes(checkpoints.packed(state))
+    path.write_bytes(serialization.packed(state))
     flag = draw.choice(("resume", "retrain"))
     flags = TINY | {"nEpochs": 1, flag: path, "save": root / "other", "override": True}
     if flag == "resume" and draw.random() < 0.5:

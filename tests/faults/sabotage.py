@@ -90,7 +90,7 @@ def at_batch(action: Callable[[], None], k: int = 1, phase: str = "train") -> No
     """Call `action` within the k-th batch of `phase`: train, val or any."""
     import torch
 
-    import metrics
+    from engine import metrics
 
     add, batches = metrics.Sums.add, itertools.count(1)
 
@@ -103,11 +103,11 @@ def at_batch(action: Callable[[], None], k: int = 1, phase: str = "train") -> No
     metrics.Sums.add = add_and_act
 
 
-def before_call(action: Callable[[], None], module: str, name: str, k: int = 1) -> None:
-    """Call `action` before the k-th call of a function or method of a module: `Batches.cut`."""
-    *owners, last = name.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    function, calls = getattr(owner, last), itertools.count(1)
+def before_call(action: Callable[[], None], function: Callable, k: int = 1) -> None:
+    """Call `action` before the k-th call of a function of a module or method of a class."""
+    *owners, last = function.__qualname__.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(function.__module__))
+    calls = itertools.count(1)
 
     def act_and_call(*args, **kwargs):
         if next(calls) == k:
@@ -292,8 +292,8 @@ def forget_rng() -> None:
 
 def forget_position() -> None:
     """Resume in the middle of an epoch with the first batch of it."""
-    from datasets.batches import Batches
-    from datasets.files import FileBatches
+    from datasets.file_loader import FileBatches
+    from datasets.memory_loader import Batches
 
     def from_the_first(batches):
         return lambda self, epoch, start=0: batches(self, epoch, 0)

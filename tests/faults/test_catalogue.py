@@ -1,14 +1,15 @@
 """The table of faults in docs/faults.md: every row is there, and the tests that it names exist."""
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 
 import pytest
-from program import ROOT
 
 import errors
-from stopping import SIGNALS
+from distributed.signals import SIGNALS
+from helpers.run_main import ROOT
 
 NUM_ROWS = 81
 DOCUMENT = (ROOT / "docs" / "faults.md").read_text()
@@ -120,7 +121,7 @@ def test_a_fault_that_nothing_holds_would_be_noticed(line, problem):
 def stale(text: str) -> list[str]:
     """Commands of a document that would run no test, or no tool."""
     tools = re.findall(r"python -m (tools\.\w+)", text)
-    found = [tool for tool in tools if not (ROOT / f"{tool.replace('.', '/')}.py").is_file()]
+    found = [tool for tool in tools if not importlib.util.find_spec(tool)]
     for path, words in re.findall(
         r"python -m pytest [^`]*?(tests/\S+\.py)(?: -k \"(.*?)\")?", text
     ):

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from program import Ranks, run_ranks
 
 import main
 from faults.contract import command, refused, status, tiny
 from faults.sabotage import at_batch, kill_a_child, on_files, refuse, send
 from faults.test_faults_data import LARGE, folder, photographs
+from helpers.run_main import Ranks, run_ranks
 
 FLAGS = {"nEpochs": 3, "nGPU": 0, "timeout": 4}
 BOTH = [0, 1]
@@ -82,7 +82,7 @@ def test_a_start_that_is_refused_leaves_the_verdict_of_a_complete_run(complete, 
 
 def stop_before_the_sum() -> None:
     """Hang with the gradients computed, while the others wait for them."""
-    import gradients
+    from engine import gradients
 
     finish, steps = gradients.Gradients.finish, iter(range(1, 10**6))
 
@@ -103,18 +103,18 @@ def test_a_process_that_hangs_within_a_step_is_not_waited_for_longer_than_asked(
 
 def record_steps_but(rank: int) -> None:
     """A recorder of CUDA graphs, of which that of one process breaks off."""
-    import graphs
-    import launch
+    from distributed import launcher
+    from engine import cuda_graph
 
     def recorder(*_):
         def record(work):
-            if launch.here().rank == rank:
+            if launcher.here().rank == rank:
                 raise RuntimeError("operation not permitted when stream is capturing")
             return work
 
         return record
 
-    graphs.recorder = recorder
+    cuda_graph.recorder = recorder
 
 
 @pytest.mark.parametrize("rank", BOTH)
@@ -153,17 +153,17 @@ def test_the_first_process_is_heard_before_its_store_is_gone(tmp_path, number):
 
 
 def slow_data(seconds: float) -> None:
-    import datasets
-    import stopping
+    import datasets.factory
+    from distributed import signals
 
-    stopping.START_UP_S = 1
-    create = datasets.create
+    signals.START_UP_S = 1
+    create = datasets.factory.create
 
     def create_slowly(*args):
         time.sleep(seconds)
         return create(*args)
 
-    datasets.create = create_slowly
+    datasets.factory.create = create_slowly
 
 
 @pytest.mark.parametrize("told", [[0], [1], [0, 1]])

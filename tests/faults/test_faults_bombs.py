@@ -4,16 +4,17 @@ import hashlib
 from functools import partial
 
 import pytest
-from program import run
 
 import checkpoints
 import opts
-from datasets.archives import unpack
-from datasets.files import decode
+from datasets.decode import decode
+from datasets.download import unpack
 from errors import CheckpointError, DataError, UsageError
 from faults import costs, fuzz
 from faults.contract import command, refused, saved, tiny
 from faults.test_faults_data import CIFAR, SMALL, folder, photographs, published_as
+from fileio import serialization
+from helpers.run_main import run
 
 
 def check_cheap(size: int, call, error: type[Exception] | tuple = Exception) -> None:
@@ -29,14 +30,14 @@ def check_cheap(size: int, call, error: type[Exception] | tuple = Exception) -> 
 
 def be_quick() -> None:
     """Give a checkpoint little time, so that the test takes little as well."""
-    import checkpoints
+    from fileio import serialization
 
-    checkpoints.READ_S = 0.2
+    serialization.READ_S = 0.2
 
 
 @pytest.mark.parametrize("name", costs.CHECKPOINTS)
 def test_a_checkpoint_that_claims_much_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(checkpoints, "READ_S", 0.2)
+    monkeypatch.setattr(serialization, "READ_S", 0.2)
     path = tmp_path / "weights.pt"
     path.write_bytes(costs.CHECKPOINTS[name]())
     load = partial(checkpoints.load_weights, path)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from program import run
 
 from faults.contract import command, refused, saved, tiny
 from faults.sabotage import at_batch, both, kill_a_child
+from helpers.run_main import run
 
 
 def photographs(root: Path, classes: str = "cat dog") -> Path:
@@ -95,16 +95,16 @@ def test_another_number_of_classes_is_refused(root, number, size):
 
 
 def bad_labels(label: int) -> None:
-    import datasets.synthetic
+    from datasets import synthetic
 
-    noisy = datasets.synthetic._noisy
+    noisy = synthetic._noisy
 
     def spoilt(*args):
         images = noisy(*args)
         images.labels[-1] = label
         return images
 
-    datasets.synthetic._noisy = spoilt
+    synthetic._noisy = spoilt
 
 
 @pytest.mark.parametrize("label", [-100, 3])
@@ -228,16 +228,16 @@ def hang() -> None:
     """Loader processes that never finish one of the images, and little patience with them."""
     import time
 
-    import datasets.files
+    from datasets import file_loader
 
-    decode = datasets.files.decode
+    decode = file_loader.decode
 
     def slow(path):
         if str(path).endswith("1.png"):
             time.sleep(600)
         return decode(path)
 
-    datasets.files.decode, datasets.files.WORKER_TIMEOUT_S = slow, 1
+    file_loader.decode, file_loader.WORKER_TIMEOUT_S = slow, 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])  # the eighth: while the others are started

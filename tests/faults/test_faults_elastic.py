@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from recording import order
 
-from datasets.deal import Deal
+from datasets.batch_sampler import Deal
 from faults.agents import (
     LOCAL,
     Elastic,
@@ -22,6 +21,7 @@ from faults.agents import (
     seconds_until,
 )
 from faults.contract import status
+from helpers.recording import order
 
 FLAGS = {"nImages": 200, "nEpochs": 4, "saveEvery": 0.002}
 STEPS = 100  # too few to last until the end of a test, unless they are slowed down

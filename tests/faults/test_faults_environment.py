@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from program import ROOT, run, start
-from test_runlog import on_a_terminal
 
-import runlog
+import experiment.log
 from faults.contract import outcome, refused, saved, status, tiny
 from faults.sabotage import (
     at_batch,
@@ -28,6 +26,8 @@ from faults.sabotage import (
     turn_the_clock_back,
 )
 from faults.test_faults_data import LARGE, folder, photographs
+from helpers.run_main import ROOT, run, start
+from helpers.terminal import on_a_terminal
 
 FLAGS = {"nEpochs": 2, "dropRate": 0.2}
 
@@ -104,7 +104,7 @@ def test_a_clock_that_runs_backwards_changes_neither_result_nor_duration(tmp_pat
     assert run(argv, partial(both, turn_the_clock_back, partial(at_batch, kill, 6))).code < 0
     assert run([*argv, "--resume=auto"], turn_the_clock_back).code == 0
     assert outcome(tmp_path) == complete
-    for record in runlog.read_log(tmp_path):
+    for record in experiment.log.read_log(tmp_path):
         assert 0 < record["time_s"] < 60 and 0 <= record["data_wait"] <= 1
 
 

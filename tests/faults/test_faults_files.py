@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from program import ROOT, run
 
 import checkpoints
-from datasets.files import decode
+from datasets.decode import decode
 from faults.contract import outcome, records, refused, saved, tiny
 from faults.sabotage import at_batch, environment, kill
 from faults.test_faults_data import CIFAR, FOLDER, LARGE, SMALL, archive, entry, folder, photographs
+from helpers.run_main import ROOT, run
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def download_from(url: str, md5: str) -> None:
     """Take a server of the test for the official one, and be impatient with it."""
     from torchvision.datasets import CIFAR10
 
-    from datasets import archives
+    from datasets import download
 
     CIFAR10.url, CIFAR10.tgz_md5 = url, md5
-    archives.STALLED_S, archives.PAUSE_S = 0.3, 0.01
+    download.STALLED_S, download.PAUSE_S = 0.3, 0.01
 
 
 @pytest.mark.parametrize("answer", [half, stall, fail], ids=["drops", "stalls", "fails"])

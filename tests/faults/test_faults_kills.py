@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import run
 
 import checkpoints
 from faults.contract import check_whole, outcome, saved, status, tiny
 from faults.sabotage import at_batch, kill, no_fsync, on_files, record_files
+from helpers.run_main import run
 
 # Two steps an epoch, one checkpoint within each, one kept: everything happens, and soon.
 FLAGS = {"nImages": 16, "nEpochs": 2, "dropRate": 0.2, "saveEvery": 1e-9, "keep": 2}
@@ -74,13 +74,13 @@ def test_a_kill_at_any_change_of_a_file_loses_nothing(reference, tmp_path):
 def plain_writes() -> None:
     """Write files as if nothing could happen meanwhile."""
     import checkpoints
-    import storage
+    from fileio import atomic
 
     def write(path: Path, data: bytes) -> None:
         with open(path, "wb") as file:
             file.write(data)
 
-    storage.write_whole = checkpoints.write_whole = write
+    atomic.write_whole = checkpoints.write_whole = write
 
 
 def test_plain_writes_do_lose_something(tmp_path):
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_does_not_push_out_one_that_can_be_resumed(tmp_path
 
 def test_without_the_check_it_would(tmp_path, monkeypatch):
     """The twin of the test above: even the checkpoint just written would be removed."""
-    monkeypatch.setattr(checkpoints, "_is_sound", lambda path: True)
+    monkeypatch.setattr(checkpoints, "is_sound", lambda path: True)
     write_some(tmp_path, 2, 4)
     damage(tmp_path, 1, 3, 90, 91)
     write_some(tmp_path, 10, keep=2)
@@ -180,9 +180,9 @@ def test_what_another_process_wrote_is_read_once_and_what_this_one_wrote_never(
 ):
     write_some(tmp_path, 2, 4)
     read, known = [], {}
-    is_sound = checkpoints._is_sound
+    is_sound = checkpoints.is_sound
     monkeypatch.setattr(
-        checkpoints, "_is_sound", lambda path: read.append(path.name) or is_sound(path)
+        checkpoints, "is_sound", lambda path: read.append(path.name) or is_sound(path)
     )
     write_some(tmp_path, 6, 8, 10, keep=3, known=known)
     assert sorted(read) == ["checkpoint_000000002.pt", "checkpoint_000000004.pt"]

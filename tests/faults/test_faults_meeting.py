@@ -7,10 +7,12 @@ import time
 from functools import partial
 
 import pytest
-from program import Ranks, run_ranks
 from torch.distributed import TCPStore
 
 import errors
+from distributed import rendezvous
+from distributed.world import World
+from experiment import resume
 from faults.agents import free_port
 from faults.contract import outcome, refused, status, tiny
 from faults.sabotage import at_batch, before_call, both, environment, kill, send
@@ -22,6 +24,7 @@ from faults.test_faults_ranks import (
     impatient,
     refused_by_all,
 )
+from helpers.run_main import Ranks, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def test_a_process_that_is_busy_when_another_fails_does_not_stay(tmp_path, rank)
 
 def test_who_waits_while_the_first_reads_a_checkpoint_notices_that_it_hangs(tmp_path):
     """Row 66: however long reading may take, a process that reads answers meanwhile."""
-    hangs = partial(before_call, partial(send, signal.SIGSTOP), "resume", "find")
+    hangs = partial(before_call, partial(send, signal.SIGSTOP), resume.find)
     ranks = Ranks(tiny(**FLAGS, timeout=2, save=tmp_path), 2, {0: hangs, 1: impatient})
     refused(ranks[1].wait(30), 8, r"process 0 \(host .*\) is lost \(.*timed out.*\); fix: ")
     ranks[0].signal(signal.SIGKILL)
@@ -100,8 +103,8 @@ def test_who_waits_while_the_first_reads_a_checkpoint_notices_that_it_hangs(tmp_
 
 
 def test_the_first_does_not_work_on_for_others_that_are_lost(tmp_path):
-    works = partial(both, impatient, partial(before_call, sleep, "resume", "find"))
-    lost = partial(before_call, kill, "distributed", "World.from_first")
+    works = partial(both, impatient, partial(before_call, sleep, resume.find))
+    lost = partial(before_call, kill, World.from_first)
     results = run_ranks(tiny(**FLAGS, save=tmp_path), 2, {0: works, 1: lost}, timeout_s=30)
     refused(results[0], 8, r"process 1 \(host .*\) is lost")
 
@@ -117,7 +120,7 @@ def test_processes_that_do_not_come_are_not_waited_for_for_ever(tmp_path):
 
 def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):
     """Row 62."""
-    told = partial(before_call, partial(wait_and, signal.SIGTERM), "distributed", "_name_of_start")
+    told = partial(before_call, partial(wait_and, signal.SIGTERM), rendezvous._name_of_start)
     sabotages = {0: partial(both, impatient, told), 1: partial(os._exit, 0)}
     results = run_ranks(tiny(**FLAGS, save=tmp_path / "run"), 2, sabotages, timeout_s=30)
     assert results[0].code == 75
@@ -125,9 +128,9 @@ def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):
 
 
 def wait_and(number: int) -> None:
-    import distributed
+    from distributed import rendezvous
 
-    distributed.MEETING_S = 60  # longer than after a signal
+    rendezvous.MEETING_S = 60  # longer than after a signal
     send(number)
 
 

@@ -3,10 +3,10 @@
 from functools import partial
 
 import pytest
-from program import run
 
 from faults.contract import outcome, refused, saved, status, tiny
 from faults.sabotage import ask_for_bytes, ask_for_tensors, at_batch, fill_the_gpu
+from helpers.run_main import run
 
 FLAGS = {"depth": 16, "growthRate": 8, "batchSize": 16, "nEpochs": 3}
 OUT = (

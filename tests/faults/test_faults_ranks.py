@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from program import Ranks, run, run_ranks
 
 import checkpoints
 import main
-from datasets.randomness import permutation
+from datasets.rng import permutation
 from faults.contract import outcome, refused, saved, status, tiny
 from faults.sabotage import (
     at_batch,
@@ -26,6 +25,7 @@ from faults.sabotage import (
     refuse,
     send,
 )
+from helpers.run_main import Ranks, run, run_ranks
 
 FLAGS = {"nEpochs": 3, "dropRate": 0.2, "nGPU": 0}
 BOTH = [0, 1]
@@ -100,9 +100,9 @@ def both_now(number: int) -> None:
 
 def impatiently(number: int) -> None:
     """A second signal, after the time within which it would be a repetition."""
-    import stopping
+    from distributed import signals
 
-    stopping.SAME_REQUEST_S = 0
+    signals.SAME_REQUEST_S = 0
     both_now(number)
 
 
@@ -116,16 +116,16 @@ def test_a_second_signal_later_on_ends_a_process_at_once(tmp_path, complete):
 
 def at_start(number: int) -> None:
     """A signal while the processes have not met yet."""
-    import stopping
+    from distributed import signals
 
-    install = stopping.Stop.install
+    install = signals.Stop.install
 
     def install_and_send(self):
         installed = install(self)
         send(number)
         return installed
 
-    stopping.Stop.install = install_and_send
+    signals.Stop.install = install_and_send
 
 
 @pytest.mark.parametrize("rank", BOTH)
@@ -195,10 +195,10 @@ def test_a_bug_in_one_process_ends_all_and_its_traceback_is_shown(tmp_path, rank
 
 def impatient() -> None:
     """Do not leave this process long to meet others, or to end by itself."""
-    import distributed
-    import stopping
+    import distributed.world
+    from distributed import rendezvous, signals
 
-    distributed.FAREWELL_S = distributed.MEETING_S = stopping.START_UP_S = 1
+    distributed.world.FAREWELL_S = rendezvous.MEETING_S = signals.START_UP_S = 1
 
 
 def stop_oneself() -> None:
@@ -256,14 +256,14 @@ def begun(tmp_path) -> Path:
 
 def broken_read(rank_fails: str) -> None:
     """What a process cannot do while it resumes."""
-    import models
-    import resume
+    import models.factory
     from errors import CheckpointError
+    from experiment import resume
 
     def broken(*_, **__):
         raise CheckpointError("it cannot be read", "restore it")
 
-    module = {"find": resume, "restore": resume, "create": models}[rank_fails]
+    module = {"find": resume, "restore": resume, "create": models.factory}[rank_fails]
     setattr(module, rank_fails, broken)
 
 
@@ -285,13 +285,13 @@ def test_data_that_only_one_process_cannot_read_ends_all(tmp_path):
 
 
 def no_data() -> None:
-    import datasets
+    import datasets.factory
     from errors import DataError
 
     def missing(*_):
         raise DataError("there is nothing here", "bring it")
 
-    datasets.create = missing
+    datasets.factory.create = missing
 
 
 # Rows 53, 54, 69 and 70, and what every process would say.
@@ -326,22 +326,22 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
 
 
 def other_data() -> None:
-    import datasets.synthetic
+    from datasets import synthetic
 
-    noisy = datasets.synthetic._noisy
+    noisy = synthetic._noisy
 
     def other(*args):
         images = noisy(*args)
         images.pixels[0] += 1
         return images
 
-    datasets.synthetic._noisy = other
+    synthetic._noisy = other
 
 
 def other_torch() -> None:
-    import distributed
+    from distributed import rendezvous
 
-    distributed.versions = lambda: {"torch": "1.0", "code": "old"}
+    rendezvous.versions = lambda: {"torch": "1.0", "code": "old"}
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_a_process_whose_launcher_was_killed_saves_and_ends(tmp_path, complete):
 
 
 def on_every_batch(action) -> None:
-    import metrics
+    from engine import metrics
 
     add = metrics.Sums.add
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import launch
-import resume
+from distributed import launcher
 from errors import DataError, PeerError, Preempted, RunError
+from experiment import resume
+from experiment.directory import RunDirectory
 from faults.contract import status
-from storage import RunDirectory
 
 BY_HAND = {"SLURM_RESTART_COUNT": "0"}
 BY_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "1"}
@@ -26,13 +26,13 @@ def start(tmp_path, monkeypatch):
     """What one process does: it finds its checkpoint at `step`, says so, and ends with `end`."""
 
     def start(environment: dict[str, str], step: int, end: BaseException = CAUSE) -> None:
-        for name in launch.RESTART_COUNTS:
+        for name in launcher.RESTART_COUNTS:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(type(end)), RunDirectory(tmp_path) as directory:
             state = {"global_step": step} if step else None
-            resume.check_progress(directory, state, launch.here().restarted)
+            resume.check_progress(directory, state, launcher.here().restarted)
             directory.write_status("running", global_step=step)
             raise end
 
@@ -103,6 +103,6 @@ def test_an_automatic_start_is_counted_before_it_can_die(tmp_path, monkeypatch):
     for count, written in (("0", False), ("1", True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         with pytest.raises(DataError), RunDirectory(Path(tmp_path)) as directory:
-            resume.check_progress(directory, None, launch.here().restarted)
+            resume.check_progress(directory, None, launcher.here().restarted)
             raise CAUSE
         assert (tmp_path / "status.json").exists() == written

@@ -3,10 +3,10 @@
 from functools import partial
 
 import pytest
-from program import run
 
 from faults.contract import refused, tiny
 from faults.sabotage import environment
+from helpers.run_main import run
 
 SMALL_BC = {"dataset": "cifar10", "imageSize": None, "nImages": None, "nClasses": None}
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import run
 
 import checkpoints
-import runlog
-from datasets.randomness import permutation
+import experiment.log
+from datasets.rng import permutation
 from faults.contract import (
     TINY_FILES,
     command,
@@ -33,6 +32,7 @@ from faults.sabotage import (
     send,
     send_to_group,
 )
+from helpers.run_main import run
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 FLAGS = {"nEpochs": 3, "dropRate": 0.2}
@@ -248,6 +248,6 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path):
     assert "Traceback" not in result.err
     assert not (tmp_path / "model_best.pt").exists()
     assert checkpoints.latest(tmp_path, pytest.fail) or result.code == 5
-    assert all(line["val_loss"] is None for line in runlog.read_log(tmp_path))
+    assert all(line["val_loss"] is None for line in experiment.log.read_log(tmp_path))
     if result.code == 0:
         assert re.search(r"\(best: none\)", result.out.splitlines()[-1])

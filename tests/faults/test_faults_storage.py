@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from program import run, start
 
 from faults.contract import TINY, command, outcome, refused, saved, status, tiny
 from faults.sabotage import at_batch, both, kill, limit_file_size, mount, on_files, refuse
+from helpers.run_main import run, start
 
 FLAGS = {"nEpochs": 3, "dropRate": 0.2}
 
@@ -112,9 +112,9 @@ def test_a_disk_too_small_for_a_checkpoint(tmp_path):
 
 def no_data() -> None:
     """Fail when data is read: the disk must have been found out before."""
-    import datasets
+    import datasets.factory
 
-    datasets.create = None
+    datasets.factory.create = None
 
 
 def test_a_read_only_disk_is_refused_before_the_data_is_read(tmp_path):

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from program import run
-from test_checkpoints import BOMBS, equal, hostile_files
 
 import checkpoints
-import flags
 import opts
-from datasets.archives import unpack
-from datasets.files import decode
+from cli import parser
+from datasets.decode import decode
+from datasets.download import unpack
 from errors import CheckpointError, DataError, UsageError
 from faults import costs, fuzz
 from faults.contract import command, refused, tiny
 from faults.sabotage import environment
 from faults.test_faults_data import CIFAR, FOLDER, published_as
+from helpers.hostile_files import BOMBS, equal, hostile_files
+from helpers.run_main import run
 
 pytestmark = pytest.mark.soak
 LOADS = [checkpoints.load, checkpoints.load_weights]
@@ -278,7 +278,7 @@ def test_hostile_configs_cost_little(tmp_path, measured):
 
 def cut(make) -> bytes:
     """As much of it as is read."""
-    return make()[: flags.MAX_CONFIG]
+    return make()[: parser.MAX_CONFIG]
 
 
 def parse(path: Path) -> None:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from program import Result, run, start
 
 import checkpoints
 from faults.contract import (
@@ -37,6 +36,7 @@ from faults.sabotage import (
     record_disk_use,
     record_losses,
 )
+from helpers.run_main import Result, run, start
 
 pytestmark = pytest.mark.soak
 KILLS = 200

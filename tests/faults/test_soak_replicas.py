@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from program import Ranks, run_ranks
-from recording import losses, order, record_steps
 
 from faults.contract import outcome, status, tiny
 from faults.sabotage import at_batch, both, kill, on_files, send
 from faults.test_faults_ranks import at_start, crash, fail
+from helpers.recording import losses, order, record_steps
+from helpers.run_main import Ranks, run_ranks
 
 pytestmark = pytest.mark.soak
 FLAGS = {"nImages": 64, "nEpochs": 4, "dropRate": 0.2, "nGPU": 0, "saveEvery": 1e-9}

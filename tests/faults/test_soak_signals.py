@@ -13,9 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from program import ROOT, run, start
+import torch
 
 import checkpoints
+import datasets.factory
+from datasets.file_loader import FileBatches
+from datasets.memory_loader import Batches
+from experiment import resume
 from faults.contract import (
     TINY,
     TINY_FILES,
@@ -39,6 +43,7 @@ from faults.sabotage import (
     send,
     send_to_group,
 )
+from helpers.run_main import ROOT, run, start
 
 pytestmark = pytest.mark.soak
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
@@ -55,9 +60,9 @@ def file(operation: str, name: str, k: int = 1) -> Moment:
     )
 
 
-def call(module: str, name: str, k: int = 1) -> Moment:
+def call(function: Callable, k: int = 1) -> Moment:
     """Before a call of a function."""
-    return lambda action, directory: partial(before_call, action, module, name, k)
+    return lambda action, directory: partial(before_call, action, function, k)
 
 
 def batch(k: int, phase: str) -> Moment:
@@ -67,9 +72,9 @@ def batch(k: int, phase: str) -> Moment:
 
 PHASES: dict[str, Moment] = {
     "starting": file("", ""),
-    "reading the data": call("datasets", "create"),
-    "resuming": call("resume", "restore"),
-    "within a training step": call("torch", "Tensor.backward", 2),
+    "reading the data": call(datasets.factory.create),
+    "resuming": call(resume.restore),
+    "within a training step": call(torch.Tensor.backward, 2),
     "after a training step": batch(2, "train"),
     "validating": batch(1, "val"),
     "writing the log": file("write", "log"),
@@ -79,8 +84,8 @@ PHASES: dict[str, Moment] = {
 }
 # Cutting a batch out of memory, and taking one from the loader processes; both in training.
 LOADING = {
-    ALONE: call("datasets.batches", "Batches.cut", 4),
-    GROUP: call("datasets.files", "FileBatches._on_device", 4),
+    ALONE: call(Batches.cut, 4),
+    GROUP: call(FileBatches._on_device, 4),
 }
 
 
@@ -232,7 +237,7 @@ def test_a_signal_while_a_process_starts_ends_it_in_75(tmp_path, measured):
 
 
 def wait_until_it_listens(pid: int) -> bool:
-    """Wait until a process handles SIGHUP, the last one that stopping.py asks for."""
+    """Wait until a process handles SIGHUP, the last one that distributed/signals.py asks for."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -1,0 +1,166 @@
+"""What a flag is, and how a command line or a YAML file gives it a value.
+
+Both are one language: each becomes a list of (flag, text, source) that one reader checks, so that
+a wrong type, range or spelling is found in one place and reported with where it stands.
+"""
+
+import difflib
+import math
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+Problem = tuple[str, str]  # (what is wrong, how to mend it)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of value: what it is called in a message, and how its text is read."""
+
+    called: str
+    convert: Callable[[str], object]
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,40}", text):
+        raise ValueError
+    return int(text)
+
+
+def _whole_list(text: str) -> list[int]:
+    return [] if text == "[]" else [_whole(part.strip()) for part in text.split(",")]
+
+
+def _fraction(text: str) -> float:
+    if "_" in text or not text.isascii() or text != text.strip():  # which float() would take
+        raise ValueError
+    return float(text)
+
+
+text = Kind("text", str)
+integer = Kind("a whole number", _whole)
+integers = Kind("whole numbers with commas between", _whole_list)
+number = Kind("a number", _fraction)
+level = Kind("a level or auto", lambda text: text if text == "auto" else _whole(text))
+boolean = Kind("true or false", {"true": True, "false": False}.__getitem__)
+
+
+class Settings(SimpleNamespace):
+    """The value of every flag by its name, and what follows from them; not changed once made."""
+
+    def replace(self, **changes: object) -> "Settings":
+        """Return a copy with some of the settings changed."""
+        return Settings(**vars(self) | changes)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of finite numbers; an open end is excluded."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.low_open else 'of at least'} {self.low}"
+        high = f"{'below' if self.high_open else 'of at most'} {self.high}"
+        return " and ".join([low] * (self.low > -math.inf) + [high] * (self.high < math.inf))
+
+
+AT_LEAST_0 = Range(low=0)
+AT_LEAST_1 = Range(low=1)
+POSITIVE = Range(low=0, low_open=True)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option.
+
+    Args:
+        default: None means that the dataset or another flag decides; `note` then says how.
+        role: what resuming makes of a difference: "model" is another network (an error), "course"
+            another course of training (an error unless --override true), "length" longer or
+            shorter training (an error if shorter), "" no matter.
+        bare: the value when the flag stands alone on a command line.
+    """
+
+    name: str
+    kind: Kind
+    default: object
+    help: str
+    note: str = ""
+    choices: tuple = ()
+    range: Range | None = None
+    role: str = ""
+    bare: str | None = None
+
+    def read(self, written: str) -> object:
+        """The value of a text.
+
+        Raises:
+            ValueError: what is wrong, what to do, and the choice that was probably meant if any.
+        """
+        if not written:
+            raise ValueError("has no value", f"give {self._expected()}")
+        shown = repr(written) if len(written) <= 60 else repr(written[:60]) + "..."
+        try:
+            value = self.kind.convert(written)
+        except (ValueError, KeyError):
+            raise ValueError(
+                f"{shown} is not {self.kind.called}", f"use {self._expected()}"
+            ) from None
+        if self.choices and value not in self.choices:
+            known, near = ", ".join(map(str, self.choices)), self._nearest_choice(value)
+            raise ValueError(f"{shown} is not one of {known}", f"use {near}", near)
+        for item in value if isinstance(value, list) else [value]:
+            if self.range and item not in self.range:
+                raise ValueError(f"{shown} is out of range", f"use {self._expected()}")
+        return value
+
+    def _nearest_choice(self, value: object) -> object:
+        if isinstance(value, str):
+            return nearest(value, self.choices) or self.choices[0]
+        numbers = [choice for choice in self.choices if not isinstance(choice, str)]
+        return min(numbers, key=lambda choice: abs(choice - value))
+
+    def _expected(self) -> str:
+        if self.choices:
+            return " or ".join(map(str, self.choices))
+        return f"{self.kind.called} {self.range}" if self.range else self.kind.called
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str | None:
+    """The member of `known` that is spelt most like `name`, None when nothing is like it."""
+    folded = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    return folded[found[0]] if found else None
+
+
+def as_text(value: object) -> str:
+    """A setting as it is typed on a command line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "[]"
+    return "" if value is None else str(value)
+
+
+def help_text(usage: str, groups: dict[str, list[Flag]]) -> str:
+    """What `--help` prints: each flag's meaning, choices and default."""
+    lines = [usage]
+    for title, flags in groups.items():
+        lines += ["", f"{title}:"]
+        for flag in flags:
+            choices = f" ({' | '.join(map(str, flag.choices))})" if flag.choices else ""
+            meaning = f"{flag.help}{choices} [{flag.note or as_text(flag.default)}]"
+            first, *more = textwrap.wrap(meaning, 78)
+            lines += [f"  --{flag.name:<16} {first}", *(f"{'':21}{line}" for line in more)]
+    return "\n".join(lines)

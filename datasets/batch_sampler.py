@@ -1,0 +1,88 @@
+"""Which images of a split each step of an epoch has, and which of those are this replica's."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from datasets.rng import permutation
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The images of a split, dealt out to the steps of an epoch and to the replicas of a run.
+
+    The order of an epoch is a function of (seed, epoch); how many replicas there are changes who
+    computes an image, and never in which step of training it is.
+
+    Args:
+        indices: (n,) which images belong to the split.
+        batch_size: images of a batch, over all replicas.
+        seed: shuffle with it; None keeps the order of `indices`.
+        rank, size: this replica and how many there are.
+        whole: in one step each replica has a batch of its own, so that every batch is computed as
+            one replica would: for evaluation. Otherwise they have a part each of one batch.
+    """
+
+    indices: Tensor
+    batch_size: int
+    seed: int | None = None
+    rank: int = 0
+    size: int = 1
+    whole: bool = False
+
+    def to(self, device: torch.device) -> "Deal":
+        """The same with its indices on another device."""
+        return replace(self, indices=self.indices.to(device))
+
+    @property
+    def num_images(self) -> int:
+        """Images in an epoch, over all replicas."""
+        return len(self.indices)
+
+    @property
+    def stride(self) -> int:
+        """Images of a full step, over all replicas."""
+        return self.batch_size * (self.size if self.whole else 1)
+
+    @property
+    def width(self) -> int:
+        """Images that this replica has of a full step."""
+        return self.stride // self.size
+
+    def __len__(self) -> int:
+        """Steps in an epoch; the last may be smaller."""
+        return -(-self.num_images // self.stride)
+
+    @property
+    def full_steps(self) -> int:
+        """Steps, the first ones of an epoch, of which every replica has `width` images."""
+        return self.num_images // self.stride
+
+    def places(self, step: int) -> slice:
+        """Where this replica's images of a step (from 0) stand in the order of the epoch.
+
+        A smaller batch is parted as evenly as can be, the first replicas having one more.
+        """
+        first, stop = self._bounds(step)
+        if self.whole:
+            ends = (self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        else:
+            each, more = divmod(stop - first, self.size)
+            ends = (each * r + min(r, more) for r in (self.rank, self.rank + 1))
+        return slice(*(min(first + end, stop) for end in ends))
+
+    def _bounds(self, step: int) -> tuple[int, int]:
+        return step * self.stride, min((step + 1) * self.stride, self.num_images)
+
+    def order(self, epoch: int) -> Tensor:
+        """(n,) the images of the split in the order of an epoch."""
+        if self.seed is None:
+            return self.indices
+        device = self.indices.device
+        places = permutation(self.num_images, "order", self.seed, epoch, device=device)
+        return self.indices[places]
+
+    def chosen(self, epoch: int, step: int) -> list[int]:
+        """Which images all replicas have in a step (from 0) of an epoch."""
+        return self.order(epoch)[slice(*self._bounds(step))].tolist()

@@ -1,0 +1,130 @@
+"""Official archives: found or downloaded, checked against their published sums, then unpacked."""
+
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+from http import HTTPStatus
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+from errors import DataError, StorageError
+from fileio import limits
+from fileio.atomic import NO_SPACE, storage_error
+
+STALLED_S = 60  # a server that says nothing for so long is given up
+TRIES, PAUSE_S = 3, 5  # of a download, and seconds between them
+# Seconds of the processor that unpacking may take, and bytes of the archive in each more: several
+# times what CIFAR needs.
+UNPACK_S, UNPACK_RATE = 4, 2**23
+MAX_FILES, MAX_BYTES = 1000, 2**28  # in an archive, and in a file of it
+
+
+def fetch(url: str, path: Path, md5: str) -> Path:
+    """The file at `path`, downloaded from `url` with progress when absent, with the right sum.
+
+    Raises:
+        DataError: no network, or the file is not the one published.
+        StorageError: the directory cannot be written.
+    """
+    if not path.exists():
+        _download(url, path, md5)
+    _check(path, md5, f"delete {path} and run again")
+    return path
+
+
+def _check(path: Path, md5: str, fix: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", fix) from error
+    if found != md5:
+        raise DataError(f"{path} has md5 {found}, expected {md5}", fix)
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under another name until it is whole, so that no torso is ever taken for the archive.
+        partial = Path(tempfile.mkdtemp(prefix=".download-", dir=path.parent))
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path.parent}: {error.strerror}", "name another --data"
+        ) from error
+    fix = f"put the file at {path.absolute()}"
+    try:
+        for left in reversed(range(TRIES)):
+            try:
+                _download_rest(url, partial / path.name)
+                _check(partial / path.name, md5, fix)
+                break
+            except (OSError, HTTPException, DataError) as error:
+                if getattr(error, "errno", None) in NO_SPACE:
+                    raise storage_error(error, path) from error
+                if not left:
+                    what = f"cannot download {url} in {TRIES} tries: {error}"
+                    raise DataError(what, fix) from error
+                if isinstance(error, DataError):  # another file; else the rest is asked for
+                    (partial / path.name).unlink()
+            time.sleep(PAUSE_S)
+        os.replace(partial / path.name, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download_rest(url: str, path: Path) -> None:
+    """Fetch what is missing of a file; OSError or HTTPException leave what has come so far."""
+    have = path.stat().st_size if path.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urlopen(request, timeout=STALLED_S) as answer, open(path, "ab") as file:
+        if answer.status != HTTPStatus.PARTIAL_CONTENT:  # the whole file comes again
+            file.truncate(0)
+        # Without a terminal there is no bar.
+        with tqdm(total=answer.length, unit="B", unit_scale=True, disable=None) as progress:
+            while part := answer.read(2**20):
+                file.write(part)
+                progress.update(len(part))
+    if answer.length:
+        raise ConnectionError(f"{answer.length} bytes are missing")
+
+
+def unpack(archive: Path, folder: str) -> None:
+    """Unpack a checked tar archive's `folder` beside it, all or nothing.
+
+    Raises:
+        DataError: the archive is damaged, lacks `folder`, names files outside itself or is larger
+            inside than any dataset.
+    """
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix=".unpack-", dir=archive.parent) as partial,
+            limits.time_limit(UNPACK_S + archive.stat().st_size / UNPACK_RATE),
+            limits.memory_limit(2**28),
+        ):
+            with tarfile.open(archive) as tar:
+                _check_members(tar)
+                tar.extractall(partial, filter="data")
+            os.replace(Path(partial) / folder, archive.parent / folder)
+    except Exception as error:  # hostile or damaged bytes can raise anything in a parser
+        if getattr(error, "errno", None) in NO_SPACE:
+            raise storage_error(error, archive) from error
+        raise DataError(
+            f"cannot unpack {archive}: {str(error) or 'no memory for it'}",
+            f"delete {archive} and run again",
+        ) from error
+
+
+def _check_members(tar: tarfile.TarFile) -> None:
+    """Refuse all that a dataset has no use for: links, devices, paths that lead elsewhere."""
+    for count, member in enumerate(tar):
+        if count >= MAX_FILES or member.size > MAX_BYTES:
+            raise tarfile.TarError(f"{member.name} is too large, or one too many")
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
+            raise tarfile.TarError(f"{member.name} is no plain file inside it")

@@ -1,0 +1,142 @@
+"""Folders of images, one directory a class: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from datasets.batch_sampler import Deal
+from datasets.file_loader import BadImages, FileBatches, ImageFiles
+from datasets.memory_loader import Images, SmallSet
+from errors import DataError
+
+Samples = list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a dataset: (path, class number) of each image, and the classes' names."""
+
+    train: Samples
+    val: Samples
+    classes: list[str]
+
+
+def listing(root: Path) -> Listing:
+    """List the images below `root`.
+
+    Raises:
+        DataError: a class is empty, train and val do not have the same classes, or a directory
+            contains itself.
+    """
+    (train, classes), (val, others) = (_list(root / split) for split in ("train", "val"))
+    if classes != others:
+        only = {"train": {*classes} - {*others}, "val": {*others} - {*classes}}
+        shown = ", ".join(
+            f"only in {split}: {' '.join(sorted(only[split])[:5])}" for split in only if only[split]
+        )
+        raise DataError(
+            f"train and val in {root} have different classes: {shown}",
+            "give both the same class directories",
+        )
+    return Listing(train, val, classes)
+
+
+def _list(directory: Path) -> tuple[Samples, list[str]]:
+    try:
+        classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise DataError(f"{directory}: {error.strerror}", "check the directory") from error
+    images = [images_below(directory / name) for name in classes]
+    empty = [name for name, found in zip(classes, images, strict=True) if not found]
+    if empty or not classes:
+        what = f"no images in class {' '.join(empty[:5])}" if empty else "no class directories"
+        raise DataError(f"{directory}: {what}", "put at least one image in each class directory")
+    return [(path, number) for number, found in enumerate(images) for path in found], classes
+
+
+def images_below(directory: Path) -> list[str]:
+    """The image files in a directory, with those in directories below it and behind links.
+
+    Raises:
+        DataError: a directory cannot be read, or contains itself.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}", "check the directory") from error
+
+    walked, seen = [], set()
+    for folder, _, names in os.walk(directory, onerror=refuse, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # two links to where they are: endless
+            raise DataError(f"{folder} is a link to a directory listed before", "remove the link")
+        seen.add((place.st_dev, place.st_ino))
+        walked.append((folder, names))
+    return [
+        os.path.join(folder, name)
+        for folder, names in sorted(walked)
+        for name in sorted(names)
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+
+
+def small_folder(
+    root: Path, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
+) -> SmallSet:
+    """A folder whose images are decoded once into memory, at `size` pixels.
+
+    Its statistics are those of its training images.
+
+    Raises:
+        DataError: as `listing`, or an image cannot be read.
+    """
+    files = listing(root)
+    train, test = (
+        _decode_all(samples, size, num_workers, on_bad_image, warn)
+        for samples in (files.train, files.val)
+    )
+    return SmallSet(train, test, files.classes, None, None)
+
+
+def _decode_all(
+    samples: Samples, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
+) -> Images:
+    batches = FileBatches(
+        ImageFiles(samples, ToSize(size), seed=0),
+        Deal(torch.arange(len(samples)), batch_size=256),
+        num_workers=num_workers,
+        bad=BadImages(on_bad_image, len(samples), warn),
+        image_size=size,
+        device=torch.device("cpu"),
+    )
+    pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
+    labels = torch.empty(len(samples), dtype=torch.int64)
+    count = 0
+    for images, targets in batches.batches(epoch=0):
+        if not len(targets):  # every image of it was skipped
+            continue
+        pixels[count : count + len(targets)] = images
+        labels[count : count + len(targets)] = targets
+        count += len(targets)
+    return Images(pixels[:count], labels[:count])
+
+
+class ToSize:
+    """PIL image -> (size, size, 3) uint8: the shorter side resized to it, the centre cut out."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if image.size != (self.size, self.size):
+            scale = self.size / min(image.size)
+            width, height = (max(self.size, round(side * scale)) for side in image.size)
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(image))

@@ -1,0 +1,190 @@
+"""Sets that fit in memory: one uint8 tensor on the training device, whole batches cut from it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.batch_sampler import Deal
+from datasets.rng import generator
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures and their classes.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        labels: (N,) int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Images":
+        """The same on another device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Shift by up to `pad` pixels, and mirror half of the images if `flip`."""
+
+    pad: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stands at each place of an epoch: a function of (seed, epoch).
+
+    Args:
+        chosen: (n,) which image.
+        offset: (n, 2) rows and columns that it is shifted by; None without augmentation.
+        mirrored: (n, 1) bool; None without mirroring.
+    """
+
+    chosen: Tensor
+    offset: Tensor | None = None
+    mirrored: Tensor | None = None
+
+    def at(self, places: Tensor | slice) -> "Plan":
+        """The plan of some places."""
+        offset = None if self.offset is None else self.offset[places]
+        mirrored = None if self.mirrored is None else self.mirrored[places]
+        return Plan(self.chosen[places], offset, mirrored)
+
+    def copy_(self, other: "Plan") -> None:
+        """Become another epoch's plan of the same split, in the same memory."""
+        for name in ("chosen", "offset", "mirrored"):
+            if getattr(self, name) is not None:
+                getattr(self, name).copy_(getattr(other, name))
+
+
+class Batches:
+    """The batches of one split: which images, and how they are changed, belongs to (seed, epoch).
+
+    Args:
+        images: all pictures, on the device where batches are wanted.
+        deal: the images of the split, and which of them this replica gets when.
+        mean, std: per channel, of pixels from 0 to 255.
+        dtype: of the images yielded.
+        augmentation: None only normalises.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        deal: Deal,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: torch.dtype = torch.float32,
+        augmentation: Augmentation | None = None,
+    ):
+        device = images.pixels.device
+        self.images, self.deal, self.augmentation = images, deal.to(device), augmentation
+        self.mean = torch.tensor(mean, dtype=dtype, device=device)
+        self.std = torch.tensor(std, dtype=dtype, device=device)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this replica has of steps `start`, `start` + 1, ... of an epoch.
+
+        Yields:
+            images: (n, 3, H, W), normalised, channels last in memory.
+            targets: (n,) int64. n is 0 where a step has nothing for this replica.
+        """
+        plan = self.plan(epoch)
+        for step in range(start, len(self.deal)):
+            yield self.cut(plan.at(self.deal.places(step)))
+
+    def plan(self, epoch: int) -> Plan:
+        """Order and augmentation of an epoch, drawn at once on the device."""
+        chosen = self.deal.order(epoch)
+        if self.augmentation is None:
+            return Plan(chosen)
+        device, n, pad = chosen.device, len(chosen), self.augmentation.pad
+        draws = generator("crop", self.deal.seed, epoch, device=device)
+        offset = torch.randint(-pad, pad + 1, (n, 2), generator=draws, device=device)
+        mirrored = torch.rand(n, 1, generator=draws, device=device) < 0.5
+        return Plan(chosen, offset, mirrored if self.augmentation.flip else None)
+
+    def cut(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """The batch of a plan, as `batches` yields it; reads nothing back from the device."""
+        if self.augmentation is None:
+            batch = (self.images.pixels[plan.chosen].to(self.mean.dtype) - self.mean) / self.std
+        else:
+            batch = shifted(self.images.pixels, plan, self.mean, self.std)
+        return batch.permute(0, 3, 1, 2), self.images.labels[plan.chosen]
+
+
+def shifted(pixels: Tensor, plan: Plan, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise, mirror, pad with zeros and crop (paper, section 4.1), in one gather.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        plan: of n images.
+
+    Returns:
+        (n, H, W, 3) of the type of `mean`.
+    """
+    # Parity: the zeros come after normalising, so the border has the mean colour, not black.
+    height, width = pixels.shape[1:3]
+    device = pixels.device
+    rows = plan.offset[:, :1] + torch.arange(height, device=device)  # (n, H) in the source
+    columns = plan.offset[:, 1:] + torch.arange(width, device=device)  # (n, W)
+    if plan.mirrored is not None:
+        columns = torch.where(plan.mirrored, width - 1 - columns, columns)
+    inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]  # (n, H, W)
+    source = pixels[
+        plan.chosen[:, None, None],
+        rows.clamp(0, height - 1)[:, :, None],
+        columns.clamp(0, width - 1)[:, None, :],
+    ]  # (n, H, W, 3)
+    return (source.to(mean.dtype) - mean) / std * inside[..., None]
+
+
+def _within(position: Tensor, size: int) -> Tensor:
+    return (position >= 0) & (position < size)
+
+
+def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel over all pixels of some images, on a scale of 255.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        indices: (n,) the images that count.
+    """
+    # In whole numbers: exact, so that no order of summation or thread count shows in a run.
+    total = torch.zeros(3, dtype=torch.int64)
+    squares = torch.zeros(3, dtype=torch.int64)
+    for part in indices.split(1024):  # in parts, since int64 is eight times uint8
+        values = pixels[part].long().flatten(0, 2)  # (n H W, 3)
+        total += values.sum(dim=0)
+        squares += values.square().sum(dim=0)
+    count = len(indices) * pixels.shape[1] * pixels.shape[2]
+    mean = total.double() / count
+    std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
+    # A channel without contrast carries nothing; dividing by 1 keeps it finite.
+    return mean.tolist(), torch.where(std > 0, std, torch.ones(())).tolist()
+
+
+@dataclass(frozen=True)
+class SmallSet:
+    """A dataset in memory.
+
+    Args:
+        train, test: the two parts as they were published.
+        classes: name of each class number.
+        mean, std: per channel, of pixels from 0 to 255; None to take them from the training
+            images.
+        flip: whether a mirrored image still shows its class.
+    """
+
+    train: Images
+    test: Images
+    classes: list[str]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    flip: bool = True

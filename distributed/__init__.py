@@ -1,0 +1,1 @@
+"""Several processes that train one network: starting them, their exchanges, their failures."""

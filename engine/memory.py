@@ -1,0 +1,312 @@
+"""How much memory a training step needs, found by running it on tensors that have none.
+
+`Estimate.peak_bytes` runs a step on fake tensors, which have shape and type and no numbers, and
+adds up what they would hold. So every network, level, precision and backend is counted by its own
+code, in seconds and on any machine.
+
+What is counted is what PyTorch's allocator counts (torch.cuda.max_memory_allocated): weights,
+momentum, gradients, the batch, all that lives between forward and backward, and the workspace of
+cuBLAS. Not counted, on a GPU: the CUDA context and the kernels' code, gaps between the allocator's
+blocks, what cuDNN asks for while it tries algorithms, and the buffers of NCCL and of gradients
+that several replicas average. A step captured in one CUDA graph has
+the same peak and keeps it reserved.
+"""
+
+import itertools
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType, SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import models.factory
+from kernels import reference
+
+BY_SPEED = (2, 3, 4)  # memory levels, the fastest first; 0 and 1 are no faster than 2
+TOLERANCE = 1.15  # what is measured is at most this many times what is estimated
+MOST_TRIES = 8  # of batches, to find the largest that fits
+LOWER = {"half": torch.float16, "bf16": torch.bfloat16}
+BLOCK_BYTES = 512  # the CUDA allocator rounds up to multiples of it
+# The workspace of a cuBLAS handle, from PyTorch's CublasHandlePool.cpp: before Hopper, and since.
+# The forward and the backward thread have a handle each.
+CUBLAS_BYTES = {False: (2 * 4096 + 8 * 16) * 1024, True: 8 * 4096 * 1024}
+# How the errors begin or what they contain that mean: no memory left.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a memory object",
+)
+
+
+class Estimate:
+    """What the training steps of a run need.
+
+    Args:
+        opt: network, batchSize, precision and optMemory of the run.
+        device: where the steps would run; it need not be there.
+        ops: what would run the dense blocks, see kernels/backend.py.
+    """
+
+    def __init__(
+        self, opt: SimpleNamespace, num_classes: int, device: torch.device, ops: ModuleType
+    ):
+        self.opt, self.num_classes, self.device, self.ops = opt, num_classes, device, ops
+        # A network without dense blocks has no levels, and optMemory None.
+        self.levels = BY_SPEED if opt.optMemory is not None else ()
+        self._known: dict[tuple[int, int], int] = {}
+
+    def peak_bytes(self, level: int | None = None, batch: int | None = None) -> int:
+        """The most memory that is in use at one moment of a step.
+
+        Seeds torch's generators as models.create does.
+
+        Args:
+            level, batch: instead of the run's own optMemory (which may be auto) and batchSize.
+        """
+        key = (self.opt.optMemory if level is None else level, batch or self.opt.batchSize)
+        if key not in self._known:
+            level, batch = key
+            share = -(-batch // self.opt.replicas)  # what one of several replicas has of it
+            opt = with_settings(self.opt, optMemory=level, batchSize=share)
+            simulated = _simulate(opt, self.num_classes, self.device, self.ops)
+            self._known[key] = simulated + workspace_bytes(self.device)
+        return self._known[key]
+
+    def choose_level(self, free_bytes: int | None) -> tuple[int, str | None]:
+        """The level for `--optMemory auto`, and a remark where it is not the fastest.
+
+        The smallest where none fits: the estimate is on the safe side, and the run may yet do.
+
+        Args:
+            free_bytes: None if it is not known, as on the CPU.
+        """
+        if free_bytes is None:
+            return BY_SPEED[0], None
+        for level in BY_SPEED:
+            if self._fits(free_bytes, level):
+                if level == BY_SPEED[0]:
+                    return level, None
+                why = f"level {BY_SPEED[0]} needs {self._text(BY_SPEED[0])}"
+                return level, f"optMemory auto: {level}, since {why} of {_mb(free_bytes)} free"
+        level = self._smallest()
+        batch = self.largest_batch(free_bytes, level)
+        fix = f"--batchSize {batch} would fit" if batch else "no batch would fit"
+        need = f"it needs {self._text(level)} and {_mb(free_bytes)} are free"
+        return level, f"optMemory auto: {level}, the smallest, though {need}; {fix}"
+
+    def largest_batch(self, limit_bytes: float, level: int | None) -> int:
+        """The largest batch up to the run's own that fits at a level; 0 if not even one image."""
+        if self._fits(limit_bytes, level):
+            return self.opt.batchSize
+        fits, fails = 0, self.opt.batchSize
+        for _ in range(MOST_TRIES):
+            if fails - fits <= max(1, fits // 16):
+                break
+            batch = self._between(fits, fails, limit_bytes, level)
+            if self._fits(limit_bytes, level, batch):
+                fits = batch
+            else:
+                fails = batch
+        step = self.opt.replicas * (8 if fits > 16 * self.opt.replicas else 1)
+        return fits // step * step
+
+    def _between(self, fits: int, fails: int, limit_bytes: float, level: int | None) -> int:
+        """Where the limit is, were memory a straight line in the batch, which it nearly is."""
+        if not fits:
+            return max(1, fails // 4)
+        low, high = self.peak_bytes(level, fits), self.peak_bytes(level, fails)
+        share = (limit_bytes / TOLERANCE - low) / (high - low)
+        return min(max(fits + 1, int(fits + share * (fails - fits))), fails - 1)
+
+    def advice(self, free_bytes: int | None) -> str:
+        """What to change after a step that ran out of memory.
+
+        Args:
+            free_bytes: that the run had to begin with; None if it is not known, as on the CPU.
+        """
+        try:
+            return self._advice(free_bytes)
+        except MemoryError:  # the simulation needs a little as well
+            return "use a smaller --batchSize" + (", or --optMemory 4" if self.levels else "")
+
+    def _advice(self, free_bytes: int | None) -> str:
+        now = self.peak_bytes()
+        # Whatever is free: what failed does not fit.
+        limit = now if free_bytes is None else min(now, free_bytes)
+        for level in self.levels:
+            if self._fits(limit, level):
+                return f"use --optMemory {level}, {self._text(level)} instead of {_mb(now)}"
+        level = self._smallest()
+        batch = self.largest_batch(now / 2 if free_bytes is None else limit, level)
+        if not batch:
+            least = self.opt.replicas
+            need = self._text(level, least)
+            flags = (f"--optMemory {level} " if self.levels else "") + f"--batchSize {least}"
+            return f"use a larger device: {flags} needs {need}"
+        also = "" if level == self.opt.optMemory else f" --optMemory {level}"
+        need = self._text(level, batch)
+        return f"use --batchSize {batch}{also}, {need} instead of {_mb(now)}"
+
+    def _fits(self, limit_bytes: float, level: int | None, batch: int | None = None) -> bool:
+        return TOLERANCE * self.peak_bytes(level, batch) <= limit_bytes
+
+    def _smallest(self) -> int | None:
+        return min(self.levels, key=self.peak_bytes, default=None)
+
+    def _text(self, level: int | None, batch: int | None = None) -> str:
+        return f"about {_mb(self.peak_bytes(level, batch))}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that no memory was left, on the GPU or in this process."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def with_settings(opt: SimpleNamespace, **changed: object) -> SimpleNamespace:
+    """The settings with some of them changed."""
+    return SimpleNamespace(**vars(opt) | changed)
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """What cuBLAS gets to work in on a GPU that is there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return 2 * CUBLAS_BYTES[torch.cuda.get_device_capability(device) >= (9, 0)]
+
+
+def _mb(size: float) -> str:
+    return f"{math.ceil(size / 1e6):,} MB"
+
+
+# ---------------------------------------------------------------------------------- simulation
+
+
+def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops: ModuleType) -> int:
+    """Run a step on fake tensors: the most bytes that they would have held."""
+    dtype = torch.float64 if opt.precision == "double" else torch.float32
+    with torch.device("meta"):
+        model = models.factory.create(opt, num_classes, ops).to(dtype)
+    meter = _Meter(unfolds=device.type == "cpu")
+    with _tiles_of(device), FakeTensorMode(), meter:
+        _step(model, opt, dtype)
+    return meter.peak
+
+
+def _step(model: nn.Module, opt: SimpleNamespace, dtype: torch.dtype) -> None:
+    """Forward and backward as in train.py; the optimizer works in place and adds nothing."""
+    # On fake CPU tensors for a GPU as well: autograd switches to the device, which must be there.
+    state = {
+        name: _empty(tensor.shape, tensor.dtype).requires_grad_(tensor.requires_grad)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    parameters = [tensor for tensor in state.values() if tensor.requires_grad]
+    momentum = [torch.empty_like(tensor) for tensor in parameters if opt.momentum > 0]
+    images = _empty((opt.batchSize, 3, opt.imageSize, opt.imageSize), dtype)
+    targets = torch.empty(opt.batchSize, dtype=torch.int64)
+    with _autocast(opt.precision):
+        loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
+    loss.backward()
+    del momentum  # alive all the time
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In the memory format that training uses."""
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=layout)
+
+
+def _autocast(precision: str) -> AbstractContextManager:
+    dtype = LOWER.get(precision)
+    return torch.autocast("cpu", dtype) if dtype else nullcontext()
+
+
+@contextmanager
+def _tiles_of(device: torch.device) -> Iterator[None]:
+    """Let kernels.plain cut a batch as on that device, though every fake tensor is on the CPU.
+
+    On the CPU two tiles stand for all: the next one takes the place of the one before.
+    """
+    tiles = reference._tiles
+    if device.type == "cuda":
+        reference._tiles = lambda value: [slice(0, len(value))]
+    else:
+        reference._tiles = lambda value: itertools.islice(tiles(value), 2)
+    try:
+        yield
+    finally:
+        reference._tiles = tiles
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up the memory that tensors hold, as they come and go.
+
+    Args:
+        unfolds: convolutions run on the CPU, see `_unfolded_bytes`.
+    """
+
+    def __init__(self, unfolds: bool):
+        super().__init__()
+        self.unfolds = unfolds
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}  # by the address of a storage
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        """Run an operation and note what it has allocated."""
+        out = op(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf.untyped_storage())
+        if self.unfolds:  # freed before the operation returns, so that no tensor shows it
+            self.peak = max(self.peak, self.now + _unfolded_bytes(op.overloadpacket, args, out))
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+
+        def release(_: weakref.ref) -> None:
+            self.now -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, release)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _unfolded_bytes(op: torch._ops.OpOverloadPacket, args: tuple, out: Tensor | tuple) -> int:
+    """What a convolution unfolds its input to: (N, C * kh * kw, H, W), with H and W of its output.
+
+    PyTorch's own convolution on the CPU does, and it runs for the types that oneDNN does not have.
+    """
+    if op is torch.ops.aten.convolution:
+        source, weight, maps = args[0], args[1], out
+    elif op is torch.ops.aten.convolution_backward and args[-1][1]:  # for the weight's gradient
+        maps, source, weight = args[:3]
+    else:
+        return 0
+    if weight.shape[2:] == (1, 1) or _in_onednn(source.dtype):
+        return 0
+    rows = maps.shape[0] * maps.shape[2] * maps.shape[3]
+    return rows * weight[0].numel() * source.element_size()
+
+
+def _in_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a convolution of this type on this machine."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32

@@ -1,0 +1,131 @@
+"""The run directory: who may write it, and files that are whole or not there at all."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from errors import BusyError, Preempted, RunError, StorageError
+from fileio.atomic import read_json, storage_error, write_whole
+
+
+def check_writable(directory: Path) -> None:
+    """Raise StorageError when `directory` cannot be made or written; make nothing."""
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise StorageError(f"not a directory: {place}", "name another run directory with --save")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write in {place}", "name another run directory with --save")
+
+
+class RunDirectory:
+    """One run's directory, locked against a second writer for as long as it is open.
+
+    Raises:
+        StorageError: it cannot be made or written.
+        BusyError: another process has it open.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._said: dict[str, object] = {}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "a+")  # noqa: SIM115 (held until close)
+            self._take_lock()
+            for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
+                leftover.unlink()
+        except OSError as error:
+            raise storage_error(error, path) from error
+
+    def _take_lock(self) -> None:
+        # A POSIX record lock: the kernel drops it with the process, however that ends, and the
+        # loader processes forked later do not inherit it (they would with flock).
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise storage_error(error, self.path / ".lock") from error
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise BusyError(
+                f"run directory {self.path} is in use by {owner}",
+                "wait for it to end, or choose another --save",
+            ) from None
+        self._lock.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._owner = f"host {socket.gethostname()}, process {os.getpid()}, since {started}"
+        self._lock.write(f"{self._owner}\n")
+        self._lock.flush()
+
+    def check_owner(self) -> None:
+        """Raise BusyError when another node has taken the directory over.
+
+        A lock may not reach from node to node; what stands in its file does.
+        """
+        self._lock.seek(0)
+        owner = self._lock.read().strip()
+        if owner != self._owner:
+            self._said.clear()  # the verdict is for the other one to give
+            raise BusyError(
+                f"run directory {self.path} was taken over by {owner or 'nobody known'}",
+                "let that one end the run",
+            )
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a small JSON file whole."""
+        write_whole(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def write_status(self, state: str, code: int | None = None, **more: object) -> None:
+        """Write `status.json`, the verdict for whoever cannot see the exit code.
+
+        Args:
+            state: running, preempted, failed or done.
+            more: added to what this process has said before, such as the last checkpoint.
+        """
+        self._said |= {"state": state, "code": code, **more}
+        self.write_json("status.json", self._said)
+
+    def remember(self, **more: object) -> None:
+        """Have `more` in every status that is written from now on."""
+        self._said |= more
+
+    def status(self) -> dict:
+        """What `status.json` says, {} when there is none."""
+        return read_json(self.path / "status.json")
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        self._lock.close()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Only what this process has begun is its to judge: a refused second start is not.
+        if "state" in self._said and isinstance(error, Exception):
+            self.judge(error)
+        self.close()
+
+    def judge(self, error: Exception) -> None:
+        """Write down what has ended the run: a RunError, or else a bug."""
+        state = "preempted" if isinstance(error, Preempted) else "failed"
+        if not isinstance(error, RunError):
+            error = RunError(f"a bug: {type(error).__name__}: {error}", "report it")
+        with contextlib.suppress(StorageError):  # the disk may be what failed
+            self.write_status(state, error.code, reason=str(error), **error.details)
+
+
+def judge_for_another(path: Path, error: RunError) -> None:
+    """Write down what has ended a run whose first process is gone, where `path` can be reached."""
+    if path.is_dir():
+        with contextlib.suppress(RunError), RunDirectory(path) as directory:
+            directory.remember(**directory.status())
+            directory.judge(error)

@@ -1,0 +1,274 @@
+"""What an earlier call left: finding it, and refusing to go on with it as something else."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import checkpoints
+import models.weights
+import opts
+from errors import CheckpointError, PeerError, UsageError
+from experiment.directory import RunDirectory
+from fileio.atomic import write_whole
+
+DIGESTS = ("training_set", "test_set")  # of the images themselves
+IN_VAIN = 3  # automatic starts without progress; the next would be no better
+
+
+def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
+    """The checkpoint that `--resume` names, None to start afresh.
+
+    Raises:
+        CheckpointError: there is none where one is asked for, or none is valid.
+        UsageError: starting afresh would overwrite a run.
+    """
+    save, source = Path(opt.save), Path(opt.save if opt.resume == "auto" else opt.resume)
+    own, state = source.resolve() == save.resolve(), None
+    if opt.resume != "none":
+        state = (
+            checkpoints.load(source)
+            if source.is_file()
+            else checkpoints.latest(source, warn, set_aside=own and not opt.testOnly)
+        )
+    if state is not None:
+        _check_facts(state)
+    must_exist = opt.resume != "none" if opt.testOnly else opt.resume not in ("none", "auto")
+    if state is None and must_exist:
+        raise CheckpointError(f"no checkpoint in {source}", "name a run directory that has one")
+    # An older checkpoint's later history would be mixed with the new one in the same directory.
+    newest = checkpoints.newest_first(save)[:1]
+    goes_on = state is not None and source.resolve() in [path.resolve() for path in (save, *newest)]
+    if not goes_on and not opt.testOnly and checkpoints.holds_run(save):
+        raise UsageError(
+            f"{save} already holds a run",
+            "add --resume auto to continue it where it stopped, or choose another --save",
+        )
+    if state is None and opt.resume == "auto":
+        warn(f"nothing to resume in {save}: starting afresh")
+    return state
+
+
+def _check_facts(state: dict) -> None:
+    """Raise CheckpointError unless a state's settings and statistics are such; read the former."""
+    flags, given = opts.FLAGS, state["settings"]
+    try:
+        known = [flag for flag in flags.values() if flag.name in given]
+        read = {flag.name: flag.read(opts.as_text(given[flag.name])) for flag in known}
+        statistics = [*state["data"]["mean"], *state["data"]["std"], read["nEpochs"]]
+        if len(statistics) != 7 or not all(map(math.isfinite, statistics)):
+            raise ValueError("mean and std")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"the checkpoint has strange settings or statistics: {error.args[0]}"
+        raise CheckpointError(what, "use another checkpoint") from error
+    # A flag that a checkpoint does not know yet had the meaning of its default.
+    state["settings"] = {name: flag.default for name, flag in flags.items()} | read
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint that can be seen in a directory, -1 for none."""
+    found = checkpoints.newest_first(directory)
+    return checkpoints.step_of(found[0]) if found else -1
+
+
+def check_seen(directory: Path, steps: list[int]) -> None:
+    """Raise CheckpointError when a process sees a newer checkpoint than the first, which resumes.
+
+    Args:
+        steps: `newest_step` of each process.
+    """
+    rank = max(range(len(steps)), key=lambda rank: steps[rank])
+    if steps[rank] > steps[0]:
+        mine = f"step {steps[0]}" if steps[0] >= 0 else "none"
+        raise CheckpointError(
+            f"process {rank} sees a checkpoint of step {steps[rank]} in {directory}, 0 sees {mine}",
+            "put the run directory on a disk that all machines share",
+        )
+
+
+def check_network(opt: SimpleNamespace, state: dict) -> None:
+    """Raise CheckpointError when the checkpoint is of another network than the settings say."""
+    differing = opts.differences(opts.settings(opt), state["settings"], "model")
+    if differing:
+        theirs = " ".join(f"{name}={theirs}" for name, _, theirs in differing)
+        mine = " ".join(f"{name}={mine}" for name, mine, _ in differing)
+        raise CheckpointError(
+            f"checkpoint is a {state['settings']['netType']} with {theirs}, settings say {mine}",
+            "give the same flags, or start another run with another --save",
+        )
+
+
+def check(opt: SimpleNamespace, state: dict, warn: Callable[[str], None]) -> list[str]:
+    """What `--override` has changed over the run's life, in words, this time's changes included.
+
+    Also gives `opt` what the run began with and what a longer run keeps.
+
+    Raises:
+        CheckpointError: the checkpoint is of another network.
+        UsageError: settings that shape training differ, without `--override true`.
+    """
+    check_network(opt, state)
+    theirs = state["settings"]
+    for name in ("epochNumber", "retrain", "resetClassifier"):  # of the start, which is past
+        if getattr(opt, name) not in (opts.FLAGS[name].default, theirs[name]):
+            warn(f"{name} has no effect on a run that is resumed")
+        setattr(opt, name, theirs[name])
+    if opt.nEpochs >= theirs["nEpochs"]:
+        _keep_schedule(opt, theirs, warn)
+    changed = opts.differences(opts.settings(opt), theirs, "course")
+    if opt.nEpochs < theirs["nEpochs"]:
+        changed.append(("nEpochs", str(opt.nEpochs), str(theirs["nEpochs"])))
+    words = [f"{name} {now}, was {before or 'not set'}" for name, now, before in changed]
+    if words and not opt.override:
+        raise UsageError(
+            f"settings differ from the checkpoint's: {'; '.join(words)}",
+            "give the same flags, or --override true to go on with these",
+        )
+    for change in words:
+        warn(f"override: {change}")
+    position = f"epoch {state['epoch']} step {state['step']}"
+    if {"batchSize", "manualSeed"} & {name for name, _, _ in changed}:
+        _restart_epoch(state, warn)
+    return state["overrides"] + [f"{position}: {change}" for change in words]
+
+
+def _keep_schedule(opt: SimpleNamespace, theirs: dict, warn: Callable[[str], None]) -> None:
+    """A longer run goes on at the rates it had, unless milestones are given."""
+    is_longer = opt.nEpochs > theirs["nEpochs"]
+    if is_longer and opt.lrShape == "cosine":
+        warn(f"the cosine spans {opt.nEpochs} epochs now, it was {theirs['nEpochs']}")
+    elif "milestones" not in opt.given and opt.lrShape == theirs["lrShape"]:
+        opt.milestones = theirs["milestones"]  # also when it is continued once more
+        if is_longer:
+            warn(f"milestones stay {opts.as_text(opt.milestones)}; --milestones sets others")
+
+
+def _restart_epoch(state: dict, warn: Callable[[str], None]) -> None:
+    """Put a checkpoint from the middle of an epoch whose batches are others now at its start."""
+    if state["step"]:
+        warn(f"epoch {state['epoch']} starts anew, its batches are others now")
+        state |= {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
+
+
+def is_complete(opt: SimpleNamespace, state: dict, status: dict) -> bool:
+    """Whether nothing is left to do: every epoch trained, and the end written down."""
+    return state["epoch"] > opt.nEpochs and status.get("state") == "done"
+
+
+def check_progress(directory: RunDirectory, state: dict | None, is_automatic: bool) -> None:
+    """Count the automatic starts in a row that find the run where the start before found it.
+
+    The count lies in status.json. A start by hand sets it back to 0, and so does progress; a start
+    that was stopped by a signal is no failure and does not count.
+
+    Args:
+        state: the checkpoint that the run goes on from, None at its beginning.
+        is_automatic: whether a launcher starts the run anew, see launch.Place.
+
+    Raises:
+        PeerError: it is the third; whatever restarts the run would do so for ever.
+    """
+    step = state["global_step"] if state else 0
+    status = directory.status()
+    before = status.get("start", {})
+    in_vain = 0
+    if is_automatic and before.get("global_step") == step:
+        in_vain = before.get("in_vain", 0) + (status.get("state") != "preempted")
+    reason = status.get("reason", "it was killed")
+    if in_vain > IN_VAIN:  # the last start was refused by this function: the cause is older
+        reason = before.get("reason", reason)
+    directory.remember(start={"global_step": step, "in_vain": in_vain, "reason": reason})
+    if is_automatic:  # at once: it may not live until its first status
+        directory.write_status("running")
+    if in_vain >= IN_VAIN:
+        raise PeerError(
+            f"{in_vain} automatic starts in a row found the run at step {step}; "
+            f"the one before ended with: {reason}",
+            "look into the cause, then start it by hand, which counts anew",
+        )
+
+
+def restore(
+    trainer, state: dict, facts: dict, warn: Callable[[str], None], override: bool = False
+) -> list[str]:
+    """Put a trainer where the checkpoint was; what `override` has changed, in words.
+
+    Raises:
+        CheckpointError: the data or the network's shapes differ; the trainer is untouched.
+    """
+    where = f"epoch {state['epoch']} step {state['step']}"
+    changes = [f"{where}: data {change}" for change in check_data(facts, state, override)]
+    for change in changes:
+        warn(f"override: {change}")
+    _check_shapes(trainer.model, state)
+    threads, device = torch.get_num_threads(), trainer.device.type
+    if state["device"] != device:
+        warn(f"the run was on {state['device']}, now on {device}: it goes on, not bit for bit")
+        _restart_epoch(state, warn)
+    elif device == "cpu" and state["threads"] != threads:
+        warn(f"{threads} threads, the run had {state['threads']}: rounding can differ")
+    size = trainer.world.size
+    if state["replicas"] != size:
+        warn(f"{size} processes, the run had {state['replicas']}: the images keep their order")
+    trainer.load_state_dict(state)
+    return changes
+
+
+def bring_best(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> None:
+    """Let a run that goes on in another directory have its best model there as well."""
+    mine = Path(opt.save) / "model_best.pt"
+    source = Path(opt.resume)
+    theirs = (source if source.is_dir() else source.parent) / mine.name
+    if trainer.best is None or mine.exists():
+        return
+    newest = None if opt.resume == "auto" else checkpoints.latest(theirs.parent, warn, False)
+    # Its best may be of an epoch after the checkpoint that was named.
+    if newest and newest["best"] == trainer.best and theirs.is_file():
+        write_whole(mine, theirs.read_bytes())
+    else:
+        warn(f"{mine} is gone: the best result is forgotten and starts anew")
+        trainer.best = None
+
+
+def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
+    """Compare `facts` about the data with the checkpoint's; what may differ and does, in words.
+
+    Args:
+        override: the images themselves may be others; never the classes or the counts.
+
+    Raises:
+        CheckpointError: anything else differs.
+    """
+    before = state["data"]
+    # A fact that an older version did not write down is not compared.
+    changed = [name for name in facts if name in before and facts[name] != before[name]]
+    changed.sort(key=lambda name: name in DIGESTS)
+    shown = [f"{name} {_short(facts[name])}, was {_short(before[name])}" for name in changed]
+    of_content = set(changed) <= {"mean", "std", *DIGESTS}
+    if changed and not (override and of_content):
+        fix = "restore the data, or start another run from its weights with --retrain"
+        raise CheckpointError(
+            f"the data is not the checkpoint's: {', '.join(shown[:3])}",
+            f"{fix}, or add --override true" if of_content else fix,
+        )
+    return shown
+
+
+def _check_shapes(model: nn.Module, state: dict) -> None:
+    problems = models.weights.mismatches(state["model"], model.state_dict())
+    if state["momentum"] or state["settings"]["momentum"] > 0:
+        problems += models.weights.mismatches(state["momentum"], dict(model.named_parameters()))
+    if problems:
+        raise CheckpointError(
+            f"checkpoint does not fit the network: {problems[0]} ({len(problems)} in all)",
+            "use a checkpoint of this network",
+        )
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and len(value) > 3:
+        return f"{len(value)} values"
+    return str(value)[:64]

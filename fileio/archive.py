@@ -1,0 +1,60 @@
+"""The zip archive around a checkpoint: its digest and the checks of its entries."""
+
+import hashlib
+import io
+import zipfile
+
+SEAL = b"sha256:"  # then 64 digits, as the comment that a zip archive may end with
+
+
+def seal(archive: io.BytesIO) -> None:
+    """Give a zip archive its own digest as its comment; in its place, since it may be large.
+
+    The CRCs cover what is in the archive; this covers its directory too, which zipfile and torch
+    read each in its own way.
+    """
+    with archive.getbuffer() as data:
+        digest = hashlib.sha256(data[:-2]).hexdigest()  # without the length of a comment
+    comment = SEAL + digest.encode()
+    archive.seek(-2, io.SEEK_END)
+    archive.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _check_seal(data: bytes) -> None:
+    """Raise ValueError unless a sealed archive is what it was; others are left to their CRCs."""
+    length = len(SEAL) + 64
+    content, seal = memoryview(data)[: -length - 2], data[-length:]
+    if seal.startswith(SEAL) and seal != SEAL + hashlib.sha256(content).hexdigest().encode():
+        raise ValueError("its digest is another")
+
+
+def is_zip(data: bytes) -> bool:
+    """Tell whether bytes begin as a zip archive does."""
+    return data.startswith(b"PK\x03\x04")
+
+
+def check_bytes(data: bytes) -> None:
+    """Raise an exception of any kind unless a zip archive is what was written."""
+    _check_seal(data)
+    _check_archive(data)
+
+
+def _check_archive(data: bytes) -> None:
+    """Every entry stored, inside the file, and with the CRC it was written with."""
+    end = data.rindex(b"PK\x05\x06") + 22  # of the last record, before the comment
+    if int.from_bytes(data[end - 2 : end], "little") != len(data) - end:
+        raise ValueError("cut short")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            if entry.CRC == 0 and entry.file_size > 0:
+                raise ValueError(f"{entry.filename} has no checksum")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("entries share a name")
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise ValueError("entries are larger than the file")
+        broken = archive.testzip()
+        if broken:
+            raise ValueError(f"checksum of {broken}")

@@ -1,0 +1,156 @@
+"""The weights of a network of Lua Torch, in the order in which its modules run.
+
+Of the Lua DenseNet, with the layers of every optMemory, and of fb.resnet.torch's networks. Their
+images are RGB with the same means and deviations as here, so that there is nothing to convert.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import CheckpointError
+from fileio.torch7 import Object
+
+EPS = 1e-5  # of each batch normalisation, in Lua as here
+Fields = dict[str | float, object]
+
+
+def weights(root: object) -> dict[str, Tensor]:
+    """What a file of Lua Torch (`torch7.load`) holds of a network.
+
+    Args:
+        root: the network, a table with it under `model`, or either in an nn.DataParallelTable.
+
+    Returns:
+        float32 tensors in running order. A name is the module's place in the tree, counted from 1
+        as by `model:get(i)`, and the tensor's: "2.1.1.2.weight". A convolution has weight (out, in,
+        kh, kw); a batch normalisation weight, bias, running_mean and running_var; a linear layer
+        weight (out, in) and bias.
+
+    Raises:
+        CheckpointError: there is no network in it, or one with something these networks lack.
+    """
+    found = {}
+    for place, module in _leaves(_network(root)):
+        for name, values in _values(place, module).items():
+            found[f"{place}.{name}"] = torch.from_numpy(np.array(values, np.float32, order="C"))
+    return found
+
+
+def _network(root: object) -> Object:
+    if isinstance(root, dict):
+        if isinstance(root.get("modelFile"), str):  # what the Lua code saves as latest.t7
+            raise CheckpointError(f"only points to {root['modelFile'][:80]}", "name that file")
+        root = root.get("model")
+    if not isinstance(root, Object) or "modules" not in root.fields:
+        raise CheckpointError("no network of Lua Torch in it", "name a file of a network")
+    return root
+
+
+def _leaves(root: Object) -> Iterator[tuple[str, Object]]:
+    """Every module without modules, with its place."""
+    rest, seen = [("", root)], set()
+    while rest:  # no recursion: references make any depth possible
+        place, module = rest.pop()
+        if not isinstance(module, Object):
+            raise _unread(place, "is no module")
+        if "modules" not in module.fields:
+            yield place[1:], module
+            continue
+        if id(module) in seen:
+            raise _unread(place, f"({module.name[:40]}) stands in the network twice")
+        seen.add(id(module))
+        rest += reversed(list(_children(place, module)))
+
+
+def _children(place: str, module: Object) -> Iterator[tuple[str, object]]:
+    """What a container runs, in that order."""
+    kind, modules = _kind(module), module.fields["modules"]
+    if kind == "gModule":
+        raise _unread(place, "is a graph (nngraph), which is not read")
+    if not isinstance(modules, dict):
+        raise _unread(place, "has no list of modules")
+    count = 1 if kind == "DataParallelTable" else len(modules)  # it holds copies of one
+    for i in range(1, count + 1):
+        yield f"{place}.{i}", modules.get(i)
+
+
+def _kind(module: Object) -> str:
+    """Its class without the package: nn, cudnn and fbnn have the same ones."""
+    return module.name.rpartition(".")[2]
+
+
+def _unread(place: str, what: str) -> CheckpointError:
+    where = place.strip(".")[:80] or "the first"
+    return CheckpointError(f"Lua module {where} {what}", "use weights of one of these networks")
+
+
+def _values(place: str, module: Object) -> dict[str, np.ndarray]:
+    """The weights of a module without modules, none of most."""
+    read = READ.get(_kind(module))
+    try:
+        if read:
+            return read(module.fields)
+        if any(_is_full(module.fields.get(name)) for name in ("weight", "bias", "running_mean")):
+            raise ValueError("has weights, of which nothing is known here")
+    except ValueError as error:
+        raise _unread(place, f"({module.name[:40]}) {error}") from error
+    return {}
+
+
+def _is_full(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.size > 0
+
+
+def _numbers(fields: Fields, name: str, dimensions: int) -> np.ndarray:
+    values = fields.get(name)
+    if not _is_full(values) or values.dtype.kind != "f":
+        raise ValueError(f"has no {name}")
+    if values.ndim != dimensions:
+        raise ValueError(f"has a {name} of {values.ndim} dimensions, not {dimensions}")
+    return values
+
+
+def _convolution(fields: Fields) -> dict[str, np.ndarray]:
+    weight = fields.get("weight")
+    if _is_full(weight) and weight.ndim == 2:  # SpatialConvolutionMM: a row for each output map
+        _, height, width = shape = [fields.get(name) for name in ("nInputPlane", "kH", "kW")]
+        if not all(isinstance(size, float) and size.is_integer() and size > 0 for size in shape):
+            raise ValueError("has no size")
+        if math.prod(shape) != weight.shape[1]:
+            raise ValueError(f"has {weight.shape[1]} weights for each map, not {math.prod(shape)}")
+        weight = weight.reshape(len(weight), -1, int(height), int(width))
+        fields = fields | {"weight": weight}
+    if _is_full(fields.get("bias")) and fields["bias"].any():
+        raise ValueError("has a bias, for which there is no place here")
+    return {"weight": _numbers(fields, "weight", 4)}
+
+
+def _norm(fields: Fields) -> dict[str, np.ndarray]:
+    eps = fields.get("eps", EPS)
+    if not isinstance(eps, float) or not math.isclose(eps, EPS, rel_tol=1e-4):
+        raise ValueError(f"has an eps of {eps!s:.20}, not {EPS}")
+    names = ("weight", "bias", "running_mean")
+    found = {name: _numbers(fields, name, 1) for name in names}
+    if "running_std" in fields and "running_var" not in fields:
+        # Until its version 2 it kept 1 / sqrt(var + eps) under that name.
+        std = _numbers(fields, "running_std", 1).astype(np.float64)
+        if not (std > 0).all():
+            raise ValueError("has a running_std that is not positive")
+        return found | {"running_var": np.maximum(std**-2.0 - EPS, 0)}
+    return found | {"running_var": _numbers(fields, "running_var", 1)}
+
+
+def _linear(fields: Fields) -> dict[str, np.ndarray]:
+    return {"weight": _numbers(fields, "weight", 2), "bias": _numbers(fields, "bias", 1)}
+
+
+READ: dict[str, Callable[[Fields], dict[str, np.ndarray]]] = {
+    "SpatialConvolution": _convolution,
+    "SpatialConvolutionMM": _convolution,
+    "SpatialBatchNormalization": _norm,
+    "Linear": _linear,
+}

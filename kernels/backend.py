@@ -1,0 +1,63 @@
+"""The operations of a dense block, in plain PyTorch and in Triton, and the choice between them.
+
+Both modules have the functions copy, product, convolution, pool, product_backward,
+convolution_backward, pool_backward and gradient; kernels/reference.py is their specification.
+Nothing outside this folder knows which one runs.
+"""
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from errors import UsageError
+from kernels import reference
+from kernels.feature_maps import Maps
+
+OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
+
+
+def select(wish: str, device: torch.device, precision: str) -> tuple[ModuleType, str | None]:
+    """The operations for `--kernels`, and a remark where Triton was to be expected but is not used.
+
+    Raises:
+        UsageError: Triton is asked for by name and cannot be used.
+    """
+    if wish == "torch":
+        return reference, None
+    reason = _without_triton(device, precision) or _broken_triton(device)
+    if reason is None:
+        from kernels import triton_ops
+
+        return triton_ops, None
+    if wish == "triton":
+        raise UsageError(f"kernels triton: {reason}", "use --kernels auto")
+    return reference, f"kernels: plain PyTorch, since {reason}" if device.type == "cuda" else None
+
+
+def _broken_triton(device: torch.device) -> str | None:
+    """Why a first kernel cannot be compiled and run, None if it can."""
+    try:  # no compiler, no matching driver, a broken installation: whatever is raised there
+        from kernels import triton_ops
+
+        value = torch.zeros(1, 1, 1, 1, device=device)
+        triton_ops.copy(value, Maps(torch.empty_like(value), *torch.zeros(3, 1, device=device)))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        return f"Triton does not work here: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def _without_triton(device: torch.device, precision: str) -> str | None:
+    """Why Triton cannot be used, None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if precision == "double":
+        return "Triton's products have no double precision"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        old = (major, minor) < OLDEST
+        return f"the GPU has compute capability {major}.{minor}, below 8.0" if old else None
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else "there is no CUDA device"

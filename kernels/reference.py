@@ -1,0 +1,283 @@
+"""The operations of a dense block in plain PyTorch: the specification, and what CPUs run.
+
+Every operation reads maps through a batch normalisation and a ReLU, Z = relu(norm(value)). It
+works on tiles of whole images, small enough that what one PyTorch call writes is still in the
+cache when the next one reads it. On CUDA one tile is the whole batch.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dropout import Drop
+from kernels.feature_maps import Maps, Norm
+
+TILE_BYTES = 8_000_000  # that an operation reads at a time on the CPU: half of a usual cache
+VECTOR_CHANNELS = 64  # batch norm's kernels are slow on fewer
+
+# ------------------------------------------------------------------------------------- forward
+
+
+def copy(value: Tensor, target: Maps) -> None:
+    """Write given maps, (N, H, W, C), and the moments of their channels."""
+    parts = []
+    for tile in _tiles(value):
+        target.value[tile] = value[tile]
+        parts.append(_moments(target.value[tile]))
+    _merge(parts, target)
+
+
+def product(source: Maps, norm: Norm, weight: Tensor, target: Maps, drop: Drop | None) -> None:
+    """1x1 convolution: write dropout(Z W^T) and its moments.
+
+    Args:
+        source: C channels.
+        weight: (F, C, 1, 1).
+        target: F channels; its moments are written where it has room for them.
+    """
+    _forward(source, norm, weight, target, drop)
+
+
+def convolution(source: Maps, norm: Norm, weight: Tensor, target: Maps, drop: Drop | None) -> None:
+    """3x3 convolution with padding: write dropout(conv(Z)) and its moments, weight (k, C, 3, 3)."""
+    _forward(source, norm, weight, target, drop)
+
+
+def pool(source: Maps, norm: Norm, window: tuple[int, int]) -> Tensor:
+    """Average of Z over each window of pixels: (N, H // h, W // w, C)."""
+    affine = norm.affine(source)
+    height, width = source.value.shape[1:3]
+    pooled = source.value.new_empty(
+        len(source.value), height // window[0], width // window[1], source.value.shape[3]
+    )
+    for tile in _tiles(source.value):
+        z = _affine(source.value[tile], *affine).relu_()
+        pooled[tile] = _nhwc(F.avg_pool2d(_nchw(z), window))
+    return pooled
+
+
+def _forward(source: Maps, norm: Norm, weight: Tensor, target: Maps, drop: Drop | None) -> None:
+    affine = norm.affine(source)
+    weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
+    parts = []
+    for tile in _tiles(source.value):
+        z = _affine(source.value[tile], *affine).relu_()
+        out = _nhwc(F.conv2d(_nchw(z), weight, padding=weight.shape[-1] // 2))
+        if drop:
+            out.mul_(drop.mask(out, tile.start))
+        target.value[tile] = out
+        if target.var is not None:
+            parts.append(_moments(out))
+    if parts:
+        _merge(parts, target)
+
+
+# ------------------------------------------------------------------------------------ backward
+
+
+def product_backward(
+    target: Maps, source: Maps, norm: Norm, weight: Tensor, drop: Drop | None, first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `product`: the gradients of its weight and of the norm's weight and bias.
+
+    Adds to `source.grad` (overwrites it if `first`), `source.shift` and `source.slope`.
+
+    Args:
+        target: with its complete gradient.
+    """
+    return _backward(target, source, norm, weight, drop, first)
+
+
+def convolution_backward(
+    target: Maps, source: Maps, norm: Norm, weight: Tensor, drop: Drop | None, first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `convolution`, as `product_backward`."""
+    return _backward(target, source, norm, weight, drop, first)
+
+
+def pool_backward(
+    grad: Tensor, source: Maps, norm: Norm, window: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Backward of `pool`: the gradients of the norm's weight and bias.
+
+    Overwrites `source.grad` and adds to `source.shift` and `source.slope`.
+
+    Args:
+        grad: of what `pool` returned.
+    """
+    scale, shift = norm.affine(source)
+    sums = _Sums(source)
+    for tile in _tiles(source.value):
+        value = _compact(source.value[tile], scale)
+        z = _affine(value, scale, shift).relu_()
+        dz = torch.ops.aten.avg_pool2d_backward(
+            _nchw(grad[tile]), _nchw(z), window, window, (0, 0), False, True, None
+        )
+        dz = _rectify_gradient(_nhwc(dz), z)
+        sums.add(dz, torch.mul(dz, value, out=z))
+        _scale_into(source.grad[tile], dz, scale, first=True)
+    return sums.finish(norm, scale)
+
+
+def gradient(maps: Maps) -> Tensor:
+    """The complete gradient of maps that every reader has been through: (N, H, W, C)."""
+    out = torch.empty_like(maps.value, memory_format=torch.contiguous_format)
+    for tile in _tiles(maps.value):
+        out[tile] = _complete(maps, tile)
+    return out
+
+
+def _backward(
+    target: Maps, source: Maps, norm: Norm, weight: Tensor, drop: Drop | None, first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, shift = norm.affine(source)
+    dweight = torch.zeros_like(weight, dtype=scale.dtype)
+    weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
+    padding = weight.shape[-1] // 2
+    sums = _Sums(source)
+    for tile in _tiles(source.value):
+        upstream = _complete(target, tile)
+        if drop:
+            upstream.mul_(drop.mask(upstream, tile.start))
+        value = _compact(source.value[tile], scale)
+        z = _affine(value, scale, shift).relu_()
+        for wanted in ((False, True, False), (True, False, False)):  # one by one is faster
+            grads = torch.ops.aten.convolution_backward(
+                _nchw(upstream), _nchw(z), weight, None,
+                (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, wanted,
+            )  # fmt: skip
+            if grads[1] is not None:
+                dweight += grads[1]
+        dz = _rectify_gradient(_nhwc(grads[0]), z)
+        sums.add(dz, torch.mul(dz, value, out=z))
+        _scale_into(source.grad[tile], dz, scale, first)
+    return dweight, *sums.finish(norm, scale)
+
+
+class _Sums:
+    """dbeta = sum of dz and dgamma = sum of dz * normalised value, tile by tile.
+
+    They complete the gradient of the maps that the norm reads: see `Maps`.
+    """
+
+    def __init__(self, source: Maps):
+        self.source = source
+        self.dz = torch.zeros_like(source.mean)
+        self.dz_value = torch.zeros_like(source.mean)
+
+    def add(self, dz: Tensor, dz_value: Tensor) -> None:
+        self.dz += _channel_sum(dz)
+        self.dz_value += _channel_sum(dz_value)
+
+    def finish(self, norm: Norm, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(dgamma, dbeta), also added to the source's slope and shift."""
+        source = self.source
+        dweight = source.rstd * (self.dz_value - source.mean * self.dz)
+        source.shift.addcmul_(scale, self.dz, value=1 / source.rows)
+        source.slope.addcmul_(scale, dweight, value=1 / source.rows)
+        return dweight, self.dz
+
+
+def _complete(maps: Maps, tile: slice) -> Tensor:
+    """The complete gradient of a tile, in memory of its own."""
+    if maps.mean is None:
+        return maps.grad[tile].clone()
+    slope = -maps.rstd * maps.slope
+    shift = -maps.shift - maps.mean * slope
+    return _affine(maps.value[tile], slope, shift).add_(_compact(maps.grad[tile], slope))
+
+
+# --------------------------------------------------------------------------------- small parts
+
+
+def _tiles(value: Tensor) -> Iterator[slice]:
+    """Slices of images."""
+    images = len(value)
+    count = 1 if value.is_cuda else -(-value.numel() * value.element_size() // TILE_BYTES)
+    size = max(1, -(-images // max(1, count)))  # of equal size, as far as possible
+    for start in range(0, images, size):
+        yield slice(start, min(start + size, images))
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _affine(value: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """value * scale + shift per channel, in memory of its own, rounded once."""
+    if value.dtype == scale.dtype:
+        return value * scale if shift is None else torch.addcmul(shift, value, scale)
+    # Half precision maps with single precision factors: of all kernels that have both, batch
+    # norm's is fast, and only on memory without gaps.
+    mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+    maps = _nchw(value.contiguous())
+    return _nhwc(torch.batch_norm(maps, scale, shift, mean, var, False, 0.0, 0.0, False))
+
+
+def _scale_into(grad: Tensor, dz: Tensor, scale: Tensor, first: bool) -> None:
+    """grad += dz * scale, or without the sum if `first`; may overwrite dz."""
+    if first:
+        grad.copy_(_affine(dz, scale))
+    elif dz.dtype == scale.dtype:
+        grad.addcmul_(dz, scale)
+    else:
+        width = grad.shape[2]
+        sums = grad.contiguous()
+        # A whole row of pixels at a time: the vector units want more channels than maps have.
+        sums.flatten(2).addcmul_(dz.flatten(2), scale.to(dz.dtype).repeat(width))
+        grad.copy_(sums)
+
+
+def _compact(value: Tensor, scale: Tensor) -> Tensor:
+    """Half precision maps without gaps, which their kernels need to be fast; others as they are."""
+    return value if value.dtype == scale.dtype else value.contiguous()
+
+
+def _rectify_gradient(dz: Tensor, z: Tensor) -> Tensor:
+    """dz where z > 0, else 0; overwrites dz."""
+    return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
+
+
+def _channel_sum(x: Tensor) -> Tensor:
+    """(n, H, W, C) without gaps -> (C,), in single precision or better."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    columns = x.flatten(2).flatten(0, 1).sum(0)  # (W * C,): long rows are summed much faster
+    return columns.unflatten(0, x.shape[2:]).sum(0, dtype=wide)
+
+
+def _moments(value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Moments of groups of values in (n, H, W, C): mean, biased variance, values in a group.
+
+    Neighbouring pixels are taken for channels of their own until a row is long enough for the
+    vector units, so that mean and variance have the shape (groups, C).
+    """
+    width, channels = value.shape[2:]
+    room = max(1, VECTOR_CHANNELS // channels)
+    groups = max(d for d in range(1, min(room, width) + 1) if width % d == 0)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    mean, var = (value.new_zeros(groups * channels, dtype=wide) for _ in range(2))
+    rows = value.reshape(-1, groups * channels)
+    torch.batch_norm_update_stats(rows, mean, var, 1.0)
+    count = len(rows)
+    var = var * ((count - 1) / count) if count > 1 else torch.zeros_like(var)
+    return mean.view(groups, channels), var.view(groups, channels), count
+
+
+def _merge(parts: list[tuple[Tensor, Tensor, int]], target: Maps) -> None:
+    # Centred in each group, then by the law of total variance: mean of squares minus square of
+    # mean would lose all digits where a mean is far from 0.
+    shares = [count / target.rows for *_, count in parts]
+    mean = sum(means.sum(0) * share for (means, *_), share in zip(parts, shares, strict=True))
+    var = sum(
+        (variances + (means - mean).square()).sum(0) * share
+        for (means, variances, _), share in zip(parts, shares, strict=True)
+    )
+    target.mean.copy_(mean)
+    target.var.copy_(var)
+    target.rstd.copy_((var + target.eps).rsqrt_())

@@ -1,0 +1,137 @@
+"""A network as one of several replicas: dropout and batch normalisation as of the whole batch.
+
+Each replica runs the same network on its images of one batch, and the mean of their gradients is
+applied. An image has the same dropout mask on whichever replica it is. Batch normalisations can
+take the moments of the whole batch; docs/memory.md derives what is exchanged then.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Share(Protocol):
+    """What one replica has of the batch of all, and how it exchanges numbers with the others.
+
+    All but `rank` may change between steps, not between a forward pass and its backward.
+
+    Attributes:
+        first: images of the batch that stand before this replica's.
+        total: images of the batch.
+        rank: this replica's place in `weights`.
+        weights: (replicas,), the share of the batch that each replica has. One without an image
+            computes an image of zeros, so that every replica takes part in every exchange: its
+            weight is 0, and so must be the gradient of its output.
+    """
+
+    first: int
+    total: int
+    rank: int
+    weights: Tensor
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over replicas."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(...) -> (replicas, ...)."""
+
+
+def join(model: nn.Module, share: Share, sync_norms: bool) -> None:
+    """Make a network one of several replicas.
+
+    Args:
+        sync_norms: take the moments of the whole batch, not of each replica's images.
+    """
+    for module in model.modules():
+        if hasattr(module, "share") and (sync_norms or not isinstance(module, BatchNorm)):
+            module.share = share
+
+
+def first_image(share: Share | None) -> int:
+    """The number of images of the batch that stand before a replica's; 0 for a single process."""
+    return 0 if share is None else share.first
+
+
+def merged_moments(share: Share, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all replicas' values, from those of each, (C,)."""
+    means, variances = share.gather(torch.stack([mean, var])).unbind(1)  # (replicas, C)
+    weights = share.weights.to(mean.dtype)[:, None]
+    mean = (weights * means).sum(0)
+    # By the law of total variance: nothing is lost where a mean is far from 0.
+    return mean, (weights * (variances + (means - mean).square())).sum(0)
+
+
+def merged_corrections(share: Share, shift: Tensor, slope: Tensor) -> Tensor:
+    """What completes the gradient of this replica's maps (see kernels/feature_maps.py), from all.
+
+    Args:
+        shift, slope: (C,), from the readers on this replica, with M the values that it has.
+
+    Returns:
+        (2, C), shift and slope.
+    """
+    weight = share.weights[share.rank].to(shift.dtype)
+    total = torch.stack([shift, slope]) * weight  # from 1 / M here to 1 / M of all
+    share.sum_(total)
+    return total * weight.sign()  # an image of zeros is in no mean
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation, in training over all replicas once `join` has said so.
+
+    The momentum must be a number then.
+    """
+
+    share: Share | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape.
+
+        Raises:
+            ValueError: training on one value per channel, which has no variance.
+        """
+        if self.share is None or not self.training:
+            return super().forward(x)
+        count = self.share.total * x.shape[2] * x.shape[3]
+        if count == 1:
+            raise ValueError("batch normalisation of one value per channel has no variance")
+        with torch.no_grad():
+            mean, var = merged_moments(self.share, *_moments(x))
+            unbiased = var * (count / (count - 1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return _Normalise.apply(x, self.weight, self.bias, mean, var, self.eps, self.share)
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise with moments to which the values of every replica have contributed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, eps: float, share: Share) -> Tensor:
+        ctx.eps, ctx.share = eps, share
+        ctx.save_for_backward(x, weight, mean, var)
+        return F.batch_norm(x, mean, var, weight.to(mean.dtype), bias.to(mean.dtype), eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, mean, var = ctx.saved_tensors
+        weight = weight.to(mean.dtype)
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, (True, True, True)
+        )  # as if the moments were constants
+        scale = weight * (var + ctx.eps).rsqrt() * (x.shape[1] / x.numel())
+        shift, slope = merged_corrections(ctx.share, scale * dbias, scale * dweight)
+        dx -= F.batch_norm(x, mean, var, slope, shift, eps=ctx.eps)
+        return dx, dweight, dbias, None, None, None, None
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of (N, C, H, W) per channel, in single precision or better."""
+    # Given running statistics of that precision, it returns the moments in it.
+    running = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.batch_norm_update_stats(x, *running, 1.0)

@@ -1,0 +1,62 @@
+"""Load weights from elsewhere into a network, by name."""
+
+import re
+
+from torch import Tensor, nn
+
+from errors import CheckpointError
+from models import lua_weights
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], reset_classifier: bool = False
+) -> None:
+    """Load a state dict by name: this project's, torchvision's or timm's; or a Lua network's.
+
+    Args:
+        weights: names and tensors; `norm.1` for `norm1`, the spelling of old torchvision files, is
+            understood; so are the places of modules in a Lua network, see models/lua_weights.py.
+        reset_classifier: leave the model's fresh classifier as it is.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; the model is untouched.
+    """
+    if lua_weights.is_lua(weights):
+        weights = lua_weights.renamed(weights, model)
+    weights = {_modern_name(name): tensor for name, tensor in weights.items()}
+    wanted, classifier = model.state_dict(), _classifier_prefix(model)
+    if reset_classifier:
+        weights |= {name: wanted[name] for name in wanted if name.startswith(classifier)}
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    for name in counters - weights.keys():  # files from before PyTorch 0.4.1 do not have them
+        weights[name] = wanted[name]
+    problems = mismatches(weights, wanted)
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; {len(problems)} in all" if len(problems) > 3 else "")
+        only_classifier = all(problem.startswith(classifier) for problem in problems)
+        fix = "add --resetClassifier true" if only_classifier else "give the flags of that network"
+        raise CheckpointError(f"weights do not fit the network: {shown}", fix)
+    model.load_state_dict(weights)
+
+
+def mismatches(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Names that are missing or unknown and shapes that differ, one phrase each."""
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in found.keys() & wanted.keys()
+        if found[name].shape != wanted[name].shape
+    ]
+    return sorted(problems)
+
+
+def _classifier_prefix(model: nn.Module) -> str:
+    """What the names of the classifier's tensors begin with, `classifier.` or `fc.`."""
+    (name,) = (name for name, module in model.named_modules() if module is model.classifier)
+    return f"{name}."
+
+
+def _modern_name(name: str) -> str:
+    """`...denselayer1.norm.1.weight` -> `...denselayer1.norm1.weight`."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)

@@ -1,0 +1,142 @@
+"""Which images each replica gets in which step: a part of each batch, or batches of its own."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.batch_sampler import Deal
+
+SIZES = range(1, 6)
+EXTENTS = [(n, batch) for n in (1, 2, 3, 7, 8, 12, 13, 23, 30) for batch in (1, 2, 4, 5, 12)]
+BOTH = pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+
+
+def deals(n: int, batch: int, size: int, whole: bool, seed: int | None = None) -> list[Deal]:
+    """The deal of each replica, over images that are not simply numbered from 0."""
+    indices = 3 * torch.arange(n) + 1
+    return [Deal(indices, batch, seed, rank, size, whole) for rank in range(size)]
+
+
+def dealt(replicas: list[Deal], epoch: int = 1) -> list[list[list[int]]]:
+    """The images of each step and, within it, of each replica."""
+    assert len({len(deal) for deal in replicas}) == 1  # or some would wait for ever
+    orders = [deal.order(epoch) for deal in replicas]
+    return [
+        [order[deal.places(step)].tolist() for deal, order in zip(replicas, orders, strict=True)]
+        for step in range(len(replicas[0]))
+    ]
+
+
+def stated(n: int, batch: int, size: int, whole: bool) -> list[list[list[int]]]:
+    """The same, from the batches of one process, which are dealt out or cut up by numpy."""
+    images = [3 * i + 1 for i in range(n)]
+    batches = [images[i : i + batch] for i in range(0, n, batch)]
+    if not whole:
+        return [[part.tolist() for part in np.array_split(one, size)] for one in batches]
+    batches += [[]] * (-len(batches) % size)
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+
+def joined(parts) -> list:
+    return [*itertools.chain.from_iterable(parts)]
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+def test_each_replica_has_its_batches_or_its_part_of_each(size, whole):
+    for n, batch in EXTENTS:
+        found = dealt(deals(n, batch, size, whole))
+        assert found == stated(n, batch, size, whole), (n, batch)
+        if size > 1 and n > 1:
+            assert found != dealt(deals(n, batch, 1, whole))
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+def test_every_image_is_dealt_once_and_in_the_order_of_one_process(size, whole):
+    for (n, batch), epoch in itertools.product(EXTENTS, (1, 2)):
+        found = joined(joined(dealt(deals(n, batch, size, whole, seed=5), epoch)))
+        assert found == deals(n, batch, 1, whole, seed=5)[0].order(epoch).tolist(), (n, batch)
+        assert sorted(found) == [3 * i + 1 for i in range(n)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_of_training_has_the_same_images_for_every_number_of_replicas(size):
+    for n, batch in EXTENTS:
+        alone = dealt(deals(n, batch, 1, False, seed=5))
+        together = dealt(deals(n, batch, size, False, seed=5))
+        assert [joined(step) for step in together] == [joined(step) for step in alone]
+        other = dealt(deals(n, batch, size, False, seed=6))
+        assert n < 7 or [joined(step) for step in other] != [joined(step) for step in alone]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_batch_of_an_evaluation_is_one_of_one_process(size):
+    # What is computed of a batch depends on what else is in it, in the last bits.
+    for n, batch in EXTENTS:
+        alone = joined(dealt(deals(n, batch, 1, True)))
+        assert [one for one in joined(dealt(deals(n, batch, size, True))) if one] == alone
+        parts = [one for one in joined(dealt(deals(n, batch, size, False))) if one]
+        assert (parts != alone) == (size > 1 and min(n, batch) > 1)
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_replica_is_never_without_an_image_and_parts_are_even(size, whole):
+    for n, batch in EXTENTS:
+        for step in dealt(deals(n, batch, size, whole)):
+            counts = [len(part) for part in step]
+            assert counts[0] > 0
+            assert counts == sorted(counts, reverse=True)
+            assert whole or counts[0] - counts[-1] <= 1
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+def test_full_steps_are_those_of_which_every_replica_has_the_same_number(size, whole):
+    # In these alone a step can be replayed: replicas that differ would wait for one another.
+    for n, batch in EXTENTS:
+        if not whole and batch % size:  # is refused
+            continue
+        replicas = deals(n, batch, size, whole)
+        steps = dealt(replicas)
+        full = [all(len(part) == replicas[0].width for part in step) for step in steps]
+        for deal in replicas:
+            assert full == [step < deal.full_steps for step in range(len(deal))], (n, batch)
+            assert deal.stride == size * deal.width == batch * (size if whole else 1)
+            assert deal.num_images == n
+            for step in range(deal.full_steps):
+                first = deal.places(0).start + step * deal.stride
+                assert deal.places(step) == slice(first, first + deal.width)
+
+
+@BOTH
+def test_the_images_of_a_step_can_be_named_by_any_replica(whole):
+    replicas = deals(23, 4, 3, whole, seed=2)
+    for step, parts in enumerate(dealt(replicas, epoch=9)):
+        for deal in replicas:
+            assert deal.chosen(9, step) == joined(parts)
+            assert deal.chosen(8, step) != joined(parts)
+
+
+def test_the_order_belongs_to_seed_and_epoch_and_to_nothing_else():
+    def order(seed: int | None, epoch: int, **more) -> list[int]:
+        torch.rand(3)  # what else the process draws makes no difference
+        return Deal(torch.arange(40), **{"batch_size": 4} | more, seed=seed).order(epoch).tolist()
+
+    wanted = order(7, 3)
+    assert sorted(wanted) == list(range(40)) != wanted
+    for more in ({"batch_size": 9}, {"rank": 1, "size": 2}, {"rank": 2, "size": 3, "whole": True}):
+        assert order(7, 3, **more) == wanted
+    assert len({tuple(order(seed, epoch)) for seed in (7, 8) for epoch in (3, 4)}) == 4
+    assert order(None, 3) == order(None, 4) == list(range(40))
+
+
+def test_a_deal_on_another_device_is_the_same_deal():
+    deal = Deal(torch.arange(9), 4, seed=1, rank=1, size=2)
+    moved = deal.to(torch.device("meta"))
+    assert moved.indices.is_meta and not deal.indices.is_meta
+    for name in ("batch_size", "seed", "rank", "size", "whole", "num_images", "full_steps"):
+        assert getattr(moved, name) == getattr(deal, name)

@@ -1,0 +1,261 @@
+"""In-memory batches: order, augmentation and statistics against plain restatements of them."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as tv
+
+from datasets.batch_sampler import Deal
+from datasets.factory import split_indices
+from datasets.memory_loader import Augmentation, Batches, Images, channel_statistics
+from datasets.rng import generator, permutation
+from errors import DataError
+from helpers.sample_data import noise
+
+MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+PAD = 4
+CROPS = [(dy, dx, mirror) for mirror in (0, 1) for dy in range(9) for dx in range(9)]
+
+
+def numbered(count: int, size: int = 8) -> Images:
+    """Images whose label is their number."""
+    return Images(torch.from_numpy(noise(count, size)), torch.arange(count))
+
+
+def loader(images: Images, indices=None, seed=None, batch_size=16, **more) -> Batches:
+    indices = torch.arange(len(images.labels)) if indices is None else torch.tensor(indices)
+    settings = {"mean": MEAN, "std": STD, "dtype": torch.float64}
+    return Batches(images, Deal(indices, batch_size, seed), **settings | more)
+
+
+def augmented(images: Images, flip: bool = True, **more) -> Batches:
+    return loader(images, **{"seed": 0, "augmentation": Augmentation(PAD, flip)} | more)
+
+
+def labels_of(batches) -> list[int]:
+    return torch.cat([targets for _, targets in batches]).tolist()
+
+
+def pixels_of(batches) -> torch.Tensor:
+    return torch.cat([images for images, _ in batches])
+
+
+def normalised(pixels: torch.Tensor, dtype=torch.float64) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W), by torchvision."""
+    return tv.normalize(pixels.permute(2, 0, 1).to(dtype), list(MEAN), list(STD))
+
+
+def exact(image: torch.Tensor) -> bytes:
+    """To find an image among many; + 0 makes -0 the zero that it equals."""
+    return (image + 0.0).contiguous().numpy().tobytes()
+
+
+def crop(image: torch.Tensor, dy: int, dx: int, mirror: int) -> torch.Tensor:
+    """The paper's augmentation of one normalised image: mirror, pad with zeros, crop."""
+    size = image.shape[-1]
+    image = image.flip(-1) if mirror else image
+    return F.pad(image, (PAD,) * 4)[:, dy : dy + size, dx : dx + size]
+
+
+def padded_first(pixels: torch.Tensor, dy: int, dx: int, mirror: int) -> torch.Tensor:
+    """What many ports do instead: black borders, then normalise."""
+    black = crop(pixels.permute(2, 0, 1), dy, dx, mirror)
+    return normalised(black.permute(1, 2, 0))
+
+
+# ----------------------------------------------------------------------------------------- order
+
+
+def test_every_epoch_is_another_permutation_of_the_split():
+    images, chosen = numbered(50), list(range(3, 47, 2))
+    batches = loader(images, chosen, seed=0)
+    first, second = (labels_of(batches.batches(epoch)) for epoch in (1, 2))
+    assert sorted(first) == sorted(second) == chosen
+    assert len({tuple(first), tuple(second), tuple(chosen)}) == 3
+    assert batches.deal.num_images == len(chosen) and len(batches.deal) == 2
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_an_epoch_begun_at_a_step_is_the_tail_of_that_epoch(start):
+    batches = augmented(numbered(50))
+    whole, tail = list(batches.batches(7)), list(batches.batches(7, start))
+    assert len(whole) == 4 and len(tail) == 4 - start
+    for (images, targets), (wanted, labels) in zip(tail, whole[start:], strict=True):
+        assert torch.equal(images, wanted) and torch.equal(targets, labels)
+
+
+def test_order_and_crops_belong_to_seed_and_epoch_and_to_nothing_else():
+    images = numbered(32)
+
+    def epoch(seed, number):
+        return list(augmented(images, seed=seed).batches(number))
+
+    wanted = epoch(5, 2)
+    torch.manual_seed(99)  # what else the process draws makes no difference
+    list(augmented(images, seed=1).batches(1))
+    for (mine, labels), (theirs, targets) in zip(epoch(5, 2), wanted, strict=True):
+        assert torch.equal(mine, theirs) and torch.equal(labels, targets)
+    for seed, number in ((6, 2), (5, 3)):
+        other = epoch(seed, number)
+        assert labels_of(other) != labels_of(wanted)
+        assert not torch.equal(pixels_of(other), pixels_of(wanted))
+
+
+@pytest.mark.parametrize("changed", ["seed", "epoch", "step"])
+def test_crops_belong_to_seed_epoch_and_step(changed):
+    # All images are one, so that only the offsets can differ.
+    same = Images(torch.from_numpy(noise(1)).expand(32, -1, -1, -1), torch.zeros(32).long())
+
+    def batch(seed=0, epoch=1, step=0):
+        return next(augmented(same, seed=seed).batches(epoch, step))[0]
+
+    assert torch.equal(batch(), batch())
+    assert not torch.equal(batch(), batch(**{changed: 1 if changed != "epoch" else 2}))
+
+
+def test_training_leaves_the_generator_of_the_network_alone():
+    before = torch.get_rng_state()
+    list(augmented(numbered(32)).batches(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_counts_every_image_once_and_in_order():
+    chosen = [4, 2, 30, 9, 17]
+    images = numbered(40)
+    batches = list(loader(images, chosen, batch_size=2).batches(1))
+    assert [len(targets) for _, targets in batches] == [2, 2, 1]
+    assert labels_of(batches) == chosen
+    wanted = torch.stack([normalised(images.pixels[i]) for i in chosen])
+    assert torch.equal(pixels_of(batches), wanted)
+    assert torch.equal(pixels_of(loader(images, chosen).batches(2)), wanted)
+
+
+@pytest.mark.parametrize("key", [("order", 0, 2), ("order", 1, 1), ("held out", 0, 1)])
+def test_random_numbers_belong_to_their_key(key):
+    first = permutation(1000, "order", 0, 1)
+    assert torch.equal(first, permutation(1000, "order", 0, 1))
+    assert not torch.equal(first, permutation(1000, *key))
+    assert torch.rand(1, generator=generator(*key)) == torch.rand(1, generator=generator(*key))
+
+
+# ---------------------------------------------------------------------------------- augmentation
+
+
+def test_augmentation_is_normalise_mirror_pad_and_crop_image_by_image():
+    images = numbered(64)
+    drawn = Counter()
+    for batch, labels in augmented(images).batches(1):
+        for got, label in zip(batch, labels, strict=True):
+            pixels = images.pixels[label]
+            image = normalised(pixels)
+            found = [which for which in CROPS if torch.equal(got, crop(image, *which))]
+            assert len(found) == 1, "none of the 162 crops, or several"
+            drawn[found[0]] += 1
+            # The twin agrees only where no border is seen.
+            dy, dx, _ = found[0]
+            assert torch.equal(got, padded_first(pixels, *found[0])) == (dy == dx == PAD)
+    assert len(drawn) > 40
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_all_81_offsets_and_both_mirrors_are_equally_frequent(flip):
+    per_crop = 100
+    crops = CROPS if flip else CROPS[:81]
+    picture = torch.from_numpy(noise(1))
+    same = Images(picture, torch.zeros(1).long())
+    image = normalised(picture[0])
+    named = {exact(crop(image, *which)): which for which in CROPS}
+    assert len(named) == 162
+    batches = augmented(same, flip, indices=[0] * (per_crop * len(crops)), batch_size=500)
+    drawn = Counter(named.get(exact(one)) for one in pixels_of(batches.batches(1)))
+    assert set(drawn) == set(crops)  # without flip: no mirrored one
+
+    def chi_square(counts):
+        return sum((count - per_crop) ** 2 / per_crop for count in counts)
+
+    limit = len(crops) + 5 * (2 * len(crops)) ** 0.5  # mean and 5 deviations of the distribution
+    assert chi_square(drawn.values()) < limit
+    # The twin: half the images unmirrored or unmoved would be seen.
+    assert chi_square([per_crop * 1.5] * 40 + [per_crop * 0.5] * (len(crops) - 40)) > limit
+
+
+def test_the_border_has_the_mean_colour_which_is_zero():
+    black = Images(torch.zeros(64, 8, 8, 3, dtype=torch.uint8), torch.zeros(64).long())
+    values = pixels_of(augmented(black).batches(1))
+    inside = -torch.tensor(MEAN, dtype=torch.float64) / torch.tensor(STD, dtype=torch.float64)
+    for channel in range(3):
+        assert set(values[:, channel].unique().tolist()) == {inside[channel].item(), 0.0}
+
+
+# -------------------------------------------------------------------------------- type and layout
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(2, True)])
+def test_batches_are_channels_last_in_memory(augmentation):
+    for batch, _ in loader(numbered(20), seed=0, augmentation=augmentation).batches(1):
+        assert batch.shape[1:] == (3, 8, 8)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+        assert not batch.is_contiguous()
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(2, True)])
+def test_double_precision_is_computed_in_double(augmentation):
+    batches = {
+        dtype: next(
+            loader(numbered(16), seed=0, augmentation=augmentation, dtype=dtype).batches(1)
+        )[0]
+        for dtype in (torch.float32, torch.float64)
+    }
+    single, double = batches[torch.float32], batches[torch.float64]
+    assert single.dtype == torch.float32 and double.dtype == torch.float64
+    assert torch.allclose(single.double(), double, atol=1e-6)
+    assert not torch.equal(single.double(), double)  # not single widened afterwards
+
+
+# ---------------------------------------------------------------------------- statistics and split
+
+
+def test_channel_statistics_are_those_of_numpy_in_double():
+    pixels = noise(9000, size=2)  # several parts of what is summed at once
+    pixels[..., 1] //= 3
+    chosen = np.arange(0, 9000, 2)
+    pixels[1::2] = 0  # what is not chosen must not count
+    mean, std = channel_statistics(torch.from_numpy(pixels), torch.from_numpy(chosen))
+    values = pixels[chosen].reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(std, values.std(axis=0), rtol=1e-12)
+    everything, _ = channel_statistics(torch.from_numpy(pixels), torch.arange(9000))
+    assert not np.allclose(everything, mean, rtol=0.1)
+
+
+def test_a_channel_without_contrast_is_divided_by_one():
+    pixels = torch.from_numpy(noise(5))
+    pixels[..., 2] = 201
+    mean, std = channel_statistics(pixels, torch.arange(5))
+    assert mean[2] == 201 and std[2] == 1 and min(std[:2]) > 50
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 30, 99])
+def test_a_split_is_disjoint_complete_and_in_order(held_out):
+    kept, out = split_indices(100, held_out, seed=0)
+    assert len(out) == held_out
+    assert sorted([*kept.tolist(), *out.tolist()]) == list(range(100))
+    assert kept.tolist() == sorted(kept.tolist()) and out.tolist() == sorted(out.tolist())
+
+
+def test_a_split_belongs_to_its_seed():
+    first, again, other = (split_indices(100, 30, seed)[1].tolist() for seed in (3, 3, 4))
+    assert first == again != other
+    assert first != list(range(30))
+
+
+@pytest.mark.parametrize("held_out", [100, 101])
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(held_out):
+    with pytest.raises(DataError) as error:
+        split_indices(100, held_out, seed=0)
+    assert error.value.report() == (
+        f"error: validSize {held_out} of 100 training images leaves none; fix: use less than 100"
+    )

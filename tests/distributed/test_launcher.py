@@ -1,0 +1,177 @@
+"""`--nGPU N` starts N processes: their place, signals to who started them, one exit code."""
+
+import os
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from distributed import launcher
+from distributed.launcher import Place, here, verdict
+from faults.contract import outcome, refused, status, tiny
+from faults.sabotage import at_batch, both, kill, own_group, send
+from helpers.run_main import run, run_ranks, start
+
+FLAGS = {"nEpochs": 3, "dropRate": 0.2}
+
+
+def cpus_for_gpus() -> None:
+    """Let processors stand in for two GPUs, and fork, which is faster, since there is no CUDA."""
+    import torch
+
+    import engine.device
+
+    torch.cuda.device_count = lambda: 2
+    select = engine.device.select
+    engine.device.select = lambda *args: select(*args) and torch.device("cpu")
+    torch.cuda.set_device = lambda number: None
+    launcher.START_METHOD = "fork"
+
+
+def on_rank(rank: int, action) -> None:
+    if launcher.here().rank == rank and launcher.here().launched:
+        action()
+
+
+def replicas(directory: Path, *sabotages, **flags):
+    argv = tiny(**FLAGS | flags, nGPU=2, save=directory)
+    return argv, partial(both, cpus_for_gpus, *sabotages)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> dict:
+    """What two processes come to that a launcher started."""
+    directory = tmp_path_factory.mktemp("complete")
+    results = run_ranks(tiny(**FLAGS, nGPU=0, save=directory), 2)
+    assert [result.code for result in results] == [0, 0], results
+    return outcome(directory)
+
+
+def test_replicas_train_as_processes_of_any_launcher_do(tmp_path, complete):
+    result = run(*replicas(tmp_path))
+    assert result.code == 0 and result.err == "", result
+    assert result.out.count("=> Training epoch # 1") == 1
+    assert outcome(tmp_path) == complete
+
+
+def goes_on(directory: Path, complete: dict) -> None:
+    assert run(*replicas(directory, resume="auto")).code == 0
+    assert outcome(directory) == complete
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_the_one_that_started_them_is_passed_on(tmp_path, complete, number):
+    tell = partial(on_rank, 1, partial(tell_parent, number))
+    result = run(*replicas(tmp_path, partial(at_batch, tell, 6)))
+    assert result.code == 75, result
+    assert status(tmp_path)["state"] == "preempted"
+    assert result.err.splitlines()[-1].startswith(f"stopped: {signal.Signals(number).name}, ")
+    goes_on(tmp_path, complete)
+
+
+def tell_parent(number: int) -> None:
+    os.kill(os.getppid(), number)
+    time.sleep(0.2)  # for it to come back
+
+
+def test_a_signal_to_all_of_them_at_once_is_one_signal(tmp_path, complete):
+    """Ctrl-C in a terminal reaches every process, and the first passes it on as well."""
+    tell = partial(on_rank, 1, partial(os.killpg, 0, signal.SIGINT))
+    result = run(*replicas(tmp_path, own_group, partial(at_batch, tell, 6)))
+    assert result.code == 75, result
+    goes_on(tmp_path, complete)
+
+
+def test_a_process_that_is_killed_ends_the_others_with_its_name(tmp_path, complete):
+    die = partial(on_rank, 1, kill)
+    result = run(*replicas(tmp_path, partial(at_batch, die, 6)))
+    refused(result, 8, r"process 1 \(host .*\) is lost")
+    goes_on(tmp_path, complete)
+
+
+def test_when_the_one_that_started_them_is_killed_they_save_and_end(tmp_path, complete):
+    """Row 68: two runs must not write in one directory."""
+    report = tmp_path / "pids"
+    tell = partial(on_rank, 0, partial(kill_parent, report))
+    running = start(*replicas(tmp_path / "run", partial(at_batch, tell, 6)))
+    assert running.wait(30).code == -signal.SIGKILL
+    end = time.monotonic() + 20
+    while Path(f"/proc/{report.read_text()}").exists():
+        assert time.monotonic() < end, "it is still running"
+        time.sleep(0.05)
+    assert status(tmp_path / "run")["state"] == "preempted"
+    goes_on(tmp_path / "run", complete)
+
+
+def kill_parent(report: Path) -> None:
+    report.write_text(str(os.getpid()))
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(0.2)
+
+
+def test_a_process_that_ends_neither_by_itself_nor_on_a_signal_is_killed(tmp_path):
+    stop = partial(on_rank, 1, partial(send, signal.SIGSTOP))
+    argv, sabotage = replicas(tmp_path, impatient, partial(at_batch, stop, 6), timeout=2)
+    refused(run(argv, sabotage, timeout_s=60), 8, r"process 1 .* is lost")
+
+
+def impatient() -> None:
+    launcher.GRACE_S = 1
+
+
+def test_gpus_that_are_not_there_are_refused_before_anything_is_started(tmp_path):
+    refused(run(tiny(nGPU=2, save=tmp_path / "run")), 2, "nGPU=2 but no CUDA device; fix: --nGPU 0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
+    argv = tiny(nGPU=3, save=tmp_path / "run")
+    pattern = re.escape("batchSize 8 over 3 processes is not a whole number; fix: use 9, or ")
+    refused(run(argv), 2, pattern)
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([0, 0, 0], 0),
+        ([75, 75], 75),
+        ([8, -9, 8], 8),
+        ([-9, 8], 8),
+        ([-9, -9], 137),
+        ([-15, 0], 143),
+        ([0, 3], 3),
+        ([1, 1], 1),
+    ],
+)
+def test_one_exit_code_stands_for_all(codes, code):
+    assert verdict(codes) == code
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({}, Place()),
+        ({"RANK": "3"}, Place()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Place(launched=True)),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            Place(5, 8, 1, 4, launched=True),
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"},
+            Place(0, 2, launched=True, restarted=True),
+        ),
+        ({"SLURM_RESTART_COUNT": "2"}, Place(restarted=True)),
+        ({"SLURM_RESTART_COUNT": "0"}, Place()),
+    ],
+)
+def test_a_process_knows_its_place_from_what_its_launcher_says(monkeypatch, given, want):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+                 "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert here() == want

@@ -1,0 +1,84 @@
+"""A run that an earlier version began goes on as if that version had finished it.
+
+`old_run/interrupted` was written at commit cd80cb8 by a run that SIGTERM ended after 30 steps:
+`main.py --dataset digits --depth 10 --growthRate 4 --nEpochs 3 --dropRate 0.2 --augment true
+--nGPU 0 --manualSeed 3`, with one thread. `old_run/finished` is what the same version made of it.
+"""
+
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoints
+from experiment.log import read_log
+from faults import sabotage
+from helpers.run_main import ROOT, run
+
+OLD = ROOT / "tests" / "old_run"
+BEGUN_WITH = (
+    "--dataset digits --depth 10 --growthRate 4 --nEpochs 3 --dropRate 0.2 --augment true "
+    "--nGPU 0 --manualSeed 3"
+)
+STEPS = 30
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def continued(directory: Path, source: str, forget=None) -> dict:
+    """The last weights of a run that goes on from `interrupted`, or from its checkpoint alone."""
+    shutil.copytree(OLD / "interrupted", directory / "run")
+    where = directory / "run" / source
+    line = f"--resume {where} --save {directory / 'run'} {BEGUN_WITH}"
+    result = run(line, forget)
+    assert result.code == 0, result.err
+    return checkpoints.load_weights(directory / "run" / "model_last.pt")
+
+
+@pytest.fixture(scope="module")
+def rounds_alike(tmp_path_factory) -> bool:
+    """Whether this processor rounds as the one that wrote the run did, so that bits may be asked.
+
+    It is found out on the steps before the interruption, which are done once more here.
+    """
+    directory = tmp_path_factory.mktemp("anew")
+    stop = partial(sabotage.at_batch, partial(sabotage.send, signal.SIGTERM), k=STEPS)
+    assert run(f"{BEGUN_WITH} --save {directory}", stop).code == 75
+    name = f"checkpoint_{STEPS:09d}.pt"
+    here, there = (checkpoints.load(path / name) for path in (directory, OLD / "interrupted"))
+    difference = largest_difference(here["model"], there["model"])
+    assert difference < 1e-4  # on any processor
+    return difference == 0
+
+
+@pytest.mark.parametrize("source", ["", f"checkpoint_{STEPS:09d}.pt"], ids=["run", "checkpoint"])
+def test_an_old_run_goes_on_bit_for_bit(tmp_path, source, rounds_alike):
+    weights = continued(tmp_path, source)
+    expected = checkpoints.load_weights(OLD / "finished" / "model_last.pt")
+    assert largest_difference(weights, expected) <= (0 if rounds_alike else 1e-4)
+    found, wanted = (read_log(path) for path in (tmp_path / "run", OLD / "finished"))
+    assert [record["epoch"] for record in found] == [1, 2, 3]
+    same = [name for name in wanted[0] if name.startswith(("train_", "val_")) or name == "lr"]
+    for mine, theirs in zip(found, wanted, strict=True):
+        for name in set(same) - {"val_time_s"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=0 if rounds_alike else 1e-4)
+
+
+@pytest.mark.parametrize("forget", [sabotage.forget_rng, sabotage.forget_position])
+def test_a_careless_resume_would_end_elsewhere(tmp_path, forget):
+    expected = checkpoints.load_weights(OLD / "finished" / "model_last.pt")
+    assert largest_difference(continued(tmp_path, "", forget), expected) > 1e-3
+
+
+def test_every_tensor_of_an_old_checkpoint_is_read():
+    path = OLD / "interrupted" / f"checkpoint_{STEPS:09d}.pt"
+    raw, state = torch.load(path, weights_only=True), checkpoints.load(path)
+    assert raw.keys() - {"format"} <= state.keys()
+    for name in ("model", "momentum"):
+        assert largest_difference(raw[name], state[name]) == 0

@@ -1,0 +1,244 @@
+"""kernels/dropout.py: masks that look random, are scaled, and come back from seed and place."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.dropout import Drop, draw_seed
+from models import sync_batchnorm
+from models.dense_block import DenseBlock, Dropout, drop
+from models.densenet import Transition
+
+SHAPE = (16, 16, 16, 32)  # 131,072 values: a share is known to 0.14 %
+SIGMAS = 5  # a fair test of this kind fails by chance once in two million times
+
+
+def seed(number: int) -> Tensor:
+    return torch.tensor([number], dtype=torch.int32)
+
+
+def kept(rate: float = 0.3, number: int = 1, place: int = 0, shape=SHAPE, start: int = 0) -> Tensor:
+    """Where values stay, as booleans."""
+    return Drop(rate, seed(number), place).mask(torch.ones(shape), start) != 0
+
+
+def correlation(left: Tensor, right: Tensor) -> float:
+    """In deviations of what independent values would give."""
+    left, right = (x.double() - x.double().mean() for x in (left.flatten(), right.flatten()))
+    return ((left * right).mean() / left.std() / right.std() * math.sqrt(left.numel())).item()
+
+
+# ----------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("number", [0, 1, 2**31 - 2])
+@pytest.mark.parametrize("place", [0, 1, 77])
+def test_the_share_that_is_dropped_is_the_rate(rate, number, place):
+    dropped = ~kept(rate, number, place)
+    deviation = math.sqrt(rate * (1 - rate) / dropped.numel())
+    assert abs(dropped.double().mean().item() - rate) < SIGMAS * deviation
+    assert abs(dropped.double().mean().item() - 1.2 * rate) > SIGMAS * deviation  # it could fail
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_no_image_row_column_or_channel_is_dropped_more_than_others(axis):
+    rate = 0.3
+    shares = (~kept(rate)).double().mean(dim=[i for i in range(4) if i != axis])
+    deviation = math.sqrt(rate * (1 - rate) / (math.prod(SHAPE) / SHAPE[axis]))
+    scores = (shares - rate) / deviation
+    assert scores.abs().max() < SIGMAS
+    assert 0.3 < scores.std() < 2  # spread as chance does, neither more nor less
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_stays_is_divided_by_its_share(dtype):
+    x = torch.randn(SHAPE, dtype=dtype)
+    how = Drop(0.3, seed(1), 0)
+    mask = how.mask(x)
+    assert (mask.dtype, mask.shape) == (dtype, x.shape)
+    assert set(mask.unique().tolist()) == {0, torch.tensor(1 / 0.7, dtype=dtype).item()}
+    assert torch.equal(mask != 0, kept(0.3))  # the same values whatever the precision
+    if dtype == torch.float64:
+        ones = how.mask(x).mean().item()
+        assert abs(ones - 1) < SIGMAS * math.sqrt(0.3 / 0.7 / x.numel())
+
+
+# ----------------------------------------------------------------------------------- independence
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "right"),
+    [
+        ("places", {"place": 0}, {"place": 1}),
+        ("distant places", {"place": 3}, {"place": 64}),
+        ("seeds", {"number": 1}, {"number": 2}),
+        ("seeds a power of two apart", {"number": 5}, {"number": 5 + 2**20}),
+        ("images", {}, {"start": SHAPE[0]}),
+        ("seed and place exchanged", {"number": 1, "place": 2}, {"number": 2, "place": 1}),
+    ],
+)
+def test_masks_are_independent_of_each_other(name, left, right):
+    left, right = kept(**left), kept(**right)
+    assert not torch.equal(left, right)
+    assert abs(correlation(left, right)) < SIGMAS
+    assert correlation(left, left) > 100  # what the same mask would give
+
+
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("distance", [1, 2, 4, 8])
+def test_neighbours_are_independent(axis, distance):
+    mask = kept()
+    length = SHAPE[axis] - distance
+    near, far = mask.narrow(axis, 0, length), mask.narrow(axis, distance, length)
+    assert abs(correlation(near, far)) < SIGMAS
+
+
+def test_one_value_is_dropped_independently_from_step_to_step():
+    # One small mask under many seeds, as successive steps draw them.
+    masks = torch.stack([kept(0.5, number, shape=(1, 1, 1, 8)).flatten() for number in range(4000)])
+    scores = (masks.double().mean(0) - 0.5) / math.sqrt(0.25 / len(masks))
+    assert scores.abs().max() < SIGMAS
+    assert abs(correlation(masks[:-1], masks[1:])) < SIGMAS
+
+
+# ------------------------------------------------------------------------------ tiles and overflow
+
+
+def test_the_mask_of_a_tile_is_the_slice_of_the_mask_of_the_batch():
+    shape = (7, 5, 3, 11)
+    whole = kept(shape=shape)
+    for start, stop in ((0, 3), (3, 6), (6, 7), (2, 7)):
+        tile = kept(shape=(stop - start, *shape[1:]), start=start)
+        assert torch.equal(tile, whole[start:stop])
+    assert not torch.equal(kept(shape=(2, *shape[1:])), whole[2:4])  # its start forgotten
+
+
+def test_the_mask_of_a_replica_is_the_slice_of_the_mask_of_all():
+    shape = (7, 5, 3, 11)
+    whole = kept(shape=shape)
+    for first, stop in ((0, 4), (4, 6), (6, 7)):
+        how = Drop(0.3, seed(1), 0, first)
+        assert torch.equal(how.mask(torch.ones(stop - first, *shape[1:])) != 0, whole[first:stop])
+    tile = Drop(0.3, seed(1), 0, 4).mask(torch.ones(1, *shape[1:]), start=1)
+    assert torch.equal(tile != 0, whole[5:6])
+    assert not torch.equal(tile != 0, whole[4:5]) and not torch.equal(tile != 0, whole[1:2])
+
+
+def test_a_network_takes_its_masks_from_where_its_share_of_the_batch_begins():
+    x = torch.ones(5, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    for module in (Dropout(0.3), Transition(4, 4, 0.3)):
+        run = module if isinstance(module, Dropout) else module.double()._drop_and_pool
+        masks = {}
+        for name, part, first in (("all", x, None), ("last two", x[3:], 3), ("wrong", x[3:], 2)):
+            if first is not None:
+                sync_batchnorm.join(module, SimpleNamespace(first=first), sync_norms=False)
+            torch.manual_seed(7)
+            out = run(part)
+            masks[name] = (out.detach(), torch.autograd.grad(out.sum(), x)[0][-2:])
+        for i, mask in enumerate(masks["last two"]):  # forward and backward
+            assert torch.equal(mask, masks["all"][i][-2:])
+            assert not torch.equal(masks["wrong"][i], mask)
+
+
+@pytest.mark.parametrize("place", [2**31 - 1, 2**31, 2**40 + 1, 10**12])
+def test_any_place_is_a_place(place):
+    mask = kept(place=place)
+    assert abs(correlation(mask, kept(place=place + 1))) < SIGMAS
+    assert abs(mask.double().mean().item() - 0.7) < 0.01
+
+
+@pytest.mark.parametrize("first", [2**31 - 3, 2**31, 2**32 - 5, 2**33])
+def test_a_batch_of_more_values_than_an_int_counts_has_a_mask(first):
+    # One value an image, so that `start` is the index. The 32 bits wrap: after 2^32 values the
+    # mask repeats, which no reader of it can notice.
+    mask = kept(shape=(1000, 1, 1, 1), start=first)
+    assert abs(mask.double().mean().item() - 0.7) < 0.1
+    wrapped = (first + 2) % 2**32
+    assert torch.equal(mask[2:], kept(shape=(998, 1, 1, 1), start=wrapped))
+    assert not torch.equal(mask[:-2], mask[2:])
+
+
+def restated(rate: float, number: int, place: int, index: int) -> bool:
+    """Whether a value stays, in Python's unbounded numbers."""
+    bits = 2**32
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 16)) * 0x7FEB352D % bits
+        x = (x ^ (x >> 15)) * 0x846CA68B % bits
+        return x ^ (x >> 16)
+
+    key = mix((number + place * 0x3504F333) % bits)
+    return mix((mix((index % bits) ^ key) + key) % bits) % 2**24 >= round(rate * 2**24)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "start"), [(0, 0, 0), (2**31 - 2, 5, 2**31 - 50), (7, 2**35, 2**32)]
+)
+def test_the_signed_arithmetic_is_that_of_unsigned_numbers(number, place, start):
+    mask = kept(0.4, number, place, shape=(100, 1, 1, 1), start=start).flatten().tolist()
+    assert mask == [restated(0.4, number, place, start + i) for i in range(100)]
+    assert mask != [restated(0.4, number, place + 1, start + i) for i in range(100)]
+
+
+# ------------------------------------------------------------------------------- in the network
+
+
+def test_seeds_come_from_the_global_generator_and_are_resumed_with_it():
+    state = torch.get_rng_state()
+    first = [draw_seed(torch.device("cpu")) for _ in range(50)]
+    torch.set_rng_state(state)
+    again = [draw_seed(torch.device("cpu")) for _ in range(50)]
+    assert first == again
+    assert all((number.dtype, number.shape) == (torch.int32, (1,)) for number in first)
+    assert all(number >= 0 for number in first) and len(set(map(int, first))) == 50
+    torch.manual_seed(1)
+    assert first != [draw_seed(torch.device("cpu")) for _ in range(50)]
+
+
+def block(rate: float, level: int = 0) -> DenseBlock:
+    return DenseBlock(2, 3, 4, bottleneck=True, drop_rate=rate, memory_level=level)
+
+
+@pytest.mark.parametrize(("rate", "training", "draws"), [(0.3, True, True), (0.3, False, False),
+                                                         (0.0, True, False)])  # fmt: skip
+def test_nothing_is_drawn_where_nothing_is_dropped(rate, training, draws):
+    for module in (block(rate), Dropout(rate)):
+        state = torch.get_rng_state()
+        module.train(training)(torch.randn(2, 3, 4, 4, generator=torch.Generator()))
+        assert torch.equal(torch.get_rng_state(), state) is not draws
+
+
+def test_no_two_dropouts_of_a_step_share_a_mask():
+    dropouts = block(0.3)
+    first, second = (dropouts.drops(seed(1), i) for i in (0, 1))
+    assert len({how.place for how in (*first, *second)}) == 4
+    assert {how.rate for how in (*first, *second)} == {0.3}
+    assert dropouts.drops(None, 0) is None
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_backward_passes_only_where_forward_did(inplace):
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    how = Drop(0.3, seed(1), 2)
+    out = drop(x * 1, how, inplace)
+    out.backward(torch.full_like(out, 2.0))
+    mask = how.mask(torch.ones(3, 5, 6, 4, dtype=torch.float64)).permute(0, 3, 1, 2)
+    assert torch.equal(out, x * mask)
+    assert torch.equal(x.grad, 2 * mask)  # exactly 0 where dropped
+    assert 0 < (x.grad == 0).sum() < x.numel()
+    other = Drop(0.3, seed(1), 3).mask(torch.ones(3, 5, 6, 4)).permute(0, 3, 1, 2)
+    assert not torch.equal(x.grad, 2 * other)
+    assert drop(x, None, inplace) is x
+
+
+def test_the_mask_of_maps_does_not_depend_on_their_order_in_memory():
+    x = torch.randn(3, 4, 5, 6)
+    for like in (x, x.contiguous(memory_format=torch.channels_last)):
+        dropped = drop(like, Drop(0.3, seed(1), 0), inplace=False)
+        assert torch.equal(dropped != 0, kept(shape=(3, 5, 6, 4)).permute(0, 3, 1, 2))
+    transposed = drop(x.mT.contiguous(), Drop(0.3, seed(1), 0), inplace=False).mT
+    assert not torch.equal(dropped != 0, transposed != 0)  # of other pixels it is another

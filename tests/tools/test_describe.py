@@ -1,0 +1,127 @@
+"""The counts of tools.describe are those of the paper, and of a plain sum over the architecture."""
+
+import pytest
+import torch
+
+import datasets.factory
+import opts
+from engine.memory import Estimate
+from kernels import reference
+from tools import describe, overhead
+
+
+def described(flags: str) -> dict[str, int]:
+    """The three totals for a command line."""
+    opt = opts.parse(flags.split())
+    model = describe.build(opt)
+    layers = describe.measure(model, opt.imageSize)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": sum(layer.macs for layer in layers),
+        "activations": sum(layer.activations for layer in layers),
+    }
+
+
+# Parameters, multiply-adds and outputs of convolutions and classifier, worked out by hand.
+@pytest.mark.parametrize(
+    "flags, parameters, macs, activations",
+    [
+        ("--depth 40 --bottleneck false --reduction 1", 1_019_722, 264_812_928, 0.45),
+        ("--depth 100 --bottleneck false --reduction 1", 6_979_642, 1_769_516_448, 1.14),
+        ("--bottleneck false --reduction 1 --growthRate 24", 27_249_082, 6_889_347_744, 2.25),
+        ("--depth 100 --growthRate 12", 769_162, 287_929_692, 1.46),
+        ("--depth 250 --growthRate 24", 15_324_406, 5_418_785_724, 7.38),
+        ("--depth 190 --growthRate 40", 25_624_430, 9_301_945_740, 9.33),
+        ("--depth 40 --growthRate 36", 1_542_682, 647_298_936, 1.72),
+        ("--depth 40 --growthRate 48", 2_733_130, 1_149_867_168, 2.29),
+        ("--depth 40 --growthRate 60", 4_261_690, 1_795_836_360, 2.86),
+        ("--dataset imagenet --depth 121", 7_978_856, 2_834_161_664, 6.90),
+        ("--dataset imagenet --depth 169", 14_149_480, 3_359_843_328, 7.30),
+        ("--dataset imagenet --depth 201", 20_013_928, 4_291_365_888, 7.85),
+        ("--dataset imagenet --depth 161", 28_681_000, 7_727_907_072, 11.06),
+        ("--dataset imagenet --depth 264", 33_337_704, 5_751_653_376, 8.53),
+        ("--dataset imagenet --depth 232", 55_570_984, 10_119_129_600, 11.97),
+        ("--dataset imagenet --depth 264 --growthRate 48", 72_686_632, 12_850_693_632, 12.80),
+    ],
+)
+def test_the_published_networks_count_exactly(flags, parameters, macs, activations):
+    counts = described(flags)
+    assert (counts["parameters"], counts["macs"]) == (parameters, macs)
+    assert round(counts["activations"] / 1e6, 2) == activations
+
+
+def test_another_stem_would_be_noticed():
+    assert described("--initChannels 16")["parameters"] == 754_810
+
+
+def test_a_plain_sum_over_the_layers_gives_the_same_multiply_adds():
+    size, channels, macs = 32, 24, 32 * 32 * 24 * 27
+    for block in range(3):
+        for _ in range(16):
+            macs += size * size * (channels * 48 + 48 * 12 * 9)
+            channels += 12
+        if block < 2:
+            macs += size * size * channels * (channels // 2)
+            channels, size = channels // 2, size // 2
+    assert described("--depth 100")["macs"] == macs + channels * 10
+
+
+def test_describe_prints_stages_and_channels_of_each_layer(capsys):
+    assert describe.main(["--depth", "22"]) == 0
+    printed = capsys.readouterr().out
+    assert "3, 3, 3 layers per block" in printed and "71,686" in printed
+    assert "features.denseblock3.denselayer3.conv2" in printed and "48 -> 12" in printed
+
+
+def test_describe_needs_the_classes_of_a_folder(capsys):
+    assert describe.main(["--dataset", "folder", "--imageSize", "32"]) == 2
+    assert "fix: add --nClasses N" in capsys.readouterr().err
+
+
+TINY = "--dataset digits --depth 10 --growthRate 4 --nGPU 0"
+
+
+def test_describe_predicts_memory_per_level_and_precision_for_a_batch(capsys, monkeypatch):
+    monkeypatch.setattr(describe, "PRECISIONS", ("single", "double"))  # half of the time
+    assert describe.main([*TINY.split(), "--batchSize", "200"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.partition("memory of a training step at batch 200 on CPU")[2].splitlines()
+    rows = [line.split() for line in lines[2:7]]
+    assert lines[1].split() == ["optMemory", "single", "double"]
+    assert [row[0] for row in rows] == [*"01234"]
+    for level, column, precision in ((0, 1, "single"), (2, 1, "single"), (4, 2, "double")):
+        opt = opts.parse(f"{TINY} --batchSize 200 --precision {precision}".split())
+        estimate = Estimate(opt, 10, torch.device("cpu"), reference)
+        assert rows[level][column] == f"{estimate.peak_bytes(level) / 1e6:.1f}"
+    assert rows[0][1] != rows[2][1] != rows[2][2]
+    assert lines[-1].startswith("optMemory auto: 2, the fastest")
+
+
+def test_describe_has_a_column_for_every_precision():
+    assert set(describe.PRECISIONS) == set(opts.FLAGS["precision"].choices)
+
+
+def test_describe_predicts_nothing_without_a_batch(capsys):
+    assert describe.main([*TINY.split(), "--optMemory", "auto"]) == 0
+    assert "memory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--dataset digits", "--dataset synthetic --nImages 99"])
+def test_describe_counts_the_data_that_stays_on_the_device(flags):
+    opt = opts.parse(flags.split())
+    data = datasets.factory.create(opt, torch.device("cpu"), print)
+    tensors = [t for split in (data.train, data.val) for t in vars(split.images).values()]
+    assert describe.resident_bytes(opt) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_describe_knows_which_data_is_not_resident_and_which_is_not_known():
+    assert describe.resident_bytes(opts.parse(["--dataset", "imagenet"])) == 0
+    assert describe.resident_bytes(opts.parse(["--dataset", "folder", "--imageSize", "32"])) is None
+    assert describe.resident_bytes(opts.parse([])) == 60_000 * (32 * 32 * 3 + 8)
+
+
+def test_the_cost_of_the_loop_is_measured_on_both_loops(monkeypatch):
+    monkeypatch.setattr(overhead, "STEPS", 3)
+    flags = "--dataset synthetic --imageSize 8 --depth 10 --growthRate 4 --batchSize 8 --nGPU 0"
+    times = overhead.measure(opts.parse(flags.split()))
+    assert len(times) == 3 and all(bare > 0 and ours > 0 for bare, ours in times)

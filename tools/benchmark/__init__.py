@@ -1,0 +1,1 @@
+"""`python -m tools.benchmark`: training speed and memory beside other implementations."""

@@ -1,0 +1,369 @@
+"""Training speed and memory beside other implementations: `python -m tools.benchmark`.
+
+It takes main.py's flags for the network, and its own. Every memory level and kernel backend of
+this project, torchvision's DenseNet (plain, memory efficient and compiled) and timm's train the
+same network on the same batch in one process, in turns whose order is random. Prints a table and
+writes a CSV file; what does not apply or could not be measured is "not run" there, with the reason.
+
+On a CPU a network that does not fit the memory ends the process: leave it out with `--only`.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fnmatch
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import opts
+from cli.flags import AT_LEAST_0, AT_LEAST_1, Flag, Range, boolean, integer, integers
+from cli.flags import text as plain_text
+from cli.parser import Reader
+from errors import UsageError
+from fileio import atomic
+from tools import cli
+from tools.benchmark import results
+
+ROOT = Path(__file__).resolve().parents[2]
+PRECISIONS = {"single": "fp32", "bf16": "bf16"}
+BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}
+# Turns that count, and turns before them that do not.
+TURNS, WARM_UP = {"cpu": 5, "cuda": 30}, {"cpu": 2, "cuda": 10}
+GROWTH_OF = ("eager", "channels-last")  # what `--depths` measures: as the training command runs
+
+# fmt: off
+FLAGS = {flag.name: flag for flag in (
+    Flag("only", plain_text, None, "contestants to measure: patterns with commas between, each to "
+         "be found in WHO/PRECISION/FORMAT/MODE, e.g. level-2,torchvision/bf16*eager", "all"),
+    Flag("turns", integer, None, "turns of each contestant that count: one step on the CPU, five "
+         "on CUDA", "30 on CUDA, else 5", range=Range(low=2)),
+    Flag("warmUp", integer, None, "turns before them that do not", "10 on CUDA, else 2",
+         range=AT_LEAST_0),
+    Flag("compile", boolean, True, "take torch.compile in, which needs minutes and a C++ compiler"),
+    Flag("rss", boolean, True, "on the CPU: peak memory of a process of its own per contestant"),
+    Flag("depths", integers, None, "instead: how time and memory grow over these depths, eager and "
+         "channels-last", "one depth", range=AT_LEAST_1),
+    Flag("csv", plain_text, None, "file to write, or none",
+         "in results/, named after network, device, torch and month"),
+)}
+# fmt: on
+
+USAGE = """usage: python -m tools.benchmark [--flag value ...]
+
+Training steps of this project's network beside other implementations of it. Of main.py's flags
+those of the network, the batch and the optimizer count; precision, tf32, optMemory, kernels and
+cudaGraph measure that one alone. Images are synthetic: add --imageSize 224 --nClasses 1000 for
+ImageNet's shape."""
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for.
+
+    Args:
+        networks: the settings of main.py, one for each depth.
+        own: the flags of this program by name.
+    """
+
+    networks: list[SimpleNamespace]
+    own: SimpleNamespace
+
+
+def parse(argv: list[str]) -> Request:
+    """Read main.py's flags and those of this program.
+
+    Raises:
+        UsageError: every problem of the flags at once.
+    """
+    reader = Reader(opts.FLAGS | FLAGS)
+    written = reader.command_line(argv)
+    reader.add([flag for flag in written if flag[0] not in opts.FLAGS])
+    own = SimpleNamespace(**{name: flag.default for name, flag in FLAGS.items()} | reader.values)
+    rest = [f"--{name}={value}" for name, value, _ in written if name in opts.FLAGS]
+    problems = reader.problems
+    if own.depths and any(flag.startswith("--depth=") for flag in rest):
+        problems.append(("depth and depths exclude each other", "keep one"))
+        own.depths = None
+    networks = []
+    for depth in own.depths or [None]:
+        of_depth = [f"--depth={depth}"] if depth else []
+        try:
+            networks.append(opts.parse(["--dataset=synthetic", *rest, *of_depth]))
+        except UsageError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if networks and networks[0].netType != "densenet":
+        what = f"netType: {networks[0].netType} is not measured, its peers are other DenseNets"
+        problems.append((what, "use densenet"))
+    if networks and networks[0].precision not in PRECISIONS:
+        what = f"precision: {networks[0].precision} is not measured"
+        problems.append((what, f"use {' or '.join(PRECISIONS)}"))
+    if problems:
+        raise UsageError.of(problems)
+    return Request(networks, own)
+
+
+def contestants(request: Request, opt: SimpleNamespace, on_cuda: bool) -> list:
+    """Who takes part, precision by precision.
+
+    Raises:
+        UsageError: nobody is left.
+    """
+    from tools.benchmark.measure import COMPILED, entries
+
+    backends = ["torch", "triton"] if on_cuda else ["torch"]
+    if opt.kernels != "auto":
+        backends = [opt.kernels]
+    own = request.own
+    patterns = [f"*{pattern.strip()}*" for pattern in (own.only or "").split(",")]
+    everybody = [
+        contestant
+        for precision in _precisions(opt, on_cuda)
+        for contestant in entries(precision, on_cuda, backends)
+    ]
+    found = [
+        contestant
+        for contestant in everybody
+        if any(fnmatch.fnmatchcase(contestant.name, pattern) for pattern in patterns)
+        and (own.compile or contestant.mode not in COMPILED)
+        and (not own.depths or (contestant.mode, contestant.memory_format) == GROWTH_OF)
+        and _is_asked_for(contestant, opt)
+    ]
+    if not found:
+        what = f"only: {own.only} leaves nobody to measure"
+        raise UsageError(what, f"names are as {everybody[0].name}")
+    return found
+
+
+def _precisions(opt: SimpleNamespace, on_cuda: bool) -> list[str]:
+    """The precisions to measure: all of the device, or the one that is asked for."""
+    if opt.tf32:
+        return ["tf32"]
+    if "precision" in opt.given:
+        return [PRECISIONS[opt.precision]]
+    return ["fp32", "tf32", "bf16"] if on_cuda else ["fp32", "bf16"]
+
+
+def _is_asked_for(contestant, opt: SimpleNamespace) -> bool:
+    """Whether the flags optMemory and cudaGraph, where they are given, mean this contestant."""
+    if contestant.is_peer:
+        return True
+    if opt.cudaGraph != "auto" and (contestant.mode == "graph") != (opt.cudaGraph == "true"):
+        return False
+    level = contestant.who.split("-")[1]
+    return "optMemory" not in opt.given or str(opt.optMemory) in ("auto", level)
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def measure(request: Request, device, say: Callable[[str], None]) -> Iterator[list[dict]]:
+    """Yield the rows so far, whenever a precision of a network is done.
+
+    Args:
+        say: called with a line about what is going on.
+    """
+    import engine.device
+    from tools.benchmark.measure import copy_bandwidth
+
+    bandwidth = copy_bandwidth(device)
+    say(f"a large copy moves {bandwidth / 1e9:.1f} GB/s")
+    constants = facts(device) | {"copy_gb_per_s": bandwidth / 1e9}
+    rows: list[dict] = []
+    for opt in request.networks:
+        everybody = contestants(request, opt, device.type == "cuda")
+        for precision in dict.fromkeys(contestant.precision for contestant in everybody):
+            engine.device.configure(opt.cudnn, tf32=precision == "tf32")
+            group = [contestant for contestant in everybody if contestant.precision == precision]
+            limit = bandwidth / (results.block_traffic(opt) * BYTES[precision])
+            for row in measure_group(group, opt, request.own, device, say):
+                row |= constants | of_network(opt) | {"bound_images_per_s": limit}
+                if "images_per_s" in row:
+                    row["fraction_of_bound"] = row["images_per_s"] / limit
+                rows.append(row)
+            results.add_ratios(rows)
+            if request.own.depths:
+                results.add_growth(rows)
+            yield rows
+
+
+def measure_group(
+    group: list,
+    opt: SimpleNamespace,
+    own: SimpleNamespace,
+    device,
+    say: Callable[[str], None],
+) -> list[dict]:
+    """Measure contestants of one precision; their rows in the same order."""
+    import torch
+
+    from datasets import registry
+    from tools.benchmark.measure import enter, peak_rss_mb, reason, take_turns
+
+    num_classes = opt.nClasses or registry.SYNTHETIC_CLASSES
+    on_cuda = device.type == "cuda"
+    turns = TURNS[device.type] if own.turns is None else own.turns
+    warm_up = WARM_UP[device.type] if own.warmUp is None else own.warmUp
+    torch.compiler.reset()  # what the last group compiled would count as recompilation
+    pool = torch.cuda.graph_pool_handle() if on_cuda else None
+    rows = {contestant: dataclasses.asdict(contestant) for contestant in group}
+    runners = []
+    for contestant in group:
+        try:
+            runner, found = enter(contestant, opt, num_classes, device, pool)
+            if own.rss and not on_cuda:
+                found["peak_rss_mb"] = peak_rss_mb(contestant, opt, num_classes)
+        except Exception as error:  # whoever fails must not end the measurement of the others
+            rows[contestant]["note"] = reason(error)
+            say(f"{contestant.name}: {results.NOT_RUN}, {reason(error)}")
+            continue
+        runners.append(runner)
+        rows[contestant] |= found
+        say(f"{contestant.name}: first step {found['first_step_s']:.1f} s")
+    say(f"{len(runners)} contestants take {warm_up} + {turns} turns")
+    times, failures = take_turns(runners, warm_up, turns)
+    for contestant, taken in times.items():
+        if contestant in failures:
+            rows[contestant]["note"] = failures[contestant]
+        else:
+            speeds = [opt.batchSize / time_s for time_s in taken]
+            rows[contestant] |= results.spread(speeds) | {"turns": turns}
+    return list(rows.values())
+
+
+def of_network(opt: SimpleNamespace) -> dict[str, object]:
+    """What a row says about the network and its input."""
+    return {
+        "network": results.network_name(opt),
+        "depth": opt.depth,
+        "batch_size": opt.batchSize,
+        "image_size": opt.imageSize,
+    }
+
+
+def facts(device) -> dict[str, object]:
+    """What a row says about the machine and the software."""
+    import torch
+
+    import engine.device
+
+    driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "device": engine.device.describe(device) if device.type == "cuda" else _processor(),
+        "driver": driver.splitlines()[0] if driver else "none",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": _output_of("git", "describe", "--always", "--dirty") or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
+
+
+def _output_of(*command: str) -> str:
+    """What a command prints in this repository, nothing if it cannot be run."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return done.stdout.strip()
+    return ""
+
+
+# ------------------------------------------------------------------------------------ public face
+
+
+@contextlib.contextmanager
+def empty_caches() -> Iterator[None]:
+    """Let compilers start from nothing, so that the first step takes what it takes a newcomer."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        os.environ.update({name: str(Path(directory) / name.lower()) for name in names})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value
+
+
+def run(request: Request, say: Callable[[str], None]) -> tuple[list[dict], Path | None]:
+    """Measure what is asked for and write the CSV file; the rows and the file."""
+    import torch
+
+    import engine.device
+    import kernels.backend
+    from engine import cuda_graph
+
+    opt = request.networks[0]
+    device = engine.device.select(opt.nGPU)
+    on_cuda = device.type == "cuda"
+    cuda_graph.recorder(opt.cudaGraph, device, resident=True)  # from here on: a stream to record
+    if opt.tf32 and not on_cuda:
+        raise UsageError("tf32 has no effect on the CPU", "leave it out")
+    kernels.backend.select(opt.kernels, device, "single")  # its errors come before the work
+    contestants(request, opt, on_cuda)  # and so do its
+    name = engine.device.describe(device) if on_cuda else f"cpu-{torch.get_num_threads()}core"
+    network = results.network_name(opt, "depths" if request.own.depths else None)
+    today = datetime.date.today()
+    path = _target(
+        request.own.csv, results.file_name(network, opt.batchSize, name, torch.__version__, today)
+    )
+    rows: list[dict] = []
+    for rows in measure(request, device, say):
+        if path:
+            atomic.write_whole(path, results.as_csv(rows))  # whatever happens to the rest
+    return rows, path
+
+
+def _target(csv: str | None, name: str) -> Path | None:
+    """The file to write, which must not be there: a measurement is not overwritten."""
+    if csv == "none":
+        return None
+    path = Path(csv) if csv else ROOT / "results" / name
+    if path.exists():
+        raise UsageError(f"csv: {path} exists", "move it away, or name another with --csv FILE")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"csv: cannot write in {path.parent}", "name another with --csv FILE")
+    return path
+
+
+def work(argv: list[str]) -> None:
+    """Measure, print a table and write a CSV file."""
+    request = parse(argv)
+    with empty_caches():
+        rows, path = run(request, lambda line: print(line, file=sys.stderr, flush=True))
+    print(results.as_table(rows))
+    if request.own.depths:
+        print(results.growth_table(rows))
+    if path:
+        print(f"\nwritten: {path}")
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line."""
+    return cli.run(argv, USAGE, FLAGS, work, network=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,376 @@
+"""The contestants of `python -m tools.benchmark` and what is measured about each.
+
+A contestant is a network in one precision, memory format and mode. All train on the same batch
+from the same weights, with the same optimizer.
+"""
+
+import concurrent.futures
+import gc
+import multiprocessing
+import random
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import engine.device
+import kernels.backend
+import models.factory
+from engine import cuda_graph
+from tools.benchmark import peers
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+COMPILED = {"compiled": "default", "compiled-reduce-overhead": "reduce-overhead"}
+BURST = {"cpu": 1, "cuda": 5}  # steps of a contestant in one turn: a GPU should not run dry
+COPIES, COPY_BYTES = 10, {"cpu": 2**28, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who trains, and how.
+
+    Args:
+        who: level-0, level-1, level-N-BACKEND of this project, or a member of `peers.PEERS`.
+        precision: fp32, tf32 or bf16 (autocast).
+        memory_format: of images and weights, a key of `FORMATS`.
+        mode: eager, graph (the whole step in one CUDA graph) or a key of `COMPILED`.
+    """
+
+    who: str
+    precision: str
+    memory_format: str
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """What `--only` is matched with."""
+        return "/".join((self.who, self.precision, self.memory_format, self.mode))
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether this is another implementation."""
+        return self.who in peers.PEERS
+
+
+def entries(precision: str, on_cuda: bool, backends: list[str]) -> list[Contestant]:
+    """Everybody who could take part in one precision.
+
+    Args:
+        backends: what runs levels 2 to 4: torch, triton.
+    """
+    ours = ["level-0", "level-1"]
+    ours += [f"level-{level}-{backend}" for level in (2, 3, 4) for backend in backends]
+    pairs = [(who, mode) for who in ours for mode in (["eager", "graph"] if on_cuda else ["eager"])]
+    pairs += [(who, "eager") for who in peers.PEERS]
+    pairs += [("torchvision", mode) for mode in (COMPILED if on_cuda else ["compiled"])]
+    return [
+        Contestant(who, precision, memory_format, mode)
+        for who, mode in pairs
+        for memory_format in FORMATS
+    ]
+
+
+def build(contestant: Contestant, opt: SimpleNamespace, num_classes: int, device) -> nn.Module:
+    """The contestant's network on the device, in training, with the weights of level 0.
+
+    Raises:
+        peers.NotRun: it cannot take part.
+        UsageError: its kernels cannot be used here.
+    """
+    reference = models.factory.create(SimpleNamespace(**vars(opt) | {"optMemory": 0}), num_classes)
+    if contestant.is_peer:
+        network = peers.create(contestant.who, opt, num_classes)
+    else:
+        _, level, *backend = contestant.who.split("-")
+        precision = "bf16" if contestant.precision == "bf16" else "single"
+        ops = kernels.backend.select(backend[0] if backend else "torch", device, precision)[0]
+        network = models.factory.create(
+            SimpleNamespace(**vars(opt) | {"optMemory": int(level)}), num_classes, ops
+        )
+    network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
+    return network.to(device, memory_format=FORMATS[contestant.memory_format]).train()
+
+
+class Runner:
+    """A contestant ready to step; `run()` is one training step in its mode.
+
+    A step is forward, cross-entropy, backward and the fused SGD update. Input: random images and
+    targets that every contestant has a copy of.
+    """
+
+    def __init__(
+        self,
+        contestant: Contestant,
+        opt: SimpleNamespace,
+        num_classes: int,
+        device: torch.device,
+    ):
+        self.contestant, self.device = contestant, device
+        self.network = build(contestant, opt, num_classes, device)
+        self._forward = self.network
+        if contestant.mode in COMPILED:
+            self._forward = torch.compile(
+                self.network, dynamic=False, mode=COMPILED[contestant.mode]
+            )
+        self._optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            opt.LR,
+            momentum=opt.momentum,
+            weight_decay=opt.weightDecay,
+            nesterov=opt.momentum > 0,
+            fused=True,
+        )
+        generator = torch.Generator().manual_seed(opt.manualSeed)
+        size = (opt.batchSize, 3, opt.imageSize, opt.imageSize)
+        images = torch.randn(size, generator=generator)
+        self.images = images.to(device, memory_format=FORMATS[contestant.memory_format])
+        self.targets = torch.randint(num_classes, size[:1], generator=generator).to(device)
+        self.run: Callable[[], object] = self.step
+
+    def loss(self) -> Tensor:
+        """Forward and cross-entropy."""
+        is_bf16 = self.contestant.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+            return F.cross_entropy(self._forward(self.images), self.targets)
+
+    def step(self) -> Tensor:
+        """One training step, eager or compiled; its loss."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def held_bytes(self) -> int:
+        """What one forward pass keeps for backward, without parameters, buffers and the batch."""
+        there = [*self.network.parameters(), *self.network.buffers(), self.images, self.targets]
+        count = packed_bytes if self.contestant.mode.startswith("compiled") else held_bytes
+        return count(self.loss, there)
+
+    def capture(self, pool: tuple[int, int] | None = None) -> None:
+        """Make `run` replay the whole step as one CUDA graph.
+
+        Args:
+            pool: memory that graphs share; nothing but the state of a network outlives a step,
+                so they may be replayed in any order.
+        """
+        self.run = self.step  # lets go of an earlier graph
+        for _ in range(cuda_graph.WARM_UP):
+            self.step()
+        self._optimizer.zero_grad(set_to_none=True)  # so that the gradients are the graph's own
+        self.run = cuda_graph.record(self.step, pool)
+
+
+def enter(
+    contestant: Contestant,
+    opt: SimpleNamespace,
+    num_classes: int,
+    device: torch.device,
+    pool: tuple[int, int] | None,
+) -> tuple[Runner, dict[str, float]]:
+    """Build a contestant, take its first step and measure its memory: the runner and the facts.
+
+    `first_step_s` starts with the network on the device and includes compiling and capturing;
+    what an earlier contestant compiled is found compiled.
+    """
+    _clear(device)
+    before = _allocated(device)
+    runner = Runner(contestant, opt, num_classes, device)
+    _wait(device)
+    start = time.perf_counter()
+    loss = runner.step().item()
+    if contestant.mode == "graph":
+        _clear(device)
+        runner.capture()  # in memory of its own, to see how much that is
+        runner.run()
+        _wait(device)
+    first_step_s = time.perf_counter() - start
+    facts = {"first_step_s": first_step_s, "first_loss": loss} | _peaks(runner, before)
+    if contestant.mode == "graph":
+        runner.capture(pool)
+    if (
+        contestant.mode != "compiled-reduce-overhead"
+    ):  # its graphs forbid a forward without backward
+        facts["held_mb_per_image"] = runner.held_bytes() / 1e6 / opt.batchSize
+    return runner, facts
+
+
+def _allocated(device: torch.device) -> tuple[int, int]:
+    """Bytes allocated and reserved now, as (0, 0) on the CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    return torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+
+
+def _peaks(runner: Runner, before: tuple[int, int]) -> dict[str, float]:
+    """Peak of the CUDA allocator in the steps of one contestant, without what was there before.
+
+    A graph that was captured just now has made its peak already, and has cleared before.
+    """
+    device = runner.device
+    if device.type != "cuda":
+        return {}
+    if runner.contestant.mode != "graph":
+        _clear(device)
+    for _ in range(2):
+        runner.run()
+    _wait(device)
+    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    names = ("peak_mb", "reserved_mb")
+    return {name: (peak - own) / 1e6 for name, peak, own in zip(names, peaks, before, strict=True)}
+
+
+def _clear(device: torch.device) -> None:
+    """Give back what nobody uses and begin to look for a new peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def held_bytes(forward: Callable[[], Tensor], leave_out: Iterable[Tensor]) -> int:
+    """Bytes that live on after a forward pass, each storage counted once and as a whole.
+
+    They live because autograd keeps them for backward, in whatever way.
+
+    Args:
+        leave_out: tensors that exist anyway, such as parameters and the input.
+    """
+    there = {tensor.untyped_storage()._cdata for tensor in leave_out}
+    seen = _Storages()
+    with seen:
+        loss = forward()
+    there.add(loss.untyped_storage()._cdata)
+    gc.collect()
+    alive = filter(None, (storage() for storage in seen.storages))
+    total = sum({each._cdata: each.nbytes() for each in alive if each._cdata not in there}.values())
+    del loss
+    return total
+
+
+class _Storages(TorchDispatchMode):
+    """Notes the memory that every operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        results = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, Tensor):
+                self.storages.append(weakref.ref(leaf.untyped_storage()))
+        return results
+
+
+def packed_bytes(forward: Callable[[], Tensor], leave_out: Iterable[Tensor]) -> int:
+    """The same for a compiled network, which would not run compiled while its operations are noted.
+
+    It counts what autograd packs up, and misses what a network packs up in a way of its own.
+    """
+    there = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would refer to the graph that it is kept in
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()  # keeps what it holds alive, so that no address is used twice
+    total = sum(held.values())
+    del loss
+    return total
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Time of one call, averaged over some in a row; by events on the device where it is CUDA."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def take_turns(
+    runners: list[Runner], warm_up: int, turns: int
+) -> tuple[dict[Contestant, list[float]], dict[Contestant, str]]:
+    """Seconds per step of each contestant, all turns in random order; and why some dropped out."""
+    order, chance = list(runners), random.Random(0)
+    times: dict[Contestant, list[float]] = {runner.contestant: [] for runner in runners}
+    failures: dict[Contestant, str] = {}
+    for turn in range(warm_up + turns):
+        chance.shuffle(order)
+        for runner in list(order):
+            try:
+                taken = seconds(runner.run, runner.device, BURST[runner.device.type])
+            except Exception as error:  # out of memory, most likely: the others go on
+                failures[runner.contestant] = reason(error)
+                order.remove(runner)
+                continue
+            if turn >= warm_up:
+                times[runner.contestant].append(taken)
+    return times, failures
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, for a table."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes, together."""
+    size = COPY_BYTES[device.type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)  # with its pages in place
+    times = [seconds(lambda: target.copy_(source), device) for _ in range(COPIES)]
+    return 2 * size / statistics.median(times)
+
+
+def peak_rss_mb(contestant: Contestant, opt: SimpleNamespace, num_classes: int) -> float:
+    """Peak resident memory of a fresh process that builds a contestant and takes one step (CPU)."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
+        threads = torch.get_num_threads()
+        return process.submit(_peak_of_steps, contestant, opt, num_classes, threads).result()
+
+
+def _peak_of_steps(
+    contestant: Contestant, opt: SimpleNamespace, num_classes: int, threads: int
+) -> float:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    engine.device.configure(opt.cudnn, opt.tf32)
+    runner = Runner(contestant, opt, num_classes, device)
+    for _ in range(3):  # freed memory is kept, and the second step finds it in pieces
+        runner.run()
+    # Not ru_maxrss: a new process inherits the peak of the one that started it there.
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return engine.device.peak_memory_mb(device)

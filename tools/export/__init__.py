@@ -1,0 +1,1 @@
+"""`python -m tools.export`: a trained network as ONNX, torchvision or timm weights."""

@@ -1,0 +1,1 @@
+"""`python -m tools.figures`: the paper's figures, drawn from runs."""

@@ -1,0 +1,144 @@
+"""A trained network from wherever it lies, and image files as it is evaluated on them.
+
+What classify, extract_features and export share: reading a network with its settings, classes and
+statistics; the images that a command line names; the output file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from cli.flags import Flag
+from errors import UsageError
+from tools import cli
+from tools.inference.images import Unreadable
+from tools.inference.sources import Facts, check_there, count_classes, read, read_classes, settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in evaluation mode on its device.
+
+    Args:
+        classes: names in the order of its outputs.
+        mean, std: per channel, of pixels from 0 to 255, with which it was trained.
+    """
+
+    model: "torch.nn.Module"
+    opt: SimpleNamespace
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    device: "torch.device"
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of its weights and logits."""
+        return self.model.classifier.weight.dtype
+
+    @property
+    def num_crops(self) -> int:
+        """Rows of a batch for each image."""
+        return 10 if self.opt.tenCrop else 1
+
+    def batches(
+        self, paths: list[str], bad: Unreadable
+    ) -> Iterator[tuple["torch.Tensor", list[int]]]:
+        """Image files as --testOnly has them: the same pipeline, order and batches.
+
+        Yields:
+            images: (n * num_crops, 3, H, W), normalised, on the device.
+            places: which of the paths they are; those that cannot be read are left out.
+        """
+        import datasets.factory
+
+        few = len(paths) <= self.opt.batchSize  # starting workers would take longer
+        opt = SimpleNamespace(**vars(self.opt) | ({"nThreads": 0} if few else {}))
+        samples = [(path, place) for place, path in enumerate(paths)]
+        found = datasets.factory.evaluation(opt, samples, self.device, (self.mean, self.std), bad)
+        for images, places in found.batches(epoch=0):
+            if len(places):
+                yield images, places.tolist()
+
+    def logits(self, images: "torch.Tensor") -> "torch.Tensor":
+        """(n * num_crops, 3, H, W) -> (n, classes), in the precision of the settings."""
+        import torch
+
+        from engine import precision
+
+        with torch.no_grad(), precision.autocast(self.device, self.opt.precision):
+            return self.of_images(self.model(images).to(self.dtype))
+
+    def of_images(self, rows: "torch.Tensor") -> "torch.Tensor":
+        """(n * num_crops, C) -> (n, C): the mean over the crops of each image."""
+        import train
+
+        return train.mean_over_crops(rows, self.num_crops)
+
+
+def load(path: Path, network: list[str] | tuple = (), classes: Path | None = None) -> Trained:
+    """The network of a run, a checkpoint, an exported file or plain weights, ready to be used.
+
+    Args:
+        network: flags of main.py; they win over the settings that `path` holds.
+        classes: a file of names, or the data.json of a run, instead of what `path` holds.
+
+    Raises:
+        CheckpointError: missing, damaged, or no weights for this network.
+        UsageError: what the network is, or what it expects, is said nowhere.
+    """
+    check_there(path)
+    source = read(path)
+    if not source.settings and not network:
+        fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
+        raise UsageError(f"{path} holds weights and not what network they are of", fix)
+    opt = settings(source, network)
+    facts = read_classes(classes) if classes else source.facts
+    return _build(opt, source.weights, facts, classes or path)
+
+
+def _build(opt: SimpleNamespace, weights: dict, facts: Facts | None, place: Path) -> Trained:
+    import torch
+
+    import datasets.factory
+    import engine.device
+    import kernels.backend
+    import models.factory
+    import models.weights
+
+    num_classes = count_classes(weights, opt.nClasses)
+    facts = facts or Facts([str(number) for number in range(num_classes)])
+    if len(facts.classes) != num_classes:
+        what = f"{place} has {len(facts.classes)} classes, the weights have {num_classes}"
+        raise UsageError(what, "name the classes of these weights")
+    known = (facts.mean, facts.std) if facts.mean else datasets.factory.published_statistics(opt)
+    if known is None:
+        what = f"mean and deviation of the images that {opt.dataset} weights expect are not known"
+        raise UsageError(what, "add --classes RUN/data.json, of the run that they are from")
+    device = engine.device.select(opt.nGPU)
+    engine.device.configure(opt.cudnn, opt.tf32)
+    ops, _ = kernels.backend.select(opt.kernels, device, opt.precision)
+    dtype = torch.float64 if opt.precision == "double" else torch.float32
+    model = models.factory.create(opt, num_classes, ops)
+    model = model.to(device, dtype, memory_format=torch.channels_last)
+    models.weights.load_weights(model, weights)
+    mean, std = known
+    return Trained(model.eval(), opt, facts.classes, list(mean), list(std), device)
+
+
+def read_command(argv: list[str], flags: dict[str, Flag]) -> cli.Command:
+    """The command line of a tool that takes a checkpoint and images.
+
+    Raises:
+        UsageError: a flag is wrong, or something is not named.
+    """
+    asked = cli.read(argv, flags, operands="checkpoint", network=True)
+    if len(asked.operands) < 2:
+        fix = "name images, or directories of them, after the checkpoint"
+        raise UsageError("no image", fix)
+    return asked

@@ -1,0 +1,1 @@
+"""`python -m tools.report`: the paper's tables beside measured results."""

@@ -1,0 +1,1 @@
+"""Configs, published results and runs, and which run reproduces which config."""
