@@ -130,7 +130,7 @@ def load(path: Path) -> dict:
             f"{path} has format {written}, this program reads {FORMAT}",
             "use the version of the program that wrote it",
         )
-    state.setdefault("replicas", 1)  # older ones know of no more
+    state = checkpoint_schema.completed(state)
     problem = checkpoint_schema.problem(state)
     if problem:
         raise CheckpointError(f"{path} {problem}", "use another checkpoint")
@@ -163,22 +163,21 @@ class Saver:
 
     Args:
         directory: the run directory, locked by this process; None in all but the first.
-        trainer: has `state_dict()`, `check_finite()`, `is_best`, the position and the `world`.
+        trainer: the one to save, see train.Trainer.
         stop: its `number` is set once this process is asked to stop.
-        facts: plain values stored with every checkpoint (settings, data).
         every_s: seconds between checkpoints within an epoch.
     """
 
-    def __init__(self, directory, trainer, stop, facts: dict, *, keep: int, every_s: float):
+    def __init__(self, directory, trainer, stop, *, keep: int, every_s: float):
         self.directory, self.trainer, self.stop = directory, trainer, stop
-        self.facts, self.keep, self.every_s = facts, keep, every_s
+        self.keep, self.every_s = keep, every_s
         self._saved_at = time.monotonic()
         self._known: dict[Path, bool] = {}  # checkpoints that are sound, or not
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         self.trainer.check_finite()
-        state = {**self.trainer.state_dict(), **self.facts}
+        state = self.trainer.state_dict()
         self._by_first(lambda: self._write(on_cpu(state)))
         self._saved_at = time.monotonic()
 
@@ -214,7 +213,7 @@ class Saver:
 
     def _preempted(self, number: int) -> Preempted:
         name = signal.Signals(number).name
-        directory = self.facts["settings"]["save"]
+        directory = self.trainer.metadata["settings"]["save"]
         alone = self.trainer.world.size == 1
         fix = f"python main.py --resume {directory}" if alone else "run it again with --resume auto"
         return Preempted(f"{name}, {directory} is saved", fix)
@@ -234,5 +233,5 @@ class Saver:
     def _write_models(self) -> None:
         weights = self.trainer.model.state_dict()
         save_weights(self.directory.path / "model_last.pt", weights)
-        if self.trainer.is_best:
+        if self.trainer.results.is_best:
             save_weights(self.directory.path / "model_best.pt", weights)

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from distributed.launcher import Place
-from distributed.world import AGAIN, PATIENCE_S, World, symptom
+from distributed.peer_monitor import AGAIN, PeerMonitor, symptom
+from distributed.world import PATIENCE_S, World
 from errors import PeerError, UsageError
 
 MEETING_S = 300  # for all processes to be there
@@ -50,7 +51,7 @@ def join(place: Place, device: torch.device, timeout_s: float) -> World:
             raise UsageError(f"port {port} is in use", fix) from error
         raise PeerError(f"the {place.size} processes do not meet: {reason}", AGAIN) from error
     store.set(f"who/{place.rank}", json.dumps([socket.gethostname(), os.getpid()]))
-    return World(place, store, host, pulse, timeout_s)
+    return World(place, host, PeerMonitor(place, store, pulse, timeout_s), timeout_s)
 
 
 def _name_of_start(meeting: dist.Store, place: Place) -> str:

@@ -1,68 +1,62 @@
-"""Several processes that train one network: what they compute together and tell each other.
+"""What the processes of a run compute together and agree on.
 
 Tensors of the training device are reduced by NCCL on GPUs and by gloo on CPUs; the few numbers that
 processes agree on always go through gloo, on the host, where a lost peer is noticed at once and a
-GPU need not be waited for.
-
-Who fails leaves a notice in the store before it ends. Its connections close, the others find that
-out at their next exchange, read the notice and end in the same way; where there is no notice, a
-roll call finds who is missing. A thread of each process asks all others once a second whether they
-are there: a main thread may be waiting for longer than anybody may be lost.
+GPU need not be waited for. What happens then is the matter of peer_monitor.py.
 """
 
 import json
-import os
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distributed.launcher import ALONE, Place
-from errors import PeerError, RunError, UsageError
+from distributed.peer_monitor import PeerMonitor
+from errors import UsageError
 
 PATIENCE_S = 3600  # for what one process does while the others wait: a download, a save
-ROLL_CALL_S = 3.0  # to answer, once a peer is missing
-FAREWELL_S = 6.0  # to end by itself once one is lost or has failed; then a process is ended
-BEAT_S = 1.0  # between two questions whether all are there
-NOTICE = "notice"
 
 
 class World:
     """The processes of a run, this one alone or as one of several.
 
     Args:
-        place: of this process.
-        store: that the processes share; None for one process.
-        host: group of gloo, for numbers on the host.
-        pulse: another one, to ask whether all are there.
+        place: which of the processes this is; rank and size are kept there alone.
+        host: group of gloo, for numbers on the host; None for one process.
+        monitor: of the other processes; None for one process.
         timeout_s: longest wait for the others where all do the same, unless `is_patient`.
     """
 
     def __init__(
-        self, place: Place = ALONE, store=None, host=None, pulse=None, timeout_s: float = 0.0
+        self,
+        place: Place = ALONE,
+        host=None,
+        monitor: PeerMonitor | None = None,
+        timeout_s: float = 0.0,
     ):
-        self.rank, self.size, self.is_first = place.rank, place.size, place.is_first
-        self.place = place
-        self._store, self._host, self._pulse, self._timeout_s = store, host, pulse, timeout_s
+        self.place, self.monitor = place, monitor or PeerMonitor(place)
+        self._host, self._timeout_s = host, timeout_s
         # Kernels are compiled and algorithms tried in the first steps, in each process for itself.
         self.is_patient = True
-        self._lost: list[int] = []
-        self._heard: RunError | None = None  # what the run ends with, once this process knows
-        # When the last exchange ended that has a limit; None while there is none.
-        self._exchanged_at: float | None = None
-        self._has_failed = self._is_leaving = False
-        self._wake = threading.Event()
-        self._end = lambda error: os._exit(error.code)
-        self._watch = threading.Thread(target=self._ask, daemon=True)
-        if pulse:
-            self._watch.start()
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.place.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.place.is_first
 
     # ----------------------------------------------------------------------------- on the host
 
@@ -98,7 +92,7 @@ class World:
             RunError: of `work`, in every process.
         """
         if self.is_first:
-            self._exchanged_at = None  # it may take its time
+            self.monitor.exchange_began()  # it may take its time
             value = work()
             if self.size > 1:
                 self._from(0, pack(value))
@@ -182,202 +176,31 @@ class World:
             for tensor, part in zip(alike, flat.split(sizes), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    # ------------------------------------------------------------------------------- failures
-
-    def fail(self, error: Exception) -> Exception:
-        """Tell the others what ends this process; what all end with, that of who was first."""
-        if self.size == 1 or self._heard:
-            return self._heard or error
-        with suppress(RuntimeError):  # the store is lost, which the others find out as well
-            error = self._post(error)
-            self._has_failed = True
-            self._wake.set()
-            self._watch.join(ROLL_CALL_S)  # all have read it: the store may end with this one
-        return error
-
-    def _post(self, error: Exception) -> Exception:
-        """Leave a notice of what ends this process; the error of who was first to leave one."""
-        if isinstance(error, RunError):
-            (what, fix), details = error.problems[0], error.details
-        else:
-            what = f"a bug in process {self.rank}: {type(error).__name__}: {error}"
-            fix, details = "report it with its traceback", {}
-        notice = json.dumps([type(error).__name__, what, fix, details]).encode()
-        first = self._store.compare_set(NOTICE, b"", notice)
-        return error if first == notice else notice_error(first)
-
-    @property
-    def speaks(self) -> bool:
-        """Whether it is for this process to say how the run ended: the first that is left."""
-        return self.rank == min(set(range(self.size)) - set(self._lost), default=0)
-
-    def leave(self) -> None:
-        """End together: nobody's peers are gone while it still needs them."""
-        if self.size > 1:
-            self._is_leaving = True
-            self._wake.set()
-            self._watch.join()
-            if self._heard:
-                raise self._heard
+    # --------------------------------------------------------------------------------- waiting
 
     def _wait(self, begin: Callable, timeout_s: float | None = None) -> None:
-        with self._lost_peers():
+        with self.monitor.lost_peers():
             limit_s = timeout_s or (PATIENCE_S if self.is_patient else self._timeout_s)
-            self._exchanged_at = None
+            self.monitor.exchange_began()
             begin().wait(timedelta(seconds=limit_s))
-            self._exchanged_at = None if limit_s == PATIENCE_S else time.monotonic()
+            if limit_s != PATIENCE_S:
+                self.monitor.exchange_ended()
 
     def _in_order(self, tensor: Tensor, begin: Callable) -> None:
         """Exchange tensors of the device; a GPU is not waited for, and so no limit is kept here."""
         if tensor.device.type == "cpu":
             self._wait(lambda: begin(async_op=True))
         else:
-            with self._lost_peers():
+            with self.monitor.lost_peers():
                 begin()
 
     def _patiently(self, begin: Callable) -> None:
         self._wait(begin, PATIENCE_S)
 
-    @contextmanager
-    def _lost_peers(self) -> Iterator[None]:
-        """Turn what torch raises about a peer into the error that all processes end with."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not _is_of_a_peer(error):
-                raise
-            raise self._reason(error) from error
-
-    def _reason(self, error: RuntimeError) -> RunError:
-        """The error of the process that failed first; else that one is lost, and which."""
-        if not self._heard:
-            try:
-                if not self._store.check([NOTICE]):
-                    self._post(self._lost_error(error, self._missing()))
-                self._read_notice()
-            except RuntimeError:  # the store as well
-                self._heard = self._store_lost(error)
-        return self._heard
-
-    def _read_notice(self) -> None:
-        error = notice_error(self._store.get(NOTICE))
-        self._lost, self._heard = error.details.get("lost", []), error  # as all see it
-
-    def _store_lost(self, error: RuntimeError | None) -> PeerError:
-        self._lost = [] if self.is_first else [0]
-        what = f"the process that held the run together is lost ({symptom(error)})"
-        return PeerError(what, AGAIN, lost=self._lost)
-
-    def _lost_error(self, error: RuntimeError, lost: list[int]) -> PeerError:
-        names = ", ".join(map(self._who, lost))
-        what = {
-            0: "the exchange with the others broke",
-            1: f"process {names} is lost",
-        }.get(len(lost), f"processes {names} are lost")
-        return PeerError(f"{what} ({symptom(error)})", AGAIN, lost=lost)
-
-    def _who(self, rank: int) -> str:
-        return "{} (host {}, {})".format(rank, *self._address(rank))
-
-    def _address(self, rank: int) -> tuple[str, int]:
-        return tuple(json.loads(self._store.get(f"who/{rank}")))
-
-    def _is_gone(self, rank: int) -> bool:
-        """Whether a process of this machine has ended; False for those of others."""
-        host, pid = self._address(rank)
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return host == socket.gethostname() and Path("/proc/self").exists()
-        return host == socket.gethostname() and state in "ZX"
-
-    def _missing(self) -> list[int]:
-        """Roll call: those who do not answer. All others soon do: their exchange broke too."""
-        self._store.set(f"here/{self.rank}", "")
-        end = time.monotonic() + ROLL_CALL_S
-        while True:
-            absent = [r for r in range(self.size) if not self._store.check([f"here/{r}"])]
-            gone = [rank for rank in absent if self._is_gone(rank)]
-            if gone or not absent or time.monotonic() > end or self._store.check([NOTICE]):
-                return gone or absent  # who is only slow is not lost
-            time.sleep(0.05)
-
-    def watch(self, end: Callable[[RunError], None]) -> None:
-        """Call `end` if this process has to end and its main thread does not.
-
-        It may be waiting for a GPU whose kernel waits for a peer that is gone.
-        """
-        self._end = end
-
-    def _ask(self) -> None:
-        """Once a second: are all there, has one failed, are all ready to leave?"""
-        try:
-            while True:
-                self._end_a_long_silence()
-                failed, leaving = self._states()
-                if failed:
-                    self._end_soon()
-                    self._read_notice()
-                    self._states()  # all have read it
-                    return
-                if leaving == self.size:
-                    return
-                self._wake.wait(BEAT_S)
-        except RuntimeError as error:
-            self._end_soon(error)
-            self._reason(error)
-
-    def _states(self) -> list[int]:
-        """How many processes have failed, and how many are leaving."""
-        states = torch.tensor([self._has_failed, self._is_leaving], dtype=torch.int64)
-        asked = dist.all_reduce(states, group=self._pulse, async_op=True)
-        asked.wait(timedelta(seconds=self._timeout_s))
-        return states.tolist()
-
-    def _end_a_long_silence(self) -> None:
-        """Fail when the main thread comes to no exchange: all others may be waiting likewise."""
-        since = self._exchanged_at
-        if since is not None and time.monotonic() - since > self._timeout_s:
-            what = f"process {self.rank} waits for its device, and has not met the others"
-            self._post(PeerError(f"{what} for {self._timeout_s:g} s", AGAIN))
-            self._has_failed = True
-
-    def _end_soon(self, error: RuntimeError | None = None) -> None:
-        """Leave the main thread some seconds to end by itself, even if the store never answers."""
-        timer = threading.Timer(
-            FAREWELL_S, lambda: self._end(self._heard or self._store_lost(error))
-        )
-        timer.daemon = True
-        timer.start()
-
-
-def symptom(error: RuntimeError | None) -> str:
-    """What torch says, without the place in its source that it begins with."""
-    return str(error).partition("\n")[0].rpartition("] ")[2]
-
 
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) < 50 else f"{text[:47]}..."
-
-
-AGAIN = "run it again with --resume auto; its own messages say more"
-
-
-def _is_of_a_peer(error: RuntimeError) -> bool:
-    """Whether an error during an exchange is the exchange's own."""
-    # A loader process that dies is raised by a signal handler: anywhere.
-    if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
-        return False
-    # What cannot be recorded runs eagerly, see engine/cuda_graph.py.
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def notice_error(notice: bytes) -> RunError:
-    """The error that a notice tells of."""
-    name, what, fix, details = json.loads(notice)
-    kinds = {kind.__name__: kind for kind in RunError.__subclasses__()}
-    return kinds.get(name, RunError)(what, fix, **details)
 
 
 class Share:
@@ -390,10 +213,14 @@ class Share:
 
     def __init__(self, world: World, device: torch.device):
         self._world = world
-        self.rank, self.size = world.rank, world.size
         self.weights = torch.full((world.size,), 1 / world.size, dtype=torch.float64, device=device)
         self._counts: list[int] = []
         self.first, self.total = 0, 0
+
+    @property
+    def rank(self) -> int:
+        """This replica's index in `weights`."""
+        return self._world.rank
 
     def set(self, counts: list[int]) -> None:
         """Begin a step of which replica r has `counts[r]` images."""
@@ -405,7 +232,7 @@ class Share:
     @property
     def weight(self) -> float:
         """What this replica's mean loss counts for in the mean of all replicas' losses."""
-        return self._counts[self.rank] * self.size / self.total
+        return self._counts[self.rank] * self._world.size / self.total
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the replicas."""

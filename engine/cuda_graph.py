@@ -1,16 +1,20 @@
-"""A step over resident data, recorded once as a CUDA graph and replayed from then on.
+"""The steps of an epoch, batch by batch: eager, or recorded once as a CUDA graph and replayed.
 
 A replay repeats the very same kernels on the very same memory without Python in between, which for
 a small network is most of the time of a step. So whatever differs from step to step has to lie in
 device memory: the place in the epoch is counted there, and the epoch's plan is copied there.
 """
 
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distributed.world import Share, World
 from errors import UsageError
 
 WARM_UP = 3  # eager steps before recording: libraries choose algorithms, allocate and compile
@@ -117,3 +121,111 @@ class ReplayedStep:
         images, targets = self._batches.cut(self._plan.at(self._first + self._places))
         self._step(images, targets)
         self._first += self._batches.deal.stride
+
+
+class DoneStep(NamedTuple):
+    """What a step was.
+
+    Args:
+        num_images: of its batch, over all replicas.
+        data_s: seconds until the batch was there.
+        time_s: seconds in all.
+    """
+
+    num_images: int
+    data_s: float
+    time_s: float
+
+
+class StepRunner:
+    """Runs a step over the batches of an epoch, and knows which steps are recorded.
+
+    Args:
+        world: the replicas of the network, this one alone or one of several.
+        share: what this replica has of each batch; None for one replica.
+        recorder: records steps over resident data; None runs every step eagerly.
+        warn: called with a remark if a step cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        share: Share | None,
+        recorder: Recorder | None,
+        warn: Callable[[str], None],
+    ):
+        self._world, self._share, self._recorder, self._warn = world, share, recorder, warn
+        self._replayed: dict[tuple, ReplayedStep] = {}
+        self._practised: Counter[str] = Counter()  # how often each kind of step was done
+
+    def run(
+        self,
+        step: Step,
+        loader,
+        epoch: int,
+        start: int = 0,
+        before: Callable[[], None] = lambda: None,
+    ) -> Iterator[DoneStep]:
+        """Run `step` on each batch of an epoch, one after another.
+
+        Args:
+            loader: `batches(epoch, start)` yields (images, targets) on the device.
+            start: the first step, from 0.
+            before: called once a batch is there, ahead of its step and outside of a recording.
+
+        Yields:
+            What was done, after each step.
+        """
+        self._practise(step, 0)
+        if self._recorder and loader.deal.full_steps:
+            # The last batch may be smaller, so another shape: it runs eagerly like all the others.
+            yield from self._replay(step, loader, epoch, start, before)
+            start = max(start, loader.deal.full_steps)
+        if start == len(loader.deal):
+            return
+        since = time.perf_counter()
+        for images, targets in loader.batches(epoch, start):
+            counts = self._world.numbers(len(targets))
+            self._begin(counts)
+            ready = time.perf_counter()
+            before()
+            step(images, targets)
+            yield DoneStep(sum(counts), ready - since, time.perf_counter() - since)
+            self._practise(step, 1)
+            since = time.perf_counter()
+
+    def _replay(
+        self, step: Step, loader, epoch: int, start: int, before: Callable[[], None]
+    ) -> Iterator[DoneStep]:
+        """The full batches of an epoch, which need not be told how many images they have."""
+        deal = loader.deal
+        replayed = self._replay_of(step, loader)
+        replayed.seek(epoch, start)
+        for _ in range(start, deal.full_steps):
+            since = time.perf_counter()
+            self._begin([deal.width] * self._world.size)
+            before()
+            replayed()
+            yield DoneStep(deal.stride, 0.0, time.perf_counter() - since)
+            self._practise(step, 1)
+
+    def _replay_of(self, step: Step, loader) -> ReplayedStep:
+        key = (id(loader), step.__name__)
+        if key not in self._replayed:
+            self._replayed[key] = ReplayedStep(loader, step, self._recorder, self._stop_recording)
+        return self._replayed[key]
+
+    def _stop_recording(self, reason: str) -> None:
+        # What failed once would leave more behind each time. Still by way of ReplayedStep: other
+        # eager steps have one exchange more, which the other processes would not have.
+        self._recorder = lambda work: work
+        self._warn(f"a step cannot be recorded as a CUDA graph: {reason}; it runs eagerly")
+
+    def _practise(self, step: Step, times: int) -> None:
+        """Count steps: after the first few they take as long in every process."""
+        self._practised[step.__name__] += times
+        self._world.is_patient = self._practised[step.__name__] <= WARM_UP + 1
+
+    def _begin(self, counts: list[int]) -> None:
+        if self._share:
+            self._share.set(counts)

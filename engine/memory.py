@@ -15,8 +15,9 @@ the same peak and keeps it reserved.
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -27,13 +28,18 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import engine.device
 import models.factory
+from cli.flags import Settings
+from distributed.world import World
+from engine import optimizer
+from engine.precision import PRECISIONS, autocast
+from errors import OutOfMemoryError
 from kernels import reference
 
 BY_SPEED = (2, 3, 4)  # memory levels, the fastest first; 0 and 1 are no faster than 2
 TOLERANCE = 1.15  # what is measured is at most this many times what is estimated
 MOST_TRIES = 8  # of batches, to find the largest that fits
-LOWER = {"half": torch.float16, "bf16": torch.bfloat16}
 BLOCK_BYTES = 512  # the CUDA allocator rounds up to multiples of it
 # The workspace of a cuBLAS handle, from PyTorch's CublasHandlePool.cpp: before Hopper, and since.
 # The forward and the backward thread have a handle each.
@@ -76,7 +82,7 @@ class Estimate:
         if key not in self._known:
             level, batch = key
             share = -(-batch // self.opt.replicas)  # what one of several replicas has of it
-            opt = with_settings(self.opt, optMemory=level, batchSize=share)
+            opt = self.opt.replace(optMemory=level, batchSize=share)
             simulated = _simulate(opt, self.num_classes, self.device, self.ops)
             self._known[key] = simulated + workspace_bytes(self.device)
         return self._known[key]
@@ -173,9 +179,48 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def with_settings(opt: SimpleNamespace, **changed: object) -> SimpleNamespace:
-    """The settings with some of them changed."""
-    return SimpleNamespace(**vars(opt) | changed)
+@contextmanager
+def memory_errors(opt: SimpleNamespace, advice: Callable[[], str]) -> Iterator[None]:
+    """Say what would fit when there is no memory left.
+
+    Raises:
+        OutOfMemoryError: in place of whatever the device or the system raises then.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        level = "" if opt.optMemory is None else f" --optMemory {opt.optMemory}"
+        what = f"out of memory with --batchSize {opt.batchSize}{level}"
+        raise OutOfMemoryError(what, advice()) from error
+
+
+def decide_level(
+    opt: Settings,
+    num_classes: int,
+    device: torch.device,
+    ops: ModuleType,
+    world: World,
+    warn: Callable[[str], None],
+) -> tuple[Settings, Callable[[], str]]:
+    """Decide `--optMemory auto` for all processes of a run.
+
+    Returns:
+        The settings with the level, and what to advise when a step runs out of memory.
+    """
+    estimate = Estimate(opt, num_classes, device, ops)
+    free_bytes = engine.device.free_bytes(device)
+    if free_bytes is not None:
+        free_bytes = min(world.numbers(free_bytes))
+    if opt.optMemory == "auto":
+        level, remark = estimate.choose_level(free_bytes)
+        level = max(world.numbers(level))  # the GPUs may be of different kinds
+        if remark:
+            warn(remark)
+        opt = opt.replace(optMemory=level)
+        estimate = Estimate(opt, num_classes, device, ops)
+    return opt, partial(estimate.advice, free_bytes)
 
 
 def workspace_bytes(device: torch.device) -> int:
@@ -194,7 +239,7 @@ def _mb(size: float) -> str:
 
 def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops: ModuleType) -> int:
     """Run a step on fake tensors: the most bytes that they would have held."""
-    dtype = torch.float64 if opt.precision == "double" else torch.float32
+    dtype = PRECISIONS[opt.precision].dtype
     with torch.device("meta"):
         model = models.factory.create(opt, num_classes, ops).to(dtype)
     meter = _Meter(unfolds=device.type == "cpu")
@@ -211,24 +256,19 @@ def _step(model: nn.Module, opt: SimpleNamespace, dtype: torch.dtype) -> None:
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
     parameters = [tensor for tensor in state.values() if tensor.requires_grad]
-    momentum = [torch.empty_like(tensor) for tensor in parameters if opt.momentum > 0]
+    kept = [optimizer.new_state(tensor, opt.momentum) for tensor in parameters]
     images = _empty((opt.batchSize, 3, opt.imageSize, opt.imageSize), dtype)
     targets = torch.empty(opt.batchSize, dtype=torch.int64)
-    with _autocast(opt.precision):
+    with autocast(torch.device("cpu"), opt.precision):
         loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
     loss.backward()
-    del momentum  # alive all the time
+    del kept  # alive all the time
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """In the memory format that training uses."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, memory_format=layout)
-
-
-def _autocast(precision: str) -> AbstractContextManager:
-    dtype = LOWER.get(precision)
-    return torch.autocast("cpu", dtype) if dtype else nullcontext()
 
 
 @contextmanager

@@ -1,6 +1,8 @@
-"""Top-k errors and the loss as sums, so that means are exact however the images are batched."""
+"""Top-k errors and the loss as sums, exact however the images are batched; a run's results."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,3 +71,31 @@ class Sums:
     def load_state_dict(self, state: dict) -> None:
         """Continue from saved sums."""
         self._totals.copy_(torch.tensor([*state["totals"], state["count"]], dtype=torch.float64))
+
+
+@dataclass
+class Results:
+    """The validation loss and errors of a run's last epoch, and of its best; None before one."""
+
+    last: dict | None = None
+    best: dict | None = None
+
+    def add(self, record: dict) -> None:
+        """Note the result of an epoch, whose log record this is."""
+        self.last = {name: record[name] for name in ("epoch", "val_loss", "val_top1", "val_top5")}
+        finite = math.isfinite(record["val_loss"])  # an error computed from NaN is no result
+        if finite and (self.best is None or self.last["val_top1"] < self.best["val_top1"]):
+            self.best = self.last
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the epoch that ended last is the best so far."""
+        return self.best is not None and self.best == self.last
+
+    def flat(self) -> dict[str, float]:
+        """Return the errors of both by flat names such as `best_top1`."""
+        return {
+            f"{which}_{name.removeprefix('val_')}": value
+            for which, result in (("last", self.last), ("best", self.best))
+            for name, value in (result or {}).items()
+        }

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 
-from engine.metrics import Sums
 from errors import printable
 
 SHOW_EVERY_S = {True: 1.0, False: 60.0}  # on a terminal, elsewhere
@@ -37,9 +36,15 @@ def warn(line: str) -> None:
 
 
 class Progress:
-    """One pass over the data: a bar on a terminal, the lines of the Lua code elsewhere."""
+    """One pass over the data: a bar on a terminal, the lines of the Lua code elsewhere.
 
-    def __init__(self, name: str, epoch: int, steps: int, done: int, sums: Sums):
+    Args:
+        name: train, val or test.
+        steps, done: of the pass, and of these done before.
+        sums: of the pass so far, see engine/metrics.py.
+    """
+
+    def __init__(self, name: str, epoch: int, steps: int, done: int, sums):
         self.name, self.epoch, self.steps, self.done, self.sums = name, epoch, steps, done, sums
         self._bar = None
         self._shown_at = time.monotonic()
@@ -82,12 +87,12 @@ class Progress:
         if due:
             self._show(self.sums, rate)
 
-    def finish(self, sums: Sums, rate: float | None = None) -> None:
+    def finish(self, sums, rate: float | None = None) -> None:
         """Show the result of the whole pass."""
         if self._fresh_steps and not _muted:
             self._show(sums, rate)
 
-    def _show(self, sums: Sums, rate: float | None) -> None:
+    def _show(self, sums, rate: float | None) -> None:
         seconds = max(time.monotonic() - self._shown_at, 1e-9)
         means = sums.read()
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: console, TensorBoard and log.jsonl. The only part that prints."""
+"""The log of a run: an `EpochRecord` a line in log.jsonl, the curves in TensorBoard."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,40 @@ from experiment.console import Progress, say, warn
 from fileio.atomic import write_whole
 
 LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """A line of log.jsonl: what an epoch came to. Errors are in per cent.
+
+    Args:
+        epoch: from 1.
+        lr: learning rate of its last step.
+        images_per_s: trained, over all processes.
+        data_wait: share of the training time that was spent waiting for batches.
+        time_s, val_time_s: seconds of training and of evaluation.
+        memory_mb: most memory in use so far, in MB.
+        device: in words.
+        replicas: processes of the run.
+        torch: PyTorch's version.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    train_top5: float
+    images_per_s: float
+    data_wait: float
+    time_s: float
+    val_loss: float
+    val_top1: float
+    val_top5: float
+    val_time_s: float
+    memory_mb: float
+    device: str
+    replicas: int
+    torch: str
 
 
 class RunLog:
@@ -40,25 +75,26 @@ class RunLog:
         write_whole(self.directory / LOG, lines.encode())
         self._board = _open_board(self.directory / "tensorboard", next_epoch)
 
-    def epoch(self, record: dict, is_best: bool) -> None:
+    def epoch(self, record: EpochRecord, is_best: bool) -> None:
         """Add one epoch's record to log.jsonl and TensorBoard, and print its result."""
+        values = asdict(record)
         # NaN is no JSON: a number that is not finite is written as null.
-        plain = {key: value if _is_finite(value) else None for key, value in record.items()}
+        plain = {key: value if _is_finite(value) else None for key, value in values.items()}
         try:
             _append(self.directory / LOG, json.dumps(plain) + "\n")
         except OSError as error:
             self.warn_once(f"cannot write {self.directory / LOG}: {error.strerror}")
 
         def scalars(board) -> None:
-            for key in record.keys() - {"epoch"}:
-                if not isinstance(record[key], str):
-                    board.add_scalar(_board_name(key), record[key], record["epoch"])
+            for key in values.keys() - {"epoch"}:
+                if not isinstance(values[key], str):
+                    board.add_scalar(_board_name(key), values[key], record.epoch)
             board.flush()
 
         self._on_board(scalars)
-        errors = f"top1: {record['val_top1']:7.3f}  top5: {record['val_top5']:7.3f}"
+        errors = f"top1: {record.val_top1:7.3f}  top5: {record.val_top5:7.3f}"
         best = "  (best so far)" if is_best else ""
-        say(f" * Finished epoch # {record['epoch']}     {errors}{best}\n")
+        say(f" * Finished epoch # {record.epoch}     {errors}{best}\n")
 
     def texts(self, **texts: str) -> None:
         """Show texts, such as the config, in TensorBoard."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from torch import nn
 import checkpoints
 import models.weights
 import opts
+from cli.flags import Settings
 from errors import CheckpointError, PeerError, UsageError
 from experiment.directory import RunDirectory
+from fileio import checkpoint_schema, serialization
 from fileio.atomic import write_whole
 
 DIGESTS = ("training_set", "test_set")  # of the images themselves
@@ -35,7 +38,7 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
             else checkpoints.latest(source, warn, set_aside=own and not opt.testOnly)
         )
     if state is not None:
-        _check_facts(state)
+        state = state | {"settings": _settings_of(state)}
     must_exist = opt.resume != "none" if opt.testOnly else opt.resume not in ("none", "auto")
     if state is None and must_exist:
         raise CheckpointError(f"no checkpoint in {source}", "name a run directory that has one")
@@ -52,8 +55,12 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
     return state
 
 
-def _check_facts(state: dict) -> None:
-    """Raise CheckpointError unless a state's settings and statistics are such; read the former."""
+def _settings_of(state: dict) -> dict[str, object]:
+    """Read a state's settings, with the default of each flag that it does not know.
+
+    Raises:
+        CheckpointError: they are none, or its statistics of the data are none.
+    """
     flags, given = opts.FLAGS, state["settings"]
     try:
         known = [flag for flag in flags.values() if flag.name in given]
@@ -65,7 +72,35 @@ def _check_facts(state: dict) -> None:
         what = f"the checkpoint has strange settings or statistics: {error.args[0]}"
         raise CheckpointError(what, "use another checkpoint") from error
     # A flag that a checkpoint does not know yet had the meaning of its default.
-    state["settings"] = {name: flag.default for name, flag in flags.items()} | read
+    return {name: flag.default for name, flag in flags.items()} | read
+
+
+def load(
+    opt: SimpleNamespace, directory: RunDirectory | None, world, warn: Callable[[str], None]
+) -> tuple[dict | None, bool]:
+    """Read the checkpoint to go on from in the first process, for all of them.
+
+    Args:
+        directory: of the run; None in all but the first process.
+
+    Returns:
+        Its state, None to start afresh; and whether nothing is left to do.
+
+    Raises:
+        CheckpointError, UsageError: as `find`, or a process sees a newer one than the first.
+        PeerError: the run does not get on, see `check_progress`.
+    """
+
+    def read() -> tuple[dict | None, bool]:
+        state = find(opt, warn)
+        if state and is_complete(opt, state, directory.status()):
+            return state, True
+        check_progress(directory, state, world.place.restarted)
+        return state, False
+
+    found = world.from_first(read, serialization.packed, serialization.unpacked)
+    check_seen(Path(opt.save), world.numbers(newest_step(Path(opt.save))))
+    return found
 
 
 def newest_step(directory: Path) -> int:
@@ -101,10 +136,22 @@ def check_network(opt: SimpleNamespace, state: dict) -> None:
         )
 
 
-def check(opt: SimpleNamespace, state: dict, warn: Callable[[str], None]) -> list[str]:
-    """What `--override` has changed over the run's life, in words, this time's changes included.
+class Continued(NamedTuple):
+    """What a run goes on with.
 
-    Also gives `opt` what the run began with and what a longer run keeps.
+    Args:
+        opt: its settings: those given, with what it began with and what a longer run keeps.
+        state: its checkpoint, at the start of the epoch where that has other batches now.
+        overrides: what `--override` has changed over its life, in words, this time included.
+    """
+
+    opt: Settings
+    state: dict
+    overrides: list[str]
+
+
+def check(opt: Settings, state: dict, warn: Callable[[str], None]) -> Continued:
+    """Compare the settings given with those of a checkpoint, and return what the run goes on with.
 
     Raises:
         CheckpointError: the checkpoint is of another network.
@@ -112,12 +159,7 @@ def check(opt: SimpleNamespace, state: dict, warn: Callable[[str], None]) -> lis
     """
     check_network(opt, state)
     theirs = state["settings"]
-    for name in ("epochNumber", "retrain", "resetClassifier"):  # of the start, which is past
-        if getattr(opt, name) not in (opts.FLAGS[name].default, theirs[name]):
-            warn(f"{name} has no effect on a run that is resumed")
-        setattr(opt, name, theirs[name])
-    if opt.nEpochs >= theirs["nEpochs"]:
-        _keep_schedule(opt, theirs, warn)
+    opt = opt.replace(**_of_the_start(opt, theirs, warn), **_schedule_to_keep(opt, theirs, warn))
     changed = opts.differences(opts.settings(opt), theirs, "course")
     if opt.nEpochs < theirs["nEpochs"]:
         changed.append(("nEpochs", str(opt.nEpochs), str(theirs["nEpochs"])))
@@ -130,27 +172,42 @@ def check(opt: SimpleNamespace, state: dict, warn: Callable[[str], None]) -> lis
     for change in words:
         warn(f"override: {change}")
     position = f"epoch {state['epoch']} step {state['step']}"
+    overrides = state["overrides"] + [f"{position}: {change}" for change in words]
     if {"batchSize", "manualSeed"} & {name for name, _, _ in changed}:
-        _restart_epoch(state, warn)
-    return state["overrides"] + [f"{position}: {change}" for change in words]
+        state = _restarted_epoch(state, warn)
+    return Continued(opt, state, overrides)
 
 
-def _keep_schedule(opt: SimpleNamespace, theirs: dict, warn: Callable[[str], None]) -> None:
+def _of_the_start(opt: Settings, theirs: dict, warn: Callable[[str], None]) -> dict[str, object]:
+    """The settings that a run has from its start, which is past."""
+    names = ("epochNumber", "retrain", "resetClassifier")
+    for name in names:
+        if getattr(opt, name) not in (opts.FLAGS[name].default, theirs[name]):
+            warn(f"{name} has no effect on a run that is resumed")
+    return {name: theirs[name] for name in names}
+
+
+def _schedule_to_keep(opt: Settings, theirs: dict, warn: Callable[[str], None]) -> dict:
     """A longer run goes on at the rates it had, unless milestones are given."""
     is_longer = opt.nEpochs > theirs["nEpochs"]
+    if opt.nEpochs < theirs["nEpochs"]:
+        return {}
     if is_longer and opt.lrShape == "cosine":
         warn(f"the cosine spans {opt.nEpochs} epochs now, it was {theirs['nEpochs']}")
-    elif "milestones" not in opt.given and opt.lrShape == theirs["lrShape"]:
-        opt.milestones = theirs["milestones"]  # also when it is continued once more
-        if is_longer:
-            warn(f"milestones stay {opts.as_text(opt.milestones)}; --milestones sets others")
+        return {}
+    if "milestones" in opt.given or opt.lrShape != theirs["lrShape"]:
+        return {}
+    if is_longer:
+        warn(f"milestones stay {opts.as_text(theirs['milestones'])}; --milestones sets others")
+    return {"milestones": theirs["milestones"]}  # also when it is continued once more
 
 
-def _restart_epoch(state: dict, warn: Callable[[str], None]) -> None:
+def _restarted_epoch(state: dict, warn: Callable[[str], None]) -> dict:
     """Put a checkpoint from the middle of an epoch whose batches are others now at its start."""
-    if state["step"]:
-        warn(f"epoch {state['epoch']} starts anew, its batches are others now")
-        state |= {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
+    if not state["step"]:
+        return state
+    warn(f"epoch {state['epoch']} starts anew, its batches are others now")
+    return checkpoint_schema.at_epoch_start(state)
 
 
 def is_complete(opt: SimpleNamespace, state: dict, status: dict) -> bool:
@@ -166,7 +223,7 @@ def check_progress(directory: RunDirectory, state: dict | None, is_automatic: bo
 
     Args:
         state: the checkpoint that the run goes on from, None at its beginning.
-        is_automatic: whether a launcher starts the run anew, see launch.Place.
+        is_automatic: whether a launcher starts the run anew, see distributed/launcher.py.
 
     Raises:
         PeerError: it is the third; whatever restarts the run would do so for ever.
@@ -207,7 +264,7 @@ def restore(
     threads, device = torch.get_num_threads(), trainer.device.type
     if state["device"] != device:
         warn(f"the run was on {state['device']}, now on {device}: it goes on, not bit for bit")
-        _restart_epoch(state, warn)
+        state = _restarted_epoch(state, warn)
     elif device == "cpu" and state["threads"] != threads:
         warn(f"{threads} threads, the run had {state['threads']}: rounding can differ")
     size = trainer.world.size
@@ -222,15 +279,15 @@ def bring_best(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> No
     mine = Path(opt.save) / "model_best.pt"
     source = Path(opt.resume)
     theirs = (source if source.is_dir() else source.parent) / mine.name
-    if trainer.best is None or mine.exists():
+    if trainer.results.best is None or mine.exists():
         return
     newest = None if opt.resume == "auto" else checkpoints.latest(theirs.parent, warn, False)
     # Its best may be of an epoch after the checkpoint that was named.
-    if newest and newest["best"] == trainer.best and theirs.is_file():
+    if newest and newest["best"] == trainer.results.best and theirs.is_file():
         write_whole(mine, theirs.read_bytes())
     else:
         warn(f"{mine} is gone: the best result is forgotten and starts anew")
-        trainer.best = None
+        trainer.results.best = None
 
 
 def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:

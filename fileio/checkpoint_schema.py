@@ -111,6 +111,16 @@ ENTRIES: dict[str, Callable[[object], bool]] = {
 }
 
 
+def completed(state: dict) -> dict:
+    """Return a state with what older versions of the program did not write."""
+    return state | {"replicas": state.get("replicas", 1)}
+
+
+def at_epoch_start(state: dict) -> dict:
+    """Return a state that is at the beginning of its epoch, whatever has been done of it."""
+    return state | {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
+
+
 def problem(state: dict) -> str | None:
     """What is wrong with a state, in words; None when nothing is."""
     missing = sorted(ENTRIES.keys() - state.keys())

@@ -9,7 +9,7 @@ import engine.memory
 import models.factory
 import opts
 import train
-from engine.memory import BY_SPEED, TOLERANCE, Estimate, with_settings
+from engine.memory import BY_SPEED, TOLERANCE, Estimate
 from experiment import console
 from experiment.log import RunLog
 from kernels import reference
@@ -94,7 +94,7 @@ def test_weights_momentum_and_gradients_are_counted():
         parameter.numel() for parameter in models.factory.create(opt, 10).parameters()
     )
     predicted = Estimate(opt, NUM_CLASSES, CPU, reference).peak_bytes()
-    without = Estimate(with_settings(opt, momentum=0.0), NUM_CLASSES, CPU, reference).peak_bytes()
+    without = Estimate(opt.replace(momentum=0.0), NUM_CLASSES, CPU, reference).peak_bytes()
     assert 3 * weights < predicted < 3.5 * weights
     assert predicted - without == pytest.approx(weights, rel=0.05)
 
@@ -102,9 +102,7 @@ def test_weights_momentum_and_gradients_are_counted():
 def test_each_of_several_replicas_needs_what_its_share_of_the_batch_does():
     together = settings(SMALL.replace("--batchSize 4", "--batchSize 16"))
     four, one = (
-        Estimate(
-            with_settings(together, replicas=replicas), NUM_CLASSES, CPU, reference
-        ).peak_bytes()
+        Estimate(together.replace(replicas=replicas), NUM_CLASSES, CPU, reference).peak_bytes()
         for replicas in (4, 1)
     )
     assert four == estimate(SMALL).peak_bytes() < one
@@ -158,7 +156,7 @@ class Straight(Estimate):
 
 
 def straight(level: int | str = 2, batch: int = 100) -> Straight:
-    opt = with_settings(settings(SMALL, level), batchSize=batch)
+    opt = settings(SMALL, level).replace(batchSize=batch)
     return Straight(opt, NUM_CLASSES, CPU, reference)
 
 

@@ -22,6 +22,7 @@ import opts
 import train
 from datasets.batch_sampler import Deal
 from datasets.factory import Data
+from engine import cuda_graph
 from engine.schedule import Schedule
 from errors import NonFiniteError
 from experiment.log import RunLog
@@ -296,7 +297,7 @@ def rest_of_run(
         "weights": {n: t.tolist() for n, t in weights_of(trainer).items()},
         "buffers": {n: b.tolist() for n, b in trainer.model.named_buffers()},
         "scaler": trainer.scaler.state_dict(),
-        "results": (trainer.best, trainer.last, trainer.position),
+        "results": (trainer.results.best, trainer.results.last, trainer.position),
     }
 
 
@@ -641,11 +642,11 @@ def test_best_is_the_lowest_error_and_last_the_newest():
     flags = []
     for top1 in (30.0, 20.0, 25.0, 20.0):
         finish(trainer, top1)
-        flags.append(trainer.is_best)
+        flags.append(trainer.results.is_best)
     assert flags == [True, True, False, False]  # an equal error is no better
-    assert trainer.best == {"epoch": 2, "val_loss": 1.0, "val_top1": 20.0, "val_top5": 10.0}
-    assert trainer.last == {"epoch": 4, "val_loss": 1.0, "val_top1": 20.0, "val_top5": 10.0}
-    assert trainer.results() == {
+    assert trainer.results.best == {"epoch": 2, "val_loss": 1.0, "val_top1": 20.0, "val_top5": 10.0}
+    assert trainer.results.last == {"epoch": 4, "val_loss": 1.0, "val_top1": 20.0, "val_top5": 10.0}
+    assert trainer.results.flat() == {
         "last_epoch": 4,
         "last_loss": 1.0,
         "last_top1": 20.0,
@@ -661,15 +662,15 @@ def test_best_is_the_lowest_error_and_last_the_newest():
 def test_a_validation_loss_that_is_not_finite_is_never_best(loss):
     trainer, _ = build()
     finish(trainer, 0.0, loss)
-    assert trainer.best is None
-    assert not trainer.is_best
+    assert trainer.results.best is None
+    assert not trainer.results.is_best
     finish(trainer, 50.0)
-    assert trainer.best["epoch"] == 2
+    assert trainer.results.best["epoch"] == 2
     finish(trainer, 10.0, loss)
-    assert trainer.best["epoch"] == 2
-    assert not trainer.is_best
+    assert trainer.results.best["epoch"] == 2
+    assert not trainer.results.is_best
     finish(trainer, 10.0)
-    assert trainer.best["epoch"] == 4
+    assert trainer.results.best["epoch"] == 4
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -680,7 +681,7 @@ def test_a_checkpoint_after_a_validation_loss_that_is_not_finite_can_be_resumed(
     finish(trainer, 50.0, loss)
     fresh, _ = build()
     fresh.load_state_dict(saved(trainer, tmp_path))
-    assert fresh.best == trainer.best
+    assert fresh.results.best == trainer.results.best
     assert fresh.position == trainer.position
 
 
@@ -714,7 +715,8 @@ def test_the_time_of_an_epoch_has_the_waiting_for_the_device_in_it_and_no_saving
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now))
+    for module in (train, cuda_graph):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
     trainer, data = build()
     trainer.check_finite = lambda: take(5)
     trainer.train(data.train, lambda: take(100))

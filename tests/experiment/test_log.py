@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import engine.device
 from engine.metrics import Sums
 from experiment import console
-from experiment.log import RunLog, read_log
+from experiment.log import EpochRecord, RunLog, read_log
 from faults import sabotage
 from faults.contract import tiny
 from helpers.run_main import run
@@ -26,12 +27,20 @@ REQUIRED = {"epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss",
             "val_top5", "images_per_s", "time_s", "val_time_s", "replicas"}  # fmt: skip
 
 
-def record(epoch: int, **more) -> dict:
-    return {
-        "epoch": epoch, "lr": 0.1, "train_loss": 2.0 / epoch, "train_top1": 50.0, "train_top5": 5.0,
-        "val_loss": 2.5 / epoch, "val_top1": 60.0 / epoch, "val_top5": 6.0, "images_per_s": 100.0,
-        "data_wait": 0.01, "time_s": 3.0, "memory_mb": 300.0, **more,
-    }  # fmt: skip
+def record(epoch: int, **more) -> EpochRecord:
+    return EpochRecord(
+        **{
+            "epoch": epoch, "lr": 0.1, "train_loss": 2.0 / epoch, "train_top1": 50.0,
+            "train_top5": 5.0, "images_per_s": 100.0, "data_wait": 0.01, "time_s": 3.0,
+            "val_loss": 2.5 / epoch, "val_top1": 60.0 / epoch, "val_top5": 6.0, "val_time_s": 0.5,
+            "memory_mb": 300.0, "device": "CPU", "replicas": 1, "torch": "2.11", **more,
+        }
+    )  # fmt: skip
+
+
+def line(epoch: int, **more) -> dict:
+    """The same as it is read back."""
+    return asdict(record(epoch, **more))
 
 
 @pytest.fixture
@@ -53,8 +62,8 @@ def test_an_epoch_is_one_json_object_on_a_line(log, tmp_path):
     log.epoch(record(1), is_best=True)
     log.epoch(record(2), is_best=False)
     first, second = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert json.loads(first) == record(1) and json.loads(second) == record(2)
-    assert read_log(tmp_path) == [record(1), record(2)]
+    assert json.loads(first) == line(1) and json.loads(second) == line(2)
+    assert read_log(tmp_path) == [line(1), line(2)]
 
 
 def test_a_run_logs_every_key_of_every_epoch(tmp_path):
@@ -83,7 +92,7 @@ def test_a_resumed_run_cuts_the_log_back_to_where_it_goes_on(log, tmp_path):
     for epoch in (1, 2, 3):
         log.epoch(record(epoch), is_best=False)
     RunLog(tmp_path).open(next_epoch=2)
-    assert read_log(tmp_path) == [record(1)]
+    assert read_log(tmp_path) == [line(1)]
 
 
 def test_a_fresh_run_starts_an_empty_log(log, tmp_path):
@@ -100,15 +109,15 @@ def test_a_last_line_that_a_crash_cut_off_is_dropped(log, tmp_path, rest):
     again = RunLog(tmp_path)
     again.open(next_epoch=3)
     again.epoch(record(3), is_best=False)
-    assert read_log(tmp_path) == [record(1), record(2), record(3)]
+    assert read_log(tmp_path) == [line(1), line(2), line(3)]
 
 
 def test_a_whole_last_line_without_its_end_is_kept(log, tmp_path):
-    (tmp_path / "log.jsonl").write_text(json.dumps(record(1)))
+    (tmp_path / "log.jsonl").write_text(json.dumps(line(1)))
     again = RunLog(tmp_path)
     again.open(next_epoch=2)
     again.epoch(record(2), is_best=False)
-    assert read_log(tmp_path) == [record(1), record(2)]
+    assert read_log(tmp_path) == [line(1), line(2)]
 
 
 def test_a_missing_log_has_no_records(tmp_path):
@@ -139,7 +148,7 @@ def test_a_line_that_a_full_disk_cut_off_spoils_no_later_one(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     log.epoch(record(3), is_best=False)
-    assert read_log(tmp_path) == [record(1), record(3)]
+    assert read_log(tmp_path) == [line(1), line(3)]
 
 
 # ------------------------------------------------------------------------------------ TensorBoard
@@ -210,7 +219,7 @@ def test_a_tensorboard_that_cannot_be_made_stops_nothing(tmp_path, capsys):
     log.epoch(record(1), is_best=False)
     log.close({}, {})
     assert capsys.readouterr().err.count("note: no TensorBoard") == 1
-    assert read_log(tmp_path) == [record(1)]
+    assert read_log(tmp_path) == [line(1)]
 
 
 def fill_up(directory: Path) -> None:

@@ -195,10 +195,9 @@ def test_a_bug_in_one_process_ends_all_and_its_traceback_is_shown(tmp_path, rank
 
 def impatient() -> None:
     """Do not leave this process long to meet others, or to end by itself."""
-    import distributed.world
-    from distributed import rendezvous, signals
+    from distributed import peer_monitor, rendezvous, signals
 
-    distributed.world.FAREWELL_S = rendezvous.MEETING_S = signals.START_UP_S = 1
+    peer_monitor.FAREWELL_S = rendezvous.MEETING_S = signals.START_UP_S = 1
 
 
 def stop_oneself() -> None:

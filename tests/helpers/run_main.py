@@ -136,9 +136,9 @@ def _as_rank(*, rank: int, size: int, port: int, store: bool, sabotage: Callable
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": str(store),
     }
-    import distributed.world
+    from distributed import peer_monitor
 
-    distributed.world.ROLL_CALL_S, distributed.world.BEAT_S = 0.5, 0.1  # nobody is far away
+    peer_monitor.ROLL_CALL_S, peer_monitor.BEAT_S = 0.5, 0.1  # nobody is far away
     if sabotage:
         sabotage()
 

@@ -1,0 +1,64 @@
+"""SGD with Nesterov momentum as one fused kernel: its rate, and its state by parameter names."""
+
+import torch
+from torch import Tensor, nn
+
+BUFFER = "momentum_buffer"  # torch.optim.SGD's name of it
+
+
+def create(
+    model: nn.Module, *, lr: float | Tensor, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """Return the optimizer of all parameters of a network (paper, section 4.2).
+
+    Args:
+        lr: a number, or a scalar tensor on the device for steps that are captured in a CUDA graph.
+    """
+    # Parity: one group, so that weight decay acts on BN and biases as well.
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=lr,
+        momentum=momentum,
+        dampening=0,
+        weight_decay=weight_decay,
+        nesterov=momentum > 0,
+        fused=True,
+    )
+    for parameter in model.parameters():
+        if state := new_state(parameter, momentum):
+            optimizer.state[parameter] = state
+    return optimizer
+
+
+def new_state(parameter: Tensor, momentum: float) -> dict[str, Tensor]:
+    """Return what the optimizer keeps for a parameter before its first step."""
+    # In the memory format of the parameter: the fused kernel reads both linearly, and leaves a
+    # buffer of its own undefined if it skips the first step.
+    return {BUFFER: torch.zeros_like(parameter)} if momentum > 0 else {}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # in its place: a captured step reads it there
+        else:
+            group["lr"] = rate
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the momentum of each parameter by its name; {} without momentum."""
+    return {
+        name: optimizer.state[parameter][BUFFER]
+        for name, parameter in model.named_parameters()
+        if BUFFER in optimizer.state[parameter]
+    }
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Tensor]
+) -> None:
+    """Continue with a saved `state_by_name`; with --override momentum may be on, or off, since."""
+    for name, buffer in state_by_name(optimizer, model).items():
+        if name in saved:
+            buffer.copy_(saved[name])  # copied, not replaced, to keep its memory format

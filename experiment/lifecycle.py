@@ -1,0 +1,95 @@
+"""The life of a run's processes: starting them, meeting the others, and saying how the run ended.
+
+What is heavy is imported where it is used, so that a mistyped flag is answered at once.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from distributed import launcher
+from distributed.signals import kill_children
+from errors import Preempted, RunError
+from experiment.directory import RunDirectory, judge_for_another
+
+
+def start_replicas(opt: SimpleNamespace, work: Callable[[], int]) -> int:
+    """`--nGPU N`: run N processes of this machine, each on a GPU of its own; the exit code."""
+    import engine.device
+
+    engine.device.select(opt.nGPU)  # all of them are there
+    return launcher.replicas(opt.nGPU, work)
+
+
+def meet(opt: SimpleNamespace, place: launcher.Place):
+    """Meet the other processes of the run, if any: the `World`, and the device of this one."""
+    if place.launched:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded
+
+    import engine.device
+    from distributed import rendezvous
+    from experiment import console
+
+    device = engine.device.select(opt.nGPU, place)
+    engine.device.configure(opt.cudnn, opt.tf32)
+    if not place.is_first:
+        console.mute()
+    world = rendezvous.join(place, device, opt.timeout)
+    notes = list(opt.notes)
+    if place.launched and opt.nGPU not in (None, 0, place.local_size):
+        started = f"{place.local_size} processes were started on this machine"
+        notes.append(f"nGPU {opt.nGPU} has no effect: {started}")
+    for note in notes:
+        console.warn(note)
+    return world, device
+
+
+def end(error: Exception, opt: SimpleNamespace | None, place: launcher.Place, world) -> int:
+    """Say on standard error how the run ended, once for all its processes; the exit code."""
+    if isinstance(error, Preempted):
+        with contextlib.suppress(RunError):  # it is saved, whatever becomes of the others
+            world.monitor.leave()
+    else:
+        kill_children()
+        if world:
+            error = world.monitor.fail(error)  # or what another process has failed with before
+    code = error.code if isinstance(error, RunError) else 1
+    if isinstance(error, RunError) and _is_speaker(error, place, world):
+        say(error)
+        if world and not place.is_first:  # which is lost
+            judge_for_another(Path(opt.save), error)
+    if world and world.size > 1:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)  # what torch would wait for now may never come
+    return code
+
+
+def _is_speaker(error: RunError, place: launcher.Place, world) -> bool:
+    """Whether this is the process that says how the run ended."""
+    if world:
+        return world.monitor.speaks
+    if not place.launched:
+        return True
+    from distributed import rendezvous
+
+    return rendezvous.is_first_to_say(place, error.report())
+
+
+def say(error: RunError) -> None:
+    """Print the line, or lines, of an error."""
+    with contextlib.suppress(OSError):  # whoever was to read it may be gone
+        print(error.report(), file=sys.stderr, flush=True)
+
+
+def end_stuck(world, directory: RunDirectory | None, error: RunError) -> None:
+    """End a process whose main thread waits for what will never come."""
+    if directory:
+        directory.judge(error)
+    if world.monitor.speaks:
+        say(error)
+    os._exit(error.code)
