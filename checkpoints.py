@@ -213,7 +213,7 @@ class Saver:
 
     def _preempted(self, number: int) -> Preempted:
         name = signal.Signals(number).name
-        directory = self.trainer.metadata["settings"]["save"]
+        directory = self.trainer.metadata.settings["save"]
         alone = self.trainer.world.size == 1
         fix = f"python main.py --resume {directory}" if alone else "run it again with --resume auto"
         return Preempted(f"{name}, {directory} is saved", fix)

@@ -64,6 +64,7 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
     """Start or continue a run and bring it to its end."""
     import checkpoints
     import models.weights
+    import train
     from datasets.file_loader import worker_failures
     from engine.memory import decide_level, memory_errors
     from experiment import console, resume
@@ -92,7 +93,7 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
         elif opt.retrain != "none":
             weights = read_weights(opt, world)
             models.weights.load_weights(trainer.model, weights, opt.resetClassifier)
-        trainer.metadata = {"settings": settings, "data": data.facts, "overrides": overrides}
+        trainer.metadata = train.Metadata(settings, data.facts, overrides)
         saver = checkpoints.Saver(
             directory, trainer, stop, keep=opt.keep, every_s=60 * opt.saveEvery
         )
@@ -166,7 +167,7 @@ def begin(config: str, directory: RunDirectory, data, trainer) -> None:
     import engine.device
 
     # What it departed from its first settings in is in each status from here on.
-    directory.remember(overrides=trainer.metadata["overrides"])
+    directory.remember(overrides=trainer.metadata.overrides)
     atomic.write_whole(directory.path / "config.yaml", config.encode())
     directory.write_json("data.json", data.facts)
     directory.write_status("running", **trainer.position)

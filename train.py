@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,26 @@ from errors import NonFiniteError
 from experiment.log import RunLog
 
 
+class Metadata(NamedTuple):
+    """What a checkpoint says of its run, as plain values.
+
+    Args:
+        settings: by the names of flags.
+        data: facts that a resumed run must find again, see datasets.factory.Data.
+        overrides: what the run was continued with otherwise, in words.
+    """
+
+    settings: dict[str, object]
+    data: dict[str, object]
+    overrides: list[str]
+
+
 class Trainer:
     """A network in training: its optimizer, its position in the run and its results so far.
 
     Args:
         model: moved to `device`, to channels-last memory, and to float64 if precision is double.
+        make_optimizer: of the network on its device, from its learning rate.
         precision: single, double, half or bf16.
         num_crops: evaluate the mean of this many consecutive outputs per image.
         world: the replicas of the network, this one alone or one of several.
@@ -33,8 +49,7 @@ class Trainer:
         recorder: records steps over resident data, see engine/cuda_graph.py; None: all run eagerly.
 
     Attributes:
-        metadata: plain values that `state_dict` holds as well: the run's settings, facts about its
-            data, and what it was continued with otherwise.
+        metadata: of the run, which `state_dict` holds as well.
     """
 
     def __init__(
@@ -42,8 +57,7 @@ class Trainer:
         model: nn.Module,
         schedule: Schedule,
         *,
-        momentum: float,
-        weight_decay: float,
+        make_optimizer: Callable[[nn.Module, float | Tensor], torch.optim.Optimizer],
         precision: str,
         device: torch.device,
         log: RunLog,
@@ -60,12 +74,8 @@ class Trainer:
         # A recorded step cannot see a Python number change, so the rate lies in device memory; on
         # every GPU, so that recorded or not makes no difference (there it is rounded to float32).
         on_device = device.type == "cuda" or recorder is not None
-        self.optimizer = optimizer.create(
-            model,
-            lr=torch.tensor(schedule.base, device=device) if on_device else schedule.base,
-            momentum=momentum,
-            weight_decay=weight_decay,
-        )
+        lr = torch.tensor(schedule.base, device=device) if on_device else schedule.base
+        self.optimizer = make_optimizer(self.model, lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=kind.scales_loss)
         self._gradients = Gradients(list(model.parameters()), self.world.size, self.world.sum_)
         self._guard = NonFiniteGuard(device)
@@ -74,7 +84,7 @@ class Trainer:
         self._runner = StepRunner(self.world, share, recorder, log.warn_once)
         self._loader = None  # of the epoch that is trained: it can name the images of a step
 
-        self.metadata: dict[str, object] = {}
+        self.metadata = Metadata({}, {}, [])
         self.epoch, self.step, self.global_step = 1, 0, 0  # step: done in this epoch
         self.results = Results()
         self.sums, self._test_sums = Sums(device), Sums(device)
@@ -251,7 +261,7 @@ class Trainer:
             "data_s": self.data_s,
             "best": self.results.best,
             "last": self.results.last,
-            **self.metadata,
+            **self.metadata._asdict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -290,8 +300,7 @@ def create(
     trainer = Trainer(
         model,
         Schedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones),
-        momentum=opt.momentum,
-        weight_decay=opt.weightDecay,
+        make_optimizer=partial(optimizer.create, opt),
         precision=opt.precision,
         device=device,
         log=log,

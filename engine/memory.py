@@ -256,7 +256,7 @@ def _step(model: nn.Module, opt: SimpleNamespace, dtype: torch.dtype) -> None:
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
     parameters = [tensor for tensor in state.values() if tensor.requires_grad]
-    kept = [optimizer.new_state(tensor, opt.momentum) for tensor in parameters]
+    kept = [optimizer.new_state(opt, tensor) for tensor in parameters]
     images = _empty((opt.batchSize, 3, opt.imageSize, opt.imageSize), dtype)
     targets = torch.empty(opt.batchSize, dtype=torch.int64)
     with autocast(torch.device("cpu"), opt.precision):

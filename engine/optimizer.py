@@ -1,15 +1,15 @@
 """SGD with Nesterov momentum as one fused kernel: its rate, and its state by parameter names."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
 BUFFER = "momentum_buffer"  # torch.optim.SGD's name of it
 
 
-def create(
-    model: nn.Module, *, lr: float | Tensor, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
-    """Return the optimizer of all parameters of a network (paper, section 4.2).
+def create(opt: SimpleNamespace, model: nn.Module, lr: float | Tensor) -> torch.optim.SGD:
+    """Return the optimizer of all parameters of a network that the settings describe.
 
     Args:
         lr: a number, or a scalar tensor on the device for steps that are captured in a CUDA graph.
@@ -18,23 +18,23 @@ def create(
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=lr,
-        momentum=momentum,
+        momentum=opt.momentum,
         dampening=0,
-        weight_decay=weight_decay,
-        nesterov=momentum > 0,
+        weight_decay=opt.weightDecay,
+        nesterov=opt.momentum > 0,
         fused=True,
     )
     for parameter in model.parameters():
-        if state := new_state(parameter, momentum):
+        if state := new_state(opt, parameter):
             optimizer.state[parameter] = state
     return optimizer
 
 
-def new_state(parameter: Tensor, momentum: float) -> dict[str, Tensor]:
+def new_state(opt: SimpleNamespace, parameter: Tensor) -> dict[str, Tensor]:
     """Return what the optimizer keeps for a parameter before its first step."""
     # In the memory format of the parameter: the fused kernel reads both linearly, and leaves a
     # buffer of its own undefined if it skips the first step.
-    return {BUFFER: torch.zeros_like(parameter)} if momentum > 0 else {}
+    return {BUFFER: torch.zeros_like(parameter)} if opt.momentum > 0 else {}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -53,6 +53,11 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
         for name, parameter in model.named_parameters()
         if BUFFER in optimizer.state[parameter]
     }
+
+
+def saved_like(settings: dict[str, object], model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors with the names and shapes of `state_by_name` in a run with some settings."""
+    return dict(model.named_parameters()) if settings["momentum"] > 0 else {}
 
 
 def load_state_by_name(

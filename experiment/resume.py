@@ -13,6 +13,7 @@ import checkpoints
 import models.weights
 import opts
 from cli.flags import Settings
+from engine import optimizer
 from errors import CheckpointError, PeerError, UsageError
 from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, serialization
@@ -316,8 +317,8 @@ def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
 
 def _check_shapes(model: nn.Module, state: dict) -> None:
     problems = models.weights.mismatches(state["model"], model.state_dict())
-    if state["momentum"] or state["settings"]["momentum"] > 0:
-        problems += models.weights.mismatches(state["momentum"], dict(model.named_parameters()))
+    wanted = optimizer.saved_like(state["settings"], model)
+    problems += models.weights.mismatches(state["momentum"], wanted)
     if problems:
         raise CheckpointError(
             f"checkpoint does not fit the network: {problems[0]} ({len(problems)} in all)",

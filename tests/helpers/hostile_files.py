@@ -19,6 +19,8 @@ import pytest
 import torch
 from torch import nn
 
+from cli.flags import Settings
+from engine import optimizer
 from engine.schedule import Schedule
 from experiment.log import RunLog
 from faults.costs import archive
@@ -28,8 +30,9 @@ from train import Trainer
 def trainer() -> Trainer:
     schedule = Schedule("multistep", 0.1, 2, [])
     device = torch.device("cpu")
-    return Trainer(nn.Linear(3, 2), schedule, momentum=0.9, weight_decay=0, precision="single",
-                   device=device, log=RunLog(None))  # fmt: skip
+    opt = Settings(momentum=0.9, weightDecay=0)
+    return Trainer(nn.Linear(3, 2), schedule, make_optimizer=partial(optimizer.create, opt),
+                   precision="single", device=device, log=RunLog(None))  # fmt: skip
 
 
 def real_state(step: int = 3) -> dict:
