@@ -126,11 +126,19 @@ def create_data(opt: Settings, world, device, statistics=None):
     """The data of this process. One process of each machine downloads and unpacks it."""
     import datasets.factory
     from distributed import rendezvous
+    from engine.precision import PRECISIONS
     from experiment import console
 
-    replica = datasets.factory.Replica(world.rank, world.size, world.everyone)
     with world.first_on_machine():
-        data = datasets.factory.create(opt, device, console.warn, statistics, replica)
+        data = datasets.factory.create(
+            opt,
+            device,
+            console.warn,
+            dtype=PRECISIONS[opt.precision].dtype,
+            statistics=statistics,
+            place=world.place,
+            everyone=world.everyone,
+        )
     world.agree(data.facts | rendezvous.versions())
     return data
 

@@ -5,8 +5,8 @@ Nothing heavy is imported here: `--help` and every usage error answer before tor
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 from cli import network_flags
 from cli.flags import (
@@ -27,22 +27,19 @@ from cli.flags import (
     text,
 )
 from cli.parser import Reader
+from datasets.registry import DATASETS, SMALL_IMAGE
 from errors import UsageError
-from models import architectures
+from models.architectures import ARCHITECTURES
 
 MEMORY_LEVELS = (0, 1, 2, 3, 4)
-
-DATASETS = ("cifar10", "cifar100", "svhn", "imagenet", "folder", "digits", "synthetic")
-FIXED_SIZE = {"cifar10": 32, "cifar100": 32, "svhn": 32, "digits": 8}
-SMALL_IMAGE = 64  # up to this size in pixels: the CIFAR network shape, and the data in memory
-
 
 # One option, one entry: the formatter would make this table five screens long.
 # fmt: off
 GROUPS: dict[str, list[Flag]] = {
     "General options": [
         Flag("data", text, "data", "root directory of the dataset"),
-        Flag("dataset", text, "cifar10", "what to train on", choices=DATASETS, role="course"),
+        Flag("dataset", text, "cifar10", "what to train on", choices=tuple(DATASETS),
+             role="course"),
         Flag("manualSeed", integer, 0, "seed of initial weights, order, augmentation and dropout",
              range=Range(0, 2**63 - 1), role="course"),
         Flag("nGPU", integer, None, "GPUs of this machine, a process for each; 0 is the CPU; "
@@ -118,7 +115,7 @@ GROUPS: dict[str, list[Flag]] = {
              range=AT_LEAST_1, role="course"),
     ],
     "Model options": [
-        Flag("netType", text, "densenet", "network", choices=architectures.NET_TYPES, role="model"),
+        Flag("netType", text, "densenet", "network", choices=tuple(ARCHITECTURES), role="model"),
         Flag("depth", integer, None, "layers L: densenet 6n+4, or 3n+4 without bottleneck, resnet "
              "6n+2, preresnet 9n+2, or 6n+2 without; on ImageNet 121, 161, 169, 201, 232 or "
              "264, resnets 18, 34, 50, 101, 152 or 200", "100, 110, 164; ImageNet 121, resnets 50",
@@ -167,25 +164,10 @@ Every flag takes one value, as -flag VALUE or --flag VALUE; booleans are true or
 Examples and the run directory: README.md. The original's rules: docs/parity.md."""
 # Read by the Lua code's parser and by nothing after it.
 WITHOUT_EFFECT = ("backend", "gen", "optimState")
+# Lua command lines have it with any network: it is noted and no error.
+LUA_GIVES_ALWAYS = ("shortcutType",)
 # Three names of one setting.
 MEMORY_NAMES = ("optMemory", "shareGradInput", "optnet")
-_OF_DENSENETS = {
-    "optMemory": None,
-    "shareGradInput": False,
-    "optnet": False,
-    "kernels": "torch",
-    "growthRate": None,
-    "reduction": None,
-    "dropRate": 0.0,
-    "initChannels": None,
-    **dict.fromkeys(("d1", "d2", "d3", "d4"), 0),
-}
-# The flags that a network does not read, with the values that they have for it.
-NOT_READ_BY: dict[str, dict[str, object]] = {
-    "densenet": {"shortcutType": None},
-    "resnet": {"bottleneck": None} | _OF_DENSENETS,
-    "preresnet": _OF_DENSENETS,
-}
 # Facts of one call, not of the experiment: left out of a run's config.yaml.
 OF_ONE_CALL = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
 
@@ -193,7 +175,7 @@ OF_ONE_CALL = ("config", "printConfig", "debug", "resume", "override", "save", "
 # ------------------------------------------------------------------------------------- resolving
 
 
-def resolve(given: dict[str, object]) -> SimpleNamespace:
+def resolve(given: dict[str, object]) -> Settings:
     """All settings: those given, then the defaults that depend on the dataset and on each other.
 
     Also sets two that are derived and no flags: `imagenetShape` and `stages`, the layers per
@@ -201,30 +183,25 @@ def resolve(given: dict[str, object]) -> SimpleNamespace:
     """
     defaults = {name: flag.default for name, flag in FLAGS.items()}
     opt = Settings(**(defaults | given))
+    dataset, network = DATASETS[opt.dataset], ARCHITECTURES[opt.netType]
 
     def default(name: str, value: object) -> None:
         if getattr(opt, name) is None:
             setattr(opt, name, value)
 
-    default("imageSize", FIXED_SIZE.get(opt.dataset, 32 if opt.dataset == "synthetic" else 224))
-    opt.imagenetShape = imagenet = opt.imageSize > SMALL_IMAGE
-    foreign = NOT_READ_BY[opt.netType]
-    vars(opt).update(foreign)
-    if "shortcutType" not in foreign:
-        default("shortcutType", "B" if imagenet else "A")
+    default("imageSize", dataset.image_size)
+    opt.imagenetShape = opt.imageSize > SMALL_IMAGE
     network_flags.resolve(opt)
 
-    # The paper, section 4.2; DenseNet-161 trained in smaller batches for ten epochs more.
-    large = imagenet and opt.depth == 161
-    small_epochs = 300 if opt.netType == "densenet" else 164
-    epochs = 40 if opt.dataset == "svhn" else small_epochs
-    default("nEpochs", (100 if large else 90) if imagenet else epochs)
-    default("batchSize", (128 if large else 256) if imagenet else 64)
-    default("augment", opt.dataset not in ("svhn", "digits"))
-    default("validSize", 6000 if opt.dataset == "svhn" else 0)
+    course = network.course(opt.imagenetShape, opt.depth)
+    own_epochs = None if opt.imagenetShape else dataset.num_epochs
+    default("nEpochs", own_epochs or course.num_epochs)
+    default("batchSize", course.batch_size)
+    default("augment", dataset.augment)
+    default("validSize", dataset.valid_size)
     default("dropRate", 0.0 if opt.augment else 0.2)
     if opt.lrShape == "multistep":
-        default("milestones", default_milestones(opt.nEpochs, imagenet, opt.netType))
+        default("milestones", default_milestones(opt.nEpochs, opt.imagenetShape, opt.netType))
     if opt.optnet or opt.shareGradInput:
         opt.optMemory = 1 if opt.optnet else 2
         opt.optnet = opt.shareGradInput = False  # their meaning is in optMemory now
@@ -240,162 +217,147 @@ def default_milestones(num_epochs: int, imagenet: bool, net_type: str = "densene
     """
     if imagenet:
         return list(range(31, num_epochs + 1, 30))
-    whole, *parts = (4, 2, 3) if net_type == "densenet" else (164, 81, 122)
-    return [-(-num_epochs * part // whole) for part in parts]  # rounded up
+    parts = ARCHITECTURES[net_type].milestones
+    return [-(-num_epochs * part // whole) for part, whole in parts]  # rounded up
 
 
-def run_name(opt: SimpleNamespace) -> str:
+def run_name(opt: Settings) -> str:
     """The run's directory below `checkpoints/`: dataset, network and seed."""
-    folder = os.path.basename(os.path.abspath(opt.data))
-    data = f"folder-{folder}" if opt.dataset == "folder" else opt.dataset
-    plus = "+" if opt.augment and opt.dataset.startswith("cifar") else ""
+    dataset = DATASETS[opt.dataset]
+    data = opt.dataset
+    if dataset.is_named_by_directory:
+        data += f"-{os.path.basename(os.path.abspath(opt.data))}"
+    plus = "+" if opt.augment and dataset.marks_augmentation else ""
     cosine = "-cosine" if opt.lrShape == "cosine" else ""
-    return f"{data}{plus}-{network_name(opt)}{cosine}-seed{opt.manualSeed}"
-
-
-def network_name(opt: SimpleNamespace) -> str:
-    """The network in a run's name: `densenet-BC-L100-k12`, `resnet-L110`, `preresnet-L164-B`."""
-    if opt.netType != "densenet":
-        usual = "B" if opt.imagenetShape else "A"
-        shortcut = "" if opt.shortcutType == usual else f"-{opt.shortcutType}"
-        is_fbs = opt.netType == "preresnet" and not opt.imagenetShape and not opt.bottleneck
-        return f"{opt.netType}-L{opt.depth}{shortcut}{'-basic' if is_fbs else ''}"
-    form = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
-    return f"{opt.netType}{form.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
+    return f"{data}{plus}-{network_flags.name(opt)}{cosine}-seed{opt.manualSeed}"
 
 
 # -------------------------------------------------------------------------------------- checking
 
 
-def check(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
+def check(opt: Settings, given: dict[str, object]) -> list[Problem]:
     """What is impossible about settings that are valid one by one."""
-    problems = _check_foreign(opt, given) + network_flags.problems(opt)
-
-    def wrong(condition: bool, what: str, fix: str) -> None:
-        if condition:
-            problems.append((what, fix))
-
-    size = FIXED_SIZE.get(opt.dataset)
-    small = not opt.imagenetShape
-    wrong(
-        size is not None and opt.imageSize != size,
-        f"imageSize: images of {opt.dataset} have {size} pixels, not {opt.imageSize}",
-        f"use {size} or leave it out",
-    )
-    wrong(
-        opt.testOnly and opt.resume == "none" and opt.retrain == "none",
-        "testOnly without weights would test random ones",
-        "add --resume DIR or --retrain FILE",
-    )
-    wrong(
-        opt.tenCrop and (small or opt.dataset == "synthetic"),
-        f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops",
-        "leave it out",
-    )
-    wrong(
-        opt.epochNumber != 1 and opt.resume not in ("none", "auto"),
-        f"epochNumber {opt.epochNumber} together with resume, which knows the epoch",
-        "leave out one of them",
-    )
-    wrong(
-        opt.epochNumber > opt.nEpochs,
-        f"epochNumber {opt.epochNumber} is after the last epoch, {opt.nEpochs}",
-        f"use 1 to {opt.nEpochs}",
-    )
-    names = [name for name in MEMORY_NAMES if given.get(name, False) is not False]
-    wrong(
-        len(names) > 1,
-        f"{' and '.join(names)} exclude each other",
-        "keep one, or use --optMemory",
-    )
-    wrong(
-        opt.resetClassifier and opt.retrain == "none",
-        "resetClassifier without weights to retrain",
-        "add --retrain FILE",
-    )
-    wrong(
-        opt.resetClassifier and opt.testOnly and opt.resume == "none",
-        "resetClassifier with testOnly would test a random classifier",
-        "add --resetClassifier false, also where a run's config.yaml has it",
-    )
-    wrong(
-        opt.lrShape == "cosine" and bool(opt.milestones),
-        "milestones have no effect on a cosine",
-        "leave out milestones or use --lrShape multistep",
-    )
-    wrong(
-        bool(opt.milestones) and opt.milestones != sorted(opt.milestones),
-        f"milestones {as_text(opt.milestones)} are not in order",
-        f"use {as_text(sorted(opt.milestones or []))}",
-    )
-    wrong(
-        opt.batchSize % opt.replicas != 0 and not opt.testOnly,
-        f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number",
-        f"use {max(round(opt.batchSize / opt.replicas), 1) * opt.replicas}, or another number",
-    )
-    wrong(
-        opt.nImages != FLAGS["nImages"].default and opt.dataset != "synthetic",
-        f"nImages has no effect on {opt.dataset}",
-        "leave it out or use --dataset synthetic",
-    )
-    wrong(
-        opt.tf32 and opt.precision != "single",
-        f"tf32 has no effect with precision {opt.precision}",
-        "leave it out or use --precision single",
-    )
-    return problems
-
-
-def _check_foreign(opt: SimpleNamespace, given: dict[str, object]) -> list[Problem]:
-    """Flags that describe another kind of network than the one that is built."""
-    if opt.netType == "densenet":
-        return []  # Lua command lines have a shortcutType with any network: it is noted
-    fix = "leave it out, or use --netType densenet"
-    found = [
-        (f"{name} {as_text(given[name])} has no effect on a {opt.netType}", fix)
-        for name, value in NOT_READ_BY[opt.netType].items()
-        if FLAGS[name].role and given.get(name) not in (None, value, FLAGS[name].default)
+    return [
+        *_network_problems(opt, given),
+        *network_flags.problems(opt),
+        *_image_problems(opt),
+        *_epoch_problems(opt),
+        *_weight_problems(opt, given),
+        *_rate_problems(opt),
+        *_batch_problems(opt),
     ]
-    is_pre, wish = opt.netType == "preresnet", given.get("bottleneck", opt.bottleneck)
-    if is_pre and wish != opt.bottleneck:
-        what = f"bottleneck {as_text(wish)} has no effect on a preresnet of depth {opt.depth}"
-        found.append((what, "leave it out: above 64 pixels the depth decides"))
-    return found
 
 
-def _notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
+def _network_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
+    """Flags that describe another kind of network than the one that is built."""
+    for name, value in ARCHITECTURES[opt.netType].not_read.items():
+        has_role = FLAGS[name].role and name not in LUA_GIVES_ALWAYS
+        if has_role and given.get(name) not in (None, value, FLAGS[name].default):
+            what = f"{name} {as_text(given[name])} has no effect on a {opt.netType}"
+            yield what, "leave it out, or use --netType densenet"
+    wish = given.get("bottleneck", opt.bottleneck)
+    if wish != opt.bottleneck and ARCHITECTURES[opt.netType].reads("bottleneck"):
+        what = f"bottleneck {as_text(wish)} has no effect on a {opt.netType} of depth {opt.depth}"
+        yield what, "leave it out: above 64 pixels the depth decides"
+
+
+def _image_problems(opt: Settings) -> Iterator[Problem]:
+    """The images, and what is evaluated on them."""
+    dataset = DATASETS[opt.dataset]
+    size = dataset.fixed_size
+    if size not in (None, opt.imageSize):
+        what = f"imageSize: images of {opt.dataset} have {size} pixels, not {opt.imageSize}"
+        yield what, f"use {size} or leave it out"
+    if opt.testOnly and opt.resume == "none" and opt.retrain == "none":
+        what = "testOnly without weights would test random ones"
+        yield what, "add --resume DIR or --retrain FILE"
+    if opt.tenCrop and (not opt.imagenetShape or dataset.is_generated):
+        yield f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops", "leave it out"
+
+
+def _epoch_problems(opt: Settings) -> Iterator[Problem]:
+    """The epoch to begin with."""
+    if opt.epochNumber != 1 and opt.resume not in ("none", "auto"):
+        what = f"epochNumber {opt.epochNumber} together with resume, which knows the epoch"
+        yield what, "leave out one of them"
+    if opt.epochNumber > opt.nEpochs:
+        what = f"epochNumber {opt.epochNumber} is after the last epoch, {opt.nEpochs}"
+        yield what, f"use 1 to {opt.nEpochs}"
+
+
+def _weight_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
+    """What backward keeps, and the weights to start from."""
+    names = [name for name in MEMORY_NAMES if given.get(name, False) is not False]
+    if len(names) > 1:
+        yield f"{' and '.join(names)} exclude each other", "keep one, or use --optMemory"
+    if opt.resetClassifier and opt.retrain == "none":
+        yield "resetClassifier without weights to retrain", "add --retrain FILE"
+    if opt.resetClassifier and opt.testOnly and opt.resume == "none":
+        what = "resetClassifier with testOnly would test a random classifier"
+        yield what, "add --resetClassifier false, also where a run's config.yaml has it"
+
+
+def _rate_problems(opt: Settings) -> Iterator[Problem]:
+    """The schedule of the learning rate."""
+    milestones = opt.milestones or []
+    if opt.lrShape == "cosine" and milestones:
+        fix = "leave out milestones or use --lrShape multistep"
+        yield "milestones have no effect on a cosine", fix
+    if milestones != sorted(milestones):
+        what = f"milestones {as_text(milestones)} are not in order"
+        yield what, f"use {as_text(sorted(milestones))}"
+
+
+def _batch_problems(opt: Settings) -> Iterator[Problem]:
+    """Batches, and the images and numbers in them."""
+    if opt.batchSize % opt.replicas != 0 and not opt.testOnly:
+        near = max(round(opt.batchSize / opt.replicas), 1) * opt.replicas
+        what = f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number"
+        yield what, f"use {near}, or another number"
+    is_default = opt.nImages == FLAGS["nImages"].default
+    if not is_default and not DATASETS[opt.dataset].is_generated:
+        what = f"nImages has no effect on {opt.dataset}"
+        yield what, "leave it out or use --dataset synthetic"
+    if opt.tf32 and opt.precision != "single":
+        what = f"tf32 has no effect with precision {opt.precision}"
+        yield what, "leave it out or use --precision single"
+
+
+def notes(opt: Settings, given: dict[str, object]) -> list[str]:
     """What the user should know though it stops nothing."""
-    notes = [f"{name} has no effect here" for name in WITHOUT_EFFECT if name in given]
-    foreign = NOT_READ_BY[opt.netType]
-    for name in foreign:
+    return [
+        *_notes_of_flags(opt, given),
+        *_notes_of_training(opt),
+        *network_flags.notes(opt, given),
+    ]
+
+
+def _notes_of_flags(opt: Settings, given: dict[str, object]) -> Iterator[str]:
+    """Flags that were given and have no effect, or another name here."""
+    network = ARCHITECTURES[opt.netType]
+    for name in WITHOUT_EFFECT:
+        if name in given:
+            yield f"{name} has no effect here"
+    for name in network.not_read:
         if given.get(name, False) is not False:
-            notes.append(f"{name} has no effect on a {opt.netType}")
+            yield f"{name} has no effect on a {opt.netType}"
     for name in ("shareGradInput", "optnet"):
-        if given.get(name) and name not in foreign:
-            notes.append(f"{name} is optMemory {opt.optMemory} here")
+        if given.get(name) and network.reads(name):
+            yield f"{name} is optMemory {opt.optMemory} here"
+
+
+def _notes_of_training(opt: Settings) -> Iterator[str]:
     late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
     if late:
-        notes.append(f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}")
+        yield f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}"
     if opt.syncBN and opt.replicas == 1:
-        notes.append("syncBN has no effect on one process")
-    known = opt.depth == architectures.DEFAULTS[opt.netType][opt.imagenetShape]
-    if network_flags.is_basic_elsewhere(opt) and "bottleneck" not in given and not known:
-        notes.append(
-            f"preresnet of depth {opt.depth} has {sum(opt.stages)} bottlenecks; "
-            f"fb.resnet.torch's has {(opt.depth - 2) // 2} basic blocks: --bottleneck false"
-        )
-    if opt.netType == "densenet" and not opt.bottleneck and opt.reduction < 1:
-        notes.append(
-            f"bottleneck false with reduction {opt.reduction:g} is a DenseNet-C; "
-            "the paper's basic DenseNet has --reduction 1"
-        )
-    return notes
+        yield "syncBN has no effect on one process"
 
 
 # ------------------------------------------------------------------------------------ public face
 
 
-def parse(argv: list[str], launched: int = 0) -> SimpleNamespace:
+def parse(argv: list[str], launched: int = 0) -> Settings:
     """The settings of one call: command line over `--config` over defaults.
 
     Also sets `replicas`, which is derived and no flag.
@@ -426,7 +388,7 @@ def parse(argv: list[str], launched: int = 0) -> SimpleNamespace:
         problems = problems + check(opt, reader.values)
     if problems:
         raise UsageError.of(problems)
-    opt.notes = _notes(opt, reader.values)
+    opt.notes = notes(opt, reader.values)
     opt.given = frozenset(reader.values)
     return opt
 
@@ -456,27 +418,28 @@ def _add_resumed(reader: Reader) -> None:
         reader.values.setdefault("save", str(directory))
 
 
-def settings(opt: SimpleNamespace) -> dict[str, object]:
+def settings(opt: Settings) -> dict[str, object]:
     """The settings that mean something here, as plain values in the order of the table."""
-    silent = {*WITHOUT_EFFECT, "optnet", "shareGradInput", *NOT_READ_BY[opt.netType]}
-    if opt.netType == "preresnet" and opt.imagenetShape:
+    network = ARCHITECTURES[opt.netType]
+    silent = {*WITHOUT_EFFECT, "optnet", "shareGradInput", *network.not_read}
+    if opt.imagenetShape and network.basic_depths is not None:
         silent.add("bottleneck")  # the depth decides
     values = {name: getattr(opt, name) for name in FLAGS if name not in silent}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def experiment(opt: SimpleNamespace) -> dict[str, object]:
+def experiment(opt: Settings) -> dict[str, object]:
     """The settings that decide what is learnt, without those of mere procedure."""
     return {name: value for name, value in settings(opt).items() if FLAGS[name].role}
 
 
-def procedure(opt: SimpleNamespace) -> dict[str, object]:
+def procedure(opt: Settings) -> dict[str, object]:
     """The settings that all processes of a run must share: those that are of no one machine."""
     of_a_machine = ("data", "nGPU", "nThreads", "config", "debug")
     return {name: value for name, value in settings(opt).items() if name not in of_a_machine}
 
 
-def as_yaml(opt: SimpleNamespace, without: tuple[str, ...] = ("config", "printConfig")) -> str:
+def as_yaml(opt: Settings, without: tuple[str, ...] = ("config", "printConfig")) -> str:
     """The settings as a config file that `--config` accepts."""
     import yaml
 
@@ -491,7 +454,8 @@ def differences(mine: dict, theirs: dict, role: str) -> list[tuple[str, str, str
 
     Flags that my network does not read are left out: what theirs makes of them is no difference.
     """
-    foreign = NOT_READ_BY[mine["netType"]]
-    names = [flag.name for flag in FLAGS.values() if flag.role == role and flag.name not in foreign]
+    network = ARCHITECTURES[mine["netType"]]
+    read = [flag for flag in FLAGS.values() if network.reads(flag.name)]
+    names = [flag.name for flag in read if flag.role == role]
     pairs = [(name, as_text(mine.get(name)), as_text(theirs.get(name))) for name in names]
     return [pair for pair in pairs if pair[1] != pair[2]]

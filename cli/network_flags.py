@@ -1,42 +1,65 @@
 """Depth arithmetic: the depths that each network can have, the blocks that they give, its widths.
 
-The functions read the resolved settings, `opt`, as far as they stand when they are called.
+The functions read the resolved settings, `opt`, as far as they stand when they are called. Only
+`resolve`, which is called while they are made, writes into them.
 """
 
 import math
 from types import SimpleNamespace
 
 from cli.flags import Problem, as_text
-from models.architectures import _BASIC, _OUTSIDE, DEFAULTS, IMAGENET_STAGES, WIDE
+from models.architectures import ARCHITECTURES, Architecture
+
+
+def architecture(opt: SimpleNamespace) -> Architecture:
+    """Return what is known of the network that the settings name."""
+    return ARCHITECTURES[opt.netType]
 
 
 def resolve(opt: SimpleNamespace) -> None:
     """Give `opt` the depth and widths that are not given, and `stages`, the blocks of each stage.
 
-    A stage of a DenseNet is a dense block, and what is counted are its layers. Also sets
-    `bottleneck` where the depth or the network decides about it.
+    A stage of a DenseNet is a dense block, and what is counted are its layers. Flags that the
+    network does not read, or that its depth decides about, get the values that they have for it.
     """
-    free = _free(opt)
+    network, is_imagenet = architecture(opt), opt.imagenetShape
+    vars(opt).update(network.not_read)
+    if network.shortcuts and opt.shortcutType is None:
+        opt.shortcutType = network.shortcuts[is_imagenet]
+    own = _own_stages(opt)
     if opt.depth is None:
-        opt.depth = _counted(opt, free) if any(free) else DEFAULTS[opt.netType][opt.imagenetShape]
-    if opt.netType != "densenet" and opt.imagenetShape:
-        opt.bottleneck = opt.depth not in _BASIC
-    elif opt.netType == "resnet":
+        opt.depth = _counted(opt, own) if any(own) else network.depths[is_imagenet]
+    if is_imagenet and network.basic_depths is not None:
+        opt.bottleneck = opt.depth not in network.basic_depths
+    elif not network.reads("bottleneck"):
         opt.bottleneck = False
-    if opt.imagenetShape:
-        opt.stages = free if any(free) else IMAGENET_STAGES[opt.netType].get(opt.depth, ())
+    if is_imagenet:
+        opt.stages = own if any(own) else network.imagenet_stages.get(opt.depth, ())
     else:
-        opt.stages = ((opt.depth - _OUTSIDE[opt.netType]) // _step(opt),) * 3
-    if opt.netType == "densenet":
-        _resolve_widths(opt)
+        opt.stages = ((opt.depth - network.layers_outside) // _step(opt),) * 3
+    if network.reads("growthRate"):
+        _resolve_widths(opt, network)
 
 
-def _resolve_widths(opt: SimpleNamespace) -> None:
+def _resolve_widths(opt: SimpleNamespace, network: Architecture) -> None:
     if opt.growthRate is None:
-        opt.growthRate = (48 if opt.depth in WIDE else 32) if opt.imagenetShape else 12
+        is_wide = opt.depth in network.wide_depths
+        opt.growthRate = (48 if is_wide else 32) if opt.imagenetShape else 12
     if opt.initChannels is None:
         wide = opt.imagenetShape or opt.bottleneck
         opt.initChannels = 2 * opt.growthRate if wide else 16
+
+
+def name(opt: SimpleNamespace) -> str:
+    """The network in a run's name: `densenet-BC-L100-k12`, `resnet-L110`, `preresnet-L164-B`."""
+    network = architecture(opt)
+    if network.shortcuts:
+        usual = network.shortcuts[opt.imagenetShape]
+        shortcut = "" if opt.shortcutType == usual else f"-{opt.shortcutType}"
+        is_basic = network.reads("bottleneck") and not opt.imagenetShape and not opt.bottleneck
+        return f"{opt.netType}-L{opt.depth}{shortcut}{'-basic' if is_basic else ''}"
+    form = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
+    return f"{opt.netType}{form.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
 
 
 def problems(opt: SimpleNamespace) -> list[Problem]:
@@ -45,55 +68,74 @@ def problems(opt: SimpleNamespace) -> list[Problem]:
     return found or _check_widths(opt)
 
 
-def _free(opt: SimpleNamespace) -> tuple[int, ...]:
+def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
+    """What the user should know about the network, though it stops nothing."""
+    found, network = [], architecture(opt)
+    is_usual = opt.depth == network.depths[opt.imagenetShape]
+    if _is_basic_elsewhere(opt) and "bottleneck" not in given and not is_usual:
+        basic_blocks = (opt.depth - network.layers_outside) // network.layers_per_block[False]
+        found.append(
+            f"{opt.netType} of depth {opt.depth} has {sum(opt.stages)} bottlenecks; "
+            f"fb.resnet.torch's has {basic_blocks} basic blocks: --bottleneck false"
+        )
+    if network.reads("reduction") and not opt.bottleneck and opt.reduction < 1:
+        found.append(
+            f"bottleneck false with reduction {opt.reduction:g} is a DenseNet-C; "
+            "the paper's basic DenseNet has --reduction 1"
+        )
+    return found
+
+
+def _own_stages(opt: SimpleNamespace) -> tuple[int, ...]:
     """The stages of one's own; all 0 where there are none, or none that would count."""
-    own = opt.imagenetShape and opt.netType == "densenet"
+    own = opt.imagenetShape and architecture(opt).reads("d1")
     return (opt.d1, opt.d2, opt.d3, opt.d4) if own else (0, 0, 0, 0)
 
 
 def _counted(opt: SimpleNamespace, stages: tuple[int, ...]) -> int:
     """The layers of a DenseNet with these stages at the ImageNet shape."""
-    return (2 if opt.bottleneck else 1) * sum(stages) + 5
+    return architecture(opt).layers_per_block[opt.bottleneck] * sum(stages) + 5
 
 
 def _step(opt: SimpleNamespace) -> int:
     """The layers that one more block in each of three stages adds."""
-    if opt.netType == "densenet":
-        return 6 if opt.bottleneck else 3
-    return 9 if opt.bottleneck else 6
+    return 3 * architecture(opt).layers_per_block[opt.bottleneck]
 
 
 def _check_small(opt: SimpleNamespace) -> list[Problem]:
     """The CIFAR shape: three stages of equal length."""
-    step, outside, found = _step(opt), _OUTSIDE[opt.netType], []
+    network, found = architecture(opt), []
+    step, outside = _step(opt), network.layers_outside
     n, rest = divmod(opt.depth - outside, step)
-    dense = opt.netType == "densenet"
-    if dense and any((opt.d1, opt.d2, opt.d3, opt.d4)):
+    if any((opt.d1, opt.d2, opt.d3, opt.d4)):
         what = f"d1 to d4 have no effect at {opt.imageSize} pixels"
         found = [(what, "use --depth, or an imageSize above 64")]
     if rest or n < 1:
         low = step * max(n, 1) + outside
         near = f"{low}" if n < 1 else f"{low} or {low + step}"
         form = "with bottleneck" if opt.bottleneck else "without bottleneck"
-        form = opt.netType if opt.netType == "resnet" else form
+        form = form if network.reads("bottleneck") else opt.netType
         what = f"depth: {opt.depth} is not {step}n + {outside} ({form})"
-        basic = ", or --bottleneck false" if is_basic_elsewhere(opt) else ""
+        basic = ", or --bottleneck false" if _is_basic_elsewhere(opt) else ""
         found.append((what, f"use {near}{basic}"))
     return found
 
 
-def is_basic_elsewhere(opt: SimpleNamespace) -> bool:
-    """Whether fb.resnet.torch would build a pre-activation ResNet of basic blocks at this depth."""
-    if opt.netType != "preresnet" or opt.imagenetShape or not opt.bottleneck:
+def _is_basic_elsewhere(opt: SimpleNamespace) -> bool:
+    """Whether fb.resnet.torch would build a residual network of basic blocks at this depth."""
+    network = architecture(opt)
+    if not network.shortcuts or opt.imagenetShape or not opt.bottleneck:
         return False
-    return opt.depth > 2 and (opt.depth - 2) % 6 == 0
+    inside = opt.depth - network.layers_outside
+    return inside > 0 and inside % (3 * network.layers_per_block[False]) == 0
 
 
 def _check_large(opt: SimpleNamespace) -> list[Problem]:
     """The ImageNet shape: one of the known depths, or stages of one's own."""
-    free, known = _free(opt), IMAGENET_STAGES[opt.netType]
-    if any(free):
-        if not all(free):
+    own, network = _own_stages(opt), architecture(opt)
+    known = network.imagenet_stages
+    if any(own):
+        if not all(own):
             return [("d1 to d4: not all four are given", "give layers for all four blocks")]
         named = known.get(opt.depth, opt.stages)
         if named != opt.stages and opt.depth != _counted(opt, opt.stages):
@@ -102,14 +144,14 @@ def _check_large(opt: SimpleNamespace) -> list[Problem]:
     elif opt.depth not in known:
         near = min(known, key=lambda depth: abs(depth - opt.depth))
         what = f"depth: {opt.depth} is not one of {', '.join(map(str, known))}"
-        own = ", or give d1 to d4" if opt.netType == "densenet" else ""
-        return [(what, f"use {near}{own}")]
+        fix = f"use {near}, or give d1 to d4" if network.reads("d1") else f"use {near}"
+        return [(what, fix)]
     return []
 
 
 def _check_widths(opt: SimpleNamespace) -> list[Problem]:
     """Each transition of a DenseNet must leave a map."""
-    if opt.netType != "densenet":
+    if not architecture(opt).reads("growthRate"):
         return []
     channels = opt.initChannels
     for i, num_layers in enumerate(opt.stages[:-1], start=1):

@@ -1,4 +1,4 @@
-"""Which images of a split each step of an epoch has, and which of those are this replica's."""
+"""Which images train and which are held out, and which of a split each step of an epoch has."""
 
 from dataclasses import dataclass, replace
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from datasets.rng import permutation
+from distributed.launcher import ALONE, Place
+from errors import DataError
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Deal:
         indices: (n,) which images belong to the split.
         batch_size: images of a batch, over all replicas.
         seed: shuffle with it; None keeps the order of `indices`.
-        rank, size: this replica and how many there are.
+        place: this replica among those of the run.
         whole: in one step each replica has a batch of its own, so that every batch is computed as
             one replica would: for evaluation. Otherwise they have a part each of one batch.
     """
@@ -27,8 +29,7 @@ class Deal:
     indices: Tensor
     batch_size: int
     seed: int | None = None
-    rank: int = 0
-    size: int = 1
+    place: Place = ALONE
     whole: bool = False
 
     def to(self, device: torch.device) -> "Deal":
@@ -43,12 +44,12 @@ class Deal:
     @property
     def stride(self) -> int:
         """Images of a full step, over all replicas."""
-        return self.batch_size * (self.size if self.whole else 1)
+        return self.batch_size * (self.place.size if self.whole else 1)
 
     @property
     def width(self) -> int:
         """Images that this replica has of a full step."""
-        return self.stride // self.size
+        return self.stride // self.place.size
 
     def __len__(self) -> int:
         """Steps in an epoch; the last may be smaller."""
@@ -66,10 +67,10 @@ class Deal:
         """
         first, stop = self._bounds(step)
         if self.whole:
-            ends = (self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            ends = (self.place.rank * self.batch_size, (self.place.rank + 1) * self.batch_size)
         else:
-            each, more = divmod(stop - first, self.size)
-            ends = (each * r + min(r, more) for r in (self.rank, self.rank + 1))
+            each, more = divmod(stop - first, self.place.size)
+            ends = (each * r + min(r, more) for r in (self.place.rank, self.place.rank + 1))
         return slice(*(min(first + end, stop) for end in ends))
 
     def _bounds(self, step: int) -> tuple[int, int]:
@@ -86,3 +87,17 @@ class Deal:
     def chosen(self, epoch: int, step: int) -> list[int]:
         """Which images all replicas have in a step (from 0) of an epoch."""
         return self.order(epoch)[slice(*self._bounds(step))].tolist()
+
+
+def split_indices(size: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Which training images train and which are held out, in ascending order.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    if held_out >= size:
+        raise DataError(
+            f"validSize {held_out} of {size} training images leaves none", f"use less than {size}"
+        )
+    order = permutation(size, "held out", seed)
+    return order[held_out:].sort().values, order[:held_out].sort().values

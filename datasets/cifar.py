@@ -9,12 +9,6 @@ from datasets.download import fetch, unpack
 from datasets.memory_loader import Images, SmallSet
 from errors import DataError
 
-# Mean and deviation of the training pixels as fb.resnet.torch has them.
-STATISTICS = {
-    CIFAR10: ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
-    CIFAR100: ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
-}
-
 
 def cifar10(root: Path) -> SmallSet:
     """50,000 training and 10,000 test images of 10 classes."""
@@ -34,8 +28,7 @@ def _load(kind: type[CIFAR10], root: Path) -> SmallSet:
     except RuntimeError as error:  # torchvision found a file missing or with another sum
         folder = root / kind.base_folder
         raise DataError(f"damaged files in {folder}", f"delete {folder} and run again") from error
-    mean, std = STATISTICS[kind]
-    return SmallSet(_images(parts[True]), _images(parts[False]), parts[True].classes, mean, std)
+    return SmallSet(_images(parts[True]), _images(parts[False]), parts[True].classes)
 
 
 def _images(part: CIFAR10) -> Images:

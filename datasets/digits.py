@@ -17,4 +17,4 @@ def digits(root: Path) -> SmallSet:
     images = Images(grey[..., None].expand(-1, -1, -1, 3), torch.from_numpy(data.target).long())
     is_test = torch.arange(len(grey)) % TEST_EVERY == 0
     train, test = (Images(images.pixels[part], images.labels[part]) for part in (~is_test, is_test))
-    return SmallSet(train, test, [str(digit) for digit in range(10)], None, None, flip=False)
+    return SmallSet(train, test, [str(digit) for digit in range(10)])

@@ -1,38 +1,33 @@
 """dataset name -> training, validation and test batches. The only file here that sees `opt`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from datasets.batch_sampler import Deal
+from datasets.batch_sampler import Deal, split_indices
 from datasets.file_loader import BadImages, FileBatches, ImageFiles
 from datasets.fingerprints import of_files, of_images
-from datasets.memory_loader import Augmentation, Batches, Images, Plan, SmallSet, channel_statistics
-from datasets.registry import SYNTHETIC_CLASSES
-from datasets.rng import permutation
+from datasets.memory_loader import (
+    Augmentation,
+    Batches,
+    Images,
+    SmallSet,
+    channel_statistics,
+    normalised,
+)
+from datasets.registry import DATASETS, Statistics
+from distributed.launcher import ALONE, Place
 from errors import DataError
 from fileio import limits
 
 FILES, FILES_OF_WORKER = 64, 48  # that are open at once, and the pipes of each worker
-Statistics = tuple[list[float], list[float]]  # mean and deviation per channel, from 0 to 255
 PAD_SHARE = 8  # random crops shift by up to an eighth of the image: 4 pixels of 32
-
-
-@dataclass(frozen=True)
-class Replica:
-    """Which of the processes of a run data is for.
-
-    Args:
-        everyone: exchanges plain values; `distributed.World.everyone`.
-    """
-
-    rank: int = 0
-    size: int = 1
-    everyone: Callable[[list], list[list]] = lambda value: [value]
+Samples = Sequence[tuple[str, int]]  # (path, class number) of each image
+Everyone = Callable[[list[str]], list[list[str]]]
 
 
 @dataclass
@@ -62,14 +57,20 @@ def create(
     opt: SimpleNamespace,
     device: torch.device,
     warn: Callable[[str], None],
+    *,
+    dtype: torch.dtype = torch.float32,
     statistics: Statistics | None = None,
-    replica: Replica = Replica(),
+    place: Place = ALONE,
+    everyone: Everyone = lambda found: [found],
 ) -> Data:
     """Read, check and split the dataset that the settings name.
 
     Args:
         warn: called with remarks for the user.
+        dtype: of normalised images.
         statistics: means and deviations that a trained network expects, instead of the data's.
+        place: the process that the batches are for.
+        everyone: exchanges plain values between all processes; `distributed.World.everyone`.
 
     Raises:
         DataError: it is missing, damaged or not as the settings say.
@@ -78,12 +79,17 @@ def create(
         limits.allow_open_files(FILES + FILES_OF_WORKER * opt.nThreads)
     except OSError as error:
         raise DataError(error.strerror, "raise it with ulimit -n, or lower --nThreads") from error
-    if _stays_in_files(opt):
-        data = _large(opt, device, warn, replica)
-    elif opt.dataset == "folder" and opt.testOnly and statistics:
-        data = _test_images(opt, device, statistics, warn, replica)
+    dataset = DATASETS[opt.dataset]
+    in_files = dataset.stays_in_files(opt.imageSize)
+    # A network that knows its statistics is tested without its training images being decoded.
+    only_tests = dataset.in_folders and opt.testOnly and statistics and not in_files
+    if in_files or not statistics:
+        statistics = dataset.statistics_at(opt.imageSize)
+    splits = _Splits(opt, device, dtype, place, statistics)
+    if in_files or only_tests:
+        data = _from_files(splits, only_tests, warn, everyone)
     else:
-        data = _small(opt, device, _load_small(opt, warn), statistics, replica)
+        data = _from_memory(splits, _load(opt, warn))
     for split in (data.train, data.val, data.test):
         if isinstance(split, FileBatches):
             split.start()
@@ -98,233 +104,167 @@ def create(
 
 def evaluation(
     opt: SimpleNamespace,
-    samples: Sequence[tuple[str, int]],
+    samples: Samples,
     device: torch.device,
     statistics: Statistics,
     bad: BadImages,
-    replica: Replica = Replica(),
-    indices: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> FileBatches:
-    """Image files, in their order, as a network of these settings is evaluated on them.
+    """Batch image files, in their order, as a network of these settings is evaluated on them.
 
     Args:
         samples: (path, number) of each image; batches have the numbers as targets.
         statistics: means and deviations that the network was trained with.
         bad: told of the images that cannot be read.
-        indices: which of the samples; None: all.
     """
-    crops = 10 if opt.tenCrop else 1
-    transform, normalise = _pipeline(opt, device, statistics)
-    chosen = torch.arange(len(samples)) if indices is None else indices
-    return FileBatches(
-        ImageFiles(samples, transform, opt.manualSeed),
-        _deal(chosen, max(1, opt.batchSize // crops), None, replica),
-        num_workers=opt.nThreads,
-        bad=bad,
-        image_size=opt.imageSize,
-        normalise=normalise,
-        device=device,
-    )
+    splits = _Splits(opt, device, dtype, ALONE, statistics)
+    return splits.in_files(samples, torch.arange(len(samples)), bad)
 
 
 def published_statistics(opt: SimpleNamespace) -> Statistics | None:
-    """Means and deviations that are constants; None where they are those of training images."""
-    if _stays_in_files(opt):
-        from datasets.transforms import MEAN, STD
-
-        return [255 * value for value in MEAN], [255 * value for value in STD]
-    if opt.dataset in ("cifar10", "cifar100"):
-        from datasets import cifar
-
-        kinds = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
-        return cifar.STATISTICS[kinds[opt.dataset]]
-    if opt.dataset == "svhn":
-        from datasets import svhn
-
-        return svhn.STATISTICS
-    return None
+    """Return means and deviations that are the same for all weights, None where they are not."""
+    dataset = DATASETS[opt.dataset]
+    return None if dataset.is_generated else dataset.statistics_at(opt.imageSize)
 
 
-def _stays_in_files(opt: SimpleNamespace) -> bool:
-    """Whether images are decoded anew each time they are used."""
-    return opt.imagenetShape and opt.dataset in ("imagenet", "folder")
+@dataclass(frozen=True)
+class _Splits:
+    """Makes the batches of splits, all normalised and dealt out in the same way.
 
-
-def _dtype(opt: SimpleNamespace) -> torch.dtype:
-    return torch.float64 if opt.precision == "double" else torch.float32
-
-
-def _pipeline(
-    opt: SimpleNamespace, device: torch.device, statistics: Statistics
-) -> tuple[Callable, Callable]:
-    """Evaluation: PIL image -> bytes, and a batch of those -> what the network gets."""
-    if _stays_in_files(opt):
-        from datasets import transforms
-
-        crop = transforms.ten_crops if opt.tenCrop else transforms.validation
-        return crop(opt.imageSize), transforms.Normalise(device, _dtype(opt))
-    from datasets.image_folder import ToSize
-
-    def normalise(pixels: Tensor) -> Tensor:
-        count = torch.arange(len(pixels), device=device)
-        images, deal = Images(pixels, count), Deal(count, len(pixels))
-        mean, std = statistics
-        return Batches(images, deal, mean=mean, std=std, dtype=_dtype(opt)).cut(Plan(count))[0]
-
-    return ToSize(opt.imageSize), normalise
-
-
-def _test_images(
-    opt: SimpleNamespace,
-    device: torch.device,
-    statistics: Statistics,
-    warn: Callable[[str], None],
-    replica: Replica,
-) -> Data:
-    """The test images of a folder, for a network that knows its statistics."""
-    from datasets.image_folder import listing
-
-    files = listing(Path(opt.data))
-    _check_classes(opt, files.classes)
-    bad = BadImages(opt.onBadImage, len(files.val), warn, replica.everyone)
-    mean, std = statistics
-    return Data(
-        train=None,
-        val=evaluation(opt, files.val, device, statistics, bad, replica),
-        test=None,
-        classes=files.classes,
-        facts={
-            "mean": list(mean),
-            "std": list(std),
-            "test_set": of_files(files.val, Path(opt.data) / "val"),
-        },
-    )
-
-
-def _load_small(opt: SimpleNamespace, warn: Callable[[str], None]) -> SmallSet:
-    # Imported here: each brings a library of its own, and a run needs one of them.
-    root = Path(opt.data)
-    if opt.dataset in ("cifar10", "cifar100"):
-        from datasets import cifar
-
-        return {"cifar10": cifar.cifar10, "cifar100": cifar.cifar100}[opt.dataset](root)
-    if opt.dataset == "svhn":
-        from datasets.svhn import svhn
-
-        return svhn(root)
-    if opt.dataset == "digits":
-        from datasets.digits import digits
-
-        return digits(root)
-    if opt.dataset == "synthetic":
-        from datasets.synthetic import synthetic
-
-        classes = opt.nClasses or SYNTHETIC_CLASSES
-        return synthetic(opt.nImages, classes, opt.imageSize, opt.manualSeed)
-    from datasets.image_folder import small_folder
-
-    return small_folder(root, opt.imageSize, opt.nThreads, opt.onBadImage, warn)
-
-
-def _small(
-    opt: SimpleNamespace,
-    device: torch.device,
-    data: SmallSet,
-    statistics: Statistics | None,
-    replica: Replica,
-) -> Data:
-    _check_classes(opt, data.classes)
-    for split, images in (("training", data.train), ("test", data.test)):
-        _check_labels(split, images.labels, len(data.classes))
-    kept, held_out = split_indices(len(data.train.labels), opt.validSize, opt.manualSeed)
-    digests = {"training_set": of_images(data.train), "test_set": of_images(data.test)}
-    mean, std = statistics or (data.mean, data.std)
-    if mean is None:
-        mean, std = channel_statistics(data.train.pixels, kept)
-    train, test = data.train.to(device), data.test.to(device)
-    pad = opt.imageSize // PAD_SHARE
-    augmentation = Augmentation(pad, data.flip) if opt.augment else None
-
-    def batches(images, indices: Tensor, seed: int | None = None, augmentation=None) -> Batches:
-        deal = _deal(indices, opt.batchSize, seed, replica)
-        return Batches(
-            images, deal, mean=mean, std=std, dtype=_dtype(opt), augmentation=augmentation
-        )
-
-    everything = torch.arange(len(test.labels))
-    return Data(
-        train=batches(train, kept, opt.manualSeed, augmentation),
-        val=batches(train, held_out) if opt.validSize else batches(test, everything),
-        test=batches(test, everything) if opt.validSize else None,
-        classes=data.classes,
-        facts={"mean": list(mean), "std": list(std), "held_out": held_out.tolist(), **digests},
-    )
-
-
-def _deal(indices: Tensor, batch_size: int, seed: int | None, replica: Replica) -> Deal:
-    """Without a seed it is for evaluation, which computes the same batches on any number."""
-    return Deal(indices, batch_size, seed, replica.rank, replica.size, whole=seed is None)
-
-
-def _large(
-    opt: SimpleNamespace,
-    device: torch.device,
-    warn: Callable[[str], None],
-    replica: Replica,
-) -> Data:
-    from datasets import transforms
-    from datasets.image_folder import listing
-
-    files = listing(Path(opt.data))
-    _check_classes(opt, files.classes)
-    kept, held_out = split_indices(len(files.train), opt.validSize, opt.manualSeed)
-    statistics = published_statistics(opt)
-
-    def bad(count: int) -> BadImages:
-        return BadImages(opt.onBadImage, count, warn, replica.everyone)
-
-    def evaluated(samples: Sequence[tuple[str, int]], indices: Tensor) -> FileBatches:
-        among = bad(len(indices))
-        return evaluation(opt, samples, device, statistics, among, replica, indices)
-
-    train = FileBatches(
-        ImageFiles(files.train, transforms.training(opt.imageSize, opt.augment), opt.manualSeed),
-        _deal(kept, opt.batchSize, opt.manualSeed, replica),
-        num_workers=opt.nThreads,
-        bad=bad(len(kept)),
-        image_size=opt.imageSize,
-        normalise=transforms.Normalise(device, _dtype(opt)),
-        device=device,
-    )
-    published = evaluated(files.val, torch.arange(len(files.val)))
-    mean, std = statistics
-    return Data(
-        train=train,
-        val=evaluated(files.train, held_out) if opt.validSize else published,
-        test=published if opt.validSize else None,
-        classes=files.classes,
-        facts={
-            "mean": mean,
-            "std": std,
-            "held_out": held_out.tolist(),
-            "training_set": of_files(files.train, Path(opt.data) / "train"),
-            "test_set": of_files(files.val, Path(opt.data) / "val"),
-        },
-    )
-
-
-def split_indices(size: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Which training images train and which are held out, in ascending order.
-
-    Raises:
-        DataError: nothing would be left to train on.
+    A split for training is shuffled and augmented; any other is for evaluation.
     """
-    if held_out >= size:
-        raise DataError(
-            f"validSize {held_out} of {size} training images leaves none", f"use less than {size}"
+
+    opt: SimpleNamespace
+    device: torch.device
+    dtype: torch.dtype
+    place: Place
+    statistics: Statistics | None
+
+    def in_memory(self, images: Images, indices: Tensor, training: bool = False) -> Batches:
+        """Batch some of the images that lie on the device."""
+        mean, std = self.statistics
+        flip, pad = DATASETS[self.opt.dataset].flip, self.opt.imageSize // PAD_SHARE
+        return Batches(
+            images,
+            self._deal(indices, training),
+            mean=mean,
+            std=std,
+            dtype=self.dtype,
+            augmentation=Augmentation(pad, flip) if training and self.opt.augment else None,
         )
-    order = permutation(size, "held out", seed)
-    return order[held_out:].sort().values, order[:held_out].sort().values
+
+    def in_files(
+        self, samples: Samples, indices: Tensor, bad: BadImages, training: bool = False
+    ) -> FileBatches:
+        """Batch some image files, which worker processes decode anew each time."""
+        transform, normalise = self._pipeline(training)
+        return FileBatches(
+            ImageFiles(samples, transform, self.opt.manualSeed),
+            self._deal(indices, training),
+            num_workers=self.opt.nThreads,
+            bad=bad,
+            image_size=self.opt.imageSize,
+            normalise=normalise,
+            device=self.device,
+        )
+
+    @property
+    def facts(self) -> dict:
+        """The statistics, as a checkpoint has them."""
+        mean, std = self.statistics
+        return {"mean": list(mean), "std": list(std)}
+
+    def _deal(self, indices: Tensor, training: bool) -> Deal:
+        if training:
+            return Deal(indices, self.opt.batchSize, self.opt.manualSeed, self.place)
+        # Evaluation computes the same batches on any number of processes.
+        crops = 10 if self.opt.tenCrop else 1
+        return Deal(indices, max(1, self.opt.batchSize // crops), None, self.place, whole=True)
+
+    def _pipeline(self, training: bool) -> tuple[Callable, Callable]:
+        """PIL image -> one tensor, and a batch of those -> what the network gets."""
+        opt = self.opt
+        if DATASETS[opt.dataset].stays_in_files(opt.imageSize):
+            from datasets import transforms
+
+            normalise = transforms.Normalise(self.device, self.dtype)
+            if training:
+                return transforms.training(opt.imageSize, opt.augment), normalise
+            crop = transforms.ten_crops if opt.tenCrop else transforms.validation
+            return crop(opt.imageSize), normalise
+        from datasets.image_folder import ToSize
+
+        mean, std = (
+            torch.tensor(value, dtype=self.dtype, device=self.device) for value in self.statistics
+        )
+        return (
+            ToSize(opt.imageSize),
+            lambda pixels: normalised(pixels, mean, std).permute(0, 3, 1, 2),
+        )
+
+
+def _load(opt: SimpleNamespace, warn: Callable[[str], None]) -> SmallSet:
+    """Read a dataset into memory."""
+    dataset = DATASETS[opt.dataset]
+    load = dataset.import_loader()
+    if dataset.is_generated:
+        classes = opt.nClasses or dataset.num_classes
+        return load(opt.nImages, classes, opt.imageSize, opt.manualSeed)
+    if dataset.in_folders:
+        return load(Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn)
+    return load(Path(opt.data))
+
+
+def _from_memory(splits: _Splits, data: SmallSet) -> Data:
+    """Put all images on the device, where their batches are cut out."""
+    opt = splits.opt
+    _check_classes(opt, data.classes)
+    data.check()
+    kept, held_out = split_indices(len(data.train), opt.validSize, opt.manualSeed)
+    digests = {"training_set": of_images(data.train), "test_set": of_images(data.test)}
+    if splits.statistics is None:
+        splits = replace(splits, statistics=channel_statistics(data.train.pixels, kept))
+    train, test = data.train.to(splits.device), data.test.to(splits.device)
+    facts = splits.facts | {"held_out": held_out.tolist()} | digests
+    return Data(*_divided(splits.in_memory, train, test, kept, held_out), data.classes, facts)
+
+
+def _from_files(
+    splits: _Splits, only_tests: bool, warn: Callable[[str], None], everyone: Everyone
+) -> Data:
+    """Leave the images in their files."""
+    from datasets.image_folder import listing
+
+    opt, root = splits.opt, Path(splits.opt.data)
+    files = listing(root)
+    _check_classes(opt, files.classes)
+
+    def batches(samples: Samples, indices: Tensor, training: bool = False) -> FileBatches:
+        bad = BadImages(opt.onBadImage, len(indices), warn, everyone)
+        return splits.in_files(samples, indices, bad, training)
+
+    test_set = {"test_set": of_files(files.val, root / "val")}
+    if only_tests:
+        tested = batches(files.val, torch.arange(len(files.val)))
+        return Data(None, tested, None, files.classes, splits.facts | test_set)
+    kept, held_out = split_indices(len(files.train), opt.validSize, opt.manualSeed)
+    training_set = {"training_set": of_files(files.train, root / "train")}
+    facts = splits.facts | {"held_out": held_out.tolist()} | training_set | test_set
+    parts = _divided(batches, files.train, files.val, kept, held_out)
+    return Data(*parts, files.classes, facts)
+
+
+def _divided(
+    batches: Callable,
+    train: Images | Samples,
+    test: Images | Samples,
+    kept: Tensor,
+    held_out: Tensor,
+) -> tuple:
+    """Batch what trains, what is measured after every epoch, and what once at the end."""
+    tested = batches(test, torch.arange(len(test)))
+    trained = batches(train, kept, training=True)
+    return (trained, batches(train, held_out), tested) if len(held_out) else (trained, tested, None)
 
 
 def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:
@@ -332,15 +272,4 @@ def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:
         raise DataError(
             f"nClasses is {opt.nClasses} but {opt.dataset} has {len(classes)} classes",
             f"use --nClasses {len(classes)} or leave it out",
-        )
-
-
-def _check_labels(split: str, labels: Tensor, num_classes: int) -> None:
-    if labels.numel() == 0:
-        raise DataError(f"there are no {split} images", "check the dataset")
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= num_classes:
-        bad = low if low < 0 else high
-        raise DataError(
-            f"{split} label {bad} is not a class from 0 to {num_classes - 1}", "check the dataset"
         )

@@ -105,7 +105,7 @@ class _Order:
 
 
 class FileBatches:
-    """The batches of one split read from files; the same interface as `batches.Batches`.
+    """The batches of one split read from files; the same interface as `memory_loader.Batches`.
 
     Args:
         deal: the samples of the split, and which of them this replica gets when.

@@ -90,8 +90,6 @@ def small_folder(
 ) -> SmallSet:
     """A folder whose images are decoded once into memory, at `size` pixels.
 
-    Its statistics are those of its training images.
-
     Raises:
         DataError: as `listing`, or an image cannot be read.
     """
@@ -100,7 +98,7 @@ def small_folder(
         _decode_all(samples, size, num_workers, on_bad_image, warn)
         for samples in (files.train, files.val)
     )
-    return SmallSet(train, test, files.classes, None, None)
+    return SmallSet(train, test, files.classes)
 
 
 def _decode_all(

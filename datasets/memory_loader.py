@@ -8,6 +8,7 @@ from torch import Tensor
 
 from datasets.batch_sampler import Deal
 from datasets.rng import generator
+from errors import DataError
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Images:
 
     pixels: Tensor
     labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def to(self, device: torch.device) -> "Images":
         """The same on another device."""
@@ -80,7 +84,7 @@ class Batches:
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
         augmentation: Augmentation | None = None,
     ):
         device = images.pixels.device
@@ -113,7 +117,7 @@ class Batches:
     def cut(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """The batch of a plan, as `batches` yields it; reads nothing back from the device."""
         if self.augmentation is None:
-            batch = (self.images.pixels[plan.chosen].to(self.mean.dtype) - self.mean) / self.std
+            batch = normalised(self.images.pixels[plan.chosen], self.mean, self.std)
         else:
             batch = shifted(self.images.pixels, plan, self.mean, self.std)
         return batch.permute(0, 3, 1, 2), self.images.labels[plan.chosen]
@@ -142,7 +146,12 @@ def shifted(pixels: Tensor, plan: Plan, mean: Tensor, std: Tensor) -> Tensor:
         rows.clamp(0, height - 1)[:, :, None],
         columns.clamp(0, width - 1)[:, None, :],
     ]  # (n, H, W, 3)
-    return (source.to(mean.dtype) - mean) / std * inside[..., None]
+    return normalised(source, mean, std) * inside[..., None]
+
+
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Map (..., 3) uint8 pixels to mean 0 and deviation 1, in the type of `mean`."""
+    return (pixels.to(mean.dtype) - mean) / std
 
 
 def _within(position: Tensor, size: int) -> Tensor:
@@ -177,14 +186,19 @@ class SmallSet:
     Args:
         train, test: the two parts as they were published.
         classes: name of each class number.
-        mean, std: per channel, of pixels from 0 to 255; None to take them from the training
-            images.
-        flip: whether a mirrored image still shows its class.
     """
 
     train: Images
     test: Images
     classes: list[str]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    flip: bool = True
+
+    def check(self) -> None:
+        """Raise DataError when a part has no images or a label that is no class."""
+        for split, labels in (("training", self.train.labels), ("test", self.test.labels)):
+            if labels.numel() == 0:
+                raise DataError(f"there are no {split} images", "check the dataset")
+            low, high = labels.min().item(), labels.max().item()
+            if low < 0 or high >= len(self.classes):
+                bad = low if low < 0 else high
+                known = f"a class from 0 to {len(self.classes) - 1}"
+                raise DataError(f"{split} label {bad} is not {known}", "check the dataset")

@@ -9,8 +9,6 @@ from datasets.download import fetch
 from datasets.memory_loader import Images, SmallSet
 from errors import DataError
 
-STATISTICS = ((0.0,) * 3, (255.0,) * 3)  # mean and deviation: pixels are divided by 255
-
 
 def svhn(root: Path) -> SmallSet:
     """604,388 training and 26,032 test images of the ten digits."""
@@ -20,7 +18,7 @@ def svhn(root: Path) -> SmallSet:
         torch.cat([parts["train"].labels, parts["extra"].labels]),
     )
     classes = [str(digit) for digit in range(10)]
-    return SmallSet(train, parts["test"], classes, *STATISTICS, flip=False)
+    return SmallSet(train, parts["test"], classes)
 
 
 def _read(root: Path, split: str) -> Images:

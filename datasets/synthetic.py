@@ -24,8 +24,7 @@ def synthetic(num_images: int, num_classes: int, size: int, seed: int) -> SmallS
         _noisy(patterns.to(torch.int16), count, draws)
         for count in (num_images, max(1, num_images // 5))
     )
-    classes = [f"pattern {i}" for i in range(num_classes)]
-    return SmallSet(train, test, classes, (127.5,) * 3, (64.0,) * 3)
+    return SmallSet(train, test, [f"pattern {i}" for i in range(num_classes)])
 
 
 def _noisy(patterns: torch.Tensor, count: int, draws: torch.Generator) -> Images:

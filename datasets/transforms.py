@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-# Of ImageNet's training pixels from 0 to 1, as in fb.resnet.torch.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from datasets.registry import IMAGENET_MEAN, IMAGENET_STD
+
+# Of the colours of ImageNet's training pixels.
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -71,7 +71,8 @@ class Normalise:
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype):
         self.mean, self.std = (
-            torch.tensor(value, dtype=dtype, device=device)[:, None, None] for value in (MEAN, STD)
+            torch.tensor(value, dtype=dtype, device=device)[:, None, None]
+            for value in (IMAGENET_MEAN, IMAGENET_STD)
         )
 
     def __call__(self, images: Tensor) -> Tensor:

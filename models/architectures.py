@@ -1,11 +1,10 @@
-"""The networks by name: default depths, stages, and what a depth means. Loads no torch."""
+"""The networks by name: the depths that each can have, its defaults, its flags. Loads no torch."""
 
-# The networks, with the depth that each has unless told otherwise: CIFAR shape, ImageNet shape.
-DEFAULTS = {"densenet": (100, 121), "resnet": (110, 50), "preresnet": (164, 50)}
-NET_TYPES = tuple(DEFAULTS)
+from dataclasses import dataclass, field
+
 # Layers per block of the ImageNet networks: paper Table 1; 264 and 232 are in no table of the
 # authors, see docs/parity.md.
-_DENSENETS = {
+DENSENET_STAGES = {
     121: (6, 12, 24, 16),
     161: (6, 12, 36, 24),
     169: (6, 12, 32, 32),
@@ -13,9 +12,8 @@ _DENSENETS = {
     232: (6, 12, 48, 48),
     264: (6, 12, 64, 48),
 }
-WIDE = (161, 232)  # DenseNets of growth rate 48 instead of 32
 # Blocks per stage, as in fb.resnet.torch.
-_RESNETS = {
+RESNET_STAGES = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -23,7 +21,103 @@ _RESNETS = {
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
 }
-_BASIC = (18, 34)  # ResNets of two 3x3 convolutions a block instead of a bottleneck
-IMAGENET_STAGES = {"densenet": _DENSENETS, "resnet": _RESNETS, "preresnet": _RESNETS}
-# Layers of the CIFAR networks that are in none of their three stages.
-_OUTSIDE = {"densenet": 4, "resnet": 2, "preresnet": 2}
+# The flags of dense blocks, with the values that they have for a network without any.
+OF_DENSE_BLOCKS = {
+    "optMemory": None,
+    "shareGradInput": False,
+    "optnet": False,
+    "kernels": "torch",
+    "growthRate": None,
+    "reduction": None,
+    "dropRate": 0.0,
+    "initChannels": None,
+    **dict.fromkeys(("d1", "d2", "d3", "d4"), 0),
+}
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and in what batches a network trains unless told otherwise."""
+
+    num_epochs: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network as far as its flags are concerned; what has two values is (CIFAR, ImageNet shape).
+
+    Args:
+        depths: defaults of `--depth`.
+        imagenet_stages: layers or blocks of each stage of the ImageNet shape, by depth.
+        layers_outside: layers of the CIFAR shape that are in none of its three stages.
+        layers_per_block: in the CIFAR shape (without, with) a bottleneck.
+        courses: defaults of `--nEpochs` and `--batchSize`.
+        large_courses: at the ImageNet shape, those of depths that have their own.
+        milestones: of the CIFAR shape, parts of all epochs as (numerator, denominator).
+        not_read: the flags that it does not read, with the values that they then have.
+        wide_depths: at the ImageNet shape, the DenseNets of growth rate 48 instead of 32.
+        basic_depths: at the ImageNet shape, where the depth decides about bottlenecks: the depths
+            that have none. None: `--bottleneck` decides.
+        shortcuts: defaults of `--shortcutType`; None if it has no shortcuts.
+    """
+
+    name: str
+    depths: tuple[int, int]
+    imagenet_stages: dict[int, tuple[int, ...]]
+    layers_outside: int
+    layers_per_block: tuple[int, int]
+    courses: tuple[Course, Course]
+    milestones: tuple[tuple[int, int], ...]
+    not_read: dict[str, object]
+    large_courses: dict[int, Course] = field(default_factory=dict)
+    wide_depths: tuple[int, ...] = ()
+    basic_depths: tuple[int, ...] | None = None
+    shortcuts: tuple[str, str] | None = None
+
+    def reads(self, flag: str) -> bool:
+        """Tell whether a flag has an effect on this network."""
+        return flag not in self.not_read
+
+    def course(self, is_imagenet: bool, depth: int) -> Course:
+        """Return how the network of this shape and depth trains unless told otherwise."""
+        own = self.large_courses if is_imagenet else {}
+        return own.get(depth, self.courses[is_imagenet])
+
+
+def _residual(name: str, depth: int, not_read: dict[str, object]) -> Architecture:
+    """Return a residual network of fb.resnet.torch, whose schedule and stages both kinds share."""
+    return Architecture(
+        name,
+        depths=(depth, 50),
+        imagenet_stages=RESNET_STAGES,
+        layers_outside=2,
+        layers_per_block=(2, 3),
+        courses=(Course(164, 64), Course(90, 256)),
+        milestones=((81, 164), (122, 164)),
+        not_read=not_read,
+        basic_depths=(18, 34),
+        shortcuts=("A", "B"),
+    )
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    network.name: network
+    for network in (
+        Architecture(
+            "densenet",
+            depths=(100, 121),
+            imagenet_stages=DENSENET_STAGES,
+            layers_outside=4,
+            layers_per_block=(1, 2),
+            courses=(Course(300, 64), Course(90, 256)),
+            # The paper, section 4.2: smaller batches, for ten epochs more.
+            large_courses={161: Course(100, 128)},
+            milestones=((1, 2), (3, 4)),
+            not_read={"shortcutType": None},
+            wide_depths=(161, 232),
+        ),
+        _residual("resnet", 110, {"bottleneck": None} | OF_DENSE_BLOCKS),
+        _residual("preresnet", 164, OF_DENSE_BLOCKS),
+    )
+}

@@ -74,8 +74,7 @@ def num_classes(opt: SimpleNamespace) -> int:
     """
     from datasets import registry
 
-    known = registry.NUM_CLASSES | {"synthetic": registry.SYNTHETIC_CLASSES}
-    count = opt.nClasses or known.get(opt.dataset)
+    count = opt.nClasses or registry.DATASETS[opt.dataset].num_classes
     if count is None:
         raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")
     return count
@@ -172,12 +171,13 @@ def _choice(estimate, free: int | None) -> str:
 
 def resident_bytes(opt: SimpleNamespace) -> int | None:
     """The images and labels that stay on the device; None where only the data tells."""
-    if opt.imagenetShape and opt.dataset in ("imagenet", "folder"):
-        return 0  # read batch by batch
     from datasets import registry
 
-    count = sum(registry.NUM_IMAGES.get(opt.dataset, ())) or None
-    if opt.dataset == "synthetic":
+    dataset = registry.DATASETS[opt.dataset]
+    if dataset.stays_in_files(opt.imageSize):
+        return 0  # read batch by batch
+    count = sum(dataset.num_images or ()) or None
+    if dataset.is_generated:
         count = opt.nImages + max(1, opt.nImages // 5)
     return count and count * (3 * opt.imageSize**2 + 8)
 

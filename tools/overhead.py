@@ -33,7 +33,8 @@ def measure(opt: SimpleNamespace) -> list[tuple[float, float]]:
     device = engine.device.select(opt.nGPU)
     engine.device.configure(opt.cudnn, opt.tf32)
     opt.nImages = opt.batchSize * (WARM_UP + STEPS)
-    data = datasets.factory.create(opt, device, console.warn)
+    dtype = torch.float64 if opt.precision == "double" else torch.float32
+    data = datasets.factory.create(opt, device, console.warn, dtype=dtype)
     model = models.factory.create(opt, len(data.classes))
     trainer = train.create(opt, copy.deepcopy(model), device, RunLog(None))
     bare = bare_step(

@@ -11,6 +11,7 @@ from cli import path_checks
 from cli.flags import as_text
 from errors import CheckpointError, DataError, UsageError
 from helpers.run_main import ROOT, run
+from models.architectures import ARCHITECTURES
 
 LUA = "-netType densenet -dataset cifar10 -batchSize 64 -nEpochs 300 -depth 100 -growthRate 12"
 
@@ -790,7 +791,7 @@ def test_settings_of_an_older_densenet_are_no_difference_and_those_of_a_resnet_a
     ]
 
     mine = opts.settings(parse("--netType resnet"))
-    assert not set(opts.NOT_READ_BY["resnet"]) & set(mine)
+    assert not set(ARCHITECTURES["resnet"].not_read) & set(mine)
     theirs = {name: flag.default for name, flag in opts.FLAGS.items()} | mine
     assert opts.differences(mine, theirs, "model") == []
     assert opts.differences(mine, theirs | {"shortcutType": "B"}, "model") == [

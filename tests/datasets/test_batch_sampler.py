@@ -1,4 +1,4 @@
-"""Which images each replica gets in which step: a part of each batch, or batches of its own."""
+"""Which images each replica gets in which step, and which are held out of training."""
 
 import itertools
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.batch_sampler import Deal
+from datasets.batch_sampler import Deal, split_indices
+from distributed.launcher import Place
+from errors import DataError
 
 SIZES = range(1, 6)
 EXTENTS = [(n, batch) for n in (1, 2, 3, 7, 8, 12, 13, 23, 30) for batch in (1, 2, 4, 5, 12)]
@@ -16,7 +18,7 @@ BOTH = pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 def deals(n: int, batch: int, size: int, whole: bool, seed: int | None = None) -> list[Deal]:
     """The deal of each replica, over images that are not simply numbered from 0."""
     indices = 3 * torch.arange(n) + 1
-    return [Deal(indices, batch, seed, rank, size, whole) for rank in range(size)]
+    return [Deal(indices, batch, seed, Place(rank, size), whole) for rank in range(size)]
 
 
 def dealt(replicas: list[Deal], epoch: int = 1) -> list[list[list[int]]]:
@@ -128,15 +130,41 @@ def test_the_order_belongs_to_seed_and_epoch_and_to_nothing_else():
 
     wanted = order(7, 3)
     assert sorted(wanted) == list(range(40)) != wanted
-    for more in ({"batch_size": 9}, {"rank": 1, "size": 2}, {"rank": 2, "size": 3, "whole": True}):
+    for more in ({"batch_size": 9}, {"place": Place(1, 2)}, {"place": Place(2, 3), "whole": True}):
         assert order(7, 3, **more) == wanted
     assert len({tuple(order(seed, epoch)) for seed in (7, 8) for epoch in (3, 4)}) == 4
     assert order(None, 3) == order(None, 4) == list(range(40))
 
 
 def test_a_deal_on_another_device_is_the_same_deal():
-    deal = Deal(torch.arange(9), 4, seed=1, rank=1, size=2)
+    deal = Deal(torch.arange(9), 4, seed=1, place=Place(1, 2))
     moved = deal.to(torch.device("meta"))
     assert moved.indices.is_meta and not deal.indices.is_meta
-    for name in ("batch_size", "seed", "rank", "size", "whole", "num_images", "full_steps"):
+    for name in ("batch_size", "seed", "place", "whole", "num_images", "full_steps"):
         assert getattr(moved, name) == getattr(deal, name)
+
+
+# ---------------------------------------------------------------------------------------- held out
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 30, 99])
+def test_a_split_is_disjoint_complete_and_in_order(held_out):
+    kept, out = split_indices(100, held_out, seed=0)
+    assert len(out) == held_out
+    assert sorted([*kept.tolist(), *out.tolist()]) == list(range(100))
+    assert kept.tolist() == sorted(kept.tolist()) and out.tolist() == sorted(out.tolist())
+
+
+def test_a_split_belongs_to_its_seed():
+    first, again, other = (split_indices(100, 30, seed)[1].tolist() for seed in (3, 3, 4))
+    assert first == again != other
+    assert first != list(range(30))
+
+
+@pytest.mark.parametrize("held_out", [100, 101])
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(held_out):
+    with pytest.raises(DataError) as error:
+        split_indices(100, held_out, seed=0)
+    assert error.value.report() == (
+        f"error: validSize {held_out} of 100 training images leaves none; fix: use less than 100"
+    )

@@ -7,22 +7,21 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import datasets.factory
 import opts
 from datasets.digits import digits
-from datasets.factory import Data, Replica
-from datasets.registry import NUM_CLASSES
+from datasets.factory import Data
+from datasets.registry import DATASETS
 from datasets.synthetic import synthetic
+from distributed.launcher import Place
 from errors import DataError
-from helpers.sample_data import noise, write_cifar, write_folder, write_svhn
+from helpers.sample_data import create_data, noise, write_cifar, write_folder, write_svhn
 
-CPU = torch.device("cpu")
 HERE = Path()
 
 
 def create(*flags: str, rank: int = 0, size: int = 1) -> Data:
     opt = opts.parse([*flags, "--nThreads", "0"], launched=size)
-    return datasets.factory.create(opt, CPU, pytest.fail, replica=Replica(rank, size))
+    return create_data(opt, place=Place(rank, size))
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def written(tmp_path, monkeypatch):
         parts = (noise(8), labels), (noise(4), labels[:4])
         if name in ("cifar10", "cifar100"):
             write_cifar(tmp_path, monkeypatch, name, *parts)
-            return root, (8, 4, None, NUM_CLASSES[name], 32)
+            return root, (8, 4, None, DATASETS[name].num_classes, 32)
         if name == "svhn":
             files = dict(zip(("train", "test", "extra"), [*parts, parts[0]], strict=True))
             write_svhn(tmp_path, monkeypatch, files)
@@ -53,7 +52,7 @@ def written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["single", "double"])
-@pytest.mark.parametrize("name", opts.DATASETS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_every_dataset_gives_its_splits_classes_and_type(written, name, precision):
     flags, (train, val, test, num_classes, size) = written(name)
     data = create(*flags, "--precision", precision)
@@ -75,7 +74,7 @@ def test_every_dataset_gives_its_splits_classes_and_type(written, name, precisio
         assert counted == batches.deal.num_images == data.facts[split]
 
 
-@pytest.mark.parametrize("name", opts.DATASETS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_every_dataset_refuses_another_number_of_classes(written, name):
     flags, (*_, num_classes, _) = written(name)
     create(*flags, "--nClasses", str(num_classes))
@@ -89,7 +88,7 @@ def test_every_dataset_refuses_another_number_of_classes(written, name):
     )
 
 
-@pytest.mark.parametrize("name", opts.DATASETS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_every_dataset_repeats_itself_for_a_seed(written, name):
     flags, _ = written(name)
 

@@ -8,16 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets.factory
 import opts
 from datasets import transforms
 from datasets.decode import decode
 from datasets.factory import Data
 from datasets.image_folder import listing
 from errors import DataError
-from helpers.sample_data import noise, write_folder
+from helpers.sample_data import create_data, noise, write_folder
 
-CPU = torch.device("cpu")
 CLASSES = {"cat": 5, "a dog": 3, "Ölkännchen": 4}
 COUNTS = {"train": CLASSES, "val": dict.fromkeys(CLASSES, 2)}
 
@@ -25,7 +23,7 @@ COUNTS = {"train": CLASSES, "val": dict.fromkeys(CLASSES, 2)}
 def create(root: Path, *flags: str, size=8, workers=0, warn=pytest.fail) -> Data:
     fixed = ["--dataset", "folder", "--data", str(root), "--precision", "double"]
     fixed += ["--imageSize", str(size), "--nThreads", str(workers)]
-    return datasets.factory.create(opts.parse([*fixed, *flags]), CPU, warn)
+    return create_data(opts.parse([*fixed, *flags]), warn)
 
 
 def refused(call, *args) -> str:

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from datasets.batch_sampler import Deal
-from datasets.factory import split_indices
 from datasets.memory_loader import Augmentation, Batches, Images, channel_statistics
 from datasets.rng import generator, permutation
-from errors import DataError
 from helpers.sample_data import noise
 
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
@@ -236,26 +234,3 @@ def test_a_channel_without_contrast_is_divided_by_one():
     pixels[..., 2] = 201
     mean, std = channel_statistics(pixels, torch.arange(5))
     assert mean[2] == 201 and std[2] == 1 and min(std[:2]) > 50
-
-
-@pytest.mark.parametrize("held_out", [0, 1, 30, 99])
-def test_a_split_is_disjoint_complete_and_in_order(held_out):
-    kept, out = split_indices(100, held_out, seed=0)
-    assert len(out) == held_out
-    assert sorted([*kept.tolist(), *out.tolist()]) == list(range(100))
-    assert kept.tolist() == sorted(kept.tolist()) and out.tolist() == sorted(out.tolist())
-
-
-def test_a_split_belongs_to_its_seed():
-    first, again, other = (split_indices(100, 30, seed)[1].tolist() for seed in (3, 3, 4))
-    assert first == again != other
-    assert first != list(range(30))
-
-
-@pytest.mark.parametrize("held_out", [100, 101])
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(held_out):
-    with pytest.raises(DataError) as error:
-        split_indices(100, held_out, seed=0)
-    assert error.value.report() == (
-        f"error: validSize {held_out} of 100 training images leaves none; fix: use less than 100"
-    )

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import datasets.factory
 import engine.optimizer
 import models.factory
 import opts
 import train
-from datasets.factory import Data, Replica
+from datasets.factory import Data
+from distributed.launcher import Place
 from engine import cuda_graph
 from errors import NonFiniteError, UsageError
 from experiment.log import RunLog
 from faults.contract import OF_CLOCKS
+from helpers.sample_data import create_data
 
 CPU = torch.device("cpu")
 SMALL = (
@@ -95,7 +96,7 @@ def eagerly(work: Callable[[], None]) -> Callable[[], None]:
 def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, Data]:
     network = "" if "--netType" in line else DENSENET
     opt = opts.parse([*SMALL.split(), *network.split(), *line.split()])
-    data = data or datasets.factory.create(opt, CPU, pytest.fail)
+    data = data or create_data(opt)
     model = models.factory.create(opt, len(data.classes))
     trainer = train.create(opt, model, CPU, RunLog(None), recorder=recorder)
     if isinstance(recorder, Recorder):
@@ -190,7 +191,7 @@ def test_a_replica_replays_its_own_images(split):
     opt = opts.parse(f"{SMALL} {DENSENET}".replace("84", "200").split())
 
     def images_of(rank: int, replay: bool) -> list[torch.Tensor]:
-        data = datasets.factory.create(opt, CPU, pytest.fail, replica=Replica(rank, 2))
+        data = create_data(opt, place=Place(rank, 2))
         batches, seen = getattr(data, split), []
 
         def keep(images: torch.Tensor, targets: torch.Tensor) -> None:

@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import datasets.factory
 import engine.memory
 import models.factory
 import opts
 import train
 from engine.memory import BY_SPEED, TOLERANCE, Estimate
-from experiment import console
 from experiment.log import RunLog
+from helpers.sample_data import create_data
 from kernels import reference
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -40,7 +39,7 @@ def estimate(flags: str, level: int | str = 2, precision: str = "single") -> Est
 def measured(opt) -> int:
     """The most bytes that PyTorch's allocator gave out while a network was made and trained."""
     opt.nImages = 2 * opt.batchSize
-    data = datasets.factory.create(opt, CPU, console.warn)
+    data = create_data(opt)
     activities = [ProfilerActivity.CPU]
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         trainer = train.create(opt, models.factory.create(opt, NUM_CLASSES), CPU, RunLog(None))

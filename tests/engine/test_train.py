@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoints
-import datasets.factory
 import models.factory
 import opts
 import train
@@ -26,6 +25,7 @@ from engine import cuda_graph
 from engine.schedule import Schedule
 from errors import NonFiniteError
 from experiment.log import RunLog
+from helpers.sample_data import create_data
 from train import Trainer
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def settings(**changed: object):
 def build(**changed: object) -> tuple[Trainer, Data]:
     """A trainer as the program builds it, and its data: 3 steps an epoch, the last of 8 images."""
     opt = settings(**changed)
-    data = datasets.factory.create(opt, CPU, print)
+    data = create_data(opt)
     model = models.factory.create(opt, len(data.classes))
     return train.create(opt, model, CPU, RunLog(None)), data
 

@@ -288,8 +288,8 @@ def measure(own: SimpleNamespace) -> Iterator[tuple[str, Rows]]:
     """The goals that are asked for, each with what was measured."""
     from datasets import registry
 
-    cifar_images, _ = registry.NUM_IMAGES["cifar10"]
-    imagenet_images, _ = registry.NUM_IMAGES["imagenet"]
+    cifar_images, _ = registry.DATASETS["cifar10"].num_images
+    imagenet_images, _ = registry.DATASETS["imagenet"].num_images
     disk = Path(own.disk)
     disk.mkdir(parents=True, exist_ok=True)
     if own.only in (None, "save"):

@@ -159,9 +159,9 @@ def slow_data(seconds: float) -> None:
     signals.START_UP_S = 1
     create = datasets.factory.create
 
-    def create_slowly(*args):
+    def create_slowly(*args, **more):
         time.sleep(seconds)
-        return create(*args)
+        return create(*args, **more)
 
     datasets.factory.create = create_slowly
 

@@ -5,13 +5,26 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import scipy.io
+import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
+import datasets.factory
+from datasets.factory import Data
+from engine.precision import PRECISIONS
+
 CIFAR_KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+def create_data(opt: SimpleNamespace, warn=pytest.fail, **more) -> Data:
+    """The data of settings on the CPU, with images in the type that their precision has."""
+    dtype = PRECISIONS[opt.precision].dtype
+    return datasets.factory.create(opt, torch.device("cpu"), warn, dtype=dtype, **more)
 
 
 def noise(count: int, size: int = 32, seed: int = 0) -> np.ndarray:

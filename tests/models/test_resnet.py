@@ -10,16 +10,15 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-import datasets.factory
 import models.factory
 import models.weights
 import opts
 import train
 from engine.memory import Estimate
 from errors import CheckpointError
-from experiment import console
 from experiment.log import RunLog
 from helpers.networks import network, one_step, photographs, same_state, scramble
+from helpers.sample_data import create_data
 from helpers.tiny_networks import largest_difference
 from kernels import reference
 from models import sync_batchnorm
@@ -380,7 +379,7 @@ CPU = torch.device("cpu")
 def test_every_precision_trains_in_channels_last_memory(name, precision):
     line = f"{LOOP} --batchSize 8 --netType {name} --depth 20 --precision {precision}"
     opt = opts.parse(line.split())
-    data = datasets.factory.create(opt, CPU, console.warn)
+    data = create_data(opt)
     model = models.factory.create(opt, 10)
     trainer = train.create(opt, model, CPU, RunLog(None))
     before = model.fc.weight.clone()

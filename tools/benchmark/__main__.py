@@ -210,7 +210,7 @@ def measure_group(
     from datasets import registry
     from tools.benchmark.measure import enter, peak_rss_mb, reason, take_turns
 
-    num_classes = opt.nClasses or registry.SYNTHETIC_CLASSES
+    num_classes = opt.nClasses or registry.DATASETS["synthetic"].num_classes
     on_cuda = device.type == "cuda"
     turns = TURNS[device.type] if own.turns is None else own.turns
     warm_up = WARM_UP[device.type] if own.warmUp is None else own.warmUp

@@ -60,7 +60,8 @@ class Trained:
         few = len(paths) <= self.opt.batchSize  # starting workers would take longer
         opt = SimpleNamespace(**vars(self.opt) | ({"nThreads": 0} if few else {}))
         samples = [(path, place) for place, path in enumerate(paths)]
-        found = datasets.factory.evaluation(opt, samples, self.device, (self.mean, self.std), bad)
+        known = (self.mean, self.std)
+        found = datasets.factory.evaluation(opt, samples, self.device, known, bad, self.dtype)
         for images, places in found.batches(epoch=0):
             if len(places):
                 yield images, places.tolist()
@@ -110,6 +111,7 @@ def _build(opt: SimpleNamespace, weights: dict, facts: Facts | None, place: Path
     import kernels.backend
     import models.factory
     import models.weights
+    from engine.precision import PRECISIONS
 
     num_classes = count_classes(weights, opt.nClasses)
     facts = facts or Facts([str(number) for number in range(num_classes)])
@@ -123,8 +125,8 @@ def _build(opt: SimpleNamespace, weights: dict, facts: Facts | None, place: Path
     device = engine.device.select(opt.nGPU)
     engine.device.configure(opt.cudnn, opt.tf32)
     ops, _ = kernels.backend.select(opt.kernels, device, opt.precision)
-    dtype = torch.float64 if opt.precision == "double" else torch.float32
     model = models.factory.create(opt, num_classes, ops)
+    dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
     models.weights.load_weights(model, weights)
     mean, std = known

@@ -93,7 +93,7 @@ def differences(run: Run, config: Config) -> list[str]:
     if run.opt.dataset == config.opt.dataset == "imagenet" and num_images is not None:
         from datasets import registry
 
-        full = registry.NUM_IMAGES["imagenet"][0] - run.opt.validSize
+        full = registry.DATASETS["imagenet"].num_images[0] - run.opt.validSize
         if abs(num_images - full) > MISSING_SHARE * full:
             found.append(f"{num_images:,} training images, not {full:,}")
     return found + run.changes

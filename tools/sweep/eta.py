@@ -62,11 +62,12 @@ def num_images(opt: SimpleNamespace) -> int:
     Raises:
         DataError: a folder that cannot be listed.
     """
-    if opt.dataset == "synthetic":
-        return opt.nImages
     from datasets import registry
 
-    known, _ = registry.NUM_IMAGES.get(opt.dataset, (0, 0))
+    dataset = registry.DATASETS[opt.dataset]
+    if dataset.is_generated:
+        return opt.nImages
+    known, _ = dataset.num_images or (0, 0)
     found = known or _images_in(Path(opt.data))
     return max(found - opt.validSize, 1)
 

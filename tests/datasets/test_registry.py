@@ -1,0 +1,79 @@
+"""What is known of a dataset before it is read, and that an entry is all that a new one takes."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from datasets.registry import DATASETS
+from helpers.run_main import ROOT
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_an_entry_names_the_function_that_reads_its_dataset(name):
+    dataset = DATASETS[name]
+    parameters = list(inspect.signature(dataset.import_loader()).parameters)
+    of_kind = {
+        (True, False): ["root", "size", "num_workers", "on_bad_image", "warn"],
+        (False, True): ["num_images", "num_classes", "size", "seed"],
+        (False, False): ["root"],
+    }
+    assert parameters == of_kind[dataset.in_folders, dataset.is_generated]
+    assert dataset.fixed_size in (None, dataset.image_size)
+    assert (dataset.fixed_size is None) == (dataset.in_folders or dataset.is_generated)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_images_stay_in_files_above_64_pixels_with_the_statistics_of_imagenet(name):
+    dataset = DATASETS[name]
+    assert not dataset.stays_in_files(64)
+    assert dataset.statistics_at(64) == dataset.statistics
+    assert dataset.stays_in_files(65) == (name in ("imagenet", "folder"))
+    if dataset.stays_in_files(65):
+        mean, std = dataset.statistics_at(65)
+        assert mean == pytest.approx([123.675, 116.28, 103.53])
+        assert std == pytest.approx([58.395, 57.12, 57.375])
+    else:
+        assert dataset.statistics_at(65) == dataset.statistics
+
+
+NEW = """
+import sys, types
+from datasets import registry
+registry.DATASETS["letters"] = registry.Dataset(
+    "letters", "letters:letters", image_size=28, num_classes=2, flip=False, augment=False,
+    valid_size=3, num_epochs=7,
+)
+import opts
+try:
+    opts.parse(["--dataset", "letters", "--imageSize", "32", "--nImages", "9"])
+except opts.UsageError as error:
+    print(error.report())
+opt = opts.parse(["--dataset", "letters", "--nGPU", "0"])
+print(opt.imageSize, opt.augment, opt.validSize, opt.nEpochs, opts.run_name(opt))
+
+import torch
+import datasets.factory
+from datasets.memory_loader import Images, SmallSet
+
+def letters(root):
+    pixels = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(-1, 28, 28, 3)
+    images = Images(pixels, torch.arange(12) % 2)
+    return SmallSet(images, images, ["a", "b"])
+
+sys.modules["datasets.letters"] = types.SimpleNamespace(letters=letters)
+data = datasets.factory.create(opt, torch.device("cpu"), print)
+print(data.facts["train"], data.facts["val"], data.facts["test"], data.classes)
+"""
+
+
+def test_a_new_dataset_is_a_module_and_an_entry():
+    done = subprocess.run(
+        [sys.executable, "-c", NEW], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *errors, settings, counts = done.stdout.splitlines()
+    assert any("imageSize: images of letters have 28 pixels, not 32" in line for line in errors)
+    assert any("nImages has no effect on letters" in line for line in errors)
+    assert settings == "28 False 3 7 letters-densenet-BC-L100-k12-seed0"
+    assert counts == "9 3 12 ['a', 'b']"
