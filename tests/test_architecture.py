@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributed.rendezvous import source_files
+from helpers.documents import project_files
 from helpers.run_main import ROOT
 
 # A package, or a file at the root, and what it may import: all that stands above it here.
@@ -33,9 +34,7 @@ LONGER = {"opts.py": 500, "tools/sweep/__main__.py": 442, "tools/benchmark/measu
 @functools.cache
 def sources() -> list[Path]:
     """Every Python file of the program, whatever its folder: not those of tests and findings."""
-    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    own = [folder for folder in folders if folder.name not in ("tests", "findings")]
-    return sorted([*ROOT.glob("*.py"), *(path for each in own for path in each.rglob("*.py"))])
+    return [path for path in project_files("*.py") if unit(path) not in ("tests", "findings")]
 
 
 def test_the_hash_of_the_code_is_of_every_file_of_it():

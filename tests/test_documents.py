@@ -9,27 +9,59 @@ import pytest
 from torch.distributed import run as torchrun
 
 import opts
-import tools.results.configs
 from errors import UsageError
+from helpers.documents import WORD, missing, project_files
 from helpers.run_main import ROOT
+from tools.results.configs import configs
 from tools.sweep import tasks
 
-# A word of a command line: a comma ends it where a sentence goes on behind.
-WORD = r"(?:[^`#|,\s]|,(?=\S))+"
 # Their flags are main.py's.
-WITH_FLAGS_OF_MAIN = ("describe", "overhead")
+WITH_FLAGS_OF_MAIN = ("describe",)
 # The README's example of mistakes.
 MISTAKEN = "python main.py --dataset cifar --depth 41"
 
 
 def documents() -> str:
     """All Markdown files, the configs and the Makefile."""
-    hidden = [path for path in ROOT.iterdir() if path.name.startswith(".")]
-    folders = [path for path in ROOT.iterdir() if path.is_dir() and path not in hidden]
-    files = [*ROOT.glob("*.md"), *(file for folder in folders for file in folder.rglob("*.md"))]
-    files += (ROOT / "configs").rglob("*.yaml")
+    files = project_files("*.md") + sorted((ROOT / "configs").rglob("*.yaml"))
     makefile = (ROOT / "Makefile").read_text().replace("$(RUN)", "python")
-    return "\n".join([*(path.read_text() for path in sorted(files)), makefile])
+    return "\n".join([*(path.read_text() for path in files), makefile])
+
+
+@pytest.mark.parametrize("path", project_files("*.md"), ids=lambda path: path.name)
+def test_what_a_document_names_is_there(path):
+    assert missing(path.read_text(), path.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("`python -m tools.describe`, `tests/test_gpu.py`", []),
+        ("`python -m tools.overhead`", ["tools.overhead"]),
+        ("`train.py`, `models/NAME.py`, `kernels/triton_*.py`", []),
+        ("`models/other.py` and other.py", ["models/other.py", "other.py"]),
+        ("`kernels/cuda_*.py`", ["kernels/cuda_*.py"]),
+        ("test_gpu.py::test_every_precision_learns", []),
+        ("test_gpu.py::test_no_precision_learns", ["test_gpu.py::test_no_precision_learns"]),
+        ("[file](docs/memory.md#speed), [file](https://a.b/c.md)", []),
+        ("[file](docs/other.md)", ["docs/other.md"]),
+        ("`python -m pytest tests/faults/test_soak_kills.py -k \"forgets or call\" -q`", []),
+        ("`python -m pytest tests/test_gpu.py -k \"learns or forgives\"`",
+         ["tests/test_gpu.py -k forgives"]),
+        ("`python -m pytest tests/faults/test_soak_kills.py -k learns`",
+         ["tests/faults/test_soak_kills.py -k learns"]),
+        ("`python -m pytest tests/other -k \"call\"`", ["tests/other", "tests/other -k call"]),
+        ("`python -m pytest -k NAME` or `python -m pytest -k name_of_none`", [" -k name_of_none"]),
+    ],
+)  # fmt: skip
+def test_a_name_of_what_is_not_there_would_be_noticed(text, named):
+    assert missing(text) == named
+
+
+def test_a_stale_command_in_the_manual_would_be_noticed():
+    manual = (ROOT / "docs" / "operations.md").read_text()
+    for old, new in (("soak_kills", "soak_skills"), ("forgets", "forgives"), ("finite", "fine")):
+        assert missing(manual.replace(old, new))
 
 
 def documented_commands() -> list[str]:
@@ -44,10 +76,9 @@ def parser(program: str) -> Callable[[list[str]], object]:
     if name in ("main.py", *WITH_FLAGS_OF_MAIN):
         return opts.parse
     module = importlib.import_module(program)
-    # A tool of several files is a package, whose command line `__main__` reads.
-    return (
-        module if hasattr(module, "parse") else importlib.import_module(f"{program}.__main__")
-    ).parse
+    if hasattr(module, "__path__"):  # a tool of several files
+        module = importlib.import_module(f"{program}.__main__")
+    return module.parse
 
 
 def program_of(command: str) -> tuple[str, list[str]]:
@@ -144,9 +175,9 @@ def recipes(text: str) -> Iterator[tuple[str, str]]:
 
 def wrong_recipes(text: str) -> list[tuple[str, str]]:
     """Those whose error is not the published one."""
-    configs = tools.results.configs.configs()
+    known = configs()
     return [(name, error) for name, error in recipes(text)
-            if name not in configs or configs[name].claim["error"] != float(error)]  # fmt: skip
+            if name not in known or known[name].claim["error"] != float(error)]  # fmt: skip
 
 
 def test_the_recipes_name_the_published_errors():
@@ -163,9 +194,7 @@ def test_the_recipes_name_the_published_errors():
 
 def test_every_published_result_has_a_recipe():
     named = {name for name, _ in recipes((ROOT / "TRAINING.md").read_text())}
-    assert named == {
-        name for name, config in tools.results.configs.configs().items() if config.claim
-    }
+    assert named == {name for name, config in configs().items() if config.claim}
 
 
 def test_the_mistakes_in_the_readme_are_answered_as_it_says():

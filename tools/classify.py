@@ -87,20 +87,16 @@ def work(argv: list[str]) -> int:
     sources.check_there(Path(checkpoint))
     paths = find_images(operands)
 
-    import datasets.factory
-    import datasets.file_loader
+    from datasets.file_loader import worker_failures
     from experiment import console
     from fileio import atomic
 
     classes = asked.own.classes and Path(asked.own.classes)
-    net, bad = (
-        network.load(Path(checkpoint), asked.network, classes),
-        Unreadable(),
-    )
+    net, bad = network.load(Path(checkpoint), asked.network, classes), Unreadable()
     written = [csv_lines([COLUMNS])] if output else []
     if asked.own.csv == "-":
         console.say(csv_lines([COLUMNS]).rstrip("\n"))
-    with datasets.file_loader.worker_failures():
+    with worker_failures():
         for path, guesses in classify(net, paths, bad, asked.own.top):
             if output:
                 written.append(csv_lines(as_rows(path, guesses)))

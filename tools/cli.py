@@ -4,12 +4,15 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import opts
 from cli.flags import Flag, help_text
 from cli.parser import Reader
 from errors import RunError, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]  # of the project, whatever the current directory
 
 
 @dataclass(frozen=True)

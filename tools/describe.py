@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import opts
+from cli.flags import Settings
 from errors import RunError, UsageError
 
 PRECISIONS = ("single", "half", "bf16", "double")
@@ -66,7 +66,7 @@ def measure(model, image_size: int) -> list[Layer]:
     return layers
 
 
-def num_classes(opt: SimpleNamespace) -> int:
+def num_classes(opt: Settings) -> int:
     """The classes of the data that the settings name.
 
     Raises:
@@ -80,7 +80,7 @@ def num_classes(opt: SimpleNamespace) -> int:
     return count
 
 
-def build(opt: SimpleNamespace):
+def build(opt: Settings):
     """The network of the settings, without memory for its weights, in plain modules to be counted.
 
     Raises:
@@ -88,16 +88,13 @@ def build(opt: SimpleNamespace):
     """
     import torch
 
-    import engine.memory
     import models.factory
 
     with torch.device("meta"):
-        return models.factory.create(
-            engine.memory.with_settings(opt, optMemory=0), num_classes(opt)
-        )
+        return models.factory.create(opt.replace(optMemory=0), num_classes(opt))
 
 
-def render(opt: SimpleNamespace, model, layers: list[Layer]) -> str:
+def render(opt: Settings, model, layers: list[Layer]) -> str:
     """The counts as the text that is printed."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = sum(layer.macs for layer in layers)
@@ -124,7 +121,7 @@ def render(opt: SimpleNamespace, model, layers: list[Layer]) -> str:
     return "\n".join(lines)
 
 
-def memory(opt: SimpleNamespace) -> Iterator[str]:
+def memory(opt: Settings) -> Iterator[str]:
     """Lines about the memory of training steps, each as soon as it is known.
 
     One per level of optMemory, or one for a network that has no levels.
@@ -133,7 +130,6 @@ def memory(opt: SimpleNamespace) -> Iterator[str]:
         UsageError: a GPU or kernels are asked for that are not there.
     """
     import engine.device
-    import engine.memory
     import kernels.backend
     from engine.memory import Estimate
 
@@ -143,7 +139,7 @@ def memory(opt: SimpleNamespace) -> Iterator[str]:
         # Triton asked for by name is an error where one precision cannot have it.
         wish = "torch" if opt.kernels == "torch" else "auto"
         ops, _ = kernels.backend.select(wish, device, precision)
-        changed = engine.memory.with_settings(opt, precision=precision)
+        changed = opt.replace(precision=precision)
         estimates[precision] = Estimate(changed, num_classes(opt), device, ops)
 
     where = engine.device.describe(device)
@@ -169,7 +165,7 @@ def _choice(estimate, free: int | None) -> str:
     return note or f"optMemory auto: {level}{why}"
 
 
-def resident_bytes(opt: SimpleNamespace) -> int | None:
+def resident_bytes(opt: Settings) -> int | None:
     """The images and labels that stay on the device; None where only the data tells."""
     from datasets import registry
 

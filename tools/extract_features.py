@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 FLAGS = {
     flag.name: flag
-    for flag in (
-        Flag("output", text, "features.npz", "file to write"),
-        sources.CLASSES,
-        OVERWRITE,
-    )
+    for flag in (Flag("output", text, "features.npz", "file to write"), sources.CLASSES, OVERWRITE)
 }
 USAGE = f"""usage: python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER... [options]
                                          [main.py's flags]
@@ -105,21 +101,17 @@ def work(argv: list[str]) -> int:
 
     import numpy as np
 
-    import datasets.factory
-    import datasets.file_loader
+    from datasets.file_loader import worker_failures
     from experiment import console
 
     classes = asked.own.classes and Path(asked.own.classes)
-    net, bad = (
-        network.load(Path(checkpoint), asked.network, classes),
-        Unreadable(),
-    )
+    net, bad = network.load(Path(checkpoint), asked.network, classes), Unreadable()
     folder = Path(operands[0]) if len(operands) == 1 and Path(operands[0]).is_dir() else None
     names, width = [], net.model.classifier.in_features
     with (
         atomic.whole_file(output) as target,
         tempfile.TemporaryFile(dir=output.parent) as rows,  # how many there are is known at the end
-        datasets.file_loader.worker_failures(),  # a lost process is no error of the file
+        worker_failures(),  # a lost process is no error of the file
     ):
         for values, places in features(net, paths, bad):
             rows.write(values.astype("<f4").tobytes())

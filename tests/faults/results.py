@@ -1,7 +1,7 @@
 """What the goals of docs/faults.md measure, as a CSV: one row for each goal and figure.
 
-Written by `make soak` and `python -m tools.endurance`. A figure that is measured again replaces its
-row, so that the file always says what was last seen, and how to see it again.
+Written by `make soak RECORD=FILE`. A figure that is measured again replaces its row, so that the
+file always says what was last seen, and how to see it again.
 """
 
 import csv

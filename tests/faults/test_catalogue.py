@@ -1,7 +1,5 @@
 """The table of faults in docs/faults.md: every row is there, and the tests that it names exist."""
 
-import ast
-import importlib.util
 import re
 from collections.abc import Iterator
 
@@ -9,6 +7,7 @@ import pytest
 
 import errors
 from distributed.signals import SIGNALS
+from helpers.documents import find_tests, project_files
 from helpers.run_main import ROOT
 
 NUM_ROWS = 81
@@ -40,27 +39,6 @@ def rows(text: str) -> list[list[str]]:
     return [row for row in numbered if len(row) == 4]
 
 
-def marks(node: ast.AST) -> set[str]:
-    """The names after `pytest.mark.` in a piece of code."""
-    return set(re.findall(r"pytest\.mark\.(\w+)", ast.unparse(node)))
-
-
-def find_tests() -> dict[str, set[str]]:
-    """`file.py::test_name` -> the marks of that test and of its file."""
-    found = {}
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        body = ast.parse(path.read_text()).body
-        whole_file = set().union(
-            *(marks(node) for node in body
-              if isinstance(node, ast.Assign) and ast.unparse(node).startswith("pytestmark ="))
-        )  # fmt: skip
-        for node in body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                decorators = set().union(*map(marks, node.decorator_list))
-                found[f"{path.name}::{node.name}"] = whole_file | decorators
-    return found
-
-
 TESTS = find_tests()
 
 
@@ -89,7 +67,7 @@ def test_every_fault_has_a_code_and_tests_that_exist_and_run():
 
 
 def test_a_name_stands_for_one_test():
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    names = [path.name for path in project_files("test_*.py")]
     assert len(set(names)) == len(names)
     assert "test_catalogue.py::test_a_name_stands_for_one_test" in TESTS
 
@@ -116,26 +94,6 @@ def test_a_fault_that_nothing_holds_would_be_noticed(line, problem):
     assert problems(f"{first}\n{ROW}\n{rest}") == []
     found = problems(f"{first}\n{line}\n{rest}")
     assert found and found[0].startswith(problem)
-
-
-def stale(text: str) -> list[str]:
-    """Commands of a document that would run no test, or no tool."""
-    tools = re.findall(r"python -m (tools\.\w+)", text)
-    found = [tool for tool in tools if not importlib.util.find_spec(tool)]
-    for path, words in re.findall(
-        r"python -m pytest [^`]*?(tests/\S+\.py)(?: -k \"(.*?)\")?", text
-    ):
-        names = [name for name in TESTS if name.startswith(f"{(ROOT / path).name}::")]
-        for word in (words or "test").split(" or "):
-            if not any(word in name.split("::")[1] for name in names):
-                found.append(f"{path} {word}")
-    return found
-
-
-def test_the_commands_of_the_manual_run_something():
-    assert MANUAL.count("python -m pytest") > 15 and stale(MANUAL) == []
-    for old, new in [("soak_kills", "soak_skills"), ("forgets", "forgives"), ("endurance", "ease")]:
-        assert stale(MANUAL.replace(old, new))
 
 
 def test_the_exit_codes_of_the_manual_are_those_of_the_program():

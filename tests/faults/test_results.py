@@ -1,4 +1,4 @@
-"""tools.faults_results: one row for each goal and figure, the newest, in the order of the goals."""
+"""The file of measured figures: one row for each goal and figure, the newest, by goals."""
 
 import csv
 
@@ -8,7 +8,7 @@ from faults.results import COLUMNS, Figure, read, record
 from helpers.run_main import ROOT
 
 LOST = Figure("G12", "checkpoints lost", 0, "= 0", "make soak")
-STALL = Figure("G5", "stall, ms", 28.123456, "<= 100", "python -m tools.endurance")
+STALL = Figure("G5", "stall, ms", 28.123456, "<= 100", "python -m pytest -m soak")
 
 
 def test_a_figure_is_read_as_it_was_recorded(tmp_path):

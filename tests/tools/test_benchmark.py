@@ -13,11 +13,12 @@ import torch.nn.functional as F
 import engine.device
 import models.factory
 import opts
+import train
 from engine import cuda_graph
 from errors import UsageError
+from helpers.run_main import ROOT
 from tools.benchmark import __main__ as benchmark
-from tools.benchmark import measure, peers
-from tools.benchmark import results as results
+from tools.benchmark import measure, peers, results
 
 TINY = "--depth 10 --growthRate 4 --imageSize 8 --batchSize 4 --nGPU 0"
 SHAPES = {
@@ -166,7 +167,7 @@ def test_flags_choose_who_takes_part(flags, on_cuda, wanted):
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_answered_in_one_line(flags, line, capsys, monkeypatch):
-    monkeypatch.chdir(benchmark.ROOT)
+    monkeypatch.chdir(ROOT)
     assert benchmark.main(["--nGPU=0", *flags.removeprefix("--nGPU 0 ").split()]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
 
@@ -260,6 +261,51 @@ def test_contestants_take_turns_in_an_order_that_is_random_but_the_same_every_ti
     assert rounds[0] == rounds[1] and len(rounds[0]) == 8
     assert all(sorted(turn) == list("abcd") for turn in rounds[0])
     assert len(set(rounds[0])) > 1
+
+
+def test_the_trainer_and_the_bare_step_take_turns_on_the_same_network(monkeypatch):
+    calls = []
+    create, bare = train.create, runner("level-1")
+    step = bare.run
+
+    def watched(*args):
+        trainer = create(*args)
+        for name, weight in trainer.model.named_parameters():
+            torch.testing.assert_close(weight, start[name], rtol=0, atol=0)
+        trainer.model.register_forward_hook(lambda *_: calls.append("trainer"))
+        return trainer
+
+    start = {name: weight.clone() for name, weight in bare.network.named_parameters()}
+    bare.run = lambda: (calls.append("bare"), step())
+    monkeypatch.setattr(train, "create", watched)
+    times = measure.beside_the_trainer(bare, settings(TINY), 10, 1, 3)
+    assert calls == ["trainer", "bare"] * 4
+    assert len(times) == 3 and all(alone > 0 and trained > 0 for alone, trained in times)
+
+
+def test_the_time_of_a_turn_is_of_its_own_steps(monkeypatch):
+    # The clock ticks once when it is read, ten times in a bare step, and 100 in one of the trainer.
+    now = 0
+
+    def tick(ticks: int) -> int:
+        nonlocal now
+        now += ticks
+        return now
+
+    clock = SimpleNamespace(perf_counter=lambda: tick(1))
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setitem(measure.BURST, "cpu", 2)
+    bare = runner("level-0")
+    bare.run = lambda: tick(10)
+
+    class Trainer:
+        def train(self, loader, after_step):
+            for _ in range(len(loader.deal)):
+                tick(100)
+                after_step()
+
+    monkeypatch.setattr(train, "create", lambda *_: Trainer())
+    assert measure.beside_the_trainer(bare, settings(TINY), 10, 1, 3) == [(10.5, 100.5)] * 3
 
 
 def test_a_contestant_that_breaks_drops_out_and_the_others_go_on():
@@ -426,6 +472,29 @@ def test_who_cannot_take_part_is_reported_with_the_reason(capsys):
     ours = next(line for line in table if line.startswith("level-2"))
     assert "DenseNet-BC with reduction 0.5" in theirs and theirs.count("not run") == 14
     assert ours.split()[3] != "not"
+
+
+def test_the_trainer_has_a_row_beside_each_contestant_that_steps_as_it_does(tmp_path):
+    path = tmp_path / "trainer.csv"
+    flags = ["--only", "level-0/,level-2,timm", "--precision", "single", "--csv", str(path)]
+    assert benchmark.main(["--trainer", *flags, *QUICK]) == 0
+    *bare, first, second = csv.DictReader(path.open())
+    assert len(bare) == 6 and not any("trainer" in line["who"] for line in bare)
+    for line, who in ((first, "0"), (second, "2-torch")):
+        assert (line["who"], line["memory_format"]) == (f"trainer-{who}", "channels-last")
+        assert float(line["images_per_s"]) > 0 and line["turns"] == "2"
+        ratio, rest = line["note"].split(" ", 1)
+        assert float(ratio) > 0 and rest.startswith(f"of the speed of level-{who} in turns")
+
+
+def test_a_trainer_that_breaks_says_why(tmp_path, monkeypatch):
+    path = tmp_path / "trainer.csv"
+    monkeypatch.setattr(train, "create", lambda *_: 1 / 0)
+    flags = ["--only", "level-0/fp32/channels", "--precision", "single", "--csv", str(path)]
+    assert benchmark.main(["--trainer", *flags, *QUICK]) == 0
+    bare, trained = csv.DictReader(path.open())
+    assert (bare["note"], trained["note"]) == ("none", "division by zero")
+    assert trained["images_per_s"] == "not run"
 
 
 def test_depths_are_measured_one_by_one_and_the_growth_is_fitted(tmp_path, capsys):

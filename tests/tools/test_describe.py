@@ -7,7 +7,7 @@ import datasets.factory
 import opts
 from engine.memory import Estimate
 from kernels import reference
-from tools import describe, overhead
+from tools import describe
 
 
 def described(flags: str) -> dict[str, int]:
@@ -118,10 +118,3 @@ def test_describe_knows_which_data_is_not_resident_and_which_is_not_known():
     assert describe.resident_bytes(opts.parse(["--dataset", "imagenet"])) == 0
     assert describe.resident_bytes(opts.parse(["--dataset", "folder", "--imageSize", "32"])) is None
     assert describe.resident_bytes(opts.parse([])) == 60_000 * (32 * 32 * 3 + 8)
-
-
-def test_the_cost_of_the_loop_is_measured_on_both_loops(monkeypatch):
-    monkeypatch.setattr(overhead, "STEPS", 3)
-    flags = "--dataset synthetic --imageSize 8 --depth 10 --growthRate 4 --batchSize 8 --nGPU 0"
-    times = overhead.measure(opts.parse(flags.split()))
-    assert len(times) == 3 and all(bare > 0 and ours > 0 for bare, ours in times)

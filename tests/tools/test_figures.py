@@ -16,8 +16,6 @@ import torchvision
 from PIL import Image
 
 import opts
-import tools
-import tools.figures.series
 from errors import RunError, UsageError
 from fileio import serialization
 from helpers import torch7_writer
@@ -25,7 +23,7 @@ from helpers.run_main import ROOT
 from helpers.sample_runs import cell, logged, record
 from models.densenet import DenseNet
 from tools.figures import __main__ as figures
-from tools.figures import layer_usage, plots
+from tools.figures import layer_usage, plots, series
 from tools.figures.series import Point, Series, curve_name
 from tools.results import configs, match
 
@@ -40,11 +38,7 @@ PUBLISHED = Series(
     ),
 )
 MEASURED = Series("DenseNet-BC", True, (Point("L=100 k=12", 800_000, 300_000_000, 4.7, 0.2),))
-RESNET = Series(
-    "pre-activation ResNet",
-    False,
-    (Point("164", 1_700_000, 250_000_000, 5.5),),
-)
+RESNET = Series("pre-activation ResNet", False, (Point("164", 1_700_000, 250_000_000, 5.5),))
 
 
 def drawn_points(axes) -> dict[str, tuple]:
@@ -87,7 +81,7 @@ def test_what_was_not_measured_is_said_and_not_drawn():
 
 
 def test_figure_4_shows_curves_where_there_are_logs():
-    curve = tools.figures.series.curve(logged())
+    curve = series.curve(logged())
     panels = [("one", "parameters", [PUBLISHED, RESNET]), ("two", "macs", [])]
     figure = plots.efficiency(panels, [curve], ["ResNet-1001"], "a title")
     one, two, error, loss = figure.axes
@@ -129,11 +123,7 @@ def test_names_of_points_stand_apart_and_inside():
 
 
 def test_training_curves_are_those_of_the_logs():
-    curves = [
-        tools.figures.series.curve(logged()),
-        tools.figures.series.curve(logged()),
-        tools.figures.series.curve(logged(None)),
-    ]
+    curves = [series.curve(run) for run in (logged(), logged(), logged(None))]
     figure = plots.training(curves, "data, 4 epochs")
     train_loss, test_loss, train_error, test_error = figure.axes
     assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 4
@@ -146,7 +136,7 @@ def test_training_curves_are_those_of_the_logs():
         "DenseNet-BC L=100 k=12 (2 runs)", "x (1 run)", "learning rate drops"
     ]  # fmt: skip
     assert (train_loss.get_title(), test_loss.get_title()) == ("training images", "test images")
-    held_out = plots.training([tools.figures.series.curve(logged(validSize=6000))], "")
+    held_out = plots.training([series.curve(logged(validSize=6000))], "")
     assert held_out.axes[1].get_title() == "validation images"
     assert test_error.get_xlabel() == "epoch" and train_error.get_ylabel() == "top-1 error, %"
 
@@ -282,8 +272,8 @@ def test_figure_4_takes_its_numbers_from_table_2(uncounted):
     (panels, curves, absent, title), (with_run, one_curve, one_absent, _) = asked
     assert "C10+" in title
     errors = [
-        {(one.kind, one.is_measured): {point.error for point in one.points} for one in series}
-        for _, _, series in (*panels, *with_run)
+        {(one.kind, one.is_measured): {point.error for point in one.points} for one in shown}
+        for _, _, shown in (*panels, *with_run)
     ]
     basic = {("DenseNet", False): {5.24, 4.10, 3.74}}
     bc = {("DenseNet-BC", False): {4.51, 3.62, 3.46}}
@@ -297,7 +287,7 @@ def test_figure_4_takes_its_numbers_from_table_2(uncounted):
 
 def test_figure_3_takes_its_numbers_from_the_imagenet_table(uncounted):
     asked = []
-    figures.figure3(SimpleNamespace(results=lambda series, _: asked.extend(series)), {})
+    figures.figure3(SimpleNamespace(results=lambda shown, _: asked.extend(shown)), {})
     errors = {one.kind: {point.error for point in one.points} for one in asked}
     assert errors["ResNet"] == {26.73, 24.01, 22.44, 22.16}
     assert errors["DenseNet-BC"] == {25.0, 23.6, 22.5, 22.2, 22.1, 21.2}
@@ -421,7 +411,7 @@ def test_bad_input_says_what_it_is(tmp_path, capsys):
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "tools.figures.plots")
-    monkeypatch.delattr(tools.figures, "plots")
+    monkeypatch.delattr("tools.figures.plots")
     code, error = reported(["--weights", "w.pt"], capsys)
     assert code == RunError.code
     assert error == (
@@ -445,14 +435,11 @@ def test_the_committed_figures_are_those_of_the_committed_runs(tmp_path, monkeyp
     drawn = sorted(tmp_path.glob("*.svg"))
     assert len(drawn) == 5
     for figure in drawn:
-        (words, numbers), (today, now) = (
-            contents(ROOT / "results/figures" / figure.name),
-            contents(figure),
-        )
+        words, numbers = contents(ROOT / "results/figures" / figure.name)
+        today, now = contents(figure)
         assert words == today and len(numbers) == len(now)
-        assert np.allclose(numbers, now, atol=0.01) and not np.allclose(
-            numbers + 0.02, now, atol=0.01
-        )
+        assert np.allclose(numbers, now, atol=0.01)
+        assert not np.allclose(numbers + 0.02, now, atol=0.01)
     assert "not run" in contents(tmp_path / "figure4.svg")[0]
 
 

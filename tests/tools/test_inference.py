@@ -57,7 +57,7 @@ def logits(net: network.Trained, paths: list[str]) -> torch.Tensor:
 
 
 def by_hand(run_directory: Path, weights: str = "model_last.pt") -> torch.Tensor:
-    """The logits of the test images, without anything of tools.trained."""
+    """The logits of the test images, without anything of tools.inference."""
     model = models.factory.create(opts.parse(FLAGS), num_classes=2)
     models.weights.load_weights(model, checkpoints.load_weights(run_directory / weights))
     facts = json.loads((run_directory / "data.json").read_text())

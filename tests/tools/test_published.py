@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-import tools.results.configs
 from tools.results import published
-from tools.results.configs import Config
+from tools.results.configs import Config, configs
 
 # Typed once more from the paper, Table 2: method, L, parameters, C10, C10+, C100, C100+, SVHN.
 # Two spaces or more part the method from the numbers; * marks what the authors ran themselves.
@@ -113,11 +112,11 @@ def published_claims() -> dict[str, set[tuple]]:
     return found
 
 
-def disagreements(configs: dict[str, Config]) -> list[str]:
+def disagreements(known: dict[str, Config]) -> list[str]:
     """Configs whose claim is not a published number, and published numbers without their config."""
     expected = published_claims()
-    wrong = [f"{name} is not there" for name in expected.keys() - configs.keys()]
-    for name, config in configs.items():
+    wrong = [f"{name} is not there" for name in expected.keys() - known.keys()]
+    for name, config in known.items():
         if not config.claim:
             wrong += [f"{name} claims nothing"] if name in expected else []
             continue
@@ -131,7 +130,7 @@ def disagreements(configs: dict[str, Config]) -> list[str]:
 
 
 def test_what_configs_claim_was_published_and_what_was_published_has_its_config():
-    assert disagreements(tools.results.configs.configs()) == []
+    assert disagreements(configs()) == []
 
 
 def test_a_row_names_the_configs_of_its_own_columns():
@@ -159,20 +158,14 @@ def _ending(row: published.Row) -> str:
     ],
 )
 def test_a_claim_that_was_not_published_is_noticed(name, change):
-    config = tools.results.configs.configs()[name]
+    config = configs()[name]
     changed = replace(config, claim=config.claim | change)
     assert disagreements({name: config}) != disagreements({name: changed})
-    assert any(
-        name in line for line in disagreements(tools.results.configs.configs() | {name: changed})
-    )
+    assert any(name in line for line in disagreements(configs() | {name: changed}))
 
 
 def test_a_published_number_without_its_config_is_noticed():
-    others = {
-        name: c
-        for name, c in tools.results.configs.configs().items()
-        if name != "c10/densenet-L40-k12"
-    }
+    others = {name: c for name, c in configs().items() if name != "c10/densenet-L40-k12"}
     assert "c10/densenet-L40-k12 is not there" in disagreements(others)
 
 

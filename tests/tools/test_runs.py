@@ -1,4 +1,4 @@
-"""tools.runs: which directories are runs, which config each reproduces, and what it measured."""
+"""tools.results: which directories are runs, which config each reproduces, and what it measured."""
 
 import json
 import math
@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 
 import opts
-import tools.results.configs
 from errors import DataError
 from helpers.run_directories import record, write_run
 from helpers.run_main import ROOT
 from tools import describe
 from tools.results import match, runs
-from tools.results.configs import Config
+from tools.results.configs import Config, configs
 
 SMALL = "--config configs/small/densenet-L22-k12.yaml --data images"
 SVHN = "--config configs/svhn/densenet-L40-k12.yaml"
@@ -111,9 +110,9 @@ def test_the_rate_of_an_epoch_on_a_cosine_is_that_of_its_last_step(tmp_path):
 
 
 def test_every_config_is_told_from_every_other():
-    configs = tools.results.configs.configs()
-    assert {"c10plus/densenet-bc-L100-k12", "imagenet/resnet-50"} <= configs.keys()
-    assert len({tuple(config.compared.items()) for config in configs.values()}) == len(configs)
+    known = configs()
+    assert {"c10plus/densenet-bc-L100-k12", "imagenet/resnet-50"} <= known.keys()
+    assert len({tuple(config.compared.items()) for config in known.values()}) == len(known)
 
 
 # ---------------------------------------------------------------------------------------- finding
@@ -272,12 +271,12 @@ def test_what_is_no_number_is_none(value):
 
 def test_networks_are_counted_as_the_paper_counts(tmp_path):
     write_run(tmp_path / "run", "--config configs/c100plus/densenet-bc-L100-k12.yaml", [50.0])
-    config = tools.results.configs.configs()["c100plus/densenet-bc-L100-k12"]
+    config = configs()["c100plus/densenet-bc-L100-k12"]
     run = only(tmp_path)
     # For ten classes; with a hundred the classifier has 90 x 343 numbers more.
     assert config.parameters == run.parameters == 769_162 == 800_032 - 90 * 343
     assert config.macs == run.macs == 287_929_692
-    wide = tools.results.configs.configs()["wide/c100plus-L40-k36"]
+    wide = configs()["wide/c100plus-L40-k36"]
     assert (wide.parameters, wide.macs) == (1_542_682, 647_298_936)
 
 
@@ -285,12 +284,12 @@ def test_a_network_is_counted_once(monkeypatch):
     built = []
     build = describe.build
     monkeypatch.setattr(describe, "build", lambda opt: built.append(opt) or build(opt))
-    monkeypatch.setattr(tools.results.configs, "_counted", {})
-    config = tools.results.configs.configs()["small/densenet-L22-k12"]
+    monkeypatch.setattr("tools.results.configs._counted", {})
+    config = configs()["small/densenet-L22-k12"]
     other = replace(config, opt=opts.parse(f"{SMALL} --LR 1 --dropRate 0.5".split()))
     assert (config.macs, config.parameters) == (other.macs, other.parameters)
     assert len(built) == 1
-    assert tools.results.configs.configs()["small/densenet-bc-L22-k12"].macs != config.macs
+    assert configs()["small/densenet-bc-L22-k12"].macs != config.macs
     assert len(built) == 2
 
 

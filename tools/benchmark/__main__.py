@@ -15,6 +15,7 @@ import fnmatch
 import importlib.metadata
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flags import AT_LEAST_0, AT_LEAST_1, Flag, Range, boolean, integer, integers
+from cli.flags import AT_LEAST_0, AT_LEAST_1, Flag, Range, Settings, boolean, integer, integers
 from cli.flags import text as plain_text
 from cli.parser import Reader
 from errors import UsageError
@@ -32,12 +33,11 @@ from fileio import atomic
 from tools import cli
 from tools.benchmark import results
 
-ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = {"single": "fp32", "bf16": "bf16"}
 BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}
 # Turns that count, and turns before them that do not.
 TURNS, WARM_UP = {"cpu": 5, "cuda": 30}, {"cpu": 2, "cuda": 10}
-GROWTH_OF = ("eager", "channels-last")  # what `--depths` measures: as the training command runs
+AS_TRAINED = ("eager", "channels-last")  # of `--depths` and `--trainer`: as the trainer steps
 
 # fmt: off
 FLAGS = {flag.name: flag for flag in (
@@ -49,6 +49,8 @@ FLAGS = {flag.name: flag for flag in (
          range=AT_LEAST_0),
     Flag("compile", boolean, True, "take torch.compile in, which needs minutes and a C++ compiler"),
     Flag("rss", boolean, True, "on the CPU: peak memory of a process of its own per contestant"),
+    Flag("trainer", boolean, False, "beside each channels-last, eager contestant of this project: "
+         "main.py's trainer with the same network, which also loads and augments", bare="true"),
     Flag("depths", integers, None, "instead: how time and memory grow over these depths, eager and "
          "channels-last", "one depth", range=AT_LEAST_1),
     Flag("csv", plain_text, None, "file to write, or none",
@@ -76,7 +78,7 @@ class Request:
         own: the flags of this program by name.
     """
 
-    networks: list[SimpleNamespace]
+    networks: list[Settings]
     own: SimpleNamespace
 
 
@@ -113,7 +115,7 @@ def parse(argv: list[str]) -> Request:
     return Request(networks, own)
 
 
-def contestants(request: Request, opt: SimpleNamespace, on_cuda: bool) -> list:
+def contestants(request: Request, opt: Settings, on_cuda: bool) -> list:
     """Who takes part, precision by precision.
 
     Raises:
@@ -136,7 +138,7 @@ def contestants(request: Request, opt: SimpleNamespace, on_cuda: bool) -> list:
         for contestant in everybody
         if any(fnmatch.fnmatchcase(contestant.name, pattern) for pattern in patterns)
         and (own.compile or contestant.mode not in COMPILED)
-        and (not own.depths or (contestant.mode, contestant.memory_format) == GROWTH_OF)
+        and (not own.depths or (contestant.mode, contestant.memory_format) == AS_TRAINED)
         and _is_asked_for(contestant, opt)
     ]
     if not found:
@@ -145,7 +147,7 @@ def contestants(request: Request, opt: SimpleNamespace, on_cuda: bool) -> list:
     return found
 
 
-def _precisions(opt: SimpleNamespace, on_cuda: bool) -> list[str]:
+def _precisions(opt: Settings, on_cuda: bool) -> list[str]:
     """The precisions to measure: all of the device, or the one that is asked for."""
     if opt.tf32:
         return ["tf32"]
@@ -154,7 +156,7 @@ def _precisions(opt: SimpleNamespace, on_cuda: bool) -> list[str]:
     return ["fp32", "tf32", "bf16"] if on_cuda else ["fp32", "bf16"]
 
 
-def _is_asked_for(contestant, opt: SimpleNamespace) -> bool:
+def _is_asked_for(contestant, opt: Settings) -> bool:
     """Whether the flags optMemory and cudaGraph, where they are given, mean this contestant."""
     if contestant.is_peer:
         return True
@@ -198,11 +200,7 @@ def measure(request: Request, device, say: Callable[[str], None]) -> Iterator[li
 
 
 def measure_group(
-    group: list,
-    opt: SimpleNamespace,
-    own: SimpleNamespace,
-    device,
-    say: Callable[[str], None],
+    group: list, opt: Settings, own: SimpleNamespace, device, say: Callable[[str], None]
 ) -> list[dict]:
     """Measure contestants of one precision; their rows in the same order."""
     import torch
@@ -238,10 +236,37 @@ def measure_group(
         else:
             speeds = [opt.batchSize / time_s for time_s in taken]
             rows[contestant] |= results.spread(speeds) | {"turns": turns}
-    return list(rows.values())
+    if not own.trainer:
+        return list(rows.values())
+    trainers = [
+        row_of_trainer(runner, opt, num_classes, warm_up, turns)
+        for runner in runners
+        if (runner.contestant.mode, runner.contestant.memory_format) == AS_TRAINED
+        and not runner.contestant.is_peer
+        and runner.contestant not in failures
+    ]
+    return [*rows.values(), *trainers]
 
 
-def of_network(opt: SimpleNamespace) -> dict[str, object]:
+def row_of_trainer(
+    bare, opt: Settings, num_classes: int, warm_up: int, turns: int
+) -> dict[str, object]:
+    """Measure main.py's trainer with a contestant's network: its row, and the ratio in a note."""
+    from tools.benchmark.measure import beside_the_trainer, reason
+
+    level = bare.contestant.who
+    row = dataclasses.asdict(bare.contestant) | {"who": f"trainer-{level.removeprefix('level-')}"}
+    try:
+        times = beside_the_trainer(bare, opt, num_classes, warm_up, turns)
+    except Exception as error:  # the rows of the others are kept
+        return row | {"note": reason(error)}
+    ratio = statistics.median(alone / trained for alone, trained in times)
+    row |= results.spread([opt.batchSize / trained for _, trained in times])
+    note = f"{ratio:.3f} of the speed of {level} in turns with it, median of {turns} pairs"
+    return row | {"turns": turns, "note": note}
+
+
+def of_network(opt: Settings) -> dict[str, object]:
     """What a row says about the network and its input."""
     return {
         "network": results.network_name(opt),
@@ -283,7 +308,7 @@ def _processor() -> str:
 def _output_of(*command: str) -> str:
     """What a command prints in this repository, nothing if it cannot be run."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cli.ROOT)
         return done.stdout.strip()
     return ""
 
@@ -340,7 +365,7 @@ def _target(csv: str | None, name: str) -> Path | None:
     """The file to write, which must not be there: a measurement is not overwritten."""
     if csv == "none":
         return None
-    path = Path(csv) if csv else ROOT / "results" / name
+    path = Path(csv) if csv else cli.ROOT / "results" / name
     if path.exists():
         raise UsageError(f"csv: {path} exists", "move it away, or name another with --csv FILE")
     if not os.access(path.parent, os.W_OK):

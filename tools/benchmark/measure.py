@@ -1,7 +1,8 @@
 """The contestants of `python -m tools.benchmark` and what is measured about each.
 
 A contestant is a network in one precision, memory format and mode. All train on the same batch
-from the same weights, with the same optimizer.
+from the same weights, with the same optimizer. Beside one of them main.py's trainer can train the
+same network, to see what it costs to load, augment and keep account.
 """
 
 import concurrent.futures
@@ -14,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import datasets.factory
 import engine.device
 import kernels.backend
 import models.factory
+import train
+from cli.flags import Settings
 from engine import cuda_graph
+from experiment import console
+from experiment.log import RunLog
 from tools.benchmark import peers
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -79,23 +84,21 @@ def entries(precision: str, on_cuda: bool, backends: list[str]) -> list[Contesta
     ]
 
 
-def build(contestant: Contestant, opt: SimpleNamespace, num_classes: int, device) -> nn.Module:
+def build(contestant: Contestant, opt: Settings, num_classes: int, device) -> nn.Module:
     """The contestant's network on the device, in training, with the weights of level 0.
 
     Raises:
         peers.NotRun: it cannot take part.
         UsageError: its kernels cannot be used here.
     """
-    reference = models.factory.create(SimpleNamespace(**vars(opt) | {"optMemory": 0}), num_classes)
+    reference = models.factory.create(opt.replace(optMemory=0), num_classes)
     if contestant.is_peer:
         network = peers.create(contestant.who, opt, num_classes)
     else:
         _, level, *backend = contestant.who.split("-")
         precision = "bf16" if contestant.precision == "bf16" else "single"
         ops = kernels.backend.select(backend[0] if backend else "torch", device, precision)[0]
-        network = models.factory.create(
-            SimpleNamespace(**vars(opt) | {"optMemory": int(level)}), num_classes, ops
-        )
+        network = models.factory.create(opt.replace(optMemory=int(level)), num_classes, ops)
     network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
     return network.to(device, memory_format=FORMATS[contestant.memory_format]).train()
 
@@ -108,19 +111,14 @@ class Runner:
     """
 
     def __init__(
-        self,
-        contestant: Contestant,
-        opt: SimpleNamespace,
-        num_classes: int,
-        device: torch.device,
+        self, contestant: Contestant, opt: Settings, num_classes: int, device: torch.device
     ):
         self.contestant, self.device = contestant, device
         self.network = build(contestant, opt, num_classes, device)
         self._forward = self.network
         if contestant.mode in COMPILED:
-            self._forward = torch.compile(
-                self.network, dynamic=False, mode=COMPILED[contestant.mode]
-            )
+            mode = COMPILED[contestant.mode]
+            self._forward = torch.compile(self.network, dynamic=False, mode=mode)
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
             opt.LR,
@@ -172,7 +170,7 @@ class Runner:
 
 def enter(
     contestant: Contestant,
-    opt: SimpleNamespace,
+    opt: Settings,
     num_classes: int,
     device: torch.device,
     pool: tuple[int, int] | None,
@@ -197,9 +195,8 @@ def enter(
     facts = {"first_step_s": first_step_s, "first_loss": loss} | _peaks(runner, before)
     if contestant.mode == "graph":
         runner.capture(pool)
-    if (
-        contestant.mode != "compiled-reduce-overhead"
-    ):  # its graphs forbid a forward without backward
+    # The graphs of the latter forbid a forward without backward.
+    if contestant.mode != "compiled-reduce-overhead":
         facts["held_mb_per_image"] = runner.held_bytes() / 1e6 / opt.batchSize
     return runner, facts
 
@@ -335,6 +332,47 @@ def take_turns(
     return times, failures
 
 
+def beside_the_trainer(
+    bare: Runner, opt: Settings, num_classes: int, warm_up: int, turns: int
+) -> list[tuple[float, float]]:
+    """Seconds of a step of a contestant and of the trainer with the same network, by turns.
+
+    Both take a turn after each other, so that what drifts meets both. The contestant does forward,
+    loss, backward and update of one batch; the trainer also loads and augments synthetic images,
+    follows the schedule, adds up its sums and looks whether they are finite.
+    """
+    device, burst = bare.device, BURST[bare.device.type]
+    opt = opt.replace(
+        precision="bf16" if bare.contestant.precision == "bf16" else "single",
+        nImages=opt.batchSize * burst * (warm_up + turns),
+        nClasses=num_classes,
+    )
+    data = datasets.factory.create(opt, device, console.warn)
+    network = build(bare.contestant, opt, num_classes, device)
+    trainer = train.create(opt, network, device, RunLog(None))
+
+    def clock() -> float:
+        _wait(device)
+        return time.perf_counter()
+
+    def after_step() -> None:
+        nonlocal steps, since
+        steps += 1
+        if steps % burst:
+            return
+        begin = clock()
+        for _ in range(burst):
+            bare.run()
+        end = clock()
+        times.append(((end - begin) / burst, (begin - since) / burst))
+        since = clock()
+
+    times: list[tuple[float, float]] = []
+    steps, since = 0, clock()
+    trainer.train(data.train, after_step)
+    return times[warm_up:]
+
+
 def reason(error: Exception) -> str:
     """The first line of an error, for a table."""
     text = str(error).strip() or type(error).__name__
@@ -351,7 +389,7 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / statistics.median(times)
 
 
-def peak_rss_mb(contestant: Contestant, opt: SimpleNamespace, num_classes: int) -> float:
+def peak_rss_mb(contestant: Contestant, opt: Settings, num_classes: int) -> float:
     """Peak resident memory of a fresh process that builds a contestant and takes one step (CPU)."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as process:
@@ -359,9 +397,7 @@ def peak_rss_mb(contestant: Contestant, opt: SimpleNamespace, num_classes: int) 
         return process.submit(_peak_of_steps, contestant, opt, num_classes, threads).result()
 
 
-def _peak_of_steps(
-    contestant: Contestant, opt: SimpleNamespace, num_classes: int, threads: int
-) -> float:
+def _peak_of_steps(contestant: Contestant, opt: Settings, num_classes: int, threads: int) -> float:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     engine.device.configure(opt.cudnn, opt.tf32)

@@ -3,9 +3,9 @@
 Their parameters have the names of ours, so that every contestant starts from the same weights.
 """
 
-from types import SimpleNamespace
-
 from torch import nn
+
+from cli.flags import Settings
 
 PEERS = ("torchvision", "torchvision-memory-efficient", "timm")
 THEIR_REDUCTION = 0.5  # both libraries write it into their transitions
@@ -15,7 +15,7 @@ class NotRun(Exception):
     """Why a contestant cannot take part."""
 
 
-def create(who: str, opt: SimpleNamespace, num_classes: int) -> nn.Module:
+def create(who: str, opt: Settings, num_classes: int) -> nn.Module:
     """The network of the settings by a member of `PEERS`, with that library's initial weights.
 
     Raises:
@@ -42,7 +42,7 @@ def create(who: str, opt: SimpleNamespace, num_classes: int) -> nn.Module:
     return network
 
 
-def _timm(opt: SimpleNamespace, num_classes: int) -> nn.Module:
+def _timm(opt: Settings, num_classes: int) -> nn.Module:
     try:
         from timm.models.densenet import DenseNet
     except ImportError:

@@ -9,7 +9,8 @@ import io
 import math
 import re
 import statistics
-from types import SimpleNamespace
+
+from cli.flags import Settings
 
 NOT_RUN = "not run"
 
@@ -40,7 +41,7 @@ COLUMNS = (
 # ------------------------------------------------------------------------------------- arithmetic
 
 
-def block_traffic(opt: SimpleNamespace) -> int:
+def block_traffic(opt: Settings) -> int:
     """Elements per image that forward and backward of the dense blocks must move.
 
     4 sum C_l HW + 6 sum 4k HW + 6 sum k HW over the layers, C_l channels read by layer l.
@@ -107,7 +108,7 @@ def _by_contestant(rows: list[dict]) -> dict[tuple, list[dict]]:
 # -------------------------------------------------------------------------------------------- CSV
 
 
-def network_name(opt: SimpleNamespace, depth: str | None = None) -> str:
+def network_name(opt: Settings, depth: str | None = None) -> str:
     """The network as in `bc-L100-k12`, with the size of its images unless that is CIFAR's.
 
     Args:

@@ -9,11 +9,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import opts
-from cli.flags import Flag, boolean, text
+from cli.flags import Flag, Settings, boolean, text
 from errors import CheckpointError, RunError, UsageError
 from tools import cli
 from tools.inference import network, sources
@@ -72,7 +71,7 @@ def parse(argv: list[str]) -> cli.Command:
 # ------------------------------------------------------------------------- torchvision and timm
 
 
-def torchvision_network(opt: SimpleNamespace, num_classes: int) -> "torch.nn.Module":
+def torchvision_network(opt: Settings, num_classes: int) -> "torch.nn.Module":
     """torchvision's network of the shape that the settings describe."""
     from torchvision.models import densenet, resnet
 
@@ -84,7 +83,7 @@ def torchvision_network(opt: SimpleNamespace, num_classes: int) -> "torch.nn.Mod
     return resnet.ResNet(block, list(opt.stages), num_classes)
 
 
-def timm_network(opt: SimpleNamespace, num_classes: int) -> "torch.nn.Module":
+def timm_network(opt: Settings, num_classes: int) -> "torch.nn.Module":
     """timm's network of the shape that the settings describe.
 
     Raises:
@@ -102,7 +101,7 @@ def timm_network(opt: SimpleNamespace, num_classes: int) -> "torch.nn.Module":
 
 
 def foreign_weights(
-    net: network.Trained, to: str, build: Callable[[SimpleNamespace, int], "torch.nn.Module"]
+    net: network.Trained, to: str, build: Callable[[Settings, int], "torch.nn.Module"]
 ) -> dict[str, "torch.Tensor"]:
     """The state dict for the network that `build` makes, after comparing what both compute.
 
@@ -194,15 +193,14 @@ def check_onnx(net: network.Trained, content: bytes, paths: list[str]) -> int:
     Raises:
         RunError: it is further than rounding explains.
     """
-    import datasets.factory
-    import datasets.file_loader
+    from datasets.file_loader import worker_failures
     from tools.export import onnx_io
 
     theirs, ours = onnx_io.runner(content), copy.deepcopy(net.model).float().cpu()
     _report("random images", ours, theirs, random_images(net.opt.imageSize))
     bad = Unreadable()
     if paths:
-        with datasets.file_loader.worker_failures():
+        with worker_failures():
             batches = (images.float().cpu() for images, _ in net.batches(paths, bad))
             _report("images", ours, theirs, batches)
     return bad.code

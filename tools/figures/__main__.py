@@ -227,7 +227,7 @@ def cells_of(path: Path) -> tuple[str, list[layer_usage.Block], bytes]:
     """Whose weights they are, the cells of Figure 5, and both as CSV.
 
     Args:
-        path: a CSV that this has written, or what tools.trained reads.
+        path: a CSV that this has written, or what tools.inference.sources reads.
 
     Raises:
         RunError: it cannot be read, or is not of a DenseNet.

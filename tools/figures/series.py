@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
+from cli.flags import Settings
 from tools.results import runs
 
 
@@ -68,7 +68,7 @@ class Curve:
 MEASURES = ("train_loss", "val_loss", "train_top1", "val_top1")
 
 
-def kind(opt: SimpleNamespace) -> str:
+def kind(opt: Settings) -> str:
     """The family of a network as the paper writes it."""
     if opt.netType != "densenet":
         return {"resnet": "ResNet", "preresnet": "pre-activation ResNet"}[opt.netType]
@@ -77,7 +77,7 @@ def kind(opt: SimpleNamespace) -> str:
     return f"DenseNet{'-' if form else ''}{form}{cosine}"
 
 
-def network(opt: SimpleNamespace) -> str:
+def network(opt: Settings) -> str:
     """The network within its family: its depth and, of a DenseNet, the growth rate."""
     if opt.netType == "densenet":
         return f"L={opt.depth} k={opt.growthRate}"
@@ -88,9 +88,9 @@ def published_series(rows: Iterable, column: str, configs: dict) -> list[Series]
     """The published errors of the networks that there is a config of.
 
     Args:
-        rows: of a table of tools.published.
+        rows: of a published.Table.
         column: of that table.
-        configs: tools.runs.configs().
+        configs: those of configs.configs().
     """
     found = []
     for row in rows:
@@ -105,7 +105,7 @@ def measured_series(cells: dict, folder: str) -> list[Series]:
     """The errors of the complete runs of the configs in a folder of configs/.
 
     Args:
-        cells: config -> tools.runs.Cell.
+        cells: config -> match.Cell.
     """
     found = []
     for name, cell in cells.items():
@@ -157,7 +157,7 @@ def curve_name(run) -> str:
     return re.sub(r"-seed\d+$", "", Path(run.path).name)
 
 
-def data_name(opt: SimpleNamespace) -> str:
+def data_name(opt: Settings) -> str:
     """The training data: the dataset, or the folder's name; with + where CIFAR is augmented."""
     name = Path(opt.data).name if opt.dataset == "folder" else opt.dataset
     name = re.sub(r"[^A-Za-z0-9.]+", "-", name)  # it becomes part of a file's name

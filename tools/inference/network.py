@@ -1,16 +1,15 @@
-"""A trained network from wherever it lies, and image files as it is evaluated on them.
+"""Load a trained network from wherever it lies, and run it on image files as in evaluation.
 
-What classify, extract_features and export share: reading a network with its settings, classes and
-statistics; the images that a command line names; the output file.
+What classify, extract_features and export share; sources.py reads what the network is, images.py
+finds the images.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from cli.flags import Flag
+from cli.flags import Flag, Settings
 from errors import UsageError
 from tools import cli
 from tools.inference.images import Unreadable
@@ -30,7 +29,7 @@ class Trained:
     """
 
     model: "torch.nn.Module"
-    opt: SimpleNamespace
+    opt: Settings
     classes: list[str]
     mean: list[float]
     std: list[float]
@@ -57,8 +56,9 @@ class Trained:
         """
         import datasets.factory
 
-        few = len(paths) <= self.opt.batchSize  # starting workers would take longer
-        opt = SimpleNamespace(**vars(self.opt) | ({"nThreads": 0} if few else {}))
+        opt = self.opt
+        if len(paths) <= opt.batchSize:  # starting workers would take longer
+            opt = opt.replace(nThreads=0)
         samples = [(path, place) for place, path in enumerate(paths)]
         known = (self.mean, self.std)
         found = datasets.factory.evaluation(opt, samples, self.device, known, bad, self.dtype)
@@ -103,7 +103,7 @@ def load(path: Path, network: list[str] | tuple = (), classes: Path | None = Non
     return _build(opt, source.weights, facts, classes or path)
 
 
-def _build(opt: SimpleNamespace, weights: dict, facts: Facts | None, place: Path) -> Trained:
+def _build(opt: Settings, weights: dict, facts: Facts | None, place: Path) -> Trained:
     import torch
 
     import datasets.factory

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flags import Flag, as_text, text
+from cli.flags import Flag, Settings, as_text, text
 from cli.parser import Reader
 from errors import CheckpointError, UsageError
 
@@ -60,9 +60,8 @@ class Source:
 def check_there(path: Path) -> None:
     """Raise CheckpointError when there is no `path`, before anything is loaded."""
     if not path.exists():
-        raise CheckpointError(
-            f"no such file or directory: {path}", "name a run directory or a file of weights"
-        )
+        fix = "name a run directory or a file of weights"
+        raise CheckpointError(f"no such file or directory: {path}", fix)
 
 
 def read(path: Path) -> Source:
@@ -123,7 +122,7 @@ def _from_onnx(path: Path) -> Source:
         raise CheckpointError(what, "use another file") from error
 
 
-def settings(source: Source, network: list[str] | tuple) -> SimpleNamespace:
+def settings(source: Source, network: list[str] | tuple) -> Settings:
     """The settings of a network: those given over those of its run."""
     given = {flag.partition("=")[0].removeprefix("--") for flag in network}
     kept = {} if "config" in given else source.settings
@@ -134,7 +133,7 @@ def settings(source: Source, network: list[str] | tuple) -> SimpleNamespace:
     ]
     opt = opts.parse([*known, *network])
     if opt.optMemory == "auto":  # levels are about training
-        opt.optMemory = opts.FLAGS["optMemory"].default
+        return opt.replace(optMemory=opts.FLAGS["optMemory"].default)
     return opt
 
 
@@ -163,9 +162,8 @@ def count_classes(weights: dict, wanted: int | None) -> int:
         raise CheckpointError("these weights have no classifier", "use those of a whole network")
     found = len(matrices[-1])
     if wanted not in (None, found):
-        raise CheckpointError(
-            f"the weights have {found} classes, nClasses is {wanted}", "leave out --nClasses"
-        )
+        what = f"the weights have {found} classes, nClasses is {wanted}"
+        raise CheckpointError(what, "leave out --nClasses")
     return found
 
 

@@ -3,20 +3,20 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import opts
-from cli.flags import as_text
+from cli.flags import Settings, as_text
+from tools import cli
 from tools.results import published
 
-CONFIGS = published.ROOT / "configs"
+CONFIGS = cli.ROOT / "configs"
 LAST, BEST = "last epoch", "best validation"
 # Settings without a role that make a run another measurement all the same.
 ALSO_COMPARED = ("retrain", "epochNumber", "tenCrop")
 _counted: dict[tuple, tuple[int, int]] = {}  # by network: counting one takes up to a second
 
 
-def counts(opt: SimpleNamespace) -> tuple[int, int]:
+def counts(opt: Settings) -> tuple[int, int]:
     """Parameters and multiply-adds per image of the network of some settings.
 
     As the paper counts: for ten classes at CIFAR shape, in its CIFAR-100 columns too, and for a
@@ -31,7 +31,7 @@ def counts(opt: SimpleNamespace) -> tuple[int, int]:
         from tools import describe
 
         classes = 1000 if opt.imagenetShape else 10
-        model = describe.build(SimpleNamespace(**vars(opt) | {"nClasses": classes}))
+        model = describe.build(opt.replace(nClasses=classes))
         for module in model.modules():
             if isinstance(module, BatchNorm2d):  # counts nothing, and is half of the time here
                 module.forward = _same
@@ -57,7 +57,7 @@ class Config:
 
     name: str
     path: Path
-    opt: SimpleNamespace
+    opt: Settings
     claim: dict[str, object]
 
     @functools.cached_property
@@ -101,12 +101,12 @@ def _config(path: Path, name: str) -> Config:
     return Config(name, path, opt, claim)
 
 
-def split_name(opt: SimpleNamespace) -> str:
+def split_name(opt: Settings) -> str:
     """Name the errors that choose a result: the best epoch with a validation set, else the last."""
     return BEST if opt.validSize else LAST
 
 
-def compared(opt: SimpleNamespace) -> dict[str, str]:
+def compared(opt: Settings) -> dict[str, str]:
     """The settings that must agree for two runs to be repetitions but for the seed, as texts."""
     settings = opts.experiment(opt) | {name: getattr(opt, name) for name in ALSO_COMPARED}
     return {name: as_text(value) for name, value in settings.items() if name != "manualSeed"}

@@ -1,4 +1,9 @@
-"""Which runs reproduce which config."""
+"""Find the runs in directories, and which of them reproduce which config.
+
+A run is recognised by its settings in config.yaml, never by its name, so that run directories and
+the committed ones without weights (results/runs) are alike. What cannot be read is left out with a
+remark.
+"""
 
 import os
 import statistics

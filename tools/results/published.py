@@ -2,10 +2,10 @@
 
 import functools
 from dataclasses import dataclass, field
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = ROOT / "docs" / "published.yaml"
+from tools import cli
+
+PUBLISHED = cli.ROOT / "docs" / "published.yaml"
 
 
 @dataclass(frozen=True)

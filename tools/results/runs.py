@@ -1,8 +1,6 @@
-"""The configs in configs/, the runs in a directory, and which run reproduces which config.
+"""What one run says of itself in its small files: settings, log, state and data.
 
-A run is recognised by its settings in config.yaml, never by its name, so that run directories and
-the committed ones without weights (results/runs) are alike. What cannot be read is left out with a
-remark; nothing here raises because of what stands in a run's files.
+Nothing here raises because of what stands in them.
 """
 
 import functools
@@ -11,8 +9,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
+from cli.flags import Settings
 from tools.results.configs import BEST, counts, split_name
 
 
@@ -28,7 +26,7 @@ class Run:
     """
 
     path: Path
-    opt: SimpleNamespace
+    opt: Settings
     records: list[dict]
     status: dict
     data: dict = field(default_factory=dict)

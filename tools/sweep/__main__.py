@@ -155,7 +155,7 @@ def start(task: Task, place: str | None, program: tuple[str, ...]) -> Job:
     environment = os.environ | ({} if place is None else {"CUDA_VISIBLE_DEVICES": place})
     with open(output, "ab") as file:
         begin = file.tell()
-        # A signal waits until the run can handle it: stopping.Stop lets it through.
+        # A signal waits until the run can handle it: signals.Stop lets it through.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
         try:
             process = subprocess.Popen(
@@ -265,7 +265,7 @@ class Workers:
         self._say(f"=> {end.task.name}: {word}" + (f": {reason}" if reason else ""))
 
     def progress(self) -> str:
-        """How far the whole table is, as workload.progress_line says it."""
+        """How far the whole table is, as eta.progress_line says it."""
         loads = {task: eta.load_of(task, counts_log=state.word != tasks.OTHER)
                  for task, state in self._states.items()}  # fmt: skip
         waiting = [task for task in self._waiting if self._states[task].word != tasks.RUNNING]

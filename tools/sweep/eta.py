@@ -8,8 +8,8 @@ import functools
 import heapq
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
+from cli.flags import Settings
 from tools.results import configs
 from tools.sweep.tasks import DONE, FAILED, Task
 
@@ -51,12 +51,12 @@ def _seconds(record: dict, name: str) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def epoch_work(opt: SimpleNamespace) -> float:
+def epoch_work(opt: Settings) -> float:
     """Multiply-adds of an epoch's images, forwards."""
     return float(configs.counts(opt)[1] * num_images(opt))
 
 
-def num_images(opt: SimpleNamespace) -> int:
+def num_images(opt: Settings) -> int:
     """Training images of an epoch.
 
     Raises:

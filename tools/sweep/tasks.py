@@ -8,14 +8,13 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import opts
-from cli.flags import nearest
+from cli.flags import Settings, nearest
 from errors import RunError, UsageError, printable
 from fileio.atomic import read_json
 
-CONFIGS = Path("configs")
+CONFIGS = Path("configs")  # below the current directory, where a Slurm job runs the same names
 # Tables of the paper that are no directory of their own.
 TABLES = {"table2": ("c10", "c10plus", "c100", "c100plus", "svhn")}
 
@@ -42,7 +41,7 @@ class Task:
     config: str
     save: Path
     flags: tuple[str, ...]
-    opt: SimpleNamespace
+    opt: Settings
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def refusal(task: Task) -> RunError | None:
     defaults = {flag.name: flag.default for flag in opts.FLAGS.values()}
     state = {"settings": defaults | theirs, "overrides": [], "epoch": 1, "step": 0}
     try:
-        resume.check(SimpleNamespace(**vars(task.opt)), state, lambda line: None)
+        resume.check(task.opt, state, lambda line: None)
     except RunError as error:
         return error
     return None
