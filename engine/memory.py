@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from engine import optimizer
 from engine.precision import PRECISIONS, autocast
 from errors import OutOfMemoryError
 from kernels import reference
+from kernels.backend import Backend
 
 BY_SPEED = (2, 3, 4)  # memory levels, the fastest first; 0 and 1 are no faster than 2
 TOLERANCE = 1.15  # what is measured is at most this many times what is estimated
@@ -59,12 +60,10 @@ class Estimate:
     Args:
         opt: network, batchSize, precision and optMemory of the run.
         device: where the steps would run; it need not be there.
-        ops: what would run the dense blocks, see kernels/backend.py.
+        ops: what would run the dense blocks.
     """
 
-    def __init__(
-        self, opt: SimpleNamespace, num_classes: int, device: torch.device, ops: ModuleType
-    ):
+    def __init__(self, opt: SimpleNamespace, num_classes: int, device: torch.device, ops: Backend):
         self.opt, self.num_classes, self.device, self.ops = opt, num_classes, device, ops
         # A network without dense blocks has no levels, and optMemory None.
         self.levels = BY_SPEED if opt.optMemory is not None else ()
@@ -73,7 +72,7 @@ class Estimate:
     def peak_bytes(self, level: int | None = None, batch: int | None = None) -> int:
         """The most memory that is in use at one moment of a step.
 
-        Seeds torch's generators as models.create does.
+        Seeds torch's generators as models.factory.create does.
 
         Args:
             level, batch: instead of the run's own optMemory (which may be auto) and batchSize.
@@ -200,7 +199,7 @@ def decide_level(
     opt: Settings,
     num_classes: int,
     device: torch.device,
-    ops: ModuleType,
+    ops: Backend,
     world: World,
     warn: Callable[[str], None],
 ) -> tuple[Settings, Callable[[], str]]:
@@ -237,7 +236,7 @@ def _mb(size: float) -> str:
 # ---------------------------------------------------------------------------------- simulation
 
 
-def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops: ModuleType) -> int:
+def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops: Backend) -> int:
     """Run a step on fake tensors: the most bytes that they would have held."""
     dtype = PRECISIONS[opt.precision].dtype
     with torch.device("meta"):
@@ -273,7 +272,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _tiles_of(device: torch.device) -> Iterator[None]:
-    """Let kernels.plain cut a batch as on that device, though every fake tensor is on the CPU.
+    """Let kernels.reference cut a batch as on that device, though every fake tensor is on the CPU.
 
     On the CPU two tiles stand for all: the next one takes the place of the one before.
     """

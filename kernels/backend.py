@@ -1,15 +1,17 @@
 """The operations of a dense block, in plain PyTorch and in Triton, and the choice between them.
 
-Both modules have the functions copy, product, convolution, pool, product_backward,
-convolution_backward, pool_backward and gradient; kernels/reference.py is their specification.
 Nothing outside this folder knows which one runs.
 """
 
 import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from types import ModuleType
+from typing import Self
 
 import torch
+from torch import Tensor
 
 from errors import UsageError
 from kernels import reference
@@ -18,22 +20,49 @@ from kernels.feature_maps import Maps
 OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
 
 
-def select(wish: str, device: torch.device, precision: str) -> tuple[ModuleType, str | None]:
-    """The operations for `--kernels`, and a remark where Triton was to be expected but is not used.
+@dataclass(frozen=True)
+class Backend:
+    """The operations that dense blocks are made of; kernels/reference.py specifies them.
+
+    A value: its functions are found by name, so that it is copied and pickled with a network.
+    """
+
+    name: str
+    copy: Callable[..., None]
+    product: Callable[..., None]
+    convolution: Callable[..., None]
+    pool: Callable[..., Tensor]
+    product_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    convolution_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    pool_backward: Callable[..., tuple[Tensor, Tensor]]
+    gradient: Callable[..., Tensor]
+
+    @classmethod
+    def of(cls, module: ModuleType) -> Self:
+        """Take the operations that a module has."""
+        operations = [field.name for field in fields(cls) if field.name != "name"]
+        return cls(module.__name__, *(getattr(module, name) for name in operations))
+
+
+REFERENCE = Backend.of(reference)
+
+
+def select(wish: str, device: torch.device, precision: str) -> tuple[Backend, str | None]:
+    """Choose the backend for `--kernels`, with a remark where Triton was expected but is not used.
 
     Raises:
         UsageError: Triton is asked for by name and cannot be used.
     """
     if wish == "torch":
-        return reference, None
+        return REFERENCE, None
     reason = _without_triton(device, precision) or _broken_triton(device)
     if reason is None:
         from kernels import triton_ops
 
-        return triton_ops, None
+        return Backend.of(triton_ops), None
     if wish == "triton":
         raise UsageError(f"kernels triton: {reason}", "use --kernels auto")
-    return reference, f"kernels: plain PyTorch, since {reason}" if device.type == "cuda" else None
+    return REFERENCE, f"kernels: plain PyTorch, since {reason}" if device.type == "cuda" else None
 
 
 def _broken_triton(device: torch.device) -> str | None:

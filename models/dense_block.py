@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed.world import Share
 from kernels.dropout import Drop, draw_seed
-from models.sync_batchnorm import BatchNorm, Share, first_image
+from models.sync_batchnorm import BatchNorm, first_image
 
 BOTTLENECK_WIDTH = 4  # the 1x1 convolution makes 4k maps (paper, section 3)
 
@@ -61,6 +62,11 @@ class DenseBlock(nn.ModuleDict):
 
     Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W): the input, then what each
     layer added.
+
+    Attributes:
+        channels, out_channels: maps of the input and of the output.
+        width: maps of each layer's bottleneck; 0 without.
+        share: of the batch, for one of several replicas.
     """
 
     share: Share | None = None
@@ -78,10 +84,11 @@ class DenseBlock(nn.ModuleDict):
         super().__init__()
         self.growth_rate, self.drop_rate = growth_rate, drop_rate
         self.rejoins = memory_level >= 1
-        self.out_channels = channels + num_layers * growth_rate
+        self.channels, self.out_channels = channels, channels + num_layers * growth_rate
+        self.width = BOTTLENECK_WIDTH * growth_rate if bottleneck else 0
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
-                channels + i * growth_rate,
+                self.start(i),
                 growth_rate,
                 bottleneck=bottleneck,
                 inplace=memory_level >= 1,
@@ -91,6 +98,10 @@ class DenseBlock(nn.ModuleDict):
     def norms(self) -> list[BatchNorm]:
         """The batch normalisations in the order they run."""
         return [norm for layer in self.values() for norm in layer.norms]
+
+    def start(self, i: int) -> int:
+        """The first channel that layer i writes: it reads those before."""
+        return self.channels + i * self.growth_rate
 
     def draw_seed(self, device: torch.device) -> Tensor | None:
         """The seed of this step's dropout; None where nothing is dropped."""
@@ -130,7 +141,7 @@ def _rejoined(joined: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManag
 
 
 class Dropout(nn.Module):
-    """Dropout of a tensor (N, C, H, W) in training."""
+    """Dropout of a tensor (N, C, H, W) in training; `share` as in `DenseBlock`."""
 
     share: Share | None = None
 

@@ -4,16 +4,13 @@ Parameters are named as in torchvision, so that weights are exchanged by name wi
 timm: `features.denseblock1.denselayer1.norm1.weight`, ..., `classifier.bias`.
 """
 
-import importlib
 import math
 from collections import OrderedDict
-from types import ModuleType
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import reference
+from kernels.backend import REFERENCE, Backend
 from models import memory_efficient
 from models.dense_block import DenseBlock, Dropout, DroppedPool
 from models.layers import conv1x1, conv3x3, conv7x7, reset_parameters
@@ -34,7 +31,7 @@ class DenseNet(nn.Module):
         compression: theta, share of the maps that a transition keeps (DenseNet-C below 1).
         drop_rate: dropout after each convolution except the first.
         memory_level: what a dense block keeps for backward, see models/dense_block.py.
-        ops: runs levels 2 to 4: kernels.reference, or another module with the same functions.
+        ops: runs levels 2 to 4.
 
     Input (N, 3, H, W), output logits (N, num_classes).
     """
@@ -51,11 +48,10 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         drop_rate: float = 0.0,
         memory_level: int = 2,
-        ops: ModuleType = reference,
+        ops: Backend = REFERENCE,
     ):
         super().__init__()
-        self.memory_level = memory_level
-        self._ops = ops.__name__  # a module itself could be neither copied nor pickled
+        self.memory_level, self.ops = memory_level, ops
         channels = init_channels
         stem = _imagenet_stem if imagenet_stem else _cifar_stem
         self.features = nn.Sequential(stem(channels))
@@ -78,51 +74,38 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         reset_parameters(self)
 
-    @property
-    def ops(self) -> ModuleType:
-        """What runs levels 2 to 4."""
-        return importlib.import_module(self._ops)
-
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
-        if self._shares():
-            return self.classifier(self._shared_features(images).flatten(1))
-        maps = F.relu(self.features(images), inplace=True)  # (N, C, h, w)
-        # A mean, since adaptive pooling has no deterministic backward on CUDA.
-        return self.classifier(maps.mean(dim=(2, 3)))
+        if self.memory_level >= 2:
+            return self.classifier(self._block_by_block(images))
+        return self.classifier(_pooled(self.features(images)))
 
-    def _shares(self) -> bool:
-        """Whether models/memory_efficient.py computes what the plain modules would."""
-        if self.memory_level < 2:
-            return False
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        alike = len({(norm.eps, norm.momentum, norm.track_running_stats) for norm in norms}) == 1
-        if not alike or norms[0].momentum is None or not norms[0].track_running_stats:
-            return False
-        # A block's mode decides about its dropout.
-        blocks = [module for module in self.modules() if isinstance(module, DenseBlock)]
-        modes = {module.training for module in (*norms, *blocks)}
-        # It has no backward through running statistics, nor through a mixture (frozen layers).
-        return modes == {True} or (modes == {False} and not torch.is_grad_enabled())
-
-    def _shared_features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, 1, 1): features, ReLU and mean, stage by stage."""
-        x, block = images, None
-        for module in self.features.children():
+    def _block_by_block(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C): features, ReLU and mean, in little memory where that can be."""
+        *body, last = self.features
+        x, block = images, None  # a block waits for what reads it: they run together
+        for module in body:
+            if block is not None and isinstance(module, Transition):
+                x, block = module.after(block, x, self.ops, self.memory_level), None
+                continue
+            if block is not None:
+                x, block = block(x), None
             if isinstance(module, DenseBlock):
                 block = module
-            elif block is None:
-                x = module(x)
             else:
-                if isinstance(module, Transition):
-                    tail, rest = module.as_tail()
-                else:
-                    tail, rest = memory_efficient.Tail(module, window=tuple(x.shape[2:])), []
-                x = memory_efficient.stage(block, tail, x, self.ops, self.memory_level)
-                for part in rest:
-                    x = part(x)
-                block = None
-        return x
+                x = module(x)
+        if block is None:
+            return _pooled(last(x))
+        if not memory_efficient.can_run(block, last):
+            return _pooled(last(block(x)))
+        tail = memory_efficient.Tail(last, window=tuple(x.shape[2:]))
+        return memory_efficient.stage(block, tail, x, self.ops, self.memory_level).flatten(1)
+
+
+def _pooled(maps: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, C): ReLU, which overwrites its input, and mean."""
+    # A mean, since adaptive pooling has no deterministic backward on CUDA.
+    return F.relu(maps, inplace=True).mean(dim=(2, 3))
 
 
 def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
@@ -154,17 +137,21 @@ class Transition(nn.Sequential):
             )
         )
 
-    def _drop_and_pool(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H // 2, W // 2), with nothing kept for backward."""
-        how = self.drop.draw(x.device)
-        return DroppedPool.apply(x, how) if how else self.pool(x)
-
-    def as_tail(self) -> tuple[memory_efficient.Tail, list[nn.Module]]:
-        """What of it runs with the dense block before it, and what is left for after that.
+    def after(self, block: DenseBlock, x: Tensor, ops: Backend, level: int) -> Tensor:
+        """Run a block and this on what it makes, together where that can be.
 
         Averages of 2x2 pixels and a 1x1 convolution commute, so that pooling comes first and the
         convolution has a quarter of the work; not with dropout, which sits between the two.
         """
+        if not memory_efficient.can_run(block, self.norm):
+            return self(block(x))
         if hasattr(self, "drop"):
-            return memory_efficient.Tail(self.norm, conv=self.conv), [self._drop_and_pool]
-        return memory_efficient.Tail(self.norm, window=(2, 2)), [self.conv]
+            tail = memory_efficient.Tail(self.norm, conv=self.conv)
+            return self._drop_and_pool(memory_efficient.stage(block, tail, x, ops, level))
+        tail = memory_efficient.Tail(self.norm, window=(2, 2))
+        return self.conv(memory_efficient.stage(block, tail, x, ops, level))
+
+    def _drop_and_pool(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H // 2, W // 2), with nothing kept for backward."""
+        how = self.drop.draw(x.device)
+        return DroppedPool.apply(x, how) if how else self.pool(x)

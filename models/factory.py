@@ -1,26 +1,28 @@
 """netType -> network, and weights from elsewhere into it. Only this file here sees `opt`."""
 
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from kernels import reference
+from distributed.world import Share
+from kernels.backend import REFERENCE, Backend
+from models.dense_block import DenseBlock, Dropout
 from models.densenet import DenseNet
-from models.preresnet import PreResNet
 from models.resnet import ResNet
-from models.sync_batchnorm import Share, join
+from models.sync_batchnorm import BatchNorm
 
 
-def _residual(network: type[nn.Module]) -> Callable[..., nn.Module]:
+def _residual(pre_activation: bool) -> Callable[..., nn.Module]:
     """The constructor of a residual network, which has no dense blocks to run."""
-    return lambda opt, num_classes, ops: network(
+    return lambda opt, num_classes, ops: ResNet(
         opt.stages,
         num_classes,
         imagenet_stem=opt.imagenetShape,
         bottleneck=opt.bottleneck,
         shortcut=opt.shortcutType,
+        pre_activation=pre_activation,
     )
 
 
@@ -37,18 +39,18 @@ NETWORKS = {
         memory_level=opt.optMemory,
         ops=ops,
     ),
-    "resnet": _residual(ResNet),
-    "preresnet": _residual(PreResNet),
+    "resnet": _residual(pre_activation=False),
+    "preresnet": _residual(pre_activation=True),
 }
 
 
 def create(
-    opt: SimpleNamespace, num_classes: int, ops: ModuleType = reference, share: Share | None = None
+    opt: SimpleNamespace, num_classes: int, ops: Backend = REFERENCE, share: Share | None = None
 ) -> nn.Module:
     """The network that the settings describe, with the initial weights of `manualSeed`.
 
     Args:
-        ops: what runs its dense blocks, see kernels/backend.py.
+        ops: what runs its dense blocks.
         share: of the batch, for one of several replicas.
     """
     torch.manual_seed(opt.manualSeed)
@@ -56,3 +58,15 @@ def create(
     if share is not None:
         join(model, share, opt.syncBN)
     return model
+
+
+def join(model: nn.Module, share: Share, sync_norms: bool) -> None:
+    """Make a network one of several replicas.
+
+    Args:
+        sync_norms: take the moments of the whole batch, not of each replica's images.
+    """
+    sharing = (DenseBlock, Dropout, BatchNorm) if sync_norms else (DenseBlock, Dropout)
+    for module in model.modules():
+        if isinstance(module, sharing):
+            module.share = share

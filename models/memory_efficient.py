@@ -15,16 +15,19 @@ convolution) that read all of it: with them inside, level 4 need not keep the bu
 """
 
 from dataclasses import dataclass
-from types import ModuleType
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distributed.world import Share
+from kernels.backend import Backend
 from kernels.dropout import Drop
 from kernels.feature_maps import Maps, Norm
-from models.dense_block import DenseBlock
-from models.sync_batchnorm import Share, merged_corrections, merged_moments
+from models.dense_block import DenseBlock, DenseLayer
+from models.sync_batchnorm import BatchNorm, merged_corrections, merged_moments
 
 SHARED_LEVELS = (2, 3, 4)
 
@@ -46,34 +49,24 @@ class Tail:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A stage as its numbers.
+    """What a stage does with its parameters.
 
     Args:
-        channels: maps of the input.
+        eps: of every batch normalisation.
+        window: of the tail.
         dtype: of the maps.
         share: of a replica whose batch normalisations take the moments of all replicas, else None.
             They are exchanged as soon as they are written, and what completes the gradient of maps
             when its last reader has been through: each number once, in the same order everywhere.
     """
 
-    ops: ModuleType
+    ops: Backend
     level: int
     block: DenseBlock
-    num_layers: int
-    channels: int
-    bottleneck: bool
     eps: float
     window: tuple[int, int] | None
     dtype: torch.dtype
     share: Share | None
-
-    @property
-    def out_channels(self) -> int:
-        return self.block.out_channels
-
-    def start(self, i: int) -> int:
-        """The first channel that layer i writes: it reads those before."""
-        return self.channels + i * self.block.growth_rate
 
     def room(self, channels: int, x: Tensor) -> Tensor:
         """Uninitialised maps for images such as x."""
@@ -101,22 +94,70 @@ class _Plan:
         maps.slope.copy_(slope)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The parameters of one dense layer, or of the tail."""
+class _Layer(NamedTuple):
+    """The parameters of one dense layer or of the tail, or their gradients; None where it has none.
 
-    norm1: Norm
-    conv1: Tensor | None
-    norm2: Norm | None = None
+    A layer and the tail have as many, so that a list of tensors is parted into them again.
+    """
+
+    weight1: Tensor
+    bias1: Tensor
+    conv1: Tensor | None = None
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
     conv2: Tensor | None = None
 
+    @property
+    def norm1(self) -> Norm:
+        return Norm(self.weight1, self.bias1)
 
-def stage(block: DenseBlock, tail: Tail, x: Tensor, ops: ModuleType, level: int) -> Tensor:
+    @property
+    def norm2(self) -> Norm:
+        return Norm(self.weight2, self.bias2)
+
+
+def _layer(layer: DenseLayer) -> _Layer:
+    first = layer.norm1.weight, layer.norm1.bias, layer.conv1.weight
+    if not layer.bottleneck:
+        return _Layer(*first)
+    return _Layer(*first, layer.norm2.weight, layer.norm2.bias, layer.conv2.weight)
+
+
+def _parted(tensors: tuple[Tensor | None, ...]) -> list[_Layer]:
+    """Undo `chain.from_iterable` of layers."""
+    size = len(_Layer._fields)
+    return [_Layer(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
+
+
+def can_run(block: DenseBlock, reader: nn.Module) -> bool:
+    """Tell whether `stage` computes what the modules would, as they are now.
+
+    It has one eps, momentum and mode for all batch normalisations of a stage, and neither a
+    backward through running statistics nor through a mixture (frozen layers).
+
+    Args:
+        reader: what follows the block; can be a tail's if it is a batch normalisation.
+    """
+    norms = [*block.norms, reader]
+    # The type itself: others, converted or parametrised ones too, compute something else.
+    if any(type(norm) is not BatchNorm for norm in norms) or reader.momentum is None:
+        return False
+    # The block's mode decides about its dropout.
+    wanted = (reader.eps, reader.momentum, reader.share, block.training)
+    return (block.training or not torch.is_grad_enabled()) and all(
+        (norm.eps, norm.momentum, norm.share, norm.training) == wanted
+        and norm.affine
+        and norm.track_running_stats
+        and norm.running_mean is not None
+        for norm in norms
+    )
+
+
+def stage(block: DenseBlock, tail: Tail, x: Tensor, ops: Backend, level: int) -> Tensor:
     """Run a block and its tail, with the moments of the batch or, in evaluation, the running ones.
 
     Args:
         x: (N, C, H, W), the block's input.
-        ops: kernels.plain or another module with the same functions.
 
     Returns:
         (N, C', H', W') of the tail, channels last in memory.
@@ -124,33 +165,22 @@ def stage(block: DenseBlock, tail: Tail, x: Tensor, ops: ModuleType, level: int)
     Raises:
         ValueError: training on one value per channel, which has no variance.
     """
-    layers = list(block.values())
     norms = [*block.norms, tail.norm]
-    plan = _Plan(
-        ops,
-        level,
-        block,
-        len(layers),
-        x.shape[1],
-        layers[0].bottleneck,
-        tail.norm.eps,
-        tail.window,
-        _maps_dtype(x),
-        norms[0].share,
-    )
-    parameters = [parameter for layer in layers for parameter in layer.parameters()] + [
-        *tail.norm.parameters(),
-        *(tail.conv.parameters() if tail.conv else ()),
-    ]
+    share = norms[0].share
+    plan = _Plan(ops, level, block, tail.norm.eps, tail.window, _maps_dtype(x), share)
+    last = _Layer(tail.norm.weight, tail.norm.bias, tail.conv and tail.conv.weight)
+    layers = [*map(_layer, block.values()), last]
     with torch.autocast(x.device.type, enabled=False):
         if not block.training:
-            return _nchw(_evaluate(plan, _nhwc(x), parameters, norms))
-        images = len(x) if plan.share is None else plan.share.total
+            return _nchw(_evaluate(plan, _nhwc(x), layers, norms))
+        images = len(x) if share is None else share.total
         count = images * x.shape[2] * x.shape[3]
         if count == 1:
             raise ValueError("batch normalisation of one value per channel has no variance")
-        out, moments, moments2 = _Stage.apply(plan, x, block.draw_seed(x.device), *parameters)
-        _update_running_statistics(plan, norms, moments, moments2, count)
+        seed = block.draw_seed(x.device)
+        # Autograd sees tensors that are arguments themselves, none within others.
+        out, moments, moments2 = _Stage.apply(plan, x, seed, *chain.from_iterable(layers))
+        _update_running_statistics(block, norms, moments, moments2, count)
     return out
 
 
@@ -158,24 +188,24 @@ class _Stage(torch.autograd.Function):
     """(maps, parameters) -> maps, and the moments of every channel on the way."""
 
     @staticmethod
-    def forward(ctx, plan: _Plan, x: Tensor, seed: Tensor | None, *parameters: Tensor):
-        layers = _layers(plan, parameters)
+    def forward(ctx, plan: _Plan, x: Tensor, seed: Tensor | None, *parameters: Tensor | None):
+        block = plan.block
+        *layers, last = _parted(parameters)
         source = _nhwc(x)
         wide = torch.promote_types(plan.dtype, torch.float32)
-        moments = x.new_empty(3, plan.out_channels, dtype=wide)  # mean, rstd, var
-        width = len(layers[0].norm2.weight) if plan.bottleneck else 0
-        moments2 = x.new_empty(plan.num_layers, 3, width, dtype=wide)  # of the bottleneck maps
-        maps = Maps(plan.room(plan.out_channels, source), *moments, eps=plan.eps)
-        given = maps.part(0, plan.channels)
+        moments = x.new_empty(3, block.out_channels, dtype=wide)  # mean, rstd, var
+        moments2 = x.new_empty(len(block), 3, block.width, dtype=wide)  # of the bottleneck maps
+        maps = Maps(plan.room(block.out_channels, source), *moments, eps=plan.eps)
+        given = maps.part(0, block.channels)
         plan.ops.copy(source, given)
         plan.merge_moments(given)
         bottlenecks = []
-        for i, layer in enumerate(layers[:-1]):
-            if plan.bottleneck and (plan.level == 2 or not bottlenecks):
-                bottlenecks.append(plan.room(width, source))
-            inner = Maps(bottlenecks[-1], *moments2[i], eps=plan.eps) if plan.bottleneck else None
+        for i, layer in enumerate(layers):
+            if block.width and (plan.level == 2 or not bottlenecks):
+                bottlenecks.append(plan.room(block.width, source))
+            inner = Maps(bottlenecks[-1], *moments2[i], eps=plan.eps) if block.width else None
             _grow(plan, i, layer, maps, inner, seed)
-        out = _tail(plan, layers[-1], maps)
+        out = _tail(plan, last, maps)
         kept = [x] if plan.level == 4 else [maps.value]
         kept += bottlenecks if plan.level == 2 else []
         ctx.plan, ctx.num_kept = plan, len(kept)
@@ -187,54 +217,56 @@ class _Stage(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
         plan: _Plan = ctx.plan
+        block = plan.block
         saved = ctx.saved_tensors  # once: whoever moved them elsewhere brings them back each time
         (first, *bottlenecks), rest = saved[: ctx.num_kept], saved[ctx.num_kept :]
         moments, moments2, seed, *parameters = rest
-        layers = _layers(plan, parameters)
+        *layers, last = _parted(parameters)
         mean, rstd, _ = moments
         maps = Maps(first, mean, rstd, eps=plan.eps)
         if plan.level == 4:
             source = _nhwc(first)
-            maps.value = plan.room(plan.out_channels, source)
-            maps.value[..., : plan.channels] = source
+            maps.value = plan.room(block.out_channels, source)
+            maps.value[..., : block.channels] = source
             del saved, first, source
             ctx.maybe_clear_saved_tensors()  # the input: it is in the buffer now
-        width = moments2.shape[-1]
-        inner_grad = plan.room(width, maps.value)
-        inner_value = plan.room(width, maps.value) if plan.level > 2 else None
+        inner_grad = plan.room(block.width, maps.value)
+        inner_value = plan.room(block.width, maps.value) if plan.level > 2 else None
         inner_sums = torch.zeros_like(moments2[:, :2])
 
         def inner(i: int) -> Maps | None:
-            if not plan.bottleneck:
+            if not block.width:
                 return None
             value = bottlenecks[i] if plan.level == 2 else inner_value
             return Maps(value, *moments2[i, :2], None, inner_grad, *inner_sums[i], eps=plan.eps)
 
         if plan.level == 4:
-            for i, layer in enumerate(layers[:-1]):
+            for i, layer in enumerate(layers):
                 _grow(plan, i, layer, maps, inner(i), seed)
 
-        maps.grad = plan.room(plan.out_channels, maps.value)
+        maps.grad = plan.room(block.out_channels, maps.value)
         maps.shift, maps.slope = torch.zeros_like(moments[:2])
-        grads = _tail_backward(plan, layers[-1], maps, _nhwc(grad).to(plan.dtype))
-        for i in reversed(range(plan.num_layers)):
-            grads = _shrink(plan, i, layers[i], maps, inner(i), seed) + grads
+        grads = [_tail_backward(plan, last, maps, _nhwc(grad).to(plan.dtype))]
+        for i, layer in reversed([*enumerate(layers)]):
+            grads.append(_shrink(plan, i, layer, maps, inner(i), seed))
         dx = None
         if ctx.needs_input_grad[1]:
-            given = maps.part(0, plan.channels)
+            given = maps.part(0, block.channels)
             plan.merge_corrections(given)
             dx = _nchw(plan.ops.gradient(given))
         grads = [
-            grad.view_as(parameter).to(parameter.dtype)
-            for grad, parameter in zip(grads, parameters, strict=True)
+            None if parameter is None else found.view_as(parameter).to(parameter.dtype)
+            for found, parameter in zip(
+                chain.from_iterable(reversed(grads)), parameters, strict=True
+            )
         ]
         return None, dx, None, *grads
 
 
 def _grow(plan: _Plan, i: int, layer: _Layer, maps: Maps, inner: Maps | None, seed) -> None:
     """Write the new maps of layer i."""
-    source = maps.part(0, plan.start(i))
-    new = maps.part(plan.start(i), plan.start(i + 1))
+    start, end = plan.block.start(i), plan.block.start(i + 1)
+    source, new = maps.part(0, start), maps.part(start, end)
     drop1, drop2 = plan.drops(seed, i)
     if inner is None:
         plan.ops.convolution(source, layer.norm1, layer.conv1, new, drop1)
@@ -245,20 +277,18 @@ def _grow(plan: _Plan, i: int, layer: _Layer, maps: Maps, inner: Maps | None, se
     plan.merge_moments(new)
 
 
-def _shrink(
-    plan: _Plan, i: int, layer: _Layer, maps: Maps, inner: Maps | None, seed
-) -> list[Tensor]:
+def _shrink(plan: _Plan, i: int, layer: _Layer, maps: Maps, inner: Maps | None, seed) -> _Layer:
     """Backward of layer i: add to the gradient of what it read; its parameters' gradients."""
     ops = plan.ops
-    source = maps.part(0, plan.start(i))
-    new = maps.part(plan.start(i), plan.start(i + 1))
+    start, end = plan.block.start(i), plan.block.start(i + 1)
+    source, new = maps.part(0, start), maps.part(start, end)
     drop1, drop2 = plan.drops(seed, i)
     plan.merge_corrections(new)
     if inner is None:
         dconv, dweight, dbias = ops.convolution_backward(
             new, source, layer.norm1, layer.conv1, drop1, first=False
         )
-        return [dweight, dbias, dconv]
+        return _Layer(dweight, dbias, dconv)
     if plan.level > 2:
         ops.product(source, layer.norm1, layer.conv1, inner, drop1)
     dconv2, dweight2, dbias2 = ops.convolution_backward(
@@ -268,7 +298,7 @@ def _shrink(
     dconv1, dweight1, dbias1 = ops.product_backward(
         inner, source, layer.norm1, layer.conv1, drop1, first=False
     )
-    return [dweight1, dbias1, dconv1, dweight2, dbias2, dconv2]
+    return _Layer(dweight1, dbias1, dconv1, dweight2, dbias2, dconv2)
 
 
 def _tail(plan: _Plan, layer: _Layer, maps: Maps) -> Tensor:
@@ -280,34 +310,30 @@ def _tail(plan: _Plan, layer: _Layer, maps: Maps) -> Tensor:
     return out
 
 
-def _tail_backward(plan: _Plan, layer: _Layer, maps: Maps, grad: Tensor) -> list[Tensor]:
+def _tail_backward(plan: _Plan, layer: _Layer, maps: Maps, grad: Tensor) -> _Layer:
     """Begin the gradient of the whole block; the gradients of the tail's parameters."""
     if plan.window:
-        return list(plan.ops.pool_backward(grad, maps, layer.norm1, plan.window))
+        return _Layer(*plan.ops.pool_backward(grad, maps, layer.norm1, plan.window))
     target = Maps(grad, grad=grad)  # nothing normalises it, so its values are not needed
     dconv, dweight, dbias = plan.ops.product_backward(
         target, maps, layer.norm1, layer.conv1, None, first=True
     )
-    return [dweight, dbias, dconv]
+    return _Layer(dweight, dbias, dconv)
 
 
-def _evaluate(
-    plan: _Plan, x: Tensor, parameters: list[Tensor], norms: list[nn.BatchNorm2d]
-) -> Tensor:
+def _evaluate(plan: _Plan, x: Tensor, layers: list[_Layer], norms: list[nn.BatchNorm2d]) -> Tensor:
     """The stage with each batch normalisation's own running statistics; nothing is kept."""
-    layers = _layers(plan, parameters)
+    block = plan.block
+    *layers, last = layers
     means = [norm.running_mean for norm in norms]
     rstds = [(norm.running_var + norm.eps).rsqrt() for norm in norms]
     statistics = iter(zip(means, rstds, strict=True))
-    value = plan.room(plan.out_channels, x)
-    value[..., : plan.channels] = x
-    inner = None
-    if plan.bottleneck:
-        width = len(layers[0].norm2.weight)
-        inner = Maps(plan.room(width, x))
-    for i, layer in enumerate(layers[:-1]):
-        source = Maps(value[..., : plan.start(i)], *next(statistics))
-        new = Maps(value[..., plan.start(i) : plan.start(i + 1)])
+    value = plan.room(block.out_channels, x)
+    value[..., : block.channels] = x
+    inner = Maps(plan.room(block.width, x)) if block.width else None
+    for i, layer in enumerate(layers):
+        start, end = block.start(i), block.start(i + 1)
+        source, new = Maps(value[..., :start], *next(statistics)), Maps(value[..., start:end])
         if inner is None:
             plan.ops.convolution(source, layer.norm1, layer.conv1, new, None)
         else:
@@ -315,18 +341,22 @@ def _evaluate(
             inner.mean, inner.rstd = next(statistics)
             plan.ops.convolution(inner, layer.norm2, layer.conv2, new, None)
             inner.mean = inner.rstd = None
-    return _tail(plan, layers[-1], Maps(value, *next(statistics)))
+    return _tail(plan, last, Maps(value, *next(statistics)))
 
 
 @torch.no_grad()
 def _update_running_statistics(
-    plan: _Plan, norms: list[nn.BatchNorm2d], moments: Tensor, moments2: Tensor, count: int
+    block: DenseBlock,
+    norms: list[nn.BatchNorm2d],
+    moments: Tensor,
+    moments2: Tensor,
+    count: int,
 ) -> None:
     """Move the buffers of every batch normalisation once, towards the unbiased variance."""
     of_norms = []
-    for i in range(plan.num_layers):
-        of_norms.append(moments[:, : plan.start(i)])
-        if plan.bottleneck:
+    for i in range(len(block)):
+        of_norms.append(moments[:, : block.start(i)])
+        if block.width:
             of_norms.append(moments2[i])
     of_norms.append(moments)
     unbiased = count / (count - 1)
@@ -337,18 +367,6 @@ def _update_running_statistics(
         wanted = [value.to(target.dtype) for value, target in zip(wanted, targets, strict=True)]
         torch._foreach_lerp_(targets, wanted, momentum)
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-
-
-def _layers(plan: _Plan, parameters: tuple[Tensor, ...] | list[Tensor]) -> list[_Layer]:
-    """The parameters by layer; the last is the tail."""
-    size = 6 if plan.bottleneck else 3
-    layers = []
-    for i in range(plan.num_layers):
-        weight1, bias1, conv1, *rest = parameters[i * size : (i + 1) * size]
-        second = (Norm(rest[0], rest[1]), rest[2]) if rest else (None, None)
-        layers.append(_Layer(Norm(weight1, bias1), conv1, *second))
-    weight, bias, *conv = parameters[plan.num_layers * size :]
-    return [*layers, _Layer(Norm(weight, bias), conv[0] if conv else None)]
 
 
 def _maps_dtype(x: Tensor) -> torch.dtype:

@@ -3,51 +3,20 @@
 Each replica runs the same network on its images of one batch, and the mean of their gradients is
 applied. An image has the same dropout mask on whichever replica it is. Batch normalisations can
 take the moments of the whole batch; docs/memory.md derives what is exchanged then.
-"""
 
-from typing import Protocol
+A layer knows its replica's part of the batch from its attribute `share`, which models.factory.join
+sets: `first`, the images that stand before it, `total`, those of all, and `weights`, (replicas,),
+the part that each replica has. They may change between steps, not between a forward pass and its
+backward. A replica without an image computes an image of zeros, so that every replica takes part in
+every exchange: its weight is 0, and so must be the gradient of its output.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-class Share(Protocol):
-    """What one replica has of the batch of all, and how it exchanges numbers with the others.
-
-    All but `rank` may change between steps, not between a forward pass and its backward.
-
-    Attributes:
-        first: images of the batch that stand before this replica's.
-        total: images of the batch.
-        rank: this replica's place in `weights`.
-        weights: (replicas,), the share of the batch that each replica has. One without an image
-            computes an image of zeros, so that every replica takes part in every exchange: its
-            weight is 0, and so must be the gradient of its output.
-    """
-
-    first: int
-    total: int
-    rank: int
-    weights: Tensor
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over replicas."""
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """(...) -> (replicas, ...)."""
-
-
-def join(model: nn.Module, share: Share, sync_norms: bool) -> None:
-    """Make a network one of several replicas.
-
-    Args:
-        sync_norms: take the moments of the whole batch, not of each replica's images.
-    """
-    for module in model.modules():
-        if hasattr(module, "share") and (sync_norms or not isinstance(module, BatchNorm)):
-            module.share = share
+from distributed.world import Share
 
 
 def first_image(share: Share | None) -> int:
@@ -80,7 +49,7 @@ def merged_corrections(share: Share, shift: Tensor, slope: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation, in training over all replicas once `join` has said so.
+    """Batch normalisation, in training over all replicas if it has their `share`.
 
     The momentum must be a number then.
     """

@@ -26,7 +26,7 @@ from helpers.tiny_networks import (
     relative_differences,
     results,
 )
-from kernels import reference
+from kernels.backend import REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -115,10 +115,10 @@ def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
 
 def backends() -> list:
     """The operations that this machine can run a dense block with."""
-    return [reference, kernels.backend.select("auto", torch.device("cuda", 0), "single")[0]]
+    return [REFERENCE, kernels.backend.select("auto", torch.device("cuda", 0), "single")[0]]
 
 
-def step(level: int, form: str, ops=reference, low=None, seed: int = 5) -> Results:
+def step(level: int, form: str, ops=REFERENCE, low=None, seed: int = 5) -> Results:
     """Loss, gradients and buffers of a step on the GPU, brought to the CPU."""
     # Wide enough that the kernels use several tiles and a part of one.
     model = network(level, form, growth_rate=12, init_channels=24, ops=ops).float().cuda()
@@ -137,10 +137,8 @@ def test_every_level_and_backend_computes_what_level_0_computes(level, form):
     want = step(0, form)
     for ops in backends():
         differences = relative_differences(step(level, form, ops), want)
-        assert max(differences.values()) < 1e-3, (
-            ops.__name__
-        )  # 1e-4 where sums are well conditioned
-        assert torch.stack([*differences.values()]).mean() < 1e-4, ops.__name__
+        assert max(differences.values()) < 1e-3, ops.name  # 1e-4 where sums are well conditioned
+        assert torch.stack([*differences.values()]).mean() < 1e-4, ops.name
     if "dropout" in form:
         assert max(relative_differences(step(level, form, seed=6), want).values()) > 0.05
 
@@ -151,10 +149,10 @@ def test_lower_precisions_err_no_more_than_level_0_does(level, low):
     exact = step(0, "BC")
     allowed = mean_error(step(0, "BC", low=low), exact)
     for ops in backends():
-        assert mean_error(step(level, "BC", ops, low), exact) < 1.5 * allowed, ops.__name__
+        assert mean_error(step(level, "BC", ops, low), exact) < 1.5 * allowed, ops.name
 
 
-@pytest.mark.parametrize("ops", backends() if torch.cuda.is_available() else [reference])
+@pytest.mark.parametrize("ops", backends() if torch.cuda.is_available() else [REFERENCE])
 def test_the_same_step_gives_the_same_bits(ops):
     torch.use_deterministic_algorithms(True)
     try:

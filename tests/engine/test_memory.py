@@ -12,6 +12,7 @@ from engine.memory import BY_SPEED, TOLERANCE, Estimate
 from experiment.log import RunLog
 from helpers.sample_data import create_data
 from kernels import reference
+from kernels.backend import REFERENCE, Backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NUM_CLASSES = 10
@@ -33,7 +34,7 @@ def settings(flags: str, level: int | str = 2, precision: str = "single"):
 
 
 def estimate(flags: str, level: int | str = 2, precision: str = "single") -> Estimate:
-    return Estimate(settings(flags, level, precision), NUM_CLASSES, CPU, reference)
+    return Estimate(settings(flags, level, precision), NUM_CLASSES, CPU, REFERENCE)
 
 
 def measured(opt) -> int:
@@ -92,8 +93,8 @@ def test_weights_momentum_and_gradients_are_counted():
     weights = 4 * sum(
         parameter.numel() for parameter in models.factory.create(opt, 10).parameters()
     )
-    predicted = Estimate(opt, NUM_CLASSES, CPU, reference).peak_bytes()
-    without = Estimate(opt.replace(momentum=0.0), NUM_CLASSES, CPU, reference).peak_bytes()
+    predicted = Estimate(opt, NUM_CLASSES, CPU, REFERENCE).peak_bytes()
+    without = Estimate(opt.replace(momentum=0.0), NUM_CLASSES, CPU, REFERENCE).peak_bytes()
     assert 3 * weights < predicted < 3.5 * weights
     assert predicted - without == pytest.approx(weights, rel=0.05)
 
@@ -101,7 +102,7 @@ def test_weights_momentum_and_gradients_are_counted():
 def test_each_of_several_replicas_needs_what_its_share_of_the_batch_does():
     together = settings(SMALL.replace("--batchSize 4", "--batchSize 16"))
     four, one = (
-        Estimate(together.replace(replicas=replicas), NUM_CLASSES, CPU, reference).peak_bytes()
+        Estimate(together.replace(replicas=replicas), NUM_CLASSES, CPU, REFERENCE).peak_bytes()
         for replicas in (4, 1)
     )
     assert four == estimate(SMALL).peak_bytes() < one
@@ -119,7 +120,7 @@ def test_the_estimate_leaves_the_kernels_as_they_were():
 def test_on_a_gpu_a_batch_is_one_tile():
     opt = settings("--depth 10 --growthRate 24 --imageSize 64 --batchSize 24", level=3)
     on_gpu, on_cpu = (
-        Estimate(opt, NUM_CLASSES, device, reference).peak_bytes() for device in (GPU, CPU)
+        Estimate(opt, NUM_CLASSES, device, REFERENCE).peak_bytes() for device in (GPU, CPU)
     )
     # What backward of the widest layer has in flight besides the buffers: 96 maps of each pixel.
     one_tensor = 24 * 64 * 64 * 96 * 4
@@ -130,10 +131,11 @@ def test_on_a_gpu_a_batch_is_one_tile():
 
 @pytest.mark.parametrize("precision", ["single", "bf16"])
 def test_triton_needs_little_besides_the_buffers(precision):
-    fused = pytest.importorskip("kernels.triton_ops", reason="Triton is not installed")
+    module = pytest.importorskip("kernels.triton_ops", reason="Triton is not installed")
+    fused = Backend.of(module)
     opt = settings("--depth 22 --batchSize 64", precision=precision)
     peaks = [Estimate(opt, NUM_CLASSES, GPU, fused).peak_bytes(level) for level in (0, 2, 3)]
-    plainly = Estimate(opt, NUM_CLASSES, GPU, reference).peak_bytes(3)
+    plainly = Estimate(opt, NUM_CLASSES, GPU, REFERENCE).peak_bytes(3)
     # The buffer of the first block and its gradient, twice the bottleneck maps of a layer, the
     # gradient of the images' maps, for each of 64 * 32 * 32 pixels.
     size = {"single": 4, "bf16": 2}[precision]
@@ -156,7 +158,7 @@ class Straight(Estimate):
 
 def straight(level: int | str = 2, batch: int = 100) -> Straight:
     opt = settings(SMALL, level).replace(batchSize=batch)
-    return Straight(opt, NUM_CLASSES, CPU, reference)
+    return Straight(opt, NUM_CLASSES, CPU, REFERENCE)
 
 
 def room_for(megabytes: float) -> int:
@@ -189,7 +191,7 @@ def test_auto_is_the_fastest_where_free_memory_is_not_known():
 
 
 def test_auto_on_a_real_network():
-    auto = Estimate(settings(SMALL, "auto"), NUM_CLASSES, GPU, reference)
+    auto = Estimate(settings(SMALL, "auto"), NUM_CLASSES, GPU, REFERENCE)
     need = {level: auto.peak_bytes(level) for level in BY_SPEED}
     assert auto.choose_level(round(TOLERANCE * need[2]) + 1)[0] == 2
     assert auto.choose_level(round(TOLERANCE * min(need.values())) - 1)[1].count("smallest") == 1
@@ -213,7 +215,7 @@ def test_the_largest_batch_of_three_replicas_can_be_shared_by_them(megabytes, ba
 def test_the_largest_batch_of_a_real_network_fits_and_a_larger_one_does_not():
     # On the CPU memory is no straight line: small batches are one tile, larger ones are cut.
     opt = settings("--depth 10 --growthRate 8 --imageSize 32 --batchSize 200")
-    estimates = Estimate(opt, NUM_CLASSES, CPU, reference)
+    estimates = Estimate(opt, NUM_CLASSES, CPU, REFERENCE)
     limit = 0.4 * estimates.peak_bytes()
     batch = estimates.largest_batch(limit, level=2)
     assert TOLERANCE * estimates.peak_bytes(batch=batch) <= limit

@@ -1,8 +1,13 @@
-"""kernels.select: what runs the dense blocks, and what is said about it."""
+"""kernels/backend.py: what runs the dense blocks, and what is said about it."""
 
+import copy
 import importlib.util
 import inspect
+import os
+import pickle
+import subprocess
 import sys
+from dataclasses import fields
 from types import ModuleType
 
 import pytest
@@ -10,7 +15,9 @@ import torch
 
 import kernels.backend
 from errors import UsageError
+from helpers.run_main import ROOT
 from kernels import reference
+from kernels.backend import REFERENCE, Backend
 
 OPERATIONS = (
     "copy",
@@ -24,6 +31,7 @@ OPERATIONS = (
 )
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 STAND_IN = ModuleType("kernels.triton_ops")
+vars(STAND_IN).update({name: lambda *_: None for name in OPERATIONS})
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +56,17 @@ def capability(monkeypatch, major: int, minor: int) -> None:
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
 def test_torch_is_plain_pytorch_without_a_remark(device, precision):
-    assert kernels.backend.select("torch", device, precision) == (reference, None)
+    assert kernels.backend.select("torch", device, precision) == (REFERENCE, None)
 
 
 @pytest.mark.parametrize("wish", ["auto", "triton"])
 @pytest.mark.parametrize("precision", ["single", "half", "bf16"])
 def test_a_new_gpu_runs_triton(wish, precision):
-    assert kernels.backend.select(wish, CUDA, precision) == (STAND_IN, None)
+    assert kernels.backend.select(wish, CUDA, precision) == (Backend.of(STAND_IN), None)
 
 
 def test_the_cpu_runs_plain_pytorch_and_that_is_no_news():
-    assert kernels.backend.select("auto", CPU, "single") == (reference, None)
+    assert kernels.backend.select("auto", CPU, "single") == (REFERENCE, None)
     with pytest.raises(UsageError, match="kernels triton: there is no CUDA device"):
         kernels.backend.select("triton", CPU, "single")
 
@@ -66,9 +74,9 @@ def test_the_cpu_runs_plain_pytorch_and_that_is_no_news():
 @pytest.mark.parametrize("wish", ["auto", "triton"])
 def test_the_cpu_runs_triton_through_its_interpreter_where_that_is_on(monkeypatch, wish):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.backend.select(wish, CPU, "single") == (STAND_IN, None)
+    assert kernels.backend.select(wish, CPU, "single") == (Backend.of(STAND_IN), None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert kernels.backend.select("auto", CPU, "single") == (reference, None)
+    assert kernels.backend.select("auto", CPU, "single") == (REFERENCE, None)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +95,7 @@ def test_the_cpu_runs_triton_through_its_interpreter_where_that_is_on(monkeypatc
 def test_a_gpu_without_triton_is_remarked_on_or_refused(monkeypatch, machine, precision, reason):
     machine(monkeypatch)
     remark = f"kernels: plain PyTorch, since {reason}"
-    assert kernels.backend.select("auto", CUDA, precision) == (reference, remark)
+    assert kernels.backend.select("auto", CUDA, precision) == (REFERENCE, remark)
     with pytest.raises(UsageError) as caught:
         kernels.backend.select("triton", CUDA, precision)
     assert caught.value.code == 2
@@ -95,39 +103,68 @@ def test_a_gpu_without_triton_is_remarked_on_or_refused(monkeypatch, machine, pr
 
 
 def test_a_kernel_that_does_not_run_is_noticed_before_training(monkeypatch):
-    def copy(value, target) -> None:
+    def broken(value, target) -> None:
         raise RuntimeError("no C compiler\nand a long trace")
 
     monkeypatch.undo()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "kernels.triton_ops", STAND_IN)
     monkeypatch.setattr(kernels, "triton_ops", STAND_IN, raising=False)
-    monkeypatch.setattr(STAND_IN, "copy", copy, raising=False)
+    monkeypatch.setattr(STAND_IN, "copy", broken)
     with pytest.raises(
         UsageError, match="kernels triton: Triton does not work here: no C compiler"
     ):
         kernels.backend.select("triton", CPU, "single")
-    assert kernels.backend.select("auto", CPU, "single") == (reference, None)
+    assert kernels.backend.select("auto", CPU, "single") == (REFERENCE, None)
     monkeypatch.setattr(STAND_IN, "copy", lambda value, target: None)
-    assert kernels.backend.select("auto", CPU, "single") == (STAND_IN, None)
+    assert kernels.backend.select("auto", CPU, "single") == (Backend.of(STAND_IN), None)
 
 
 @pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_every_gpu_since_8_0_runs_triton(monkeypatch, major, minor):
     capability(monkeypatch, major, minor)
-    assert kernels.backend.select("auto", CUDA, "bf16") == (STAND_IN, None)
+    assert kernels.backend.select("auto", CUDA, "bf16") == (Backend.of(STAND_IN), None)
     capability(monkeypatch, 7, minor)
-    assert kernels.backend.select("auto", CUDA, "bf16")[0] is reference
+    assert kernels.backend.select("auto", CUDA, "bf16")[0] is REFERENCE
 
 
-def test_the_operations_are_those_that_the_package_names():
-    for name in OPERATIONS:
-        assert name in kernels.backend.__doc__
-        assert inspect.getmodule(getattr(reference, name)) is reference
+def test_a_backend_has_the_operations_that_the_specification_defines():
     public = {name for name, value in vars(reference).items()
               if inspect.isfunction(value) and value.__module__ == reference.__name__
               and not name.startswith("_")}  # fmt: skip
     assert public == set(OPERATIONS)
+    assert {field.name for field in fields(Backend)} == {"name", *OPERATIONS}
+    assert all(getattr(REFERENCE, name) is getattr(reference, name) for name in OPERATIONS)
+    assert len({getattr(REFERENCE, name) for name in OPERATIONS}) == len(OPERATIONS)
+
+
+def test_a_module_that_lacks_an_operation_is_no_backend(monkeypatch):
+    monkeypatch.delattr(STAND_IN, "gradient")
+    with pytest.raises(AttributeError, match="gradient"):
+        Backend.of(STAND_IN)
+
+
+def test_a_backend_is_copied_and_pickled_by_the_names_of_its_functions():
+    twins = [copy.deepcopy(REFERENCE), pickle.loads(pickle.dumps(REFERENCE))]
+    assert all(twin == REFERENCE and twin.copy is reference.copy for twin in twins)
+    assert Backend.of(STAND_IN) != REFERENCE
+
+
+def test_triton_is_loaded_only_where_it_is_selected(monkeypatch):
+    monkeypatch.undo()
+    program = "import sys, models.factory, kernels.backend, torch\n"
+    program += "kernels.backend.select({!r}, torch.device('cpu'), 'single')\n"
+    program += "print('kernels.triton_ops' in sys.modules, 'triton' in sys.modules)"
+    loaded = {
+        wish: subprocess.run(
+            [sys.executable, "-c", program.format(wish)],
+            env=os.environ | {"TRITON_INTERPRET": "1" if wish == "triton" else "0"},
+            cwd=ROOT, capture_output=True, text=True, check=wish == "torch",
+        ).stdout.split()
+        for wish in (["torch", "triton"] if importlib.util.find_spec("triton") else ["torch"])
+    }  # fmt: skip
+    assert loaded.pop("torch") == ["False", "False"]
+    assert all(found == ["True", "True"] for found in loaded.values())
 
 
 def test_triton_takes_and_gives_what_plain_pytorch_does(monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import models.factory
 from kernels.dropout import Drop, draw_seed
-from models import sync_batchnorm
 from models.dense_block import DenseBlock, Dropout, drop
 from models.densenet import Transition
 
@@ -135,7 +135,7 @@ def test_a_network_takes_its_masks_from_where_its_share_of_the_batch_begins():
         masks = {}
         for name, part, first in (("all", x, None), ("last two", x[3:], 3), ("wrong", x[3:], 2)):
             if first is not None:
-                sync_batchnorm.join(module, SimpleNamespace(first=first), sync_norms=False)
+                models.factory.join(module, SimpleNamespace(first=first), sync_norms=False)
             torch.manual_seed(7)
             out = run(part)
             masks[name] = (out.detach(), torch.autograd.grad(out.sum(), x)[0][-2:])

@@ -72,7 +72,7 @@ EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as fused.py launches it: types of its parameters, constants, threads, stages."""
+    """A kernel as triton_ops launches it: types of its parameters, constants, threads, stages."""
 
     kernel: object
     signature: tuple[tuple[str, str], ...]

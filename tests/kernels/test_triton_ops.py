@@ -25,6 +25,7 @@ from helpers.tiny_networks import (
     pictures,
 )
 from kernels import reference, tiling
+from kernels.backend import Backend
 from kernels.dropout import Drop
 from kernels.feature_maps import Maps, Norm
 
@@ -445,7 +446,9 @@ def test_gradient_completes_what_plain_pytorch_does(size, dtype):
 
 def step(ops, level: int, form: str, low: torch.dtype | None = None, seed: int = 4) -> Results:
     images, targets = pictures(form, count=3, seed=seed)
-    return one_step(network(level, form, ops=ops).float(), images.float(), targets, low=low)
+    return one_step(
+        network(level, form, ops=Backend.of(ops)).float(), images.float(), targets, low=low
+    )
 
 
 @interpreted
@@ -476,7 +479,7 @@ def test_a_network_evaluates_as_at_level_0(form):
     images = pictures(form)[0].float()
     with torch.no_grad():
         got, want = (
-            {"logits": network(level, form, ops=ops).float().eval()(images)}
+            {"logits": network(level, form, ops=Backend.of(ops)).float().eval()(images)}
             for level, ops in ((2, triton_ops), (0, reference))
         )
         other = {"logits": network(0, form, seed=4).float().eval()(images)}

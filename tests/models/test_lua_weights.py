@@ -20,6 +20,7 @@ from fileio import serialization
 from helpers.networks import scramble
 from helpers.run_main import run
 from helpers.torch7_writer import Lua, Module, Storage, View, data_parallel, dumps, tensor
+from models.resnet import ResNet
 
 NETWORKS = {
     "densenet": "--dataset cifar10 --growthRate 4 --depth 10 --bottleneck false --reduction 1",
@@ -49,8 +50,9 @@ def blank(line: str) -> nn.Module:
 
 def lua(model: nn.Module, **how: object) -> Module:
     """The Lua network with the weights of one of ours."""
-    build = {"DenseNet": Lua.densenet, "ResNet": Lua.resnet, "PreResNet": Lua.preresnet}
-    return build[type(model).__name__](Lua(model.state_dict(), **how))
+    residual = Lua.preresnet if hasattr(model, "stem") else Lua.resnet
+    build = residual if isinstance(model, ResNet) else Lua.densenet
+    return build(Lua(model.state_dict(), **how))
 
 
 def load(path: Path, model: nn.Module, content: object, **machine: object) -> nn.Module:

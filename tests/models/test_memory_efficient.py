@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from helpers.tiny_networks import (
     relative_differences,
 )
 from kernels import reference
+from kernels.backend import REFERENCE
 from models import memory_efficient
 from models.dense_block import DenseBlock
 
@@ -226,7 +227,7 @@ WINDOWS = pytest.mark.parametrize("window", [(2, 2), (5, 4), None])
 def test_a_stage_equals_the_papers_dense_block(level, bottleneck, window, tiles):
     block, tail, parameters = stage(bottleneck, window, layers=3)
     x = torch.randn(5, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    got = memory_efficient.stage(block, tail, x, reference, level)
+    got = memory_efficient.stage(block, tail, x, REFERENCE, level)
     want = stated(block, tail, x)
     upstream = torch.randn_like(want)
     gradients = [torch.autograd.grad(out, [x, *parameters], upstream) for out in (got, want)]
@@ -258,7 +259,7 @@ def test_means_far_from_zero_leave_single_precision_its_digits(level, bottleneck
 
     exact = values(lambda leaf: stated(block, tail, leaf), torch.float64)
     assert (
-        max(errors(lambda leaf: memory_efficient.stage(block, tail, leaf, reference, level))) < 5e-4
+        max(errors(lambda leaf: memory_efficient.stage(block, tail, leaf, REFERENCE, level))) < 5e-4
     )
     assert max(errors(lambda leaf: stated(block, tail, leaf))) < 5e-4  # autograd, as a reference
     assert max(errors(lambda leaf: stated(block, tail, leaf.bfloat16().float()))) > 1e-2
@@ -270,7 +271,7 @@ def test_a_gradient_that_is_one_number_repeated_is_a_gradient(level, window):
     block, tail, parameters = stage(True, window)
     x = torch.randn(5, 3, 5, 4, requires_grad=True, dtype=torch.float64)
     runs = [
-        lambda: memory_efficient.stage(block, tail, x, reference, level),
+        lambda: memory_efficient.stage(block, tail, x, REFERENCE, level),
         lambda: stated(block, tail, x),
     ]
     got, want = (torch.autograd.grad(run().mean(), [x, *parameters]) for run in runs)
@@ -302,7 +303,7 @@ def check_gradients(ops, level: int, *form, size=(5, 4), **sizes) -> bool:
 @WINDOWS
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
 def test_gradients_are_those_of_finite_differences(level, bottleneck, window, drop_rate):
-    assert check_gradients(reference, level, bottleneck, window, drop_rate)
+    assert check_gradients(REFERENCE, level, bottleneck, window, drop_rate)
 
 
 @pytest.mark.parametrize(
@@ -321,9 +322,9 @@ def test_finite_differences_find_an_operation_that_is_one_per_cent_off(name, bot
         found = getattr(reference, name)(*args, **kwargs)
         return found * 1.01 if isinstance(found, Tensor) else tuple(1.01 * part for part in found)
 
-    wrong = SimpleNamespace(**vars(reference) | {name: off})
+    wrong = replace(REFERENCE, **{name: off})
     tiny = {"layers": 1, "growth_rate": 1 if bottleneck else 2, "size": (3, 3)}
-    assert check_gradients(reference, 2, bottleneck, window, **tiny)
+    assert check_gradients(REFERENCE, 2, bottleneck, window, **tiny)
     assert not check_gradients(wrong, 2, bottleneck, window, **tiny)
 
 
@@ -345,4 +346,4 @@ def test_a_network_is_copied_and_pickled(level):
     want = one_step(network(level), images, targets)
     for twin in (copy.deepcopy(network(level)), pickle.loads(pickle.dumps(network(level)))):
         assert largest_difference(one_step(twin, images, targets), want) == 0
-        assert twin.memory_level == level
+        assert (twin.memory_level, twin.ops) == (level, REFERENCE)

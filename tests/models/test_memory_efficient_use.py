@@ -4,8 +4,8 @@ import copy
 import multiprocessing
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import helpers.run_main  # noqa: F401 (lets processes find the tests)
 from helpers.tiny_networks import largest_difference, network, norms, one_step, pictures, results
-from kernels import reference
+from kernels.backend import REFERENCE
 from models import memory_efficient
 from models.densenet import DenseNet
 
@@ -488,12 +488,12 @@ def test_above_level_2_all_layers_share_the_memory_of_their_bottlenecks(level, c
 
     def product(source, norm, weight, target, drop):
         written.add(target.value.data_ptr())
-        reference.product(source, norm, weight, target, drop)
+        REFERENCE.product(source, norm, weight, target, drop)
 
     model, images = network(level, "one block"), pictures()[0]
     tail = memory_efficient.Tail(model.features.norm5, window=(13, 10))
     maps = model.features.conv0(images)
-    ops = SimpleNamespace(**vars(reference) | {"product": product})
+    ops = replace(REFERENCE, product=product)
     memory_efficient.stage(model.features.denseblock1, tail, maps, ops, level)
     assert len(written) == count
 

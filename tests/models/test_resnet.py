@@ -14,15 +14,14 @@ import models.factory
 import models.weights
 import opts
 import train
+from distributed.world import Share, World
 from engine.memory import Estimate
 from errors import CheckpointError
 from experiment.log import RunLog
 from helpers.networks import network, one_step, photographs, same_state, scramble
 from helpers.sample_data import create_data
 from helpers.tiny_networks import largest_difference
-from kernels import reference
-from models import sync_batchnorm
-from models.preresnet import PreResNet
+from kernels.backend import REFERENCE
 from models.resnet import ResNet
 from tools import describe
 from tools.benchmark import __main__ as benchmark
@@ -178,7 +177,6 @@ class Statement:
         return self.classified(self.bn_relu("bn", x))
 
 
-CLASSES = {"resnet": ResNet, "preresnet": PreResNet}
 COUNTS = (2, 1, 2)
 CASES = [
     (name, kind, bottleneck, large)
@@ -205,7 +203,8 @@ def example(name: str, *case):
     """A small network of a case, with a batch of odd size and what a step of it computes."""
     kind, bottleneck, large = case
     torch.manual_seed(0)
-    model = CLASSES[name](COUNTS, 5, imagenet_stem=large, bottleneck=bottleneck, shortcut=kind)
+    how = {"bottleneck": bottleneck, "shortcut": kind, "pre_activation": name == "preresnet"}
+    model = ResNet(COUNTS, 5, imagenet_stem=large, **how)
     scramble(model).double()
     images, targets = photographs(2, 29 if large else 13, 5)
     found = one_step(copy.deepcopy(model), images, targets)
@@ -345,6 +344,37 @@ def test_the_seed_decides_the_initial_weights(name):
     assert not same_state(first, other)
 
 
+@pytest.mark.parametrize(
+    ("line", "last"),
+    [
+        ("resnet --depth 8", [0.012112, 0.058118, 0.008491]),
+        ("preresnet --depth 11", [0.027448, 0.050041, 0.025384]),
+        ("resnet --dataset imagenet --depth 18", [-0.035389, 0.039056, 0.010741]),
+        ("preresnet --dataset imagenet --depth 18", [0.038475, -0.042721, -0.01793]),
+    ],
+)
+def test_a_seed_stands_for_the_same_weights_as_ever(line, last):
+    # What is drawn last depends on everything that was drawn before.
+    model = network(f"--netType {line}", 10)
+    assert model.fc.weight[0, :3].tolist() == pytest.approx(last, abs=1e-6)
+    other = network(f"--netType {line} --manualSeed 2", 10)
+    assert other.fc.weight[0, :3].tolist() != pytest.approx(last, abs=1e-3)
+
+
+def test_parameters_keep_their_order_which_checkpoints_rely_on():
+    # torchvision's order is compared above. An optimizer knows parameters by their places.
+    blocks = [f"stages.{i}.0" for i in range(3)]
+    of_block = [name for i in (1, 2, 3)
+                for name in (f"bn{i}.weight", f"bn{i}.bias", f"conv{i}.weight")]  # fmt: skip
+    want = ["stem.weight", *(f"{block}.{name}" for block in blocks for name in of_block),
+            "bn.weight", "bn.bias", "fc.weight", "fc.bias"]  # fmt: skip
+    assert [n for n, _ in network("--netType preresnet --depth 11").named_parameters()] == want
+    large = [n for n, _ in on_meta(f"{IMAGENET} preresnet --depth 18", 10).named_parameters()]
+    first = ["conv1.weight", "bn2.weight", "bn2.bias", "conv2.weight"]
+    stem = ["stem.0.weight", "stem.1.weight", "stem.1.bias"]
+    assert large[:7] == [*stem, *(f"stages.0.0.{name}" for name in first)]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_classes_are_answered_with_resetclassifier_which_keeps_the_fresh_one(name):
     line = f"--netType {name} --depth 20 --manualSeed"
@@ -397,7 +427,7 @@ def test_every_precision_trains_in_channels_last_memory(name, precision):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("line", ["--depth 20 --shortcutType B", "--dataset imagenet --depth 18"])
 def test_replicas_share_every_batch_normalisation_when_asked_to(name, line):
-    share = sync_batchnorm.Share
+    share = Share(World(), CPU)
     for sync in ("true", "false"):
         opt = opts.parse(f"--netType {name} {line} --nGPU 2 --syncBN {sync}".split())
         with torch.device("meta"):
@@ -409,7 +439,7 @@ def test_replicas_share_every_batch_normalisation_when_asked_to(name, line):
 
 def estimate(line: str) -> Estimate:
     opt = opts.parse(f"{LOOP} {line}".split())
-    return Estimate(opt, 10, CPU, reference)
+    return Estimate(opt, 10, CPU, REFERENCE)
 
 
 @pytest.mark.parametrize("network", ["resnet --depth 8", "preresnet --depth 11"])
