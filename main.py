@@ -40,9 +40,7 @@ def main(argv: list[str]) -> int:
         world, device = lifecycle.meet(opt, place)
         world.agree(opts.procedure(opt))
         done = evaluate(opt, world, device) if opt.testOnly else run(opt, stop, world, device)
-        with contextlib.suppress(RunError):  # it is done, whatever becomes of the others
-            world.monitor.leave()
-        return done
+        return lifecycle.leave(done, world)
     except RunError as error:
         if isinstance(error, PeerError) and stop.was_early:  # so was the one that is gone
             os._exit(Preempted.code)

@@ -47,6 +47,28 @@ def meet(opt: SimpleNamespace, place: launcher.Place):
     return world, device
 
 
+def leave(code: int, world) -> int:
+    """End a run that is done together with the others; the exit code."""
+    with contextlib.suppress(RunError):  # whatever becomes of the others
+        world.monitor.leave()
+    if world.size > 1:
+        kill_children()
+        _exit(code)
+    return code
+
+
+def _exit(code: int) -> None:
+    """End one of several processes without PyTorch's teardown.
+
+    It may wait for processes that are gone, and a process that had gloo groups may abort in it
+    ("terminate called without an active exception", torch 2.11): a finished run would end in 134.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 def end(error: Exception, opt: SimpleNamespace | None, place: launcher.Place, world) -> int:
     """Say on standard error how the run ended, once for all its processes; the exit code."""
     if isinstance(error, Preempted):
@@ -62,10 +84,7 @@ def end(error: Exception, opt: SimpleNamespace | None, place: launcher.Place, wo
         if world and not place.is_first:  # which is lost
             judge_for_another(Path(opt.save), error)
     if world and world.size > 1:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(code)  # what torch would wait for now may never come
+        _exit(code)
     return code
 
 

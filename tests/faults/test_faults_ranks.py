@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import checkpoints
 import main
 from datasets.rng import permutation
+from faults.agents import free_port
 from faults.contract import outcome, refused, saved, status, tiny
 from faults.sabotage import (
     at_batch,
@@ -25,7 +28,7 @@ from faults.sabotage import (
     refuse,
     send,
 )
-from helpers.run_main import Ranks, run, run_ranks
+from helpers.run_main import ROOT, Ranks, run, run_ranks
 
 FLAGS = {"nEpochs": 3, "dropRate": 0.2, "nGPU": 0}
 BOTH = [0, 1]
@@ -421,3 +424,35 @@ def on_every_batch(action) -> None:
         add(self, *args)
 
     metrics.Sums.add = add_and_act
+
+
+# What torch does at the end of a process stands for itself: with gloo groups it may abort there.
+ABORTS_AT_EXIT = """
+import atexit, os, sys
+import main
+atexit.register(os.abort)
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("size", "code"), [(1, -signal.SIGABRT), (2, 0)])
+def test_a_finished_run_of_several_processes_ends_without_a_teardown(tmp_path, size, code):
+    # Real processes, since those of `run_ranks` are forked, and have no such end. One alone has it.
+    place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": free_port()}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ABORTS_AT_EXIT, *tiny(save=tmp_path / "run")],
+            env=os.environ
+            | {name: str(value) for name, value in place.items()}
+            | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * size
+    assert " * Finished top1" in outputs[0]
+    assert status(tmp_path / "run")["state"] == "done"
