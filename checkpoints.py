@@ -16,7 +16,7 @@ from torch import Tensor
 from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
 from fileio import checkpoint_schema
 from fileio.atomic import storage_error, write_whole
-from fileio.serialization import check_tensors, is_sound, on_cpu, read, save_weights, serialise
+from fileio.tensor_files import check_tensors, is_sound, on_cpu, read, save_weights, serialise
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint_(\d+)\.pt")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import opts
 from cli import path_checks
-from cli.flags import Settings
+from cli.flag_types import Settings
 from distributed import launcher, signals
 from distributed.signals import Stop, kill_children
 from errors import PeerError, Preempted, RunError
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 def run(opt: Settings, stop: Stop, world, device) -> int:
     """Start or continue a run and bring it to its end."""
     import checkpoints
-    import models.weights
+    import models.state_dicts
     import train
     from datasets.file_loader import worker_failures
     from engine.memory import decide_level, memory_errors
@@ -90,7 +90,7 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
             overrides += resume.restore(trainer, state, data.facts, console.warn, opt.override)
         elif opt.retrain != "none":
             weights = read_weights(opt, world)
-            models.weights.load_weights(trainer.model, weights, opt.resetClassifier)
+            models.state_dicts.load_weights(trainer.model, weights, opt.resetClassifier)
         trainer.metadata = train.Metadata(settings, data.facts, overrides)
         saver = checkpoints.Saver(
             directory, trainer, stop, keep=opt.keep, every_s=60 * opt.saveEvery
@@ -159,12 +159,12 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
 def read_weights(opt: Settings, world) -> dict:
     """The weights that `--retrain` names, as the first process reads them."""
     import checkpoints
-    from fileio import serialization
+    from fileio import tensor_files
 
     return world.from_first(
         lambda: checkpoints.load_weights(Path(opt.retrain)),
-        serialization.packed,
-        serialization.unpacked,
+        tensor_files.packed,
+        tensor_files.unpacked,
     )
 
 
@@ -241,18 +241,18 @@ def finish(opt: Settings, directory: RunDirectory | None, data, trainer, saver) 
 def evaluate(opt: Settings, world, device) -> int:
     """Evaluate the weights of `--resume` or `--retrain`, on the test set where there is one."""
     import models.factory
-    import models.weights
+    import models.state_dicts
     import train
     from datasets.file_loader import worker_failures
     from engine.memory import memory_errors
     from experiment import console, resume
     from experiment.log import RunLog
-    from fileio import serialization
+    from fileio import tensor_files
 
     world.monitor.watch(partial(lifecycle.end_stuck, world, None))
     ops = select_kernels(opt, device)
     state = world.from_first(
-        lambda: resume.find(opt, console.warn), serialization.packed, serialization.unpacked
+        lambda: resume.find(opt, console.warn), tensor_files.packed, tensor_files.unpacked
     )
     if state:
         resume.check_network(opt, state)
@@ -266,7 +266,7 @@ def evaluate(opt: Settings, world, device) -> int:
             opt = opt.replace(optMemory=opts.FLAGS["optMemory"].default)  # it is about training
         model = models.factory.create(opt, len(data.classes), ops)
         trainer = train.create(opt, model, device, RunLog(None), world)
-        models.weights.load_weights(model, weights)  # now that it has the precision of the run
+        models.state_dicts.load_weights(model, weights)  # now that it has the precision of the run
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.test(data.test or data.val, lambda: None, phase="test")
     console.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli import network_flags
-from cli.flags import (
+from cli import network_settings
+from cli.flag_reader import Reader
+from cli.flag_types import (
     AT_LEAST_0,
     AT_LEAST_1,
     POSITIVE,
@@ -26,10 +27,9 @@ from cli.flags import (
     number,
     text,
 )
-from cli.parser import Reader
 from datasets.registry import DATASETS, SMALL_IMAGE
 from errors import UsageError
-from models.architectures import ARCHITECTURES
+from models.registry import ARCHITECTURES
 
 MEMORY_LEVELS = (0, 1, 2, 3, 4)
 
@@ -191,7 +191,7 @@ def resolve(given: dict[str, object]) -> Settings:
 
     default("imageSize", dataset.image_size)
     opt.imagenetShape = opt.imageSize > SMALL_IMAGE
-    network_flags.resolve(opt)
+    network_settings.resolve(opt)
 
     course = network.course(opt.imagenetShape, opt.depth)
     own_epochs = None if opt.imagenetShape else dataset.num_epochs
@@ -229,7 +229,7 @@ def run_name(opt: Settings) -> str:
         data += f"-{os.path.basename(os.path.abspath(opt.data))}"
     plus = "+" if opt.augment and dataset.marks_augmentation else ""
     cosine = "-cosine" if opt.lrShape == "cosine" else ""
-    return f"{data}{plus}-{network_flags.name(opt)}{cosine}-seed{opt.manualSeed}"
+    return f"{data}{plus}-{network_settings.name(opt)}{cosine}-seed{opt.manualSeed}"
 
 
 # -------------------------------------------------------------------------------------- checking
@@ -239,7 +239,7 @@ def check(opt: Settings, given: dict[str, object]) -> list[Problem]:
     """What is impossible about settings that are valid one by one."""
     return [
         *_network_problems(opt, given),
-        *network_flags.problems(opt),
+        *network_settings.problems(opt),
         *_image_problems(opt),
         *_epoch_problems(opt),
         *_weight_problems(opt, given),
@@ -328,7 +328,7 @@ def notes(opt: Settings, given: dict[str, object]) -> list[str]:
     return [
         *_notes_of_flags(opt, given),
         *_notes_of_training(opt),
-        *network_flags.notes(opt, given),
+        *network_settings.notes(opt, given),
     ]
 
 

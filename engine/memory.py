@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import engine.device
 import models.factory
-from cli.flags import Settings
+from cli.flag_types import Settings
 from distributed.world import World
 from engine import optimizer
 from engine.precision import PRECISIONS, autocast

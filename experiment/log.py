@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cli.flags import as_text
+from cli.flag_types import as_text
 from engine.metrics import Sums
 from experiment.console import Progress, say, warn
 from fileio.atomic import write_whole

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import checkpoints
-import models.weights
+import models.state_dicts
 import opts
-from cli.flags import Settings
+from cli.flag_types import Settings
 from engine import optimizer
 from errors import CheckpointError, PeerError, UsageError
 from experiment.directory import RunDirectory
-from fileio import checkpoint_schema, serialization
+from fileio import checkpoint_schema, tensor_files
 from fileio.atomic import write_whole
 
 DIGESTS = ("training_set", "test_set")  # of the images themselves
@@ -99,7 +99,7 @@ def load(
         check_progress(directory, state, world.place.restarted)
         return state, False
 
-    found = world.from_first(read, serialization.packed, serialization.unpacked)
+    found = world.from_first(read, tensor_files.packed, tensor_files.unpacked)
     check_seen(Path(opt.save), world.numbers(newest_step(Path(opt.save))))
     return found
 
@@ -316,9 +316,9 @@ def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
 
 
 def _check_shapes(model: nn.Module, state: dict) -> None:
-    problems = models.weights.mismatches(state["model"], model.state_dict())
+    problems = models.state_dicts.mismatches(state["model"], model.state_dict())
     wanted = optimizer.saved_like(state["settings"], model)
-    problems += models.weights.mismatches(state["momentum"], wanted)
+    problems += models.state_dicts.mismatches(state["momentum"], wanted)
     if problems:
         raise CheckpointError(
             f"checkpoint does not fit the network: {problems[0]} ({len(problems)} in all)",

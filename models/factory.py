@@ -1,6 +1,5 @@
-"""netType -> network, and weights from elsewhere into it. Only this file here sees `opt`."""
+"""Settings -> network, with its initial weights, as one of several replicas if need be."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -9,39 +8,8 @@ from torch import nn
 from distributed.world import Share
 from kernels.backend import REFERENCE, Backend
 from models.dense_block import DenseBlock, Dropout
-from models.densenet import DenseNet
-from models.resnet import ResNet
+from models.registry import ARCHITECTURES
 from models.sync_batchnorm import BatchNorm
-
-
-def _residual(pre_activation: bool) -> Callable[..., nn.Module]:
-    """The constructor of a residual network, which has no dense blocks to run."""
-    return lambda opt, num_classes, ops: ResNet(
-        opt.stages,
-        num_classes,
-        imagenet_stem=opt.imagenetShape,
-        bottleneck=opt.bottleneck,
-        shortcut=opt.shortcutType,
-        pre_activation=pre_activation,
-    )
-
-
-NETWORKS = {
-    "densenet": lambda opt, num_classes, ops: DenseNet(
-        opt.stages,
-        opt.growthRate,
-        opt.initChannels,
-        num_classes,
-        imagenet_stem=opt.imagenetShape,
-        bottleneck=opt.bottleneck,
-        compression=opt.reduction,
-        drop_rate=opt.dropRate,
-        memory_level=opt.optMemory,
-        ops=ops,
-    ),
-    "resnet": _residual(pre_activation=False),
-    "preresnet": _residual(pre_activation=True),
-}
 
 
 def create(
@@ -54,7 +22,11 @@ def create(
         share: of the batch, for one of several replicas.
     """
     torch.manual_seed(opt.manualSeed)
-    model = NETWORKS[opt.netType](opt, num_classes, ops)
+    architecture = ARCHITECTURES[opt.netType]
+    arguments = architecture.arguments(opt)
+    if architecture.reads("kernels"):
+        arguments["ops"] = ops
+    model = architecture.import_network()(num_classes=num_classes, **arguments)
     if share is not None:
         join(model, share, opt.syncBN)
     return model

@@ -21,10 +21,10 @@ MAY_IMPORT = {unit: set(may) for unit, *may in map(str.split, TABLE[1].splitline
 ROOTS = {"main", "tools"}  # compose everything below, never the one the other
 # Answer `--help`, usage errors and missing paths: what they import at start-up must be light.
 LIGHT = {
-    *("main", "opts", "errors", "cli.flags", "cli.parser", "cli.network_flags", "cli.path_checks"),
-    *("datasets.registry", "distributed.launcher", "distributed.signals"),
-    *("experiment.console", "experiment.directory", "experiment.lifecycle", "fileio.atomic"),
-    "models.architectures",
+    *("main", "opts", "errors", "datasets.registry", "models.registry", "fileio.atomic"),
+    *("cli.flag_types", "cli.flag_reader", "cli.network_settings", "cli.path_checks"),
+    *("distributed.launcher", "distributed.signals"),
+    *("experiment.console", "experiment.directory", "experiment.lifecycle"),
 }
 # Lines of a file, a class and a function. Three files are longer, for now.
 MAX_FILE, MAX_CLASS, MAX_FUNCTION = 420, 250, 60
@@ -173,11 +173,14 @@ def test_a_file_of_a_package_is_told_from_what_the_package_defines():
     }  # fmt: skip
 
 
+DOORS = ("models/factory.py", "models/registry.py", "datasets/factory.py")
+
+
 @pytest.mark.parametrize("package", ["models", "datasets"])
 def test_settings_stop_at_the_door_of_a_package(package):
     for path in (ROOT / package).glob("*.py"):
         names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
-        assert ("opt" in names) == (path.name == "factory.py"), name(path)
+        assert ("opt" in names) == (name(path) in DOORS), name(path)
 
 
 # -------------------------------------------------------------------------------- who may do what
@@ -314,7 +317,7 @@ RULES: list[tuple[Callable, Callable[[Path], bool], str, int]] = [
     ),
     (
         loads_or_saves,
-        lambda path: name(path) == "fileio/serialization.py",
+        lambda path: name(path) == "fileio/tensor_files.py",
         "torch.load(f)\ntorch.save(x, f)\nfrom torch import load\nimport torch as t\n"
         "torch.hub.load(x)\ntorch.jit.load(f)\njson.load(f)\ntorch.zeros(1)",
         6,
@@ -391,7 +394,7 @@ def test_a_breach_of_the_rule_would_be_found(rule, exempt, code, count):
 def test_the_owners_do_what_they_alone_may_do():
     # Else the rules would hold because the code they are about has moved.
     assert {"torch.load", "torch.save"} == set(
-        loads_or_saves(tree(ROOT / "fileio/serialization.py"))
+        loads_or_saves(tree(ROOT / "fileio/tensor_files.py"))
     )
     assert len(flags_built(tree(ROOT / "opts.py"))) > 40
     assert printing(tree(ROOT / "experiment/console.py"))

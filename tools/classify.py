@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli.flags import AT_LEAST_1, Flag, integer, text
+from cli.flag_types import AT_LEAST_1, Flag, integer, text
 from errors import printable
 from tools import cli
 from tools.inference import network, sources

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flags import Flag, help_text
-from cli.parser import Reader
+from cli.flag_reader import Reader
+from cli.flag_types import Flag, help_text
 from errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project, whatever the current directory

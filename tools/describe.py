@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import opts
-from cli.flags import Settings
+from cli.flag_types import Settings
 from errors import RunError, UsageError
 
 PRECISIONS = ("single", "half", "bf16", "double")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cli.flags import Flag, text
+from cli.flag_types import Flag, text
 from fileio import atomic
 from tools import cli
 from tools.inference import network, sources

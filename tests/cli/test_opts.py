@@ -8,10 +8,10 @@ import pytest
 
 import opts
 from cli import path_checks
-from cli.flags import as_text
+from cli.flag_types import as_text
 from errors import CheckpointError, DataError, UsageError
 from helpers.run_main import ROOT, run
-from models.architectures import ARCHITECTURES
+from models.registry import ARCHITECTURES
 
 LUA = "-netType densenet -dataset cifar10 -batchSize 64 -nEpochs 300 -depth 100 -growthRate 12"
 

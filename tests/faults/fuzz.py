@@ -33,7 +33,7 @@ from errors import CheckpointError, DataError, RunError, UsageError
 from faults import costs
 from faults.contract import TINY, command, tiny
 from faults.sabotage import no_fsync
-from fileio import serialization
+from fileio import tensor_files
 
 Case = tuple[Callable[[], object], type[Exception] | tuple]
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -144,7 +144,7 @@ def checkpoint_contents(draw: random.Random, root: Path) -> Case:
         if not state:
             break
     path = root / "contents.pt"
-    path.write_bytes(serialization.packed(state))
+    path.write_bytes(tensor_files.packed(state))
     flag = draw.choice(("resume", "retrain"))
     flags = TINY | {"nEpochs": 1, flag: path, "save": root / "other", "override": True}
     if flag == "resume" and draw.random() < 0.5:

@@ -13,7 +13,7 @@ from errors import CheckpointError, DataError, UsageError
 from faults import costs, fuzz
 from faults.contract import command, refused, saved, tiny
 from faults.test_faults_data import CIFAR, SMALL, folder, photographs, published_as
-from fileio import serialization
+from fileio import tensor_files
 from helpers.run_main import run
 
 
@@ -30,14 +30,14 @@ def check_cheap(size: int, call, error: type[Exception] | tuple = Exception) -> 
 
 def be_quick() -> None:
     """Give a checkpoint little time, so that the test takes little as well."""
-    from fileio import serialization
+    from fileio import tensor_files
 
-    serialization.READ_S = 0.2
+    tensor_files.READ_S = 0.2
 
 
 @pytest.mark.parametrize("name", costs.CHECKPOINTS)
 def test_a_checkpoint_that_claims_much_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(serialization, "READ_S", 0.2)
+    monkeypatch.setattr(tensor_files, "READ_S", 0.2)
     path = tmp_path / "weights.pt"
     path.write_bytes(costs.CHECKPOINTS[name]())
     load = partial(checkpoints.load_weights, path)

@@ -14,7 +14,7 @@ import torch
 import checkpoints
 from faults.contract import command, outcome, refused, saved, status, tiny
 from faults.sabotage import at_batch, kill, on_files, refuse
-from fileio import serialization
+from fileio import tensor_files
 from helpers.run_main import run
 
 FLAGS = {"nEpochs": 3, "dropRate": 0.2, "keep": 2}
@@ -293,7 +293,7 @@ def rewrite(path: Path, **changes: object) -> None:
     """Change entries of a checkpoint, given whole or as a function of what stands there."""
     state = checkpoints.load(path)
     changed = {name: new(state[name]) if callable(new) else new for name, new in changes.items()}
-    path.write_bytes(serialization.packed(state | {"format": checkpoints.FORMAT} | changed))
+    path.write_bytes(tensor_files.packed(state | {"format": checkpoints.FORMAT} | changed))
 
 
 def without(name: str, entry: dict) -> dict:

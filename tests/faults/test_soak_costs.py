@@ -33,7 +33,7 @@ from experiment import console
 from experiment.directory import RunDirectory
 from experiment.log import RunLog
 from faults.contract import TINY, command
-from fileio import serialization
+from fileio import tensor_files
 from helpers.run_main import ROOT
 from helpers.sample_data import write_folder
 
@@ -51,9 +51,9 @@ def parts_of_a_save(trainer: train.Trainer) -> dict[str, list[tuple[object, str]
         "state": [(trainer, "state_dict"), (checkpoints, "on_cpu")],
         "looking whether it is finite": [(checkpoints, "check_tensors")],
         "serialising with CRCs": [(checkpoints, "serialise")],
-        "digest": [(serialization, "seal")],
+        "digest": [(tensor_files, "seal")],
         "write": [(owner, "write_whole")
-                  for owner in (checkpoints, serialization, experiment.directory)],
+                  for owner in (checkpoints, tensor_files, experiment.directory)],
         "fsync": [(os, "fsync")],
         "rename": [(os, "replace")],
         "removing the oldest": [(checkpoints, "_remove_old")],
@@ -194,7 +194,7 @@ def test_what_a_checkpoint_costs(name, flags, dataset, limit_ms, tmp_path, all_c
             model_saves.append(clocked(saver.save_models))
     saves, model_saves = saves[WARM_UP:], model_saves[WARM_UP:]
     kept = checkpoints.newest_first(tmp_path)
-    assert len(kept) == opt.keep and all(map(serialization.is_sound, kept))
+    assert len(kept) == opt.keep and all(map(tensor_files.is_sound, kept))
     assert not list(tmp_path.glob(".*.tmp"))  # nothing half-written is left
     assert watch.seconds.keys() == parts_of_a_save(trainer).keys()
     assert 0 < sum(watch.seconds.values()) <= sum(saves)

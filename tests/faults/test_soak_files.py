@@ -15,7 +15,7 @@ import yaml
 
 import checkpoints
 import opts
-from cli import parser
+from cli import flag_reader
 from datasets.decode import decode
 from datasets.download import unpack
 from errors import CheckpointError, DataError, UsageError
@@ -278,7 +278,7 @@ def test_hostile_configs_cost_little(tmp_path, measured):
 
 def cut(make) -> bytes:
     """As much of it as is read."""
-    return make()[: parser.MAX_CONFIG]
+    return make()[: flag_reader.MAX_CONFIG]
 
 
 def parse(path: Path) -> None:

@@ -20,7 +20,7 @@ import checkpoints
 from errors import CheckpointError
 from faults import sabotage
 from faults.contract import refused, tiny
-from fileio import serialization
+from fileio import tensor_files
 from helpers.hostile_files import (
     BOMBS,
     equal,
@@ -250,7 +250,7 @@ def test_a_directory_or_a_missing_file_is_refused(tmp_path):
 
 
 def test_weights_alone_are_no_checkpoint(tmp_path):
-    serialization.save_weights(tmp_path / "model_last.pt", {"w": torch.zeros(1)})
+    tensor_files.save_weights(tmp_path / "model_last.pt", {"w": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="is not a checkpoint of this program") as caught:
         checkpoints.load(tmp_path / "model_last.pt")
     assert "--retrain" in caught.value.report()
@@ -366,7 +366,7 @@ def test_a_directory_holds_a_run_from_its_first_weights_on(tmp_path):
 
 
 def test_a_directory_with_weights_alone_holds_a_run(tmp_path):
-    serialization.save_weights(tmp_path / "model_last.pt", {"w": torch.zeros(1)})
+    tensor_files.save_weights(tmp_path / "model_last.pt", {"w": torch.zeros(1)})
     assert checkpoints.holds_run(tmp_path)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from cli.flags import Settings
+from cli.flag_types import Settings
 from engine import optimizer
 from engine.schedule import Schedule
 from experiment.log import RunLog

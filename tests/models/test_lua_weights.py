@@ -12,11 +12,11 @@ from torch import nn
 
 import checkpoints
 import models.factory
-import models.weights
+import models.state_dicts
 import opts
 from errors import CheckpointError, DamagedError
 from faults.contract import tiny
-from fileio import serialization
+from fileio import tensor_files
 from helpers.networks import scramble
 from helpers.run_main import run
 from helpers.torch7_writer import Lua, Module, Storage, View, data_parallel, dumps, tensor
@@ -58,7 +58,7 @@ def lua(model: nn.Module, **how: object) -> Module:
 def load(path: Path, model: nn.Module, content: object, **machine: object) -> nn.Module:
     """`model` with the weights that a file with this content has."""
     path.write_bytes(content if isinstance(content, bytes) else dumps(content, **machine))
-    models.weights.load_weights(model, checkpoints.load_weights(path))
+    models.state_dicts.load_weights(model, checkpoints.load_weights(path))
     return model.eval()
 
 
@@ -169,7 +169,7 @@ def test_the_program_evaluates_weights_of_lua_as_the_same_weights_of_its_own(tmp
     settings = {"nClasses": 10, "nImages": 256, "testOnly": True, "save": tmp_path / "run"}
     source = scramble(models.factory.create(opts.parse(tiny(nClasses=10)), 10))
     nn.init.normal_(source.classifier.weight, std=10)  # so that each map matters to the errors
-    serialization.save_weights(tmp_path / "w.pt", source.state_dict())
+    tensor_files.save_weights(tmp_path / "w.pt", source.state_dict())
     (tmp_path / "w.t7").write_bytes(dumps(lua(source)))
     (tmp_path / "s.t7").write_bytes(dumps(swapped(lua(source))))
     lines = {}
@@ -185,7 +185,7 @@ def test_a_lua_network_of_other_classes_keeps_all_but_its_classifier(tmp_path):
     fresh = target.classifier.weight.clone()
     report = refusal(tmp_path / "m.t7", target, lua(source))
     assert report.endswith("fix: add --resetClassifier true")
-    models.weights.load_weights(
+    models.state_dicts.load_weights(
         target, checkpoints.load_weights(tmp_path / "m.t7"), reset_classifier=True
     )
     assert torch.equal(target.classifier.weight, fresh)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-import models.weights
+import models.state_dicts
 from errors import CheckpointError, UsageError
 from helpers.networks import network, one_step, photographs, same_state, scramble
 from helpers.tiny_networks import largest_difference
@@ -56,7 +56,7 @@ def ours() -> nn.Module:
 
 
 def test_outputs_gradients_and_statistics_equal_torchvisions_densenet_121(ours, theirs):
-    models.weights.load_weights(ours, theirs.state_dict())
+    models.state_dicts.load_weights(ours, theirs.state_dict())
     ours.double()
     reference, altered = copy.deepcopy(theirs).double(), copy.deepcopy(ours)
     with torch.no_grad():
@@ -91,7 +91,7 @@ LIBRARIES: dict[str, Callable[[], nn.Module]] = {
 def test_weights_are_exchanged_by_name_both_ways(ours, library):
     theirs, images = scramble(LIBRARIES[library]()).eval(), photographs(1, 64)[0].float()
     assert not same_state(ours.state_dict(), theirs.state_dict())
-    models.weights.load_weights(ours, theirs.state_dict())
+    models.state_dicts.load_weights(ours, theirs.state_dict())
     assert same_state(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours.eval()(images), theirs(images), rtol=1e-4, atol=1e-4)
 
@@ -110,7 +110,7 @@ def test_the_keys_of_old_torchvision_files_load(theirs, ours):
             old[name] = tensor
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     assert "features.denseblock4.denselayer16.conv.2.weight" in old
-    models.weights.load_weights(ours, old)
+    models.state_dicts.load_weights(ours, old)
     assert same_state(ours.state_dict(), theirs.state_dict())
 
 
@@ -464,20 +464,20 @@ def test_weights_that_do_not_fit_are_named_and_leave_the_network_as_it_was(spoil
     model, other = network(TINY), network(f"{TINY} --manualSeed 1")
     before = copied_state(model)
     with pytest.raises(CheckpointError) as caught:
-        models.weights.load_weights(model, alter(other.state_dict()))
+        models.state_dicts.load_weights(model, alter(other.state_dict()))
     report = caught.value.report()
     assert caught.value.code == 4
     assert what in report
     assert f"; fix: {fix}" in report
     assert report.startswith("error: weights do not fit the network: ")
     assert same_state(model.state_dict(), before)
-    models.weights.load_weights(model, other.state_dict())  # unspoilt, they fit
+    models.state_dicts.load_weights(model, other.state_dict())  # unspoilt, they fit
     assert not same_state(model.state_dict(), before)
 
 
 def test_a_network_of_another_growth_rate_is_reported_in_one_short_line():
     with pytest.raises(CheckpointError) as caught:
-        models.weights.load_weights(
+        models.state_dicts.load_weights(
             network(TINY), network(TINY.replace("Rate 4", "Rate 6")).state_dict()
         )
     report = caught.value.report()
@@ -489,7 +489,7 @@ def test_a_network_of_another_growth_rate_is_reported_in_one_short_line():
 def test_resetclassifier_loads_all_but_a_fresh_classifier():
     pretrained, model = network(f"{TINY} --manualSeed 1", 100), network(TINY, 10)
     fresh = copied_state(model)
-    models.weights.load_weights(model, pretrained.state_dict(), reset_classifier=True)
+    models.state_dicts.load_weights(model, pretrained.state_dict(), reset_classifier=True)
     for name, tensor in model.state_dict().items():
         source = fresh if name.startswith("classifier.") else pretrained.state_dict()
         assert torch.equal(tensor, source[name]), name
@@ -499,14 +499,14 @@ def test_resetclassifier_loads_all_but_a_fresh_classifier():
 def test_resetclassifier_ignores_a_classifier_that_would_fit():
     pretrained, model = network(f"{TINY} --manualSeed 1"), network(TINY)
     fresh = model.classifier.weight.clone()
-    models.weights.load_weights(model, pretrained.state_dict(), reset_classifier=True)
+    models.state_dicts.load_weights(model, pretrained.state_dict(), reset_classifier=True)
     assert torch.equal(model.classifier.weight, fresh)
     assert not torch.equal(model.classifier.weight, pretrained.classifier.weight)
 
 
 def test_loaded_weights_are_copies():
     source, model = network(f"{TINY} --manualSeed 1"), network(TINY)
-    models.weights.load_weights(model, source.state_dict())
+    models.state_dicts.load_weights(model, source.state_dict())
     with torch.no_grad():
         source.classifier.weight += 1
     assert not torch.equal(model.classifier.weight, source.classifier.weight)

@@ -15,7 +15,7 @@ import models.factory
 import opts
 from faults.contract import command, outcome, saved, tiny
 from faults.sabotage import at_batch, both, forget_rng, send
-from fileio import serialization
+from fileio import tensor_files
 from helpers.recording import losses, order, record_steps, steps
 from helpers.run_main import run, run_ranks
 
@@ -70,9 +70,7 @@ def keep_gradients(path: Path) -> None:
     def step_and_write(self, *args, **kwargs):
         if not path.exists():
             [group] = self.param_groups
-            serialization.save_weights(
-                path, {str(i): p.grad for i, p in enumerate(group["params"])}
-            )
+            tensor_files.save_weights(path, {str(i): p.grad for i, p in enumerate(group["params"])})
         return step(self, *args, **kwargs)
 
     torch.optim.SGD.step = step_and_write

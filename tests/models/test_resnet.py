@@ -11,7 +11,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 import models.factory
-import models.weights
+import models.state_dicts
 import opts
 import train
 from distributed.world import Share, World
@@ -38,7 +38,7 @@ def test_a_step_and_an_evaluation_equal_torchvisions(depth):
     torch.manual_seed(depth)
     theirs = scramble(getattr(torchvision.models, f"resnet{depth}")(num_classes=7)).double()
     ours = network(f"{IMAGENET} resnet --depth {depth}", 7)
-    models.weights.load_weights(ours.double(), theirs.state_dict())
+    models.state_dicts.load_weights(ours.double(), theirs.state_dict())
     altered = copy.deepcopy(ours)
     with torch.no_grad():
         altered.layer3[1].conv2.weight[0, 0, 1, 1] += 1e-3
@@ -74,7 +74,7 @@ def test_weights_are_exchanged_by_name_both_ways(library):
     theirs, images = scramble(LIBRARIES[library]()).eval(), torch.randn(1, 3, 64, 64)
     ours = network(f"{IMAGENET} resnet --depth 18", 1000)
     assert not same_state(ours.state_dict(), theirs.state_dict())
-    models.weights.load_weights(ours, theirs.state_dict())
+    models.state_dicts.load_weights(ours, theirs.state_dict())
     assert same_state(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours.eval()(images), theirs(images), rtol=1e-4, atol=1e-4)
     mine = scramble(ours)
@@ -381,10 +381,10 @@ def test_other_classes_are_answered_with_resetclassifier_which_keeps_the_fresh_o
     pretrained, model = network(f"{line} 1", 100), network(f"{line} 2", 10)
     fresh = model.fc.weight.clone()
     with pytest.raises(CheckpointError) as caught:
-        models.weights.load_weights(model, pretrained.state_dict())
+        models.state_dicts.load_weights(model, pretrained.state_dict())
     assert caught.value.report().endswith("; fix: add --resetClassifier true")
     assert torch.equal(model.fc.weight, fresh)
-    models.weights.load_weights(model, pretrained.state_dict(), reset_classifier=True)
+    models.state_dicts.load_weights(model, pretrained.state_dict(), reset_classifier=True)
     assert torch.equal(model.fc.weight, fresh)
     rest = {n: t for n, t in model.state_dict().items() if not n.startswith("fc.")}
     assert same_state(rest, {n: pretrained.state_dict()[n] for n in rest})
@@ -394,7 +394,7 @@ def test_weights_of_another_network_are_refused():
     for mine, theirs in (NETWORKS, NETWORKS[::-1]):
         other = network(f"--netType {theirs} --depth 20").state_dict()
         with pytest.raises(CheckpointError) as caught:
-            models.weights.load_weights(network(f"--netType {mine} --depth 20"), other)
+            models.state_dicts.load_weights(network(f"--netType {mine} --depth 20"), other)
         assert caught.value.report().endswith("; fix: give the flags of that network")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiment.directory import RunDirectory
 from faults.contract import TINY_FILES, command, tiny
-from fileio import serialization
+from fileio import tensor_files
 from helpers.run_main import run
 from helpers.sample_data import noise, write_folder
 from tools import classify
@@ -114,7 +114,7 @@ def net_and_images(tmp_path) -> tuple[Path, Path]:
     directory = tmp_path / "run"
     directory.mkdir()
     model = models.factory.create(opts.parse(flags), 7)
-    serialization.save_weights(directory / "model_last.pt", model.state_dict())
+    tensor_files.save_weights(directory / "model_last.pt", model.state_dict())
     (directory / "config.yaml").write_text(opts.as_yaml(opts.parse(flags)))
     facts = {"classes": list("abcdefg"), "mean": [128.0] * 3, "std": [64.0] * 3}
     RunDirectory(directory).write_json("data.json", facts)

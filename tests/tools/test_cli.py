@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import opts
-from cli.flags import AT_LEAST_1, Flag, integer, text
+from cli.flag_types import AT_LEAST_1, Flag, integer, text
 from errors import DataError, UsageError
 from tools import cli
 

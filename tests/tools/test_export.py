@@ -20,7 +20,7 @@ import models.factory
 import opts
 from errors import RunError
 from faults.contract import TINY_FILES, command, write_files
-from fileio import serialization
+from fileio import tensor_files
 from helpers.run_main import run
 from tools.export import __main__ as export
 from tools.export import onnx_io
@@ -77,7 +77,7 @@ def weights_of(tmp_path):
 
     def write(flags: dict, num_classes: int = 10) -> list[str]:
         model = scrambled(models.factory.create(opts.parse(command(**flags)), num_classes))
-        serialization.save_weights(tmp_path / "plain.pt", model.state_dict())
+        tensor_files.save_weights(tmp_path / "plain.pt", model.state_dict())
         return [str(tmp_path / "plain.pt"), *command(**flags)]
 
     return write
@@ -105,7 +105,7 @@ def test_evaluation_of_what_came_back_equals_the_original(trained_run, onnx_file
     counters = {name for name in before if name.endswith("num_batches_tracked")}
     assert all(torch.equal(before[name], state[name]) for name in before.keys() - counters)
     state["classifier.bias"][0] += 1
-    serialization.save_weights(back, state)
+    tensor_files.save_weights(back, state)
     assert evaluated(trained_run, f"--retrain={back}") != wanted
 
 

@@ -14,7 +14,7 @@ import models.factory
 import opts
 from experiment.directory import RunDirectory
 from faults.contract import command
-from fileio import serialization
+from fileio import tensor_files
 from helpers.sample_data import noise, write_folder
 from tools import extract_features
 from tools.inference import network
@@ -39,7 +39,7 @@ def make(tmp_path):
         for name, buffer in model.named_buffers():
             if name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)
-        serialization.save_weights(directory / "model_last.pt", model.state_dict())
+        tensor_files.save_weights(directory / "model_last.pt", model.state_dict())
         (directory / "config.yaml").write_text(opts.as_yaml(opt))
         facts = {"classes": list("abc"), "mean": [128.0] * 3, "std": [64.0] * 3}
         RunDirectory(directory).write_json("data.json", facts)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import opts
 from errors import RunError, UsageError
-from fileio import serialization
+from fileio import tensor_files
 from helpers import torch7_writer
 from helpers.run_main import ROOT
 from helpers.sample_runs import cell, logged, record
@@ -306,7 +306,7 @@ def tiny() -> DenseNet:
 
 
 def save(model: torch.nn.Module, path: Path) -> Path:
-    serialization.save_weights(path, model.state_dict())
+    tensor_files.save_weights(path, model.state_dict())
     return path
 
 

@@ -14,11 +14,11 @@ from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 import checkpoints
 import datasets.factory
 import models.factory
-import models.weights
+import models.state_dicts
 import opts
 from errors import CheckpointError, RunError, UsageError
 from faults.contract import command, records, refused, tiny
-from fileio import serialization
+from fileio import tensor_files
 from helpers.run_main import ROOT, run
 from helpers.sample_data import write_folder
 from tools.inference import network
@@ -59,7 +59,7 @@ def logits(net: network.Trained, paths: list[str]) -> torch.Tensor:
 def by_hand(run_directory: Path, weights: str = "model_last.pt") -> torch.Tensor:
     """The logits of the test images, without anything of tools.inference."""
     model = models.factory.create(opts.parse(FLAGS), num_classes=2)
-    models.weights.load_weights(model, checkpoints.load_weights(run_directory / weights))
+    models.state_dicts.load_weights(model, checkpoints.load_weights(run_directory / weights))
     facts = json.loads((run_directory / "data.json").read_text())
     pixels, _ = write_folder(run_directory.parent / "again", COUNTS, size=8)["val"]
     mean, std = (np.array(facts[name]) for name in ("mean", "std"))
@@ -177,7 +177,7 @@ def test_what_is_not_there_or_no_weights_is_one_line(copied, tmp_path):
     assert "no such file or directory" in refusal(tmp_path / "nowhere")
     (tmp_path / "text.pt").write_text("hello")
     assert "is text, not a checkpoint" in refusal(tmp_path / "text.pt")
-    serialization.save_weights(tmp_path / "vectors.pt", {"a": torch.zeros(3)})
+    tensor_files.save_weights(tmp_path / "vectors.pt", {"a": torch.zeros(3)})
     assert "no classifier" in refusal(tmp_path / "vectors.pt", FLAGS)
     (copied / "config.yaml").write_text("depth: [\n")
     assert "not YAML" in refusal(copied / "model_last.pt")

@@ -25,9 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flags import AT_LEAST_0, AT_LEAST_1, Flag, Range, Settings, boolean, integer, integers
-from cli.flags import text as plain_text
-from cli.parser import Reader
+from cli.flag_reader import Reader
+from cli.flag_types import AT_LEAST_0, AT_LEAST_1, Flag, Range, Settings, boolean, integer, integers
+from cli.flag_types import text as plain_text
 from errors import UsageError
 from fileio import atomic
 from tools import cli

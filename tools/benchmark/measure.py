@@ -27,7 +27,7 @@ import engine.device
 import kernels.backend
 import models.factory
 import train
-from cli.flags import Settings
+from cli.flag_types import Settings
 from engine import cuda_graph
 from experiment import console
 from experiment.log import RunLog

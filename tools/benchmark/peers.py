@@ -5,7 +5,7 @@ Their parameters have the names of ours, so that every contestant starts from th
 
 from torch import nn
 
-from cli.flags import Settings
+from cli.flag_types import Settings
 
 PEERS = ("torchvision", "torchvision-memory-efficient", "timm")
 THEIR_REDUCTION = 0.5  # both libraries write it into their transitions

@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 
-from cli.flags import Settings
+from cli.flag_types import Settings
 
 NOT_RUN = "not run"
 

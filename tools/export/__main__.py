@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import opts
-from cli.flags import Flag, Settings, boolean, text
+from cli.flag_types import Flag, Settings, boolean, text
 from errors import CheckpointError, RunError, UsageError
 from tools import cli
 from tools.inference import network, sources
@@ -247,12 +247,12 @@ def work(argv: list[str]) -> int:
         print(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
         return code
 
-    from fileio import serialization
+    from fileio import tensor_files
 
     builds = {"torchvision": torchvision_network, "timm": timm_network}
     build = builds.get(own.to)
     weights = foreign_weights(net, own.to, build) if build else net.model.state_dict()
-    serialization.save_weights(output, weights)
+    tensor_files.save_weights(output, weights)
     print(f"{output}: {len(weights)} tensors of {len(net.classes)} classes")
     return 0
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from cli.flags import Flag, nearest, text
+from cli.flag_types import Flag, nearest, text
 from errors import CheckpointError, DataError, RunError, StorageError, UsageError
 from fileio.atomic import write_whole
 from tools import cli

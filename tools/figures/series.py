@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.flags import Settings
+from cli.flag_types import Settings
 from tools.results import runs
 
 

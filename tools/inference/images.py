@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from cli.flags import Flag, boolean
+from cli.flag_types import Flag, boolean
 from errors import DataError, StorageError, UsageError
 
 OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that is there", bare="true")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.flags import Flag, Settings
+from cli.flag_types import Flag, Settings
 from errors import UsageError
 from tools import cli
 from tools.inference.images import Unreadable
@@ -110,7 +110,7 @@ def _build(opt: Settings, weights: dict, facts: Facts | None, place: Path) -> Tr
     import engine.device
     import kernels.backend
     import models.factory
-    import models.weights
+    import models.state_dicts
     from engine.precision import PRECISIONS
 
     num_classes = count_classes(weights, opt.nClasses)
@@ -128,7 +128,7 @@ def _build(opt: Settings, weights: dict, facts: Facts | None, place: Path) -> Tr
     model = models.factory.create(opt, num_classes, ops)
     dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    models.weights.load_weights(model, weights)
+    models.state_dicts.load_weights(model, weights)
     mean, std = known
     return Trained(model.eval(), opt, facts.classes, list(mean), list(std), device)
 

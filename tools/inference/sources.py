@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flags import Flag, Settings, as_text, text
-from cli.parser import Reader
+from cli.flag_reader import Reader
+from cli.flag_types import Flag, Settings, as_text, text
 from errors import CheckpointError, UsageError
 
 SOURCES = """CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint_*.pt, a

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.flags import POSITIVE, Flag, number, text
+from cli.flag_types import POSITIVE, Flag, number, text
 from errors import UsageError, printable
 from fileio.atomic import write_whole
 from tools import cli

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import opts
-from cli.flags import Settings, as_text
+from cli.flag_types import Settings, as_text
 from tools import cli
 from tools.results import published
 

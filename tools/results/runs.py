@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli.flags import Settings
+from cli.flag_types import Settings
 from tools.results.configs import BEST, counts, split_name
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import experiment.directory
 from cli import path_checks
-from cli.flags import AT_LEAST_0, Flag, as_text, boolean, integer, integers, text
+from cli.flag_types import AT_LEAST_0, Flag, as_text, boolean, integer, integers, text
 from distributed import signals
 from errors import BusyError, Preempted, RunError, UsageError
 from fileio import atomic

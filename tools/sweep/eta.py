@@ -9,7 +9,7 @@ import heapq
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.flags import Settings
+from cli.flag_types import Settings
 from tools.results import configs
 from tools.sweep.tasks import DONE, FAILED, Task
 

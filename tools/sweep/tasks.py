@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import opts
-from cli.flags import Settings, nearest
+from cli.flag_types import Settings, nearest
 from errors import RunError, UsageError, printable
 from fileio.atomic import read_json
 

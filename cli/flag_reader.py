@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli.flags import Flag, Problem, integers, nearest
+from cli.flag_types import Flag, Problem, integers, nearest
 
 MAX_CONFIG = 2**14  # bytes; one with every flag has a tenth of it
 

@@ -1,6 +1,9 @@
-"""The networks by name: the depths that each can have, its defaults, its flags. Loads no torch."""
+"""The networks by name: how each is made, its depths, its defaults, its flags. Loads no torch."""
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 # Layers per block of the ImageNet networks: paper Table 1; 264 and 232 are in no table of the
 # authors, see docs/parity.md.
@@ -48,6 +51,9 @@ class Architecture:
     """A network as far as its flags are concerned; what has two values is (CIFAR, ImageNet shape).
 
     Args:
+        network: "module:class" in this package.
+        arguments: of the class, from the settings; not `num_classes`, and not `ops`, which networks
+            get that read `--kernels`.
         depths: defaults of `--depth`.
         imagenet_stages: layers or blocks of each stage of the ImageNet shape, by depth.
         layers_outside: layers of the CIFAR shape that are in none of its three stages.
@@ -63,6 +69,8 @@ class Architecture:
     """
 
     name: str
+    network: str
+    arguments: Callable[[SimpleNamespace], dict[str, object]]
     depths: tuple[int, int]
     imagenet_stages: dict[int, tuple[int, ...]]
     layers_outside: int
@@ -79,16 +87,51 @@ class Architecture:
         """Tell whether a flag has an effect on this network."""
         return flag not in self.not_read
 
+    def import_network(self) -> Callable:
+        """Import the class, and PyTorch with it."""
+        module, name = self.network.split(":")
+        return getattr(importlib.import_module(f"models.{module}"), name)
+
     def course(self, is_imagenet: bool, depth: int) -> Course:
         """Return how the network of this shape and depth trains unless told otherwise."""
         own = self.large_courses if is_imagenet else {}
         return own.get(depth, self.courses[is_imagenet])
 
 
-def _residual(name: str, depth: int, not_read: dict[str, object]) -> Architecture:
+def _densenet(opt: SimpleNamespace) -> dict[str, object]:
+    return {
+        "stages": opt.stages,
+        "growth_rate": opt.growthRate,
+        "init_channels": opt.initChannels,
+        "imagenet_stem": opt.imagenetShape,
+        "bottleneck": opt.bottleneck,
+        "compression": opt.reduction,
+        "drop_rate": opt.dropRate,
+        "memory_level": opt.optMemory,
+    }
+
+
+def _resnet(opt: SimpleNamespace) -> dict[str, object]:
+    return {
+        "stages": opt.stages,
+        "imagenet_stem": opt.imagenetShape,
+        "bottleneck": opt.bottleneck,
+        "shortcut": opt.shortcutType,
+    }
+
+
+def _preresnet(opt: SimpleNamespace) -> dict[str, object]:
+    return _resnet(opt) | {"pre_activation": True}
+
+
+def _residual(
+    name: str, arguments: Callable, depth: int, not_read: dict[str, object]
+) -> Architecture:
     """Return a residual network of fb.resnet.torch, whose schedule and stages both kinds share."""
     return Architecture(
         name,
+        "resnet:ResNet",
+        arguments,
         depths=(depth, 50),
         imagenet_stages=RESNET_STAGES,
         layers_outside=2,
@@ -106,6 +149,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     for network in (
         Architecture(
             "densenet",
+            "densenet:DenseNet",
+            _densenet,
             depths=(100, 121),
             imagenet_stages=DENSENET_STAGES,
             layers_outside=4,
@@ -117,7 +162,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             not_read={"shortcutType": None},
             wide_depths=(161, 232),
         ),
-        _residual("resnet", 110, {"bottleneck": None} | OF_DENSE_BLOCKS),
-        _residual("preresnet", 164, OF_DENSE_BLOCKS),
+        _residual("resnet", _resnet, 110, {"bottleneck": None} | OF_DENSE_BLOCKS),
+        _residual("preresnet", _preresnet, 164, OF_DENSE_BLOCKS),
     )
 }

@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 import yaml
 
-from cli.flags import (
+from cli.flag_reader import Reader
+from cli.flag_types import (
     AT_LEAST_0,
     AT_LEAST_1,
     POSITIVE,
@@ -20,7 +21,6 @@ from cli.flags import (
     number,
     text,
 )
-from cli.parser import Reader
 from errors import UsageError
 
 FLAGS = {

@@ -7,8 +7,8 @@ The functions read the resolved settings, `opt`, as far as they stand when they 
 import math
 from types import SimpleNamespace
 
-from cli.flags import Problem, as_text
-from models.architectures import ARCHITECTURES, Architecture
+from cli.flag_types import Problem, as_text
+from models.registry import ARCHITECTURES, Architecture
 
 
 def architecture(opt: SimpleNamespace) -> Architecture:
