@@ -1,7 +1,8 @@
 """The training loop: one SGD step, an epoch of training, an evaluation, the state of a run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -77,12 +78,11 @@ class Trainer:
         lr = torch.tensor(schedule.base, device=device) if on_device else schedule.base
         self.optimizer = make_optimizer(self.model, lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=kind.scales_loss)
-        self._gradients = Gradients(list(model.parameters()), self.world.size, self.world.sum_)
+        self._gradients = Gradients(list(model.parameters()), self.world)
         self._guard = NonFiniteGuard(device)
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = self._guard.found_inf
         self._runner = StepRunner(self.world, share, recorder, log.warn_once)
-        self._loader = None  # of the epoch that is trained: it can name the images of a step
 
         self.metadata = Metadata({}, {}, [])
         self.epoch, self.step, self.global_step = 1, 0, 0  # step: done in this epoch
@@ -105,10 +105,10 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite; the weights are from before that step.
         """
         self.model.train()
-        self._loader, steps = loader, len(loader.deal)
+        steps = len(loader.deal)
         self._guard.start(self.global_step)
         progress = self.log.phase("train", self.epoch, steps, self.step, self.sums)
-        with progress:
+        with progress, _naming_images(self.epoch, loader.deal):
             begin = partial(self._begin_step, steps)
             for done in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
                 self.data_s += done.data_s
@@ -182,7 +182,7 @@ class Trainer:
             raise NonFiniteError(
                 f"{what} is not finite at epoch {self.epoch}, step {step}",
                 "lower --LR, or --precision single; the last checkpoint is from before",
-                batch=self._loader.deal.chosen(self.epoch, step - 1) if self._loader else [],
+                step=step,
             )
 
     def _check_finite_in_time(self) -> None:
@@ -279,6 +279,17 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+@contextmanager
+def _naming_images(epoch: int, deal) -> Iterator[None]:
+    """Let the error about a step that is not finite name the images of its batch."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if step := error.details.pop("step", None):
+            error.details["batch"] = deal.chosen(epoch, step - 1)
+        raise
 
 
 def mean_over_crops(logits: Tensor, num_crops: int) -> Tensor:

@@ -1,4 +1,8 @@
-"""Read a command line or a YAML file of flags: one reader checks both."""
+"""Read a command line or a YAML file of flags: one reader checks both.
+
+Both are one language: each becomes a list of (flag, text, source), so that a wrong type, range or
+spelling is found in one place and reported with where it stands.
+"""
 
 import errno
 import re

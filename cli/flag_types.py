@@ -1,8 +1,4 @@
-"""What a flag is, and how a command line or a YAML file gives it a value.
-
-Both are one language: each becomes a list of (flag, text, source) that one reader checks, so that
-a wrong type, range or spelling is found in one place and reported with where it stands.
-"""
+"""What a flag is: its type, range and help; and `Settings`, the values of all of them."""
 
 import difflib
 import math

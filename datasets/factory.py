@@ -70,7 +70,7 @@ def create(
         dtype: of normalised images.
         statistics: means and deviations that a trained network expects, instead of the data's.
         place: the process that the batches are for.
-        everyone: exchanges plain values between all processes; `distributed.World.everyone`.
+        everyone: exchanges plain values between all processes; `World.everyone`.
 
     Raises:
         DataError: it is missing, damaged or not as the settings say.

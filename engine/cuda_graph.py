@@ -198,16 +198,17 @@ class StepRunner:
         self, step: Step, loader, epoch: int, start: int, before: Callable[[], None]
     ) -> Iterator[DoneStep]:
         """The full batches of an epoch, which need not be told how many images they have."""
-        deal = loader.deal
+        deal, since = loader.deal, time.perf_counter()
         replayed = self._replay_of(step, loader)
-        replayed.seek(epoch, start)
+        replayed.seek(epoch, start)  # its time is the first step's
         for _ in range(start, deal.full_steps):
-            since = time.perf_counter()
             self._begin([deal.width] * self._world.size)
+            ready = time.perf_counter()
             before()
             replayed()
-            yield DoneStep(deal.stride, 0.0, time.perf_counter() - since)
+            yield DoneStep(deal.stride, ready - since, time.perf_counter() - since)
             self._practise(step, 1)
+            since = time.perf_counter()
 
     def _replay_of(self, step: Step, loader) -> ReplayedStep:
         key = (id(loader), step.__name__)

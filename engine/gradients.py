@@ -1,9 +1,9 @@
 """The gradients of a step: the mean over all replicas, and whether all of them are finite."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
+
+from distributed.world import World
 
 
 class Gradients:
@@ -13,14 +13,13 @@ class Gradients:
     averages them and tells every replica of a loss that is not finite on any.
 
     Args:
-        size: number of replicas.
-        sum_: replaces a tensor by its sum over the replicas.
+        world: the replicas; its `size` and `sum_` are used.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], size: int, sum_: Callable[[Tensor], None]):
-        self._parameters, self._size, self._sum = parameters, size, sum_
+    def __init__(self, parameters: list[nn.Parameter], world: World):
+        self._parameters, self._world = parameters, world
         self._flat = None
-        if size > 1:
+        if world.size > 1:
             count = sum(parameter.numel() for parameter in parameters)
             self._flat = parameters[0].new_zeros(count + 1)  # the last one is the loss
             parts = self._flat[:-1].split([parameter.numel() for parameter in parameters])
@@ -45,8 +44,8 @@ class Gradients:
             return torch.isfinite(loss), _are_finite(gradients)
         torch._foreach_copy_(self._views, [parameter.grad for parameter in self._parameters])
         self._flat[-1] = loss
-        self._sum(self._flat)
-        self._flat /= self._size
+        self._world.sum_(self._flat)
+        self._flat /= self._world.size
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
         return torch.isfinite(self._flat[-1]), _are_finite([self._flat[:-1]])

@@ -63,7 +63,7 @@ class Estimate:
         ops: what would run the dense blocks.
     """
 
-    def __init__(self, opt: SimpleNamespace, num_classes: int, device: torch.device, ops: Backend):
+    def __init__(self, opt: Settings, num_classes: int, device: torch.device, ops: Backend):
         self.opt, self.num_classes, self.device, self.ops = opt, num_classes, device, ops
         # A network without dense blocks has no levels, and optMemory None.
         self.levels = BY_SPEED if opt.optMemory is not None else ()

@@ -1,4 +1,4 @@
-"""The run directory: who may write it, and files that are whole or not there at all."""
+"""The run directory: who may write it, and what its status.json says."""
 
 import contextlib
 import errno

@@ -51,6 +51,7 @@ class Architecture:
     """A network as far as its flags are concerned; what has two values is (CIFAR, ImageNet shape).
 
     Args:
+        title: as the paper writes it.
         network: "module:class" in this package.
         arguments: of the class, from the settings; not `num_classes`, and not `ops`, which networks
             get that read `--kernels`.
@@ -69,6 +70,7 @@ class Architecture:
     """
 
     name: str
+    title: str
     network: str
     arguments: Callable[[SimpleNamespace], dict[str, object]]
     depths: tuple[int, int]
@@ -125,11 +127,12 @@ def _preresnet(opt: SimpleNamespace) -> dict[str, object]:
 
 
 def _residual(
-    name: str, arguments: Callable, depth: int, not_read: dict[str, object]
+    name: str, title: str, arguments: Callable, depth: int, not_read: dict[str, object]
 ) -> Architecture:
     """Return a residual network of fb.resnet.torch, whose schedule and stages both kinds share."""
     return Architecture(
         name,
+        title,
         "resnet:ResNet",
         arguments,
         depths=(depth, 50),
@@ -149,6 +152,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     for network in (
         Architecture(
             "densenet",
+            "DenseNet",
             "densenet:DenseNet",
             _densenet,
             depths=(100, 121),
@@ -162,7 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             not_read={"shortcutType": None},
             wide_depths=(161, 232),
         ),
-        _residual("resnet", _resnet, 110, {"bottleneck": None} | OF_DENSE_BLOCKS),
-        _residual("preresnet", _preresnet, 164, OF_DENSE_BLOCKS),
+        _residual("resnet", "ResNet", _resnet, 110, {"bottleneck": None} | OF_DENSE_BLOCKS),
+        _residual("preresnet", "pre-activation ResNet", _preresnet, 164, OF_DENSE_BLOCKS),
     )
 }

@@ -26,9 +26,9 @@ LIGHT = {
     *("distributed.launcher", "distributed.signals"),
     *("experiment.console", "experiment.directory", "experiment.lifecycle"),
 }
-# Lines of a file, a class and a function. Three files are longer, for now.
+# Lines of a file, a class and a function. Two files are longer, for now.
 MAX_FILE, MAX_CLASS, MAX_FUNCTION = 420, 250, 60
-LONGER = {"opts.py": 500, "tools/sweep/__main__.py": 442, "tools/benchmark/measure.py": 479}
+LONGER = {"opts.py": 488, "tools/sweep/__main__.py": 442}
 
 
 @functools.cache

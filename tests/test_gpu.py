@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,7 +186,8 @@ def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(network, tm
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_number_of_a_gradient_that_is_not_finite_is_seen(size, value):
     parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 70_000)]
-    gradients = Gradients(parameters, size, lambda tensor: tensor.mul_(size))
+    world = SimpleNamespace(size=size, sum_=lambda tensor: tensor.mul_(size))
+    gradients = Gradients(parameters, world)
 
     def finite() -> list[bool]:
         return [one.item() for one in gradients.finish(torch.ones((), device="cuda"))]
@@ -204,13 +206,13 @@ def test_memory_is_what_was_estimated(level, precision):
     opt = opts.parse([*line.split(), "--optMemory", str(level), "--precision", precision])
     device = torch.device("cuda", 0)
     ops = kernels.backend.select("auto", device, precision)[0]
-    measured = footprint_of_a_run(opt, ops, device)
+    measured = peak_of_a_run(opt, ops, device)
     estimate = Estimate(opt, 10, device, ops)
     assert measured == pytest.approx(estimate.peak_bytes(), rel=0.15)
     assert measured != pytest.approx(estimate.peak_bytes(batch=128), rel=0.15)
 
 
-def footprint_of_a_run(opt, ops, device: torch.device) -> int:
+def peak_of_a_run(opt, ops, device: torch.device) -> int:
     """The peak of the allocator over three eager steps, in bytes."""
     import models.factory
     import train

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import opts
 from cli.flag_types import Settings
 from errors import RunError, UsageError
+from models.registry import ARCHITECTURES
 
 PRECISIONS = ("single", "half", "bf16", "double")
 
@@ -99,7 +100,7 @@ def render(opt: Settings, model, layers: list[Layer]) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = sum(layer.macs for layer in layers)
     activations = sum(layer.activations for layer in layers)
-    if opt.netType == "densenet":
+    if ARCHITECTURES[opt.netType].reads("growthRate"):
         form, parts = f"k={opt.growthRate}", "layers per block"
     else:
         form, parts = f"shortcut {opt.shortcutType}", "blocks per stage"

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ from engine.gradients import Gradients
 TIMEOUT_S = 60
 SIZES = pytest.mark.parametrize("size", [2, 3, 5])
 Spoil = Callable[[int, Tensor, list[Tensor]], Tensor]
+
+
+class Exchange(NamedTuple):
+    """What `Gradients` needs of a world."""
+
+    size: int
+    sum_: Callable[[Tensor], None]
 
 
 class Replicas:
@@ -38,7 +46,7 @@ class Replicas:
         self.sums = 0  # reductions so far
         self._barrier, self._slots = threading.Barrier(size), [None] * size
         self.gradients = [
-            Gradients(list(model.parameters()), size, self._sum_of(rank))
+            Gradients(list(model.parameters()), Exchange(size, self._sum_of(rank)))
             for rank, model in enumerate(self.models)
         ]
 
@@ -200,7 +208,7 @@ def alone(spoil: Callable[[list[Tensor]], None] = lambda gradients: None) -> lis
     loss.backward()
     spoil([p.grad for p in model.parameters()])
     before = [(p.grad, p.grad.clone()) for p in model.parameters()]
-    gradients = Gradients(list(model.parameters()), 1, pytest.fail)
+    gradients = Gradients(list(model.parameters()), Exchange(1, pytest.fail))
     finite = [one.item() for one in gradients.finish(loss)]
     for parameter, (gradient, values) in zip(model.parameters(), before, strict=True):
         assert parameter.grad is gradient
@@ -225,7 +233,7 @@ def test_one_replica_hears_of_its_own_number_that_is_not_finite(parameter, value
 def test_one_replica_hears_of_its_own_loss(value):
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
-    finite_loss, finite_gradients = Gradients([parameter], 1, pytest.fail).finish(
+    finite_loss, finite_gradients = Gradients([parameter], Exchange(1, pytest.fail)).finish(
         torch.tensor(value)
     )
     assert (finite_loss.item(), finite_gradients.item()) == (False, True)

@@ -1,4 +1,4 @@
-"""What tests do to a run from inside it: picklable functions for `program.run(argv, sabotage)`.
+"""What tests do to a run from inside it: picklable functions for `run_main.run(argv, sabotage)`.
 
 `at_batch` and `on_files` wait for a moment and then call an action; both take the action first, so
 that a test reads `partial(at_batch, kill, k=3)`.
@@ -115,6 +115,14 @@ def before_call(action: Callable[[], None], function: Callable, k: int = 1) -> N
         return function(*args, **kwargs)
 
     setattr(owner, last, act_and_call)
+
+
+def replace_everywhere(function: Callable, substitute: Callable) -> None:
+    """Replace a function in every module that has it, under whatever name it was imported."""
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items() if hasattr(module, "__dict__") else ()):
+            if value is function:
+                setattr(module, name, substitute)
 
 
 def on_files(

@@ -11,7 +11,7 @@ import torch
 
 import checkpoints
 from faults.contract import check_whole, outcome, saved, status, tiny
-from faults.sabotage import at_batch, kill, no_fsync, on_files, record_files
+from faults.sabotage import at_batch, kill, no_fsync, on_files, record_files, replace_everywhere
 from helpers.run_main import run
 
 # Two steps an epoch, one checkpoint within each, one kept: everything happens, and soon.
@@ -73,14 +73,13 @@ def test_a_kill_at_any_change_of_a_file_loses_nothing(reference, tmp_path):
 
 def plain_writes() -> None:
     """Write files as if nothing could happen meanwhile."""
-    import checkpoints
     from fileio import atomic
 
     def write(path: Path, data: bytes) -> None:
         with open(path, "wb") as file:
             file.write(data)
 
-    atomic.write_whole = checkpoints.write_whole = write
+    replace_everywhere(atomic.write_whole, write)
 
 
 def test_plain_writes_do_lose_something(tmp_path):

@@ -290,7 +290,7 @@ def no_data() -> None:
     import datasets.factory
     from errors import DataError
 
-    def missing(*_):
+    def missing(*_, **__):
         raise DataError("there is nothing here", "bring it")
 
     datasets.factory.create = missing

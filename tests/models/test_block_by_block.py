@@ -269,7 +269,8 @@ def test_a_forward_pass_walks_over_no_more_than_it_runs(monkeypatch):
     def walk(*_, **__):
         raise AssertionError("all modules were visited")
 
-    monkeypatch.setattr(nn.Module, "named_modules", walk)
+    for name in ("named_modules", "named_children"):  # `modules` and `children` go through these
+        monkeypatch.setattr(nn.Module, name, walk)
     F.cross_entropy(model(images), targets).backward()
     with pytest.raises(AssertionError, match="visited"):
         list(model.parameters())

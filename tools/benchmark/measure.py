@@ -28,7 +28,8 @@ import kernels.backend
 import models.factory
 import train
 from cli.flag_types import Settings
-from engine import cuda_graph
+from engine import cuda_graph, optimizer
+from engine.precision import autocast
 from experiment import console
 from experiment.log import RunLog
 from tools.benchmark import peers
@@ -59,6 +60,11 @@ class Contestant:
     def name(self) -> str:
         """What `--only` is matched with."""
         return "/".join((self.who, self.precision, self.memory_format, self.mode))
+
+    @property
+    def setting(self) -> str:
+        """Its `--precision`; TensorFloat-32 is a setting of the whole process."""
+        return "bf16" if self.precision == "bf16" else "single"
 
     @property
     def is_peer(self) -> bool:
@@ -96,8 +102,8 @@ def build(contestant: Contestant, opt: Settings, num_classes: int, device) -> nn
         network = peers.create(contestant.who, opt, num_classes)
     else:
         _, level, *backend = contestant.who.split("-")
-        precision = "bf16" if contestant.precision == "bf16" else "single"
-        ops = kernels.backend.select(backend[0] if backend else "torch", device, precision)[0]
+        kind = backend[0] if backend else "torch"
+        ops = kernels.backend.select(kind, device, contestant.setting)[0]
         network = models.factory.create(opt.replace(optMemory=int(level)), num_classes, ops)
     network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
     return network.to(device, memory_format=FORMATS[contestant.memory_format]).train()
@@ -119,14 +125,7 @@ class Runner:
         if contestant.mode in COMPILED:
             mode = COMPILED[contestant.mode]
             self._forward = torch.compile(self.network, dynamic=False, mode=mode)
-        self._optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            opt.LR,
-            momentum=opt.momentum,
-            weight_decay=opt.weightDecay,
-            nesterov=opt.momentum > 0,
-            fused=True,
-        )
+        self._optimizer = optimizer.create(opt, self.network, opt.LR)
         generator = torch.Generator().manual_seed(opt.manualSeed)
         size = (opt.batchSize, 3, opt.imageSize, opt.imageSize)
         images = torch.randn(size, generator=generator)
@@ -136,8 +135,7 @@ class Runner:
 
     def loss(self) -> Tensor:
         """Forward and cross-entropy."""
-        is_bf16 = self.contestant.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+        with autocast(self.device, self.contestant.setting):
             return F.cross_entropy(self._forward(self.images), self.targets)
 
     def step(self) -> Tensor:
@@ -343,7 +341,7 @@ def beside_the_trainer(
     """
     device, burst = bare.device, BURST[bare.device.type]
     opt = opt.replace(
-        precision="bf16" if bare.contestant.precision == "bf16" else "single",
+        precision=bare.contestant.setting,
         nImages=opt.batchSize * burst * (warm_up + turns),
         nClasses=num_classes,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from cli.flag_types import Flag, nearest, text
+from datasets.registry import DATASETS
 from errors import CheckpointError, DataError, RunError, StorageError, UsageError
 from fileio.atomic import write_whole
 from tools import cli
@@ -116,7 +117,7 @@ def training_curves(plots: ModuleType, shown: list, note: str = "") -> dict:
 
 def _of_folder(note: str, found: list) -> str:
     """The note where it belongs: images of one's own, of which a name says little."""
-    return note if all(run.opt.dataset == "folder" for run in found) else ""
+    return note if all(DATASETS[run.opt.dataset].is_named_by_directory for run in found) else ""
 
 
 def _lines(*texts: str) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.flag_types import Settings
+from datasets.registry import DATASETS
+from models.registry import ARCHITECTURES
 from tools.results import runs
 
 
@@ -71,7 +73,7 @@ MEASURES = ("train_loss", "val_loss", "train_top1", "val_top1")
 def kind(opt: Settings) -> str:
     """The family of a network as the paper writes it."""
     if opt.netType != "densenet":
-        return {"resnet": "ResNet", "preresnet": "pre-activation ResNet"}[opt.netType]
+        return ARCHITECTURES[opt.netType].title
     form = ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
     cosine = ", cosine rate" if opt.lrShape == "cosine" else ""
     return f"DenseNet{'-' if form else ''}{form}{cosine}"
@@ -79,7 +81,7 @@ def kind(opt: Settings) -> str:
 
 def network(opt: Settings) -> str:
     """The network within its family: its depth and, of a DenseNet, the growth rate."""
-    if opt.netType == "densenet":
+    if ARCHITECTURES[opt.netType].reads("growthRate"):
         return f"L={opt.depth} k={opt.growthRate}"
     return f"{opt.depth}"
 
@@ -159,9 +161,10 @@ def curve_name(run) -> str:
 
 def data_name(opt: Settings) -> str:
     """The training data: the dataset, or the folder's name; with + where CIFAR is augmented."""
-    name = Path(opt.data).name if opt.dataset == "folder" else opt.dataset
+    dataset = DATASETS[opt.dataset]
+    name = Path(opt.data).name if dataset.is_named_by_directory else opt.dataset
     name = re.sub(r"[^A-Za-z0-9.]+", "-", name)  # it becomes part of a file's name
-    return name + ("+" if opt.augment and opt.dataset.startswith("cifar") else "")
+    return name + ("+" if opt.augment and dataset.marks_augmentation else "")
 
 
 def alike(found: Iterable) -> dict[str, list]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.flag_types import POSITIVE, Flag, number, text
+from datasets import registry
 from errors import UsageError, printable
 from fileio.atomic import write_whole
 from tools import cli
@@ -104,7 +105,8 @@ def images(cell: Cell | None) -> str:
     if cell is None:
         return NOT_RUN
     opt, data = cell.runs[0].opt, cell.runs[0].data
-    name = Path(opt.data).name if opt.dataset == "folder" else opt.dataset
+    named = registry.DATASETS[opt.dataset].is_named_by_directory
+    name = Path(opt.data).name if named else opt.dataset
     counts = (runs.number(data, "train"), runs.number(data, "test") or runs.number(data, "val"))
     return name + ("" if None in counts else ", {:,} + {:,}".format(*counts))
 
