@@ -76,7 +76,7 @@ class DenseNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
-        if self.memory_level >= 2:
+        if self.memory_level in memory_efficient.SHARED_LEVELS:
             return self.classifier(self._block_by_block(images))
         return self.classifier(_pooled(self.features(images)))
 
