@@ -14,9 +14,10 @@ quickstart: $(VENV)/.installed  ## train on handwritten digits: no download, end
 test: $(VENV)/.installed-dev  ## the whole suite on two cores: no network, no GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
-check: $(VENV)/.installed-dev  ## lint and format
+check: $(VENV)/.installed-dev  ## lint, format, imports that point down
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 	$(RUN) -m pytest -q -m gpu

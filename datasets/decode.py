@@ -28,7 +28,7 @@ def decode(path: str | Path) -> Image.Image:
         raise ValueError("not a regular file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here, other remarks are of no use
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:  # noqa: TID251
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"{width} x {height} pixels are too many or too narrow")

@@ -131,6 +131,7 @@ class ToSize:
         self.size = size
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Resize and crop one image."""
         if image.size != (self.size, self.size):
             scale = self.size / min(image.size)
             width, height = (max(self.size, round(side * scale)) for side in image.size)

@@ -76,6 +76,7 @@ class Normalise:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Normalise a batch."""
         scale = 1 if images.is_floating_point() else 255
         return (images.to(self.mean.dtype) / scale - self.mean) / self.std
 

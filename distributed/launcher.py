@@ -76,11 +76,11 @@ def replicas(count: int, work: Callable[[], int]) -> int:
     Args:
         work: picklable; returns the exit code of its process.
     """
-    import torch.distributed
+    import torch.distributed  # noqa: TID251
     import torch.multiprocessing
 
     # The store is here and not in a replica, so that it outlives each of them; its port is free.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # noqa: TID251
     # None is to meet a process that cannot handle it yet; `Stop` lets them through.
     multiprocessing.resource_tracker.ensure_running()  # which would unblock some
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

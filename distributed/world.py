@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+import torch.distributed as dist  # noqa: TID251
 from torch import Tensor
 
 from distributed.launcher import ALONE, Place

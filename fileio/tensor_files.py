@@ -45,7 +45,7 @@ def serialise(state: object) -> bytes:
     """Write plain values and tensors as the bytes of a zip archive that ends with its digest."""
     # To memory first: torch.save to a full disk hides the reason, and what it leaves is a torso.
     buffer = io.BytesIO()
-    torch.save(on_cpu(state), buffer)
+    torch.save(on_cpu(state), buffer)  # noqa: TID251
     seal(buffer)
     return buffer.getvalue()
 
@@ -68,7 +68,7 @@ def packed(value: object) -> bytes:
 
 def unpacked(data: bytes) -> object:
     """What `packed` was given, every tensor on the CPU."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # noqa: TID251
 
 
 def read(path: Path, with_checksums: bool = False) -> object:
@@ -97,7 +97,7 @@ def _parsed(data: bytes, with_checksums: bool) -> object:
         raise ValueError("not a zip archive")
     elif torch7.recognises(data):
         return lua_network.weights(torch7.load(data))
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # noqa: TID251
 
 
 def _unreadable(path: Path, data: bytes, with_checksums: bool, error: Exception) -> CheckpointError:

@@ -57,7 +57,7 @@ def select(wish: str, device: torch.device, precision: str) -> tuple[Backend, st
         return REFERENCE, None
     reason = _without_triton(device, precision) or _broken_triton(device)
     if reason is None:
-        from kernels import triton_ops
+        from kernels import triton_ops  # noqa: TID251
 
         return Backend.of(triton_ops), None
     if wish == "triton":
@@ -68,7 +68,7 @@ def select(wish: str, device: torch.device, precision: str) -> tuple[Backend, st
 def _broken_triton(device: torch.device) -> str | None:
     """Why a first kernel cannot be compiled and run, None if it can."""
     try:  # no compiler, no matching driver, a broken installation: whatever is raised there
-        from kernels import triton_ops
+        from kernels import triton_ops  # noqa: TID251
 
         value = torch.zeros(1, 1, 1, 1, device=device)
         triton_ops.copy(value, Maps(torch.empty_like(value), *torch.zeros(3, 1, device=device)))

@@ -72,7 +72,7 @@ def files(figure: Figure) -> dict[str, bytes]:
     figure.savefig(vectors, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(pixels, format="png", dpi=DPI)
     # 256 colours are a third of the bytes, and enough for what is drawn here.
-    image = Image.open(pixels, formats=["PNG"]).convert("RGB").quantize(256)
+    image = Image.open(pixels, formats=["PNG"]).convert("RGB").quantize(256)  # noqa: TID251
     image.save(small, "PNG", optimize=True, dpi=(DPI, DPI))  # and no facts about the software
     return {"png": small.getvalue(), "svg": vectors.getvalue()}
 
