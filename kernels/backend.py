@@ -15,9 +15,9 @@ from torch import Tensor
 
 from errors import UsageError
 from kernels import reference
-from kernels.feature_maps import Maps
+from kernels.feature_maps import FeatureMaps
 
-OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
+MIN_CAPABILITY = (8, 0)  # compute capability: bf16 and asynchronous copies
 
 
 @dataclass(frozen=True)
@@ -28,50 +28,52 @@ class Backend:
     """
 
     name: str
-    copy: Callable[..., None]
-    product: Callable[..., None]
-    convolution: Callable[..., None]
-    pool: Callable[..., Tensor]
-    product_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    convolution_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    pool_backward: Callable[..., tuple[Tensor, Tensor]]
-    gradient: Callable[..., Tensor]
+    copy_with_stats: Callable[..., None]
+    conv1x1: Callable[..., None]
+    conv3x3: Callable[..., None]
+    norm_relu_avg_pool: Callable[..., Tensor]
+    conv1x1_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    conv3x3_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    norm_relu_avg_pool_backward: Callable[..., tuple[Tensor, Tensor]]
+    complete_gradient: Callable[..., Tensor]
 
     @classmethod
-    def of(cls, module: ModuleType) -> Self:
+    def from_module(cls, module: ModuleType) -> Self:
         """Take the operations that a module has."""
         operations = [field.name for field in fields(cls) if field.name != "name"]
         return cls(module.__name__, *(getattr(module, name) for name in operations))
 
 
-REFERENCE = Backend.of(reference)
+REFERENCE = Backend.from_module(reference)
 
 
-def select(wish: str, device: torch.device, precision: str) -> tuple[Backend, str | None]:
+def select(requested: str, device: torch.device, precision: str) -> tuple[Backend, str | None]:
     """Choose the backend for `--kernels`, with a remark where Triton was expected but is not used.
 
     Raises:
         UsageError: Triton is asked for by name and cannot be used.
     """
-    if wish == "torch":
+    if requested == "torch":
         return REFERENCE, None
-    reason = _without_triton(device, precision) or _broken_triton(device)
+    reason = _missing_requirement(device, precision) or _compile_error(device)
     if reason is None:
         from kernels import triton_ops  # noqa: TID251
 
-        return Backend.of(triton_ops), None
-    if wish == "triton":
+        return Backend.from_module(triton_ops), None
+    if requested == "triton":
         raise UsageError(f"kernels triton: {reason}", "use --kernels auto")
     return REFERENCE, f"kernels: plain PyTorch, since {reason}" if device.type == "cuda" else None
 
 
-def _broken_triton(device: torch.device) -> str | None:
+def _compile_error(device: torch.device) -> str | None:
     """Why a first kernel cannot be compiled and run, None if it can."""
     try:  # no compiler, no matching driver, a broken installation: whatever is raised there
         from kernels import triton_ops  # noqa: TID251
 
         value = torch.zeros(1, 1, 1, 1, device=device)
-        triton_ops.copy(value, Maps(torch.empty_like(value), *torch.zeros(3, 1, device=device)))
+        triton_ops.copy_with_stats(
+            value, FeatureMaps(torch.empty_like(value), *torch.zeros(3, 1, device=device))
+        )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
@@ -79,7 +81,7 @@ def _broken_triton(device: torch.device) -> str | None:
     return None
 
 
-def _without_triton(device: torch.device, precision: str) -> str | None:
+def _missing_requirement(device: torch.device, precision: str) -> str | None:
     """Why Triton cannot be used, None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -87,6 +89,6 @@ def _without_triton(device: torch.device, precision: str) -> str | None:
         return "Triton's products have no double precision"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        old = (major, minor) < OLDEST
+        old = (major, minor) < MIN_CAPABILITY
         return f"the GPU has compute capability {major}.{minor}, below 8.0" if old else None
     return None if os.environ.get("TRITON_INTERPRET") == "1" else "there is no CUDA device"

@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 @dataclass
-class Maps:
+class FeatureMaps:
     """Feature maps, the moments of their channels and what backward gathers for them.
 
-    Each batch normalisation that reads these maps adds to `grad`, to `shift` and to `slope`. The
-    gradient is complete only when the last one has run, as
+    Each batch normalisation that reads these maps adds to `grad`, to `mean_correction` and to
+    `var_correction`. The gradient is complete only when the last one has run, as
 
-        grad - shift - (value - mean) * rstd * slope
+        grad - mean_correction - (value - mean) * rstd * var_correction
 
     so that no reader needs a reduction over the whole batch before it can write (see
-    docs/memory.md). Views share memory: `part` of a buffer writes into the buffer.
+    docs/memory.md). Views share memory: `channels` of a buffer writes into the buffer.
 
     Args:
         value: (N, H, W, C).
@@ -27,7 +27,8 @@ class Maps:
         rstd: (C,), 1 / sqrt(variance + eps).
         var: (C,), biased variance of the batch; None where the moments are known already.
         grad: (N, H, W, C) or None outside of backward.
-        shift, slope: (C,), sums over the readers of scale * dbeta / M and scale * dgamma / M.
+        mean_correction, var_correction: (C,), sums over the readers of scale * dbeta / M
+            and of scale * dgamma / M.
         eps: of every batch normalisation that reads these maps.
     """
 
@@ -36,11 +37,11 @@ class Maps:
     rstd: Tensor | None = None
     var: Tensor | None = None
     grad: Tensor | None = None
-    shift: Tensor | None = None
-    slope: Tensor | None = None
+    mean_correction: Tensor | None = None
+    var_correction: Tensor | None = None
     eps: float = 1e-5
 
-    def part(self, start: int, stop: int) -> Maps:
+    def channels(self, start: int, stop: int) -> FeatureMaps:
         """Channels `start` to `stop`, sharing memory."""
         return replace(
             self,
@@ -52,19 +53,19 @@ class Maps:
         )
 
     @property
-    def rows(self) -> int:
+    def num_pixels(self) -> int:
         """M = N * H * W, the values that one channel has."""
         return self.value.shape[0] * self.value.shape[1] * self.value.shape[2]
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormParams:
     """The learned part of a batch normalisation: weight (gamma) and bias (beta), (C,) each."""
 
     weight: Tensor
     bias: Tensor
 
-    def affine(self, maps: Maps) -> tuple[Tensor, Tensor]:
+    def affine(self, x: FeatureMaps) -> tuple[Tensor, Tensor]:
         """(scale, shift) such that the normalised value is value * scale + shift; (C,) each."""
-        scale = self.weight * maps.rstd
-        return scale, torch.addcmul(self.bias, maps.mean, scale, value=-1)
+        scale = self.weight * x.rstd
+        return scale, torch.addcmul(self.bias, x.mean, scale, value=-1)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dropout import Drop
-from kernels.feature_maps import Maps, Norm
+from kernels.dropout import DropoutSpec
+from kernels.feature_maps import FeatureMaps, NormParams
 
 TILE_BYTES = 8_000_000  # that an operation reads at a time on the CPU: half of a usual cache
 VECTOR_CHANNELS = 64  # batch norm's kernels are slow on fewer
@@ -20,16 +20,19 @@ VECTOR_CHANNELS = 64  # batch norm's kernels are slow on fewer
 # ------------------------------------------------------------------------------------- forward
 
 
-def copy(value: Tensor, target: Maps) -> None:
+def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
     """Write given maps, (N, H, W, C), and the moments of their channels."""
-    parts = []
+    tile_stats = []
     for tile in _tiles(value):
         target.value[tile] = value[tile]
-        parts.append(_moments(target.value[tile]))
-    _merge(parts, target)
+        tile_stats.append(_grouped_stats(target.value[tile]))
+    _reduce_stats(tile_stats, target)
 
 
-def product(source: Maps, norm: Norm, weight: Tensor, target: Maps, drop: Drop | None) -> None:
+def conv1x1(
+    source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
+    dropout: DropoutSpec | None,
+) -> None:  # fmt: skip
     """1x1 convolution: write dropout(Z W^T) and its moments.
 
     Args:
@@ -37,15 +40,18 @@ def product(source: Maps, norm: Norm, weight: Tensor, target: Maps, drop: Drop |
         weight: (F, C, 1, 1).
         target: F channels; its moments are written where it has room for them.
     """
-    _forward(source, norm, weight, target, drop)
+    _forward(source, norm, weight, target, dropout)
 
 
-def convolution(source: Maps, norm: Norm, weight: Tensor, target: Maps, drop: Drop | None) -> None:
+def conv3x3(
+    source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
+    dropout: DropoutSpec | None,
+) -> None:  # fmt: skip
     """3x3 convolution with padding: write dropout(conv(Z)) and its moments, weight (k, C, 3, 3)."""
-    _forward(source, norm, weight, target, drop)
+    _forward(source, norm, weight, target, dropout)
 
 
-def pool(source: Maps, norm: Norm, window: tuple[int, int]) -> Tensor:
+def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int, int]) -> Tensor:
     """Average of Z over each window of pixels: (N, H // h, W // w, C)."""
     affine = norm.affine(source)
     height, width = source.value.shape[1:3]
@@ -58,89 +64,96 @@ def pool(source: Maps, norm: Norm, window: tuple[int, int]) -> Tensor:
     return pooled
 
 
-def _forward(source: Maps, norm: Norm, weight: Tensor, target: Maps, drop: Drop | None) -> None:
+def _forward(
+    source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
+    dropout: DropoutSpec | None,
+) -> None:  # fmt: skip
     affine = norm.affine(source)
     weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
-    parts = []
+    tile_stats = []
     for tile in _tiles(source.value):
         z = _affine(source.value[tile], *affine).relu_()
         out = _nhwc(F.conv2d(_nchw(z), weight, padding=weight.shape[-1] // 2))
-        if drop:
-            out.mul_(drop.mask(out, tile.start))
+        if dropout:
+            out.mul_(dropout.mask(out, tile.start))
         target.value[tile] = out
         if target.var is not None:
-            parts.append(_moments(out))
-    if parts:
-        _merge(parts, target)
+            tile_stats.append(_grouped_stats(out))
+    if tile_stats:
+        _reduce_stats(tile_stats, target)
 
 
 # ------------------------------------------------------------------------------------ backward
 
 
-def product_backward(
-    target: Maps, source: Maps, norm: Norm, weight: Tensor, drop: Drop | None, first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `product`: the gradients of its weight and of the norm's weight and bias.
+def conv1x1_backward(
+    target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
+    dropout: DropoutSpec | None, overwrite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Backward of `conv1x1`: the gradients of its weight and of the norm's weight and bias.
 
-    Adds to `source.grad` (overwrites it if `first`), `source.shift` and `source.slope`.
+    Adds to `source.grad` (overwrites it if `overwrite`), `source.mean_correction`
+    and `source.var_correction`.
 
     Args:
         target: with its complete gradient.
     """
-    return _backward(target, source, norm, weight, drop, first)
+    return _backward(target, source, norm, weight, dropout, overwrite)
 
 
-def convolution_backward(
-    target: Maps, source: Maps, norm: Norm, weight: Tensor, drop: Drop | None, first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `convolution`, as `product_backward`."""
-    return _backward(target, source, norm, weight, drop, first)
+def conv3x3_backward(
+    target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
+    dropout: DropoutSpec | None, overwrite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Backward of `conv3x3`, as `conv1x1_backward`."""
+    return _backward(target, source, norm, weight, dropout, overwrite)
 
 
-def pool_backward(
-    grad: Tensor, source: Maps, norm: Norm, window: tuple[int, int]
+def norm_relu_avg_pool_backward(
+    grad: Tensor, source: FeatureMaps, norm: NormParams, window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Backward of `pool`: the gradients of the norm's weight and bias.
+    """Backward of `norm_relu_avg_pool`: the gradients of the norm's weight and bias.
 
-    Overwrites `source.grad` and adds to `source.shift` and `source.slope`.
+    Overwrites `source.grad` and adds to `source.mean_correction` and `source.var_correction`.
 
     Args:
-        grad: of what `pool` returned.
+        grad: of what `norm_relu_avg_pool` returned.
     """
     scale, shift = norm.affine(source)
-    sums = _Sums(source)
+    sums = _NormGradSums(source)
     for tile in _tiles(source.value):
         value = _compact(source.value[tile], scale)
         z = _affine(value, scale, shift).relu_()
         dz = torch.ops.aten.avg_pool2d_backward(
             _nchw(grad[tile]), _nchw(z), window, window, (0, 0), False, True, None
         )
-        dz = _rectify_gradient(_nhwc(dz), z)
+        dz = _relu_backward(_nhwc(dz), z)
         sums.add(dz, torch.mul(dz, value, out=z))
-        _scale_into(source.grad[tile], dz, scale, first=True)
+        _scale_into(source.grad[tile], dz, scale, overwrite=True)
     return sums.finish(norm, scale)
 
 
-def gradient(maps: Maps) -> Tensor:
+def complete_gradient(x: FeatureMaps) -> Tensor:
     """The complete gradient of maps that every reader has been through: (N, H, W, C)."""
-    out = torch.empty_like(maps.value, memory_format=torch.contiguous_format)
-    for tile in _tiles(maps.value):
-        out[tile] = _complete(maps, tile)
+    out = torch.empty_like(x.value, memory_format=torch.contiguous_format)
+    for tile in _tiles(x.value):
+        out[tile] = _complete_tile(x, tile)
     return out
 
 
 def _backward(
-    target: Maps, source: Maps, norm: Norm, weight: Tensor, drop: Drop | None, first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
+    dropout: DropoutSpec | None, overwrite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     scale, shift = norm.affine(source)
     dweight = torch.zeros_like(weight, dtype=scale.dtype)
     weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
     padding = weight.shape[-1] // 2
-    sums = _Sums(source)
+    sums = _NormGradSums(source)
     for tile in _tiles(source.value):
-        upstream = _complete(target, tile)
-        if drop:
-            upstream.mul_(drop.mask(upstream, tile.start))
+        upstream = _complete_tile(target, tile)
+        if dropout:
+            upstream.mul_(dropout.mask(upstream, tile.start))
         value = _compact(source.value[tile], scale)
         z = _affine(value, scale, shift).relu_()
         for wanted in ((False, True, False), (True, False, False)):  # one by one is faster
@@ -150,19 +163,19 @@ def _backward(
             )  # fmt: skip
             if grads[1] is not None:
                 dweight += grads[1]
-        dz = _rectify_gradient(_nhwc(grads[0]), z)
+        dz = _relu_backward(_nhwc(grads[0]), z)
         sums.add(dz, torch.mul(dz, value, out=z))
-        _scale_into(source.grad[tile], dz, scale, first)
+        _scale_into(source.grad[tile], dz, scale, overwrite)
     return dweight, *sums.finish(norm, scale)
 
 
-class _Sums:
+class _NormGradSums:
     """dbeta = sum of dz and dgamma = sum of dz * normalised value, tile by tile.
 
-    They complete the gradient of the maps that the norm reads: see `Maps`.
+    They complete the gradient of the maps that the norm reads: see `FeatureMaps`.
     """
 
-    def __init__(self, source: Maps):
+    def __init__(self, source: FeatureMaps):
         self.source = source
         self.dz = torch.zeros_like(source.mean)
         self.dz_value = torch.zeros_like(source.mean)
@@ -171,22 +184,22 @@ class _Sums:
         self.dz += _channel_sum(dz)
         self.dz_value += _channel_sum(dz_value)
 
-    def finish(self, norm: Norm, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(dgamma, dbeta), also added to the source's slope and shift."""
+    def finish(self, norm: NormParams, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(dgamma, dbeta), also added to the source's var_correction and mean_correction."""
         source = self.source
         dweight = source.rstd * (self.dz_value - source.mean * self.dz)
-        source.shift.addcmul_(scale, self.dz, value=1 / source.rows)
-        source.slope.addcmul_(scale, dweight, value=1 / source.rows)
+        source.mean_correction.addcmul_(scale, self.dz, value=1 / source.num_pixels)
+        source.var_correction.addcmul_(scale, dweight, value=1 / source.num_pixels)
         return dweight, self.dz
 
 
-def _complete(maps: Maps, tile: slice) -> Tensor:
+def _complete_tile(x: FeatureMaps, tile: slice) -> Tensor:
     """The complete gradient of a tile, in memory of its own."""
-    if maps.mean is None:
-        return maps.grad[tile].clone()
-    slope = -maps.rstd * maps.slope
-    shift = -maps.shift - maps.mean * slope
-    return _affine(maps.value[tile], slope, shift).add_(_compact(maps.grad[tile], slope))
+    if x.mean is None:
+        return x.grad[tile].clone()
+    scale = -x.rstd * x.var_correction
+    shift = -x.mean_correction - x.mean * scale
+    return _affine(x.value[tile], scale, shift).add_(_compact(x.grad[tile], scale))
 
 
 # --------------------------------------------------------------------------------- small parts
@@ -216,13 +229,13 @@ def _affine(value: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor
     # Half precision maps with single precision factors: of all kernels that have both, batch
     # norm's is fast, and only on memory without gaps.
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
-    maps = _nchw(value.contiguous())
-    return _nhwc(torch.batch_norm(maps, scale, shift, mean, var, False, 0.0, 0.0, False))
+    x = _nchw(value.contiguous())
+    return _nhwc(torch.batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0, False))
 
 
-def _scale_into(grad: Tensor, dz: Tensor, scale: Tensor, first: bool) -> None:
-    """grad += dz * scale, or without the sum if `first`; may overwrite dz."""
-    if first:
+def _scale_into(grad: Tensor, dz: Tensor, scale: Tensor, overwrite: bool) -> None:
+    """grad += dz * scale, or without the sum if `overwrite`; may overwrite dz."""
+    if overwrite:
         grad.copy_(_affine(dz, scale))
     elif dz.dtype == scale.dtype:
         grad.addcmul_(dz, scale)
@@ -239,7 +252,7 @@ def _compact(value: Tensor, scale: Tensor) -> Tensor:
     return value if value.dtype == scale.dtype else value.contiguous()
 
 
-def _rectify_gradient(dz: Tensor, z: Tensor) -> Tensor:
+def _relu_backward(dz: Tensor, z: Tensor) -> Tensor:
     """dz where z > 0, else 0; overwrites dz."""
     return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
 
@@ -251,15 +264,15 @@ def _channel_sum(x: Tensor) -> Tensor:
     return columns.unflatten(0, x.shape[2:]).sum(0, dtype=wide)
 
 
-def _moments(value: Tensor) -> tuple[Tensor, Tensor, int]:
+def _grouped_stats(value: Tensor) -> tuple[Tensor, Tensor, int]:
     """Moments of groups of values in (n, H, W, C): mean, biased variance, values in a group.
 
     Neighbouring pixels are taken for channels of their own until a row is long enough for the
     vector units, so that mean and variance have the shape (groups, C).
     """
     width, channels = value.shape[2:]
-    room = max(1, VECTOR_CHANNELS // channels)
-    groups = max(d for d in range(1, min(room, width) + 1) if width % d == 0)
+    max_groups = max(1, VECTOR_CHANNELS // channels)
+    groups = max(d for d in range(1, min(max_groups, width) + 1) if width % d == 0)
     wide = torch.promote_types(value.dtype, torch.float32)
     mean, var = (value.new_zeros(groups * channels, dtype=wide) for _ in range(2))
     rows = value.reshape(-1, groups * channels)
@@ -269,14 +282,16 @@ def _moments(value: Tensor) -> tuple[Tensor, Tensor, int]:
     return mean.view(groups, channels), var.view(groups, channels), count
 
 
-def _merge(parts: list[tuple[Tensor, Tensor, int]], target: Maps) -> None:
+def _reduce_stats(tile_stats: list[tuple[Tensor, Tensor, int]], target: FeatureMaps) -> None:
     # Centred in each group, then by the law of total variance: mean of squares minus square of
     # mean would lose all digits where a mean is far from 0.
-    shares = [count / target.rows for *_, count in parts]
-    mean = sum(means.sum(0) * share for (means, *_), share in zip(parts, shares, strict=True))
+    fractions = [count / target.num_pixels for *_, count in tile_stats]
+    mean = sum(
+        means.sum(0) * fraction for (means, *_), fraction in zip(tile_stats, fractions, strict=True)
+    )
     var = sum(
-        (variances + (means - mean).square()).sum(0) * share
-        for (means, variances, _), share in zip(parts, shares, strict=True)
+        (variances + (means - mean).square()).sum(0) * fraction
+        for (means, variances, _), fraction in zip(tile_stats, fractions, strict=True)
     )
     target.mean.copy_(mean)
     target.var.copy_(var)

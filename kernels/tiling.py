@@ -30,33 +30,33 @@ class Tile:
     stages: int = 2
 
 
-def product(dtype: torch.dtype, features: int) -> Tile:
+def conv1x1(dtype: torch.dtype, features: int) -> Tile:
     """Of the 1x1 convolution."""
-    block = min(_power(features), 128)
+    block = min(_next_power_of_2(features), 128)
     rows = 128 if block == 128 and dtype != torch.float32 else 64
     return Tile({"ROWS": rows, "CHANNELS": 32, "FEATURES": block}, warps=8, stages=3)
 
 
-def convolution(dtype: torch.dtype, channels: int, features: int) -> Tile:
+def conv3x3(dtype: torch.dtype, channels: int, features: int) -> Tile:
     """Of the 3x3 convolution."""
-    block = _power(features)
+    block = _next_power_of_2(features)
     little_empty = -channels % 64 < 32  # of the last step
     wide = dtype != torch.float32 and block < 64 and little_empty
     sizes = {"ROWS": 64, "CHANNELS": 64 if wide else 32, "FEATURES": block}
     return Tile(sizes, warps=8, stages=1)
 
 
-def product_backward(dtype: torch.dtype, features: int) -> Tile:
+def conv1x1_backward(dtype: torch.dtype, features: int) -> Tile:
     """Of the backward of the 1x1 convolution."""
     # Three products of TF32 in place of one take the registers that more features would need.
-    block = min(_power(features), 64 if dtype == torch.float32 else 256)
+    block = min(_next_power_of_2(features), 64 if dtype == torch.float32 else 256)
     sizes = {"ROWS": 32, "CHANNELS": 64, "FEATURES": block}
     return Tile(sizes, warps=8, stages=1 if block == 256 else 2)
 
 
-def convolution_backward(dtype: torch.dtype, features: int) -> Tile:
+def conv3x3_backward(dtype: torch.dtype, features: int) -> Tile:
     """Of the backward of the 3x3 convolution to its input."""
-    block, single = _power(features), dtype == torch.float32
+    block, single = _next_power_of_2(features), dtype == torch.float32
     # Three taps side by side where one would leave the product too thin.
     taps = 3 if block == 16 and not single else 1
     rows = 32 if block == 64 and single else 64
@@ -64,41 +64,41 @@ def convolution_backward(dtype: torch.dtype, features: int) -> Tile:
     return Tile(sizes, warps=8, stages=1)
 
 
-def convolution_weight(dtype: torch.dtype, features: int) -> Tile:
+def conv3x3_weight_backward(dtype: torch.dtype, features: int) -> Tile:
     """Of the backward of the 3x3 convolution to its weight."""
-    block = _power(features)
+    block = _next_power_of_2(features)
     rows, taps = 32 if dtype == torch.float32 else 64, 3 if block == 16 else 1
     return Tile({"ROWS": rows, "CHANNELS": 64, "FEATURES": block, "TAPS": taps}, warps=4, stages=2)
 
 
 ELEMENTWISE = Tile({"ROWS": 64, "CHANNELS": 64})
-FINISH_MOMENTS = Tile({"PARTS": 512, "CHANNELS": 8}, warps=8)
-FINISH = Tile({"NORM_PARTS": 256, "NORM_CHANNELS": 16, "PARTS": 64, "ELEMENTS": 64})
+REDUCE_STATS = Tile({"SPLITS": 512, "CHANNELS": 8}, warps=8)
+REDUCE_PARTIALS = Tile({"NORM_SPLITS": 256, "NORM_CHANNELS": 16, "SPLITS": 64, "ELEMENTS": 64})
 
 
-def pool(window: tuple[int, int]) -> Tile:
+def norm_relu_avg_pool(window: tuple[int, int]) -> Tile:
     """Of the average over windows: as many pixels of the input, whatever the window."""
-    pixels = min(_power(window[0] * window[1], 1), 16)
+    pixels = min(_next_power_of_2(window[0] * window[1], 1), 16)
     return Tile({"ROWS": 64 // pixels, "PIXELS": pixels, "CHANNELS": 64})
 
 
-def parts(num_rows: int, tile: Tile, column_blocks: int) -> tuple[int, int]:
+def splits(num_rows: int, tile: Tile, column_blocks: int) -> tuple[int, int]:
     """(ranges of rows, rows in each but the last) of a backward kernel: whole tiles.
 
     Each range has a share of every sum, so that there are no more of them than keep a GPU busy.
     """
-    num_tiles = blocks(num_rows, tile.sizes["ROWS"])
-    tiles_each = blocks(num_tiles, max(1, BACKWARD_PROGRAMS // column_blocks))
-    rows_each = tiles_each * tile.sizes["ROWS"]
-    return blocks(num_rows, rows_each), rows_each
+    num_tiles = cdiv(num_rows, tile.sizes["ROWS"])
+    tiles_each = cdiv(num_tiles, max(1, BACKWARD_PROGRAMS // column_blocks))
+    rows_per_split = tiles_each * tile.sizes["ROWS"]
+    return cdiv(num_rows, rows_per_split), rows_per_split
 
 
-def blocks(count: int, size: int) -> int:
+def cdiv(count: int, size: int) -> int:
     """How many blocks of a size hold `count`."""
     return -(-count // size)
 
 
-def vector(*maps: Tensor) -> int:
+def vector_width(*tensors: Tensor) -> int:
     """How many channels a thread may load at once from all of these maps.
 
     The memory of a tensor begins at a multiple of 16 bytes; its views and rows need not.
@@ -106,22 +106,22 @@ def vector(*maps: Tensor) -> int:
     return math.gcd(
         *(
             number
-            for each in maps
+            for tensor in tensors
             for number in (
-                VECTOR_BYTES // each.element_size(),
-                each.storage_offset(),
-                each.shape[3],
-                *(each.stride(i) for i in range(3) if each.shape[i] > 1),
+                VECTOR_BYTES // tensor.element_size(),
+                tensor.storage_offset(),
+                tensor.shape[3],
+                *(tensor.stride(i) for i in range(3) if tensor.shape[i] > 1),
             )
         )
     )
 
 
-def weight_vector(weight: Tensor) -> int:
+def weight_vector_width(weight: Tensor) -> int:
     """How many input channels of a weight (F, C, h, w) a thread may load at once."""
-    return vector(weight.permute(0, 2, 3, 1)) if weight.stride(1) == 1 else 1
+    return vector_width(weight.permute(0, 2, 3, 1)) if weight.stride(1) == 1 else 1
 
 
-def _power(count: int, least: int = 16) -> int:
+def _next_power_of_2(count: int, minimum: int = 16) -> int:
     """The next power of two; a product of tiles wants 16 or more."""
-    return max(least, 1 << (count - 1).bit_length())
+    return max(minimum, 1 << (count - 1).bit_length())

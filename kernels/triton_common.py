@@ -45,7 +45,7 @@ def kernel(function: Callable) -> Callable:
 
 
 @triton.jit
-def place_of(pointer, rows, stride, columns, VECTOR: tl.constexpr):
+def tile_pointers(pointer, rows, stride, columns, VECTOR: tl.constexpr):
     """Pointers to a tile, in which vectors of VECTOR channels are aligned to their own size."""
     pointers = pointer + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     size: tl.constexpr = VECTOR * pointer.dtype.element_ty.primitive_bitwidth // 8
@@ -53,7 +53,7 @@ def place_of(pointer, rows, stride, columns, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def inside_of(rows, columns, VECTOR: tl.constexpr):
+def tile_mask(rows, columns, VECTOR: tl.constexpr):
     """The mask of a tile from the masks of its rows and columns."""
     return tl.max_constancy(rows[:, None] & columns[None, :], [1, VECTOR])
 
@@ -83,14 +83,14 @@ def load_weight(
     weight, columns, columns_inside, c, inside, WEIGHT_C: tl.constexpr, WEIGHT_VECTOR: tl.constexpr
 ):
     """The tile (c, columns) of a weight, whose columns begin at the given offsets."""
-    places = weight + (c * WEIGHT_C)[:, None] + columns[None, :]
+    pointers = weight + (c * WEIGHT_C)[:, None] + columns[None, :]
     size: tl.constexpr = WEIGHT_VECTOR * weight.dtype.element_ty.primitive_bitwidth // 8
     mask = tl.max_constancy(inside[:, None] & columns_inside[None, :], [WEIGHT_VECTOR, 1])
-    return tl.load(tl.multiple_of(places, [size, 1]), mask, 0.0)
+    return tl.load(tl.multiple_of(pointers, [size, 1]), mask, 0.0)
 
 
 @triton.jit
-def multiply(a, b, total, PRECISION: tl.constexpr):
+def dot(a, b, total, PRECISION: tl.constexpr):
     """total + a b, in single precision."""
     if PRECISION == "interpreted":  # the interpreter has no bfloat16 products
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
@@ -98,7 +98,7 @@ def multiply(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def mix(x):
+def hash32(x):
     """The hash of kernels/dropout.py, of 32 bits without sign."""
     x = tl.mul(x ^ (x >> 16), 0x7FEB352D, sanitize_overflow=False)
     x = tl.mul(x ^ (x >> 15), 0x846CA68B, sanitize_overflow=False)
@@ -106,17 +106,17 @@ def mix(x):
 
 
 @triton.jit
-def dropped(x, rows, columns, width, seed, place, first_row, threshold, keep_scale):
+def apply_dropout(x, rows, columns, width, seed, layer_id, first_row, threshold, keep_scale):
     """kernels/dropout.py, for a tile of maps with `width` channels."""
-    place = tl.mul(place.to(tl.uint32), 0x3504F333, sanitize_overflow=False)
-    key = mix(tl.add(tl.load(seed).to(tl.uint32), place, sanitize_overflow=False))
+    layer_id = tl.mul(layer_id.to(tl.uint32), 0x3504F333, sanitize_overflow=False)
+    key = hash32(tl.add(tl.load(seed).to(tl.uint32), layer_id, sanitize_overflow=False))
     index = ((rows.to(tl.int64) + first_row) * width)[:, None] + columns[None, :]
-    hashed = mix(tl.add(mix(index.to(tl.uint32) ^ key), key, sanitize_overflow=False))
+    hashed = hash32(tl.add(hash32(index.to(tl.uint32) ^ key), key, sanitize_overflow=False))
     return tl.where((hashed & 0xFFFFFF).to(tl.int32) >= threshold, x * keep_scale, 0.0)
 
 
 @triton.jit
-def neighbours(rows, inside, dy, dx, height, width):
+def shifted_mask(rows, inside, dy, dx, height, width):
     """Where the pixel (dy, dx) away from that of a row lies in the same image; broadcasts."""
     y = rows // width % height + dy
     x = rows % width + dx

@@ -5,65 +5,67 @@ import triton.language as tl
 
 from kernels.triton_common import (
     affine,
-    dropped,
-    inside_of,
+    apply_dropout,
+    dot,
     kernel,
     load_weight,
-    multiply,
-    neighbours,
     normalise,
-    place_of,
     relu,
+    shifted_mask,
+    tile_mask,
+    tile_pointers,
 )
 
 
 @triton.jit
-def store_moments(value, partial, part, inside, c, channels):
+def store_stats(value, partial, split, inside, c, channels):
     """Keep mean and sum of squared distances of the rows inside a tile: (tiles, 2, channels)."""
     count = tl.sum(inside.to(tl.float32), 0)
     mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
     distance = tl.where(inside[:, None], value - mean[None, :], 0.0)
     square = tl.sum(distance * distance, 0)
-    tl.store(partial + (2 * part) * channels + c, mean, c < channels)
-    tl.store(partial + (2 * part + 1) * channels + c, square, c < channels)
+    tl.store(partial + (2 * split) * channels + c, mean, c < channels)
+    tl.store(partial + (2 * split + 1) * channels + c, square, c < channels)
 
 
 @kernel
-def copy(
+def copy_with_stats(
     value, target, target_stride, partial, num_rows, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Write maps that are contiguous."""
-    part = tl.program_id(0)
-    rows = part * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(0)
+    rows = split * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = inside_of(rows < num_rows, c < channels, VECTOR)
-    x = tl.load(place_of(value, rows, channels, c, VECTOR), mask, 0.0)
+    mask = tile_mask(rows < num_rows, c < channels, VECTOR)
+    x = tl.load(tile_pointers(value, rows, channels, c, VECTOR), mask, 0.0)
     x = x.to(target.dtype.element_ty)
-    tl.store(place_of(target, rows, target_stride, c, VECTOR), x, mask)
-    store_moments(x.to(tl.float32), partial, part, rows < num_rows, c, channels)
+    tl.store(tile_pointers(target, rows, target_stride, c, VECTOR), x, mask)
+    store_stats(x.to(tl.float32), partial, split, rows < num_rows, c, channels)
 
 
 @triton.jit
-def write(
-    total, target, target_stride, partial, part, rows, inside, f, features,
-    seed, place, first_row, threshold, keep_scale, VECTOR: tl.constexpr,
+def store_tile(
+    total, target, target_stride, partial, split, rows, inside, f, features,
+    seed, layer_id, first_row, threshold, keep_scale, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Drop out and store a tile, and keep the moments of what is stored."""
     if seed is not None:
-        total = dropped(total, rows, f, features, seed, place, first_row, threshold, keep_scale)
+        total = apply_dropout(
+            total, rows, f, features, seed, layer_id, first_row, threshold, keep_scale
+        )
     out = total.to(target.dtype.element_ty)
-    mask = inside_of(inside, f < features, VECTOR)
-    tl.store(place_of(target, rows, target_stride, f, VECTOR), out, mask)
+    mask = tile_mask(inside, f < features, VECTOR)
+    tl.store(tile_pointers(target, rows, target_stride, f, VECTOR), out, mask)
     if partial is not None:
-        store_moments(out.to(tl.float32), partial, part, inside, f, features)
+        store_stats(out.to(tl.float32), partial, split, inside, f, features)
 
 
 @kernel
-def product(
+def conv1x1(
     value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
     weight, weight_f, weight_y, weight_x,
-    target, target_stride, seed, place, first_row, threshold, keep_scale, partial,
+    target, target_stride, seed, layer_id, first_row, threshold, keep_scale, partial,
     height, width, num_rows, channels, features,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
@@ -71,97 +73,99 @@ def product(
 ):  # fmt: skip
     """1x1 convolution: dropout(Z W^T)."""
     blocks = tl.cdiv(features, FEATURES)
-    part = tl.program_id(0) // blocks
+    split = tl.program_id(0) // blocks
     f = tl.program_id(0) % blocks * FEATURES + tl.arange(0, FEATURES)
-    rows = part * ROWS + tl.arange(0, ROWS)
+    rows = split * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, FEATURES], tl.float32)
     for first in range(0, channels, CHANNELS):
         c = first + tl.arange(0, CHANNELS)
         scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
-        mask = inside_of(rows < num_rows, c < channels, VECTOR)
-        x = tl.load(place_of(value, rows, value_stride, c, VECTOR), mask, 0.0)
+        mask = tile_mask(rows < num_rows, c < channels, VECTOR)
+        x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
         z = relu(normalise(x, scale, shift)).to(x.dtype)
         w = load_weight(
             weight, f * weight_f, f < features, c, c < channels, WEIGHT_C, WEIGHT_VECTOR
         )
-        total = multiply(z, w.to(x.dtype), total, PRECISION)
-    write(
-        total, target, target_stride, partial, part, rows, rows < num_rows, f, features,
-        seed, place, first_row, threshold, keep_scale, TARGET_VECTOR,
+        total = dot(z, w.to(x.dtype), total, PRECISION)
+    store_tile(
+        total, target, target_stride, partial, split, rows, rows < num_rows, f, features,
+        seed, layer_id, first_row, threshold, keep_scale, TARGET_VECTOR,
     )  # fmt: skip
 
 
 @kernel
-def convolution(
+def conv3x3(
     value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
     weight, weight_f, weight_y, weight_x,
-    target, target_stride, seed, place, first_row, threshold, keep_scale, partial,
+    target, target_stride, seed, layer_id, first_row, threshold, keep_scale, partial,
     height, width, num_rows, channels, features,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
     WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """3x3 convolution with padding: dropout(conv(Z)); one program has all features."""
-    part = tl.program_id(0)
+    split = tl.program_id(0)
     f = tl.arange(0, FEATURES)
-    rows = part * ROWS + tl.arange(0, ROWS)
+    rows = split * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, FEATURES], tl.float32)
     for first in range(0, channels, CHANNELS):
         c = first + tl.arange(0, CHANNELS)
         scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
         for tap in range(9):  # of the same channels, which are in the cache from the second on
             dy, dx = tap // 3 - 1, tap % 3 - 1
-            near = neighbours(rows, rows < num_rows, dy, dx, height, width)
-            mask = inside_of(near, c < channels, VECTOR)
+            near = shifted_mask(rows, rows < num_rows, dy, dx, height, width)
+            mask = tile_mask(near, c < channels, VECTOR)
             pixel = rows + dy * width + dx
-            x = tl.load(place_of(value, pixel, value_stride, c, VECTOR), mask, 0.0)
+            x = tl.load(tile_pointers(value, pixel, value_stride, c, VECTOR), mask, 0.0)
             z = tl.where(mask, relu(normalise(x, scale, shift)), 0.0).to(x.dtype)
             w = load_weight(
                 weight + (dy + 1) * weight_y + (dx + 1) * weight_x,
                 f * weight_f, f < features, c, c < channels, WEIGHT_C, WEIGHT_VECTOR,
             )  # fmt: skip
-            total = multiply(z, w.to(x.dtype), total, PRECISION)
-    write(
-        total, target, target_stride, partial, part, rows, rows < num_rows, f, features,
-        seed, place, first_row, threshold, keep_scale, TARGET_VECTOR,
+            total = dot(z, w.to(x.dtype), total, PRECISION)
+    store_tile(
+        total, target, target_stride, partial, split, rows, rows < num_rows, f, features,
+        seed, layer_id, first_row, threshold, keep_scale, TARGET_VECTOR,
     )  # fmt: skip
 
 
 @triton.jit
-def merge(count, mean, square, new_count, new_mean, new_square):
+def merge_stats(count, mean, square, new_count, new_mean, new_square):
     """Moments of two sets of rows together; `square` sums the squared distances to the mean.
 
     T. F. Chan, G. H. Golub, R. J. LeVeque, 1979: nothing is lost where the mean is far from 0.
     """
     total = count + new_count
-    share = new_count / tl.maximum(total, 1.0)
+    fraction = new_count / tl.maximum(total, 1.0)
     distance = new_mean - mean
-    square += new_square + distance * distance * (count * share)
-    return total, mean + distance * share, square
+    square += new_square + distance * distance * (count * fraction)
+    return total, mean + distance * fraction, square
 
 
 @kernel
-def finish_moments(
-    partial, mean, var, rstd, eps, num_parts, rows_each, num_rows, channels,
-    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+def reduce_stats(
+    partial, mean, var, rstd, eps, num_splits, rows_per_split, num_rows, channels,
+    SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean, biased variance and 1 / sqrt(variance + eps) from the moments of all tiles."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     count, average = 0.0, tl.zeros([CHANNELS], tl.float32)
     square = tl.zeros([CHANNELS], tl.float32)
-    for first in range(0, num_parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        mask = (part < num_parts)[:, None] & (c < channels)[None, :]
-        place = partial + (2 * part * channels)[:, None] + c[None, :]
-        means = tl.load(place, mask, 0.0)
-        squares = tl.load(place + channels, mask, 0.0)
-        counts = tl.minimum(num_rows - part * rows_each, rows_each)
-        counts = tl.where(part < num_parts, counts, 0).to(tl.float32)
+    for first in range(0, num_splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        mask = (split < num_splits)[:, None] & (c < channels)[None, :]
+        pointers = partial + (2 * split * channels)[:, None] + c[None, :]
+        means = tl.load(pointers, mask, 0.0)
+        squares = tl.load(pointers + channels, mask, 0.0)
+        counts = tl.minimum(num_rows - split * rows_per_split, rows_per_split)
+        counts = tl.where(split < num_splits, counts, 0).to(tl.float32)
         new_count = tl.sum(counts, 0)
         new_mean = tl.sum(means * counts[:, None], 0) / new_count
         distance = means - new_mean[None, :]
         new_square = tl.sum(squares + distance * distance * counts[:, None], 0)
-        count, average, square = merge(count, average, square, new_count, new_mean, new_square)
+        count, average, square = merge_stats(
+            count, average, square, new_count, new_mean, new_square
+        )
     variance = square / num_rows
     tl.store(mean + c, average, c < channels)
     tl.store(var + c, variance, c < channels)
@@ -169,7 +173,7 @@ def finish_moments(
 
 
 @kernel
-def pool(
+def norm_relu_avg_pool(
     value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias, target,
     height, width, num_rows, channels, window_h, window_w, num_outputs,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
@@ -188,11 +192,11 @@ def pool(
         inside = (rows < num_outputs)[:, None] & (pixel < area)[None, :]
         mask = inside[:, :, None] & (c < channels)[None, None, :]
         mask = tl.max_constancy(mask, [1, 1, VECTOR])
-        place = value + (source.to(tl.int64) * value_stride)[:, :, None] + c[None, None, :]
+        pointers = value + (source.to(tl.int64) * value_stride)[:, :, None] + c[None, None, :]
         size: tl.constexpr = VECTOR * value.dtype.element_ty.primitive_bitwidth // 8
-        x = tl.load(tl.multiple_of(place, [1, 1, size]), mask, 0.0).to(tl.float32)
+        x = tl.load(tl.multiple_of(pointers, [1, 1, size]), mask, 0.0).to(tl.float32)
         z = relu(x * scale[None, None, :] + shift[None, None, :])
         total += tl.sum(tl.where(mask, z, 0.0), 1)
     mask = (rows < num_outputs)[:, None] & (c < channels)[None, :]
     out = (total / area).to(target.dtype.element_ty)
-    tl.store(place_of(target, rows, channels, c, 1), out, mask)
+    tl.store(tile_pointers(target, rows, channels, c, 1), out, mask)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed.world import Share
-from kernels.dropout import Drop, draw_seed
+from kernels.dropout import DropoutSpec, draw_seed
 from models.sync_batchnorm import BatchNorm, first_image
 
 BOTTLENECK_WIDTH = 4  # the 1x1 convolution makes 4k maps (paper, section 3)
@@ -46,7 +46,7 @@ class DenseLayer(nn.Module):
         """The batch normalisations in the order they run."""
         return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
 
-    def forward(self, x: Tensor, drops: tuple[Drop, Drop] | None = None) -> Tensor:
+    def forward(self, x: Tensor, drops: tuple[DropoutSpec, DropoutSpec] | None = None) -> Tensor:
         """(N, C, H, W) -> (N, k, H, W); `drops` after the first and the second convolution."""
         # Parity: after the 1x1 as well as after the 3x3, which most ports forget.
         x = self.conv1(F.relu(self.norm1(x), self.inplace))
@@ -107,12 +107,12 @@ class DenseBlock(nn.ModuleDict):
         """The seed of this step's dropout; None where nothing is dropped."""
         return draw_seed(device) if self.drop_rate > 0 and self.training else None
 
-    def drops(self, seed: Tensor | None, i: int) -> tuple[Drop, Drop] | None:
+    def drops(self, seed: Tensor | None, i: int) -> tuple[DropoutSpec, DropoutSpec] | None:
         """The dropouts after the two convolutions of layer i."""
         if seed is None:
             return None
         first = first_image(self.share)
-        return tuple(Drop(self.drop_rate, seed, 2 * i + place, first) for place in (0, 1))
+        return tuple(DropoutSpec(self.drop_rate, seed, 2 * i + place, first) for place in (0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + num_layers * growth_rate, H, W)."""
@@ -153,11 +153,11 @@ class Dropout(nn.Module):
         """Any (N, C, H, W) -> the same shape."""
         return drop(x, self.draw(x.device), inplace=False)
 
-    def draw(self, device: torch.device) -> Drop | None:
+    def draw(self, device: torch.device) -> DropoutSpec | None:
         """The dropout of this step; None where nothing is dropped."""
         if not self.training or self.rate == 0:
             return None
-        return Drop(self.rate, draw_seed(device), 0, first_image(self.share))
+        return DropoutSpec(self.rate, draw_seed(device), 0, first_image(self.share))
 
 
 class DroppedPool(torch.autograd.Function):
@@ -167,7 +167,7 @@ class DroppedPool(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, how: Drop) -> Tensor:
+    def forward(ctx, x: Tensor, how: DropoutSpec) -> Tensor:
         """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
         ctx.how, ctx.size = how, x.shape[2:]
         return F.avg_pool2d(drop(x, how, inplace=False), 2)
@@ -181,7 +181,7 @@ class DroppedPool(torch.autograd.Function):
         return drop(grad, ctx.how, inplace=False), None
 
 
-def drop(x: Tensor, how: Drop | None, inplace: bool) -> Tensor:
+def drop(x: Tensor, how: DropoutSpec | None, inplace: bool) -> Tensor:
     """Apply a dropout, or none, to (N, C, H, W)."""
     if how is None:
         return x

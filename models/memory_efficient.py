@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from distributed.world import Share
 from kernels.backend import Backend
-from kernels.dropout import Drop
-from kernels.feature_maps import Maps, Norm
+from kernels.dropout import DropoutSpec
+from kernels.feature_maps import FeatureMaps, NormParams
 from models.dense_block import DenseBlock, DenseLayer
 from models.sync_batchnorm import BatchNorm, merged_corrections, merged_moments
 
@@ -72,11 +72,11 @@ class _Plan:
         """Uninitialised maps for images such as x."""
         return x.new_empty((*x.shape[:3], channels), dtype=self.dtype)
 
-    def drops(self, seed: Tensor | None, i: int) -> tuple[Drop | None, Drop | None]:
+    def drops(self, seed: Tensor | None, i: int) -> tuple[DropoutSpec | None, DropoutSpec | None]:
         """The dropouts after the two convolutions of layer i."""
         return self.block.drops(seed, i) or (None, None)
 
-    def merge_moments(self, maps: Maps) -> None:
+    def merge_moments(self, maps: FeatureMaps) -> None:
         """Turn the moments that an operation has written into those of all replicas."""
         if self.share is None or maps.var is None:  # or it has not: they are known
             return
@@ -85,13 +85,13 @@ class _Plan:
         maps.var.copy_(var)
         maps.rstd.copy_((var + maps.eps).rsqrt_())
 
-    def merge_corrections(self, maps: Maps) -> None:
+    def merge_corrections(self, maps: FeatureMaps) -> None:
         """Let the gradient of maps be complete over all replicas."""
         if self.share is None:
             return
-        shift, slope = merged_corrections(self.share, maps.shift, maps.slope)
-        maps.shift.copy_(shift)
-        maps.slope.copy_(slope)
+        shift, slope = merged_corrections(self.share, maps.mean_correction, maps.var_correction)
+        maps.mean_correction.copy_(shift)
+        maps.var_correction.copy_(slope)
 
 
 class _Layer(NamedTuple):
@@ -108,12 +108,12 @@ class _Layer(NamedTuple):
     conv2: Tensor | None = None
 
     @property
-    def norm1(self) -> Norm:
-        return Norm(self.weight1, self.bias1)
+    def norm1(self) -> NormParams:
+        return NormParams(self.weight1, self.bias1)
 
     @property
-    def norm2(self) -> Norm:
-        return Norm(self.weight2, self.bias2)
+    def norm2(self) -> NormParams:
+        return NormParams(self.weight2, self.bias2)
 
 
 def _layer(layer: DenseLayer) -> _Layer:
@@ -195,15 +195,17 @@ class _Stage(torch.autograd.Function):
         wide = torch.promote_types(plan.dtype, torch.float32)
         moments = x.new_empty(3, block.out_channels, dtype=wide)  # mean, rstd, var
         moments2 = x.new_empty(len(block), 3, block.width, dtype=wide)  # of the bottleneck maps
-        maps = Maps(plan.room(block.out_channels, source), *moments, eps=plan.eps)
-        given = maps.part(0, block.channels)
-        plan.ops.copy(source, given)
+        maps = FeatureMaps(plan.room(block.out_channels, source), *moments, eps=plan.eps)
+        given = maps.channels(0, block.channels)
+        plan.ops.copy_with_stats(source, given)
         plan.merge_moments(given)
         bottlenecks = []
         for i, layer in enumerate(layers):
             if block.width and (plan.level == 2 or not bottlenecks):
                 bottlenecks.append(plan.room(block.width, source))
-            inner = Maps(bottlenecks[-1], *moments2[i], eps=plan.eps) if block.width else None
+            inner = (
+                FeatureMaps(bottlenecks[-1], *moments2[i], eps=plan.eps) if block.width else None
+            )
             _grow(plan, i, layer, maps, inner, seed)
         out = _tail(plan, last, maps)
         kept = [x] if plan.level == 4 else [maps.value]
@@ -223,7 +225,7 @@ class _Stage(torch.autograd.Function):
         moments, moments2, seed, *parameters = rest
         *layers, last = _parted(parameters)
         mean, rstd, _ = moments
-        maps = Maps(first, mean, rstd, eps=plan.eps)
+        maps = FeatureMaps(first, mean, rstd, eps=plan.eps)
         if plan.level == 4:
             source = _nhwc(first)
             maps.value = plan.room(block.out_channels, source)
@@ -234,26 +236,28 @@ class _Stage(torch.autograd.Function):
         inner_value = plan.room(block.width, maps.value) if plan.level > 2 else None
         inner_sums = torch.zeros_like(moments2[:, :2])
 
-        def inner(i: int) -> Maps | None:
+        def inner(i: int) -> FeatureMaps | None:
             if not block.width:
                 return None
             value = bottlenecks[i] if plan.level == 2 else inner_value
-            return Maps(value, *moments2[i, :2], None, inner_grad, *inner_sums[i], eps=plan.eps)
+            return FeatureMaps(
+                value, *moments2[i, :2], None, inner_grad, *inner_sums[i], eps=plan.eps
+            )
 
         if plan.level == 4:
             for i, layer in enumerate(layers):
                 _grow(plan, i, layer, maps, inner(i), seed)
 
         maps.grad = plan.room(block.out_channels, maps.value)
-        maps.shift, maps.slope = torch.zeros_like(moments[:2])
+        maps.mean_correction, maps.var_correction = torch.zeros_like(moments[:2])
         grads = [_tail_backward(plan, last, maps, _nhwc(grad).to(plan.dtype))]
         for i, layer in reversed([*enumerate(layers)]):
             grads.append(_shrink(plan, i, layer, maps, inner(i), seed))
         dx = None
         if ctx.needs_input_grad[1]:
-            given = maps.part(0, block.channels)
+            given = maps.channels(0, block.channels)
             plan.merge_corrections(given)
-            dx = _nchw(plan.ops.gradient(given))
+            dx = _nchw(plan.ops.complete_gradient(given))
         grads = [
             None if parameter is None else found.view_as(parameter).to(parameter.dtype)
             for found, parameter in zip(
@@ -263,60 +267,64 @@ class _Stage(torch.autograd.Function):
         return None, dx, None, *grads
 
 
-def _grow(plan: _Plan, i: int, layer: _Layer, maps: Maps, inner: Maps | None, seed) -> None:
+def _grow(
+    plan: _Plan, i: int, layer: _Layer, maps: FeatureMaps, inner: FeatureMaps | None, seed
+) -> None:
     """Write the new maps of layer i."""
     start, end = plan.block.start(i), plan.block.start(i + 1)
-    source, new = maps.part(0, start), maps.part(start, end)
+    source, new = maps.channels(0, start), maps.channels(start, end)
     drop1, drop2 = plan.drops(seed, i)
     if inner is None:
-        plan.ops.convolution(source, layer.norm1, layer.conv1, new, drop1)
+        plan.ops.conv3x3(source, layer.norm1, layer.conv1, new, drop1)
     else:
-        plan.ops.product(source, layer.norm1, layer.conv1, inner, drop1)
+        plan.ops.conv1x1(source, layer.norm1, layer.conv1, inner, drop1)
         plan.merge_moments(inner)
-        plan.ops.convolution(inner, layer.norm2, layer.conv2, new, drop2)
+        plan.ops.conv3x3(inner, layer.norm2, layer.conv2, new, drop2)
     plan.merge_moments(new)
 
 
-def _shrink(plan: _Plan, i: int, layer: _Layer, maps: Maps, inner: Maps | None, seed) -> _Layer:
+def _shrink(
+    plan: _Plan, i: int, layer: _Layer, maps: FeatureMaps, inner: FeatureMaps | None, seed
+) -> _Layer:
     """Backward of layer i: add to the gradient of what it read; its parameters' gradients."""
     ops = plan.ops
     start, end = plan.block.start(i), plan.block.start(i + 1)
-    source, new = maps.part(0, start), maps.part(start, end)
+    source, new = maps.channels(0, start), maps.channels(start, end)
     drop1, drop2 = plan.drops(seed, i)
     plan.merge_corrections(new)
     if inner is None:
-        dconv, dweight, dbias = ops.convolution_backward(
-            new, source, layer.norm1, layer.conv1, drop1, first=False
+        dconv, dweight, dbias = ops.conv3x3_backward(
+            new, source, layer.norm1, layer.conv1, drop1, overwrite=False
         )
         return _Layer(dweight, dbias, dconv)
     if plan.level > 2:
-        ops.product(source, layer.norm1, layer.conv1, inner, drop1)
-    dconv2, dweight2, dbias2 = ops.convolution_backward(
-        new, inner, layer.norm2, layer.conv2, drop2, first=True
+        ops.conv1x1(source, layer.norm1, layer.conv1, inner, drop1)
+    dconv2, dweight2, dbias2 = ops.conv3x3_backward(
+        new, inner, layer.norm2, layer.conv2, drop2, overwrite=True
     )
     plan.merge_corrections(inner)
-    dconv1, dweight1, dbias1 = ops.product_backward(
-        inner, source, layer.norm1, layer.conv1, drop1, first=False
+    dconv1, dweight1, dbias1 = ops.conv1x1_backward(
+        inner, source, layer.norm1, layer.conv1, drop1, overwrite=False
     )
     return _Layer(dweight1, dbias1, dconv1, dweight2, dbias2, dconv2)
 
 
-def _tail(plan: _Plan, layer: _Layer, maps: Maps) -> Tensor:
+def _tail(plan: _Plan, layer: _Layer, maps: FeatureMaps) -> Tensor:
     """What reads the whole block: (N, H', W', C')."""
     if plan.window:
-        return plan.ops.pool(maps, layer.norm1, plan.window)
+        return plan.ops.norm_relu_avg_pool(maps, layer.norm1, plan.window)
     out = maps.value.new_empty((*maps.value.shape[:3], len(layer.conv1)))
-    plan.ops.product(maps, layer.norm1, layer.conv1, Maps(out), None)
+    plan.ops.conv1x1(maps, layer.norm1, layer.conv1, FeatureMaps(out), None)
     return out
 
 
-def _tail_backward(plan: _Plan, layer: _Layer, maps: Maps, grad: Tensor) -> _Layer:
+def _tail_backward(plan: _Plan, layer: _Layer, maps: FeatureMaps, grad: Tensor) -> _Layer:
     """Begin the gradient of the whole block; the gradients of the tail's parameters."""
     if plan.window:
-        return _Layer(*plan.ops.pool_backward(grad, maps, layer.norm1, plan.window))
-    target = Maps(grad, grad=grad)  # nothing normalises it, so its values are not needed
-    dconv, dweight, dbias = plan.ops.product_backward(
-        target, maps, layer.norm1, layer.conv1, None, first=True
+        return _Layer(*plan.ops.norm_relu_avg_pool_backward(grad, maps, layer.norm1, plan.window))
+    target = FeatureMaps(grad, grad=grad)  # nothing normalises it, so its values are not needed
+    dconv, dweight, dbias = plan.ops.conv1x1_backward(
+        target, maps, layer.norm1, layer.conv1, None, overwrite=True
     )
     return _Layer(dweight, dbias, dconv)
 
@@ -330,18 +338,21 @@ def _evaluate(plan: _Plan, x: Tensor, layers: list[_Layer], norms: list[nn.Batch
     statistics = iter(zip(means, rstds, strict=True))
     value = plan.room(block.out_channels, x)
     value[..., : block.channels] = x
-    inner = Maps(plan.room(block.width, x)) if block.width else None
+    inner = FeatureMaps(plan.room(block.width, x)) if block.width else None
     for i, layer in enumerate(layers):
         start, end = block.start(i), block.start(i + 1)
-        source, new = Maps(value[..., :start], *next(statistics)), Maps(value[..., start:end])
+        source, new = (
+            FeatureMaps(value[..., :start], *next(statistics)),
+            FeatureMaps(value[..., start:end]),
+        )
         if inner is None:
-            plan.ops.convolution(source, layer.norm1, layer.conv1, new, None)
+            plan.ops.conv3x3(source, layer.norm1, layer.conv1, new, None)
         else:
-            plan.ops.product(source, layer.norm1, layer.conv1, inner, None)
+            plan.ops.conv1x1(source, layer.norm1, layer.conv1, inner, None)
             inner.mean, inner.rstd = next(statistics)
-            plan.ops.convolution(inner, layer.norm2, layer.conv2, new, None)
+            plan.ops.conv3x3(inner, layer.norm2, layer.conv2, new, None)
             inner.mean = inner.rstd = None
-    return _tail(plan, last, Maps(value, *next(statistics)))
+    return _tail(plan, last, FeatureMaps(value, *next(statistics)))
 
 
 @torch.no_grad()

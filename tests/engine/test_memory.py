@@ -132,7 +132,7 @@ def test_on_a_gpu_a_batch_is_one_tile():
 @pytest.mark.parametrize("precision", ["single", "bf16"])
 def test_triton_needs_little_besides_the_buffers(precision):
     module = pytest.importorskip("kernels.triton_ops", reason="Triton is not installed")
-    fused = Backend.of(module)
+    fused = Backend.from_module(module)
     opt = settings("--depth 22 --batchSize 64", precision=precision)
     peaks = [Estimate(opt, NUM_CLASSES, GPU, fused).peak_bytes(level) for level in (0, 2, 3)]
     plainly = Estimate(opt, NUM_CLASSES, GPU, REFERENCE).peak_bytes(3)

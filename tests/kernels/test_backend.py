@@ -20,14 +20,14 @@ from kernels import reference
 from kernels.backend import REFERENCE, Backend
 
 OPERATIONS = (
-    "copy",
-    "product",
-    "convolution",
-    "pool",
-    "product_backward",
-    "convolution_backward",
-    "pool_backward",
-    "gradient",
+    "copy_with_stats",
+    "conv1x1",
+    "conv3x3",
+    "norm_relu_avg_pool",
+    "conv1x1_backward",
+    "conv3x3_backward",
+    "norm_relu_avg_pool_backward",
+    "complete_gradient",
 )
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 STAND_IN = ModuleType("kernels.triton_ops")
@@ -42,7 +42,7 @@ def _machine(monkeypatch):
     monkeypatch.setattr(kernels, "triton_ops", STAND_IN, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(kernels.backend, "_broken_triton", lambda device: None)
+    monkeypatch.setattr(kernels.backend, "_compile_error", lambda device: None)
 
 
 def no_triton(monkeypatch) -> None:
@@ -59,10 +59,13 @@ def test_torch_is_plain_pytorch_without_a_remark(device, precision):
     assert kernels.backend.select("torch", device, precision) == (REFERENCE, None)
 
 
-@pytest.mark.parametrize("wish", ["auto", "triton"])
+@pytest.mark.parametrize("requested", ["auto", "triton"])
 @pytest.mark.parametrize("precision", ["single", "half", "bf16"])
-def test_a_new_gpu_runs_triton(wish, precision):
-    assert kernels.backend.select(wish, CUDA, precision) == (Backend.of(STAND_IN), None)
+def test_a_new_gpu_runs_triton(requested, precision):
+    assert kernels.backend.select(requested, CUDA, precision) == (
+        Backend.from_module(STAND_IN),
+        None,
+    )
 
 
 def test_the_cpu_runs_plain_pytorch_and_that_is_no_news():
@@ -71,10 +74,10 @@ def test_the_cpu_runs_plain_pytorch_and_that_is_no_news():
         kernels.backend.select("triton", CPU, "single")
 
 
-@pytest.mark.parametrize("wish", ["auto", "triton"])
-def test_the_cpu_runs_triton_through_its_interpreter_where_that_is_on(monkeypatch, wish):
+@pytest.mark.parametrize("requested", ["auto", "triton"])
+def test_the_cpu_runs_triton_through_its_interpreter_where_that_is_on(monkeypatch, requested):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.backend.select(wish, CPU, "single") == (Backend.of(STAND_IN), None)
+    assert kernels.backend.select(requested, CPU, "single") == (Backend.from_module(STAND_IN), None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert kernels.backend.select("auto", CPU, "single") == (REFERENCE, None)
 
@@ -110,20 +113,20 @@ def test_a_kernel_that_does_not_run_is_noticed_before_training(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "kernels.triton_ops", STAND_IN)
     monkeypatch.setattr(kernels, "triton_ops", STAND_IN, raising=False)
-    monkeypatch.setattr(STAND_IN, "copy", broken)
+    monkeypatch.setattr(STAND_IN, "copy_with_stats", broken)
     with pytest.raises(
         UsageError, match="kernels triton: Triton does not work here: no C compiler"
     ):
         kernels.backend.select("triton", CPU, "single")
     assert kernels.backend.select("auto", CPU, "single") == (REFERENCE, None)
-    monkeypatch.setattr(STAND_IN, "copy", lambda value, target: None)
-    assert kernels.backend.select("auto", CPU, "single") == (Backend.of(STAND_IN), None)
+    monkeypatch.setattr(STAND_IN, "copy_with_stats", lambda value, target: None)
+    assert kernels.backend.select("auto", CPU, "single") == (Backend.from_module(STAND_IN), None)
 
 
 @pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_every_gpu_since_8_0_runs_triton(monkeypatch, major, minor):
     capability(monkeypatch, major, minor)
-    assert kernels.backend.select("auto", CUDA, "bf16") == (Backend.of(STAND_IN), None)
+    assert kernels.backend.select("auto", CUDA, "bf16") == (Backend.from_module(STAND_IN), None)
     capability(monkeypatch, 7, minor)
     assert kernels.backend.select("auto", CUDA, "bf16")[0] is REFERENCE
 
@@ -139,15 +142,17 @@ def test_a_backend_has_the_operations_that_the_specification_defines():
 
 
 def test_a_module_that_lacks_an_operation_is_no_backend(monkeypatch):
-    monkeypatch.delattr(STAND_IN, "gradient")
-    with pytest.raises(AttributeError, match="gradient"):
-        Backend.of(STAND_IN)
+    monkeypatch.delattr(STAND_IN, "complete_gradient")
+    with pytest.raises(AttributeError, match="complete_gradient"):
+        Backend.from_module(STAND_IN)
 
 
 def test_a_backend_is_copied_and_pickled_by_the_names_of_its_functions():
     twins = [copy.deepcopy(REFERENCE), pickle.loads(pickle.dumps(REFERENCE))]
-    assert all(twin == REFERENCE and twin.copy is reference.copy for twin in twins)
-    assert Backend.of(STAND_IN) != REFERENCE
+    assert all(
+        twin == REFERENCE and twin.copy_with_stats is reference.copy_with_stats for twin in twins
+    )
+    assert Backend.from_module(STAND_IN) != REFERENCE
 
 
 def test_triton_is_loaded_only_where_it_is_selected(monkeypatch):
@@ -156,12 +161,12 @@ def test_triton_is_loaded_only_where_it_is_selected(monkeypatch):
     program += "kernels.backend.select({!r}, torch.device('cpu'), 'single')\n"
     program += "print('kernels.triton_ops' in sys.modules, 'triton' in sys.modules)"
     loaded = {
-        wish: subprocess.run(
-            [sys.executable, "-c", program.format(wish)],
-            env=os.environ | {"TRITON_INTERPRET": "1" if wish == "triton" else "0"},
-            cwd=ROOT, capture_output=True, text=True, check=wish == "torch",
+        requested: subprocess.run(
+            [sys.executable, "-c", program.format(requested)],
+            env=os.environ | {"TRITON_INTERPRET": "1" if requested == "triton" else "0"},
+            cwd=ROOT, capture_output=True, text=True, check=requested == "torch",
         ).stdout.split()
-        for wish in (["torch", "triton"] if importlib.util.find_spec("triton") else ["torch"])
+        for requested in (["torch", "triton"] if importlib.util.find_spec("triton") else ["torch"])
     }  # fmt: skip
     assert loaded.pop("torch") == ["False", "False"]
     assert all(found == ["True", "True"] for found in loaded.values())

@@ -1,4 +1,4 @@
-"""kernels/dropout.py: masks that look random, are scaled, and come back from seed and place."""
+"""kernels/dropout.py: masks that look random, are scaled, and come back from seed and layer_id."""
 
 import math
 from types import SimpleNamespace
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import models.factory
-from kernels.dropout import Drop, draw_seed
-from models.dense_block import DenseBlock, Dropout, drop
+from kernels.dropout import DropoutSpec, draw_seed
+from models.dense_block import DenseBlock, Dropout, apply_dropout
 from models.densenet import Transition
 
 SHAPE = (16, 16, 16, 32)  # 131,072 values: a share is known to 0.14 %
@@ -20,9 +20,11 @@ def seed(number: int) -> Tensor:
     return torch.tensor([number], dtype=torch.int32)
 
 
-def kept(rate: float = 0.3, number: int = 1, place: int = 0, shape=SHAPE, start: int = 0) -> Tensor:
+def kept(
+    rate: float = 0.3, number: int = 1, layer_id: int = 0, shape=SHAPE, start: int = 0
+) -> Tensor:
     """Where values stay, as booleans."""
-    return Drop(rate, seed(number), place).mask(torch.ones(shape), start) != 0
+    return DropoutSpec(rate, seed(number), layer_id).mask(torch.ones(shape), start) != 0
 
 
 def correlation(left: Tensor, right: Tensor) -> float:
@@ -36,9 +38,9 @@ def correlation(left: Tensor, right: Tensor) -> float:
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("number", [0, 1, 2**31 - 2])
-@pytest.mark.parametrize("place", [0, 1, 77])
-def test_the_share_that_is_dropped_is_the_rate(rate, number, place):
-    dropped = ~kept(rate, number, place)
+@pytest.mark.parametrize("layer_id", [0, 1, 77])
+def test_the_share_that_is_dropped_is_the_rate(rate, number, layer_id):
+    dropped = ~kept(rate, number, layer_id)
     deviation = math.sqrt(rate * (1 - rate) / dropped.numel())
     assert abs(dropped.double().mean().item() - rate) < SIGMAS * deviation
     assert abs(dropped.double().mean().item() - 1.2 * rate) > SIGMAS * deviation  # it could fail
@@ -57,13 +59,13 @@ def test_no_image_row_column_or_channel_is_dropped_more_than_others(axis):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_what_stays_is_divided_by_its_share(dtype):
     x = torch.randn(SHAPE, dtype=dtype)
-    how = Drop(0.3, seed(1), 0)
-    mask = how.mask(x)
+    dropout = DropoutSpec(0.3, seed(1), 0)
+    mask = dropout.mask(x)
     assert (mask.dtype, mask.shape) == (dtype, x.shape)
     assert set(mask.unique().tolist()) == {0, torch.tensor(1 / 0.7, dtype=dtype).item()}
     assert torch.equal(mask != 0, kept(0.3))  # the same values whatever the precision
     if dtype == torch.float64:
-        ones = how.mask(x).mean().item()
+        ones = dropout.mask(x).mean().item()
         assert abs(ones - 1) < SIGMAS * math.sqrt(0.3 / 0.7 / x.numel())
 
 
@@ -73,12 +75,12 @@ def test_what_stays_is_divided_by_its_share(dtype):
 @pytest.mark.parametrize(
     ("name", "left", "right"),
     [
-        ("places", {"place": 0}, {"place": 1}),
-        ("distant places", {"place": 3}, {"place": 64}),
+        ("places", {"layer_id": 0}, {"layer_id": 1}),
+        ("distant places", {"layer_id": 3}, {"layer_id": 64}),
         ("seeds", {"number": 1}, {"number": 2}),
         ("seeds a power of two apart", {"number": 5}, {"number": 5 + 2**20}),
         ("images", {}, {"start": SHAPE[0]}),
-        ("seed and place exchanged", {"number": 1, "place": 2}, {"number": 2, "place": 1}),
+        ("seed and layer_id exchanged", {"number": 1, "layer_id": 2}, {"number": 2, "layer_id": 1}),
     ],
 )
 def test_masks_are_independent_of_each_other(name, left, right):
@@ -121,9 +123,11 @@ def test_the_mask_of_a_replica_is_the_slice_of_the_mask_of_all():
     shape = (7, 5, 3, 11)
     whole = kept(shape=shape)
     for first, stop in ((0, 4), (4, 6), (6, 7)):
-        how = Drop(0.3, seed(1), 0, first)
-        assert torch.equal(how.mask(torch.ones(stop - first, *shape[1:])) != 0, whole[first:stop])
-    tile = Drop(0.3, seed(1), 0, 4).mask(torch.ones(1, *shape[1:]), start=1)
+        dropout = DropoutSpec(0.3, seed(1), 0, first)
+        assert torch.equal(
+            dropout.mask(torch.ones(stop - first, *shape[1:])) != 0, whole[first:stop]
+        )
+    tile = DropoutSpec(0.3, seed(1), 0, 4).mask(torch.ones(1, *shape[1:]), start=1)
     assert torch.equal(tile != 0, whole[5:6])
     assert not torch.equal(tile != 0, whole[4:5]) and not torch.equal(tile != 0, whole[1:2])
 
@@ -144,10 +148,10 @@ def test_a_network_takes_its_masks_from_where_its_share_of_the_batch_begins():
             assert not torch.equal(masks["wrong"][i], mask)
 
 
-@pytest.mark.parametrize("place", [2**31 - 1, 2**31, 2**40 + 1, 10**12])
-def test_any_place_is_a_place(place):
-    mask = kept(place=place)
-    assert abs(correlation(mask, kept(place=place + 1))) < SIGMAS
+@pytest.mark.parametrize("layer_id", [2**31 - 1, 2**31, 2**40 + 1, 10**12])
+def test_any_place_is_a_place(layer_id):
+    mask = kept(layer_id=layer_id)
+    assert abs(correlation(mask, kept(layer_id=layer_id + 1))) < SIGMAS
     assert abs(mask.double().mean().item() - 0.7) < 0.01
 
 
@@ -162,7 +166,7 @@ def test_a_batch_of_more_values_than_an_int_counts_has_a_mask(first):
     assert not torch.equal(mask[:-2], mask[2:])
 
 
-def restated(rate: float, number: int, place: int, index: int) -> bool:
+def restated(rate: float, number: int, layer_id: int, index: int) -> bool:
     """Whether a value stays, in Python's unbounded numbers."""
     bits = 2**32
 
@@ -171,17 +175,17 @@ def restated(rate: float, number: int, place: int, index: int) -> bool:
         x = (x ^ (x >> 15)) * 0x846CA68B % bits
         return x ^ (x >> 16)
 
-    key = mix((number + place * 0x3504F333) % bits)
+    key = mix((number + layer_id * 0x3504F333) % bits)
     return mix((mix((index % bits) ^ key) + key) % bits) % 2**24 >= round(rate * 2**24)
 
 
 @pytest.mark.parametrize(
-    ("number", "place", "start"), [(0, 0, 0), (2**31 - 2, 5, 2**31 - 50), (7, 2**35, 2**32)]
+    ("number", "layer_id", "start"), [(0, 0, 0), (2**31 - 2, 5, 2**31 - 50), (7, 2**35, 2**32)]
 )
-def test_the_signed_arithmetic_is_that_of_unsigned_numbers(number, place, start):
-    mask = kept(0.4, number, place, shape=(100, 1, 1, 1), start=start).flatten().tolist()
-    assert mask == [restated(0.4, number, place, start + i) for i in range(100)]
-    assert mask != [restated(0.4, number, place + 1, start + i) for i in range(100)]
+def test_the_signed_arithmetic_is_that_of_unsigned_numbers(number, layer_id, start):
+    mask = kept(0.4, number, layer_id, shape=(100, 1, 1, 1), start=start).flatten().tolist()
+    assert mask == [restated(0.4, number, layer_id, start + i) for i in range(100)]
+    assert mask != [restated(0.4, number, layer_id + 1, start + i) for i in range(100)]
 
 
 # ------------------------------------------------------------------------------- in the network
@@ -215,30 +219,30 @@ def test_nothing_is_drawn_where_nothing_is_dropped(rate, training, draws):
 def test_no_two_dropouts_of_a_step_share_a_mask():
     dropouts = block(0.3)
     first, second = (dropouts.drops(seed(1), i) for i in (0, 1))
-    assert len({how.place for how in (*first, *second)}) == 4
-    assert {how.rate for how in (*first, *second)} == {0.3}
+    assert len({dropout.layer_id for dropout in (*first, *second)}) == 4
+    assert {dropout.rate for dropout in (*first, *second)} == {0.3}
     assert dropouts.drops(None, 0) is None
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_backward_passes_only_where_forward_did(inplace):
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
-    how = Drop(0.3, seed(1), 2)
-    out = drop(x * 1, how, inplace)
+    dropout = DropoutSpec(0.3, seed(1), 2)
+    out = apply_dropout(x * 1, dropout, inplace)
     out.backward(torch.full_like(out, 2.0))
-    mask = how.mask(torch.ones(3, 5, 6, 4, dtype=torch.float64)).permute(0, 3, 1, 2)
+    mask = dropout.mask(torch.ones(3, 5, 6, 4, dtype=torch.float64)).permute(0, 3, 1, 2)
     assert torch.equal(out, x * mask)
     assert torch.equal(x.grad, 2 * mask)  # exactly 0 where dropped
     assert 0 < (x.grad == 0).sum() < x.numel()
-    other = Drop(0.3, seed(1), 3).mask(torch.ones(3, 5, 6, 4)).permute(0, 3, 1, 2)
+    other = DropoutSpec(0.3, seed(1), 3).mask(torch.ones(3, 5, 6, 4)).permute(0, 3, 1, 2)
     assert not torch.equal(x.grad, 2 * other)
-    assert drop(x, None, inplace) is x
+    assert apply_dropout(x, None, inplace) is x
 
 
 def test_the_mask_of_maps_does_not_depend_on_their_order_in_memory():
     x = torch.randn(3, 4, 5, 6)
     for like in (x, x.contiguous(memory_format=torch.channels_last)):
-        dropped = drop(like, Drop(0.3, seed(1), 0), inplace=False)
+        dropped = apply_dropout(like, DropoutSpec(0.3, seed(1), 0), inplace=False)
         assert torch.equal(dropped != 0, kept(shape=(3, 5, 6, 4)).permute(0, 3, 1, 2))
-    transposed = drop(x.mT.contiguous(), Drop(0.3, seed(1), 0), inplace=False).mT
+    transposed = apply_dropout(x.mT.contiguous(), DropoutSpec(0.3, seed(1), 0), inplace=False).mT
     assert not torch.equal(dropped != 0, transposed != 0)  # of other pixels it is another

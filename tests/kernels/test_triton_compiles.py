@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels import tiling
-from kernels.dropout import Drop
-from kernels.feature_maps import Maps, Norm
+from kernels.dropout import DropoutSpec
+from kernels.feature_maps import FeatureMaps, NormParams
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -137,45 +137,56 @@ def taken(kernel, grid: tuple[int, ...], tile: tiling.Tile, **arguments: object)
 def run(layer: Widths) -> None:
     """Every operation of a training step on one layer and the tail of its block."""
     k, buffer = layer.growth_rate, empty_maps(layer.total, layer.dtype)
-    source, new = buffer.part(0, layer.channels), buffer.part(layer.channels, layer.channels + k)
-    drop = None
+    source, new = (
+        buffer.channels(0, layer.channels),
+        buffer.channels(layer.channels, layer.channels + k),
+    )
+    dropout = None
     if layer.drop_rate:
-        drop = Drop(layer.drop_rate, torch.empty(1, dtype=torch.int32, device="meta"), 3)
-    triton_ops.copy(source.value.float(), source)
+        dropout = DropoutSpec(layer.drop_rate, torch.empty(1, dtype=torch.int32, device="meta"), 3)
+    triton_ops.copy_with_stats(source.value.float(), source)
     if layer.bottleneck:
-        inner, weight = empty_maps(4 * k, layer.dtype), empty_weight(4 * k, layer.channels, 1)
-        triton_ops.product(source, empty_norm(layer.channels), weight, inner, drop)
-        train_convolution(inner, new, drop, first=True)
-        triton_ops.product_backward(inner, source, empty_norm(layer.channels), weight, drop, False)
+        bottleneck, weight = empty_maps(4 * k, layer.dtype), empty_weight(4 * k, layer.channels, 1)
+        triton_ops.conv1x1(source, empty_norm(layer.channels), weight, bottleneck, dropout)
+        train_convolution(bottleneck, new, dropout, overwrite=True)
+        triton_ops.conv1x1_backward(
+            bottleneck, source, empty_norm(layer.channels), weight, dropout, False
+        )
     else:
-        train_convolution(source, new, drop, first=False)
+        train_convolution(source, new, dropout, overwrite=False)
     whole = empty_norm(layer.total)
-    if drop:  # sits between a convolution and the pooling
+    if dropout:  # sits between a convolution and the pooling
         weight = empty_weight(layer.total // 2, layer.total, 1)
-        out = Maps(buffer.value.new_empty((*buffer.value.shape[:3], len(weight))))
-        triton_ops.product(buffer, whole, weight, out, None)
+        out = FeatureMaps(buffer.value.new_empty((*buffer.value.shape[:3], len(weight))))
+        triton_ops.conv1x1(buffer, whole, weight, out, None)
         out.grad = out.value
-        triton_ops.product_backward(out, buffer, whole, weight, None, True)
+        triton_ops.conv1x1_backward(out, buffer, whole, weight, None, True)
     else:
-        triton_ops.pool_backward(triton_ops.pool(buffer, whole, (2, 2)), buffer, whole, (2, 2))
-    triton_ops.gradient(source)
+        triton_ops.norm_relu_avg_pool_backward(
+            triton_ops.norm_relu_avg_pool(buffer, whole, (2, 2)), buffer, whole, (2, 2)
+        )
+    triton_ops.complete_gradient(source)
 
 
-def train_convolution(source: Maps, target: Maps, drop: Drop | None, first: bool) -> None:
+def train_convolution(
+    source: FeatureMaps, target: FeatureMaps, dropout: DropoutSpec | None, overwrite: bool
+) -> None:
     channels, features = source.value.shape[3], target.value.shape[3]
     weight, norm = empty_weight(features, channels, 3), empty_norm(channels)
-    triton_ops.convolution(source, norm, weight, target, drop)
-    triton_ops.convolution_backward(target, source, norm, weight, drop, first)
+    triton_ops.conv3x3(source, norm, weight, target, dropout)
+    triton_ops.conv3x3_backward(target, source, norm, weight, dropout, overwrite)
 
 
-def empty_maps(channels: int, dtype: torch.dtype) -> Maps:
+def empty_maps(channels: int, dtype: torch.dtype) -> FeatureMaps:
     value = torch.empty(64, 32, 32, channels, dtype=dtype, device="meta")
-    mean, rstd, var, shift, slope = torch.empty(5, channels, device="meta")
-    return Maps(value, mean, rstd, var, torch.empty_like(value), shift, slope)
+    mean, rstd, var, mean_correction, var_correction = torch.empty(5, channels, device="meta")
+    return FeatureMaps(
+        value, mean, rstd, var, torch.empty_like(value), mean_correction, var_correction
+    )
 
 
-def empty_norm(channels: int) -> Norm:
-    return Norm(*torch.empty(2, channels, device="meta"))
+def empty_norm(channels: int) -> NormParams:
+    return NormParams(*torch.empty(2, channels, device="meta"))
 
 
 def empty_weight(features: int, channels: int, side: int) -> Tensor:
@@ -207,7 +218,13 @@ def test_every_kernel_of_a_layer_fits_the_gpu(launches, tmp_path, layer, archite
         multiplies = "PRECISION" in dict(launch.constants)
         assert multiplies == bool(re.search(r"mma(\.sync|_async)", compiled.asm["ptx"])), launch
     used = {launch.kernel.__name__ for launch in found}
-    assert used >= {"copy", "convolution", "finish_moments", "convolution_backward", "finish"}
+    assert used >= {
+        "copy_with_stats",
+        "conv3x3",
+        "reduce_stats",
+        "conv3x3_backward",
+        "reduce_partials",
+    }
 
 
 @EVERY_ARCHITECTURE
@@ -217,7 +234,7 @@ def test_a_kernel_that_spills_or_has_too_much_shared_memory_is_found(
     product = next(
         launch
         for launch in launches(LAYERS["BC-190-40, bf16"])
-        if launch.kernel.__name__ == "product"
+        if launch.kernel.__name__ == "conv1x1"
     )
     squeezed = product.compiled(architecture, registers=96)
     assert stack_bytes(squeezed, tmp_path / "kernel") > 0
@@ -230,7 +247,7 @@ def test_maps_are_loaded_many_channels_at_a_time(launches):
     product = next(
         launch
         for launch in launches(LAYERS["BC-100-12, bf16"])
-        if launch.kernel.__name__ == "product"
+        if launch.kernel.__name__ == "conv1x1"
     )
     single = re.compile(r"ld\.global(\.\w+)*\.b16")
     assert dict(product.constants)["VECTOR"] == 4

@@ -26,8 +26,8 @@ from helpers.tiny_networks import (
 )
 from kernels import reference, tiling
 from kernels.backend import Backend
-from kernels.dropout import Drop
-from kernels.feature_maps import Maps, Norm
+from kernels.dropout import DropoutSpec
+from kernels.feature_maps import FeatureMaps, NormParams
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from kernels import triton_ops
@@ -40,7 +40,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GUARD, GUARD_VALUE = 3, 7.0  # channels of a buffer after the maps
 EPS = 1e-3
 SEED = torch.tensor([-3], dtype=torch.int32)
-DROP = Drop(0.3, SEED, 1234, first=7)
+DROPOUT = DropoutSpec(0.3, SEED, 1234, sample_offset=7)
 # Relative to the norm of a result. The interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 # images, height, width, channels, growth rate
@@ -56,10 +56,10 @@ CASES = pytest.mark.parametrize(
     + [("k = 12", torch.float16), ("k = 12", torch.bfloat16), ("several tiles", torch.bfloat16)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-FIRST_AND_DROPS = pytest.mark.parametrize(
-    ("first", "drop"), [(True, None), (False, DROP)], ids=["first", "later, dropout"]
+OVERWRITE_AND_DROPOUTS = pytest.mark.parametrize(
+    ("overwrite", "dropout"), [(True, None), (False, DROPOUT)], ids=["overwrite", "add, dropout"]
 )
-DROPS = pytest.mark.parametrize("drop", [None, DROP], ids=["whole", "dropout"])
+DROPOUTS = pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["whole", "dropout"])
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +99,16 @@ def interpreted(test: Callable) -> Callable:
 # -------------------------------------------------------------------------------------- material
 
 
-def maps(size: str, channels: int, dtype: torch.dtype, start: int = 0) -> Maps:
+def maps(size: str, channels: int, dtype: torch.dtype, start: int = 0) -> FeatureMaps:
     """Maps that have been read: some channels of a buffer, from `start` on."""
     width = start + channels + GUARD
     shape = (*SIZES[size][:3], width)
     value, grad = (torch.randn(shape).add(0.3).to(dtype) for _ in range(2))
-    mean, shift, slope = torch.randn(3, width).mul(0.3)
+    mean, mean_correction, var_correction = torch.randn(3, width).mul(0.3)
     rstd = torch.rand(width) + 0.5
-    whole = Maps(value, mean, rstd, torch.ones(width), grad, shift, slope, eps=EPS)
+    whole = FeatureMaps(
+        value, mean, rstd, torch.ones(width), grad, mean_correction, var_correction, eps=EPS
+    )
     for field in fields(whole):
         tensor = getattr(whole, field.name)
         if isinstance(tensor, Tensor):
@@ -114,10 +116,10 @@ def maps(size: str, channels: int, dtype: torch.dtype, start: int = 0) -> Maps:
     return whole
 
 
-def norm(channels: int) -> Norm:
+def norm(channels: int) -> NormParams:
     weight = torch.randn(channels)
     weight[3::5] = 0  # a trained gamma may be nothing
-    return Norm(weight, torch.rand(channels))
+    return NormParams(weight, torch.rand(channels))
 
 
 def weights(*shape: int) -> Tensor:
@@ -128,16 +130,16 @@ def exact(x):
     """A copy in double precision, of whatever has tensors of real numbers."""
     if isinstance(x, Tensor):
         return x.double() if x.is_floating_point() else x
-    if isinstance(x, Maps):
+    if isinstance(x, FeatureMaps):
         return replace(x, **{f.name: exact(getattr(x, f.name)) for f in fields(x)})
-    return Norm(exact(x.weight), exact(x.bias)) if isinstance(x, Norm) else x
+    return NormParams(exact(x.weight), exact(x.bias)) if isinstance(x, NormParams) else x
 
 
 def copied(x):
     """A copy whose tensors share no memory with the original."""
     if isinstance(x, Tensor):
         return x.clone()
-    if isinstance(x, Maps):
+    if isinstance(x, FeatureMaps):
         return replace(x, **{f.name: copied(getattr(x, f.name)) for f in fields(x)})
     return x
 
@@ -148,7 +150,7 @@ def tensors_of(**objects) -> Results:
     for name, thing in objects.items():
         if isinstance(thing, Tensor):
             found[name] = thing
-        elif isinstance(thing, Maps):
+        elif isinstance(thing, FeatureMaps):
             found |= {
                 f"{name}.{field.name}": getattr(thing, field.name)
                 for field in fields(thing)
@@ -193,7 +195,7 @@ def assert_equal(run: Callable, dtype: torch.dtype, *arguments, altered: int) ->
 @pytest.mark.parametrize("order", ["channels last", "contiguous"])
 def test_copy_writes_what_plain_pytorch_does(size, dtype, order):
     def run(ops, target, values):
-        ops.copy(values, target.part(2, 2 + channels))
+        ops.copy_with_stats(values, target.channels(2, 2 + channels))
         return tensors_of(target=target)
 
     channels = SIZES[size][3]
@@ -206,8 +208,8 @@ def test_copy_writes_what_plain_pytorch_does(size, dtype, order):
 @interpreted
 def test_copy_rounds_single_precision_and_has_the_moments_of_what_it_wrote():
     values = torch.randn(2, 3, 4, 5)
-    target = Maps(torch.empty(2, 3, 4, 5, dtype=torch.float16), *torch.empty(3, 5), eps=EPS)
-    triton_ops.copy(values, target)
+    target = FeatureMaps(torch.empty(2, 3, 4, 5, dtype=torch.float16), *torch.empty(3, 5), eps=EPS)
+    triton_ops.copy_with_stats(values, target)
     assert torch.equal(target.value, values.half())
     flat, unrounded = target.value.double().view(-1, 5), values.double().view(-1, 5)
     assert (target.mean - flat.mean(0)).abs().max() < 1e-7
@@ -217,8 +219,8 @@ def test_copy_rounds_single_precision_and_has_the_moments_of_what_it_wrote():
 @interpreted
 def test_the_variance_is_right_where_the_mean_is_far_from_0():
     values = torch.randn(4, 9, 11, 3) * 0.1 + 1000
-    target = Maps(torch.empty_like(values), *torch.empty(3, 3), eps=EPS)
-    triton_ops.copy(values, target)
+    target = FeatureMaps(torch.empty_like(values), *torch.empty(3, 3), eps=EPS)
+    triton_ops.copy_with_stats(values, target)
     flat = values.view(-1, 3)
     want = flat.double().var(0, unbiased=False)
     assert (target.var / want - 1).abs().max() < 1e-3
@@ -227,10 +229,10 @@ def test_the_variance_is_right_where_the_mean_is_far_from_0():
 
 
 def forward(operation: str) -> Callable:
-    def run(ops, source, bn, target, drop, weight):
+    def run(ops, source, bn, target, dropout, weight):
         features, channels = weight.shape[:2]
-        maps_read, maps_written = source.part(0, channels), target.part(2, 2 + features)
-        getattr(ops, operation)(maps_read, bn, weight, maps_written, drop)
+        source_read, target_written = source.channels(0, channels), target.channels(2, 2 + features)
+        getattr(ops, operation)(source_read, bn, weight, target_written, dropout)
         return tensors_of(source=source, target=target)
 
     return run
@@ -238,57 +240,59 @@ def forward(operation: str) -> Callable:
 
 @interpreted
 @CASES
-@DROPS
-def test_the_product_writes_what_plain_pytorch_does(size, dtype, drop):
+@DROPOUTS
+def test_the_product_writes_what_plain_pytorch_does(size, dtype, dropout):
     channels, features = SIZES[size][3], 4 * SIZES[size][4]
     source, target = maps(size, channels, dtype), maps(size, features, dtype, start=2)
     weight = weights(features, channels, 1, 1)
-    arguments = (source, norm(channels), target, drop, weight)
-    assert_equal(forward("product"), dtype, *arguments, altered=4)
+    arguments = (source, norm(channels), target, dropout, weight)
+    assert_equal(forward("conv1x1"), dtype, *arguments, altered=4)
 
 
 @interpreted
 @CASES
-@DROPS
-def test_the_convolution_writes_what_plain_pytorch_does(size, dtype, drop):
+@DROPOUTS
+def test_the_convolution_writes_what_plain_pytorch_does(size, dtype, dropout):
     channels, features = SIZES[size][3:]
     source, target = maps(size, channels, dtype), maps(size, features, dtype, start=2)
     weight = weights(features, channels, 3, 3)
-    arguments = (source, norm(channels), target, drop, weight)
-    assert_equal(forward("convolution"), dtype, *arguments, altered=4)
+    arguments = (source, norm(channels), target, dropout, weight)
+    assert_equal(forward("conv3x3"), dtype, *arguments, altered=4)
 
 
 @interpreted
-@pytest.mark.parametrize("operation", ["product", "convolution"])
+@pytest.mark.parametrize("operation", ["conv1x1", "conv3x3"])
 def test_moments_are_left_alone_where_they_are_known(operation):
     source, target = maps("k = 12", 24, torch.float32), maps("k = 12", 12, torch.float32, start=2)
     target.var = None
-    side = 1 if operation == "product" else 3
+    side = 1 if operation == "conv1x1" else 3
     arguments = (source, norm(24), target, None, weights(12, 24, side, side))
     assert_equal(forward(operation), torch.float32, *arguments, altered=4)
 
 
 @interpreted
-@pytest.mark.parametrize(("place", "first"), [(0, 0), (1, 3), (2**20 + 1, 2**25 + 1)])
+@pytest.mark.parametrize(("layer_id", "sample_offset"), [(0, 0), (1, 3), (2**20 + 1, 2**25 + 1)])
 @pytest.mark.parametrize("seed", [1, 2**31 - 2, -(2**31)])
-def test_dropout_drops_the_very_values_that_plain_pytorch_does(place, first, seed):
+def test_dropout_drops_the_very_values_that_plain_pytorch_does(layer_id, sample_offset, seed):
     source, target = maps("k = 12", 24, torch.float32), maps("k = 12", 12, torch.float32)
-    drop = Drop(0.4, torch.tensor([seed], dtype=torch.int32), place, first)
-    triton_ops.product(
-        source.part(0, 24), norm(24), weights(12, 24, 1, 1), target.part(0, 12), drop
+    dropout = DropoutSpec(0.4, torch.tensor([seed], dtype=torch.int32), layer_id, sample_offset)
+    triton_ops.conv1x1(
+        source.channels(0, 24), norm(24), weights(12, 24, 1, 1), target.channels(0, 12), dropout
     )
     written = target.value[..., :12]
-    assert torch.equal(written != 0, drop.mask(written) != 0)
-    assert not torch.equal(written != 0, replace(drop, place=place + 2).mask(written) != 0)
-    assert not torch.equal(written != 0, replace(drop, first=first + 1).mask(written) != 0)
+    assert torch.equal(written != 0, dropout.mask(written) != 0)
+    assert not torch.equal(written != 0, replace(dropout, layer_id=layer_id + 2).mask(written) != 0)
+    assert not torch.equal(
+        written != 0, replace(dropout, sample_offset=sample_offset + 1).mask(written) != 0
+    )
 
 
 @interpreted
-@pytest.mark.parametrize("operation", ["product", "convolution"])
+@pytest.mark.parametrize("operation", ["conv1x1", "conv3x3"])
 def test_a_value_that_is_not_a_number_stays_none(operation):
     source, target = maps("k = 12", 24, torch.float32), maps("k = 12", 12, torch.float32)
     source.value[1, 2, 3, 4] = torch.nan
-    side = 1 if operation == "product" else 3
+    side = 1 if operation == "conv1x1" else 3
     arguments = (source, norm(24), target, None, weights(12, 24, side, side))
     want = forward(operation)(reference, *map(exact, arguments))["target.value"].isnan()
     got = forward(operation)(triton_ops, *arguments)["target.value"].isnan()
@@ -309,7 +313,9 @@ WINDOWS = {
 def test_pool_averages_what_plain_pytorch_does(size, dtype):
     def run(ops, source, bn, values):
         source = replace(source, value=values)
-        return tensors_of(out=ops.pool(source.part(0, channels), bn, WINDOWS[size]))
+        return tensors_of(
+            out=ops.norm_relu_avg_pool(source.channels(0, channels), bn, WINDOWS[size])
+        )
 
     channels = SIZES[size][3]
     source = maps(size, channels, dtype)
@@ -319,13 +325,13 @@ def test_pool_averages_what_plain_pytorch_does(size, dtype):
 # -------------------------------------------------------------------------------------- backward
 
 
-def backward(operation: str, first: bool) -> Callable:
-    def run(ops, target, source, bn, drop, weight):
+def backward(operation: str, overwrite: bool) -> Callable:
+    def run(ops, target, source, bn, dropout, weight):
         features, channels = weight.shape[:2]
-        read, written = source.part(0, channels), target.part(2, 2 + features)
-        if operation == "product_backward":  # its target is no part of a buffer
+        read, written = source.channels(0, channels), target.channels(2, 2 + features)
+        if operation == "conv1x1_backward":  # its target is no part of a buffer
             written = replace(written, grad=written.grad.contiguous())
-        grads = getattr(ops, operation)(written, read, bn, weight, drop, first)
+        grads = getattr(ops, operation)(written, read, bn, weight, dropout, overwrite)
         return tensors_of(source=source, value=target.value, grads=grads)
 
     return run
@@ -333,33 +339,37 @@ def backward(operation: str, first: bool) -> Callable:
 
 @interpreted
 @CASES
-@FIRST_AND_DROPS
-def test_the_backward_of_the_product_is_that_of_plain_pytorch(size, dtype, drop, first):
+@OVERWRITE_AND_DROPOUTS
+def test_the_backward_of_the_product_is_that_of_plain_pytorch(size, dtype, dropout, overwrite):
     channels, features = SIZES[size][3], 4 * SIZES[size][4]
     target, source = maps(size, features, dtype, start=2), maps(size, channels, dtype)
-    arguments = (target, source, norm(channels), drop, weights(features, channels, 1, 1))
-    assert_equal(backward("product_backward", first), dtype, *arguments, altered=4)
+    arguments = (target, source, norm(channels), dropout, weights(features, channels, 1, 1))
+    assert_equal(backward("conv1x1_backward", overwrite), dtype, *arguments, altered=4)
 
 
 @interpreted
 @CASES
-@FIRST_AND_DROPS
-def test_the_backward_of_the_convolution_is_that_of_plain_pytorch(size, dtype, drop, first):
+@OVERWRITE_AND_DROPOUTS
+def test_the_backward_of_the_convolution_is_that_of_plain_pytorch(size, dtype, dropout, overwrite):
     channels, features = SIZES[size][3:]
     target, source = maps(size, features, dtype, start=2), maps(size, channels, dtype)
-    arguments = (target, source, norm(channels), drop, weights(features, channels, 3, 3))
-    assert_equal(backward("convolution_backward", first), dtype, *arguments, altered=4)
+    arguments = (target, source, norm(channels), dropout, weights(features, channels, 3, 3))
+    assert_equal(backward("conv3x3_backward", overwrite), dtype, *arguments, altered=4)
 
 
 @interpreted
-@pytest.mark.parametrize("operation", ["copy", "product", "convolution", "pool"])
+@pytest.mark.parametrize(
+    "operation", ["copy_with_stats", "conv1x1", "conv3x3", "norm_relu_avg_pool"]
+)
 def test_programs_with_several_tiles_and_sums_of_many_shares_change_nothing(monkeypatch, operation):
     def run(ops, target, source, bn, weight):
-        if operation == "pool":
-            grads = ops.pool_backward(target[..., :70], source.part(0, 70), bn, (1, 1))
+        if operation == "norm_relu_avg_pool":
+            grads = ops.norm_relu_avg_pool_backward(
+                target[..., :70], source.channels(0, 70), bn, (1, 1)
+            )
             return tensors_of(source=source, grads=grads)
-        if operation == "copy":
-            ops.copy(source.value[..., :17] * weight[0, 0, 0, 0], target.part(0, 17))
+        if operation == "copy_with_stats":
+            ops.copy_with_stats(source.value[..., :17] * weight[0, 0, 0, 0], target.channels(0, 17))
             return tensors_of(target=target)
         written = forward(operation)(ops, source, bn, target, None, weight)
         return written | backward(f"{operation}_backward", False)(
@@ -367,40 +377,42 @@ def test_programs_with_several_tiles_and_sums_of_many_shares_change_nothing(monk
         )
 
     monkeypatch.setattr(tiling, "BACKWARD_PROGRAMS", 4)  # each has several of the 162 rows' tiles
-    finish = {"NORM_PARTS": 2, "NORM_CHANNELS": 16, "PARTS": 1, "ELEMENTS": 64}
-    monkeypatch.setattr(tiling, "FINISH", tiling.Tile(finish))
-    monkeypatch.setattr(tiling, "FINISH_MOMENTS", tiling.Tile({"PARTS": 2, "CHANNELS": 8}))
-    dtype, side = torch.float32, 3 if operation == "convolution" else 1
+    reduce_partials = {"NORM_SPLITS": 2, "NORM_CHANNELS": 16, "SPLITS": 1, "ELEMENTS": 64}
+    monkeypatch.setattr(tiling, "REDUCE_PARTIALS", tiling.Tile(reduce_partials))
+    monkeypatch.setattr(tiling, "REDUCE_STATS", tiling.Tile({"SPLITS": 2, "CHANNELS": 8}))
+    dtype, side = torch.float32, 3 if operation == "conv3x3" else 1
     source, bn = maps("several tiles", 70, dtype), norm(70)
-    target = maps("several tiles", 70 if operation == "pool" else 17, dtype, start=2)
+    target = maps("several tiles", 70 if operation == "norm_relu_avg_pool" else 17, dtype, start=2)
     arguments = [target, source, bn, weights(17, 70, side, side)]
-    if operation == "pool":
+    if operation == "norm_relu_avg_pool":
         arguments[0] = target.grad
-    assert_equal(run, dtype, *arguments, altered=0 if operation == "pool" else 3)
+    assert_equal(run, dtype, *arguments, altered=0 if operation == "norm_relu_avg_pool" else 3)
 
 
 @interpreted
-@DROPS
-@pytest.mark.parametrize("operation", ["product_backward", "convolution_backward"])
-def test_a_gradient_that_no_norm_adds_to_is_taken_in_any_order_and_left_as_it_is(operation, drop):
+@DROPOUTS
+@pytest.mark.parametrize("operation", ["conv1x1_backward", "conv3x3_backward"])
+def test_a_gradient_that_no_norm_adds_to_is_taken_in_any_order_and_left_as_it_is(
+    operation, dropout
+):
     def run(ops, grad, source, bn, weight):
         before = grad.clone()
-        target = Maps(grad, grad=grad)
-        grads = getattr(ops, operation)(target, source.part(0, 24), bn, weight, drop, True)
+        target = FeatureMaps(grad, grad=grad)
+        grads = getattr(ops, operation)(target, source.channels(0, 24), bn, weight, dropout, True)
         assert torch.equal(grad, before)
         return tensors_of(source=source, grads=grads)
 
     grad = torch.randn(2, 12, 5, 7).permute(0, 2, 3, 1)
-    side = 1 if operation == "product_backward" else 3
+    side = 1 if operation == "conv1x1_backward" else 3
     source = maps("k = 12", 24, torch.float32)
     arguments = (grad, source, norm(24), weights(12, 24, side, side))
     assert_equal(run, torch.float32, *arguments, altered=3)
 
 
 @interpreted
-@pytest.mark.parametrize("operation", ["product_backward", "convolution_backward"])
+@pytest.mark.parametrize("operation", ["conv1x1_backward", "conv3x3_backward"])
 def test_the_gradient_of_a_weight_lies_in_memory_as_the_weight_does(operation):
-    side = 1 if operation == "product_backward" else 3
+    side = 1 if operation == "conv1x1_backward" else 3
     target, source = maps("k = 12", 12, torch.float32, start=2), maps("k = 12", 24, torch.float32)
     last = weights(12, 24, side, side)
     for weight in (last, last.contiguous()):
@@ -415,7 +427,9 @@ def test_the_gradient_of_a_weight_lies_in_memory_as_the_weight_does(operation):
 @pytest.mark.parametrize("order", ["channels last", "contiguous"])
 def test_the_backward_of_pool_is_that_of_plain_pytorch(size, dtype, order):
     def run(ops, source, bn, grad):
-        grads = ops.pool_backward(grad, source.part(0, channels), bn, WINDOWS[size])
+        grads = ops.norm_relu_avg_pool_backward(
+            grad, source.channels(0, channels), bn, WINDOWS[size]
+        )
         return tensors_of(source=source, grads=grads)
 
     images, height, width, channels, _ = SIZES[size]
@@ -430,15 +444,15 @@ def test_the_backward_of_pool_is_that_of_plain_pytorch(size, dtype, order):
 @interpreted
 @CASES
 def test_gradient_completes_what_plain_pytorch_does(size, dtype):
-    def run(ops, target, slope):
-        target = replace(target, slope=slope)
-        out = ops.gradient(target.part(2, 2 + channels))
+    def run(ops, target, var_correction):
+        target = replace(target, var_correction=var_correction)
+        out = ops.complete_gradient(target.channels(2, 2 + channels))
         assert out.is_contiguous()
         return tensors_of(out=out, target=target)
 
     channels = SIZES[size][3]
     target = maps(size, channels, dtype, start=2)
-    assert_equal(run, dtype, target, target.slope, altered=1)
+    assert_equal(run, dtype, target, target.var_correction, altered=1)
 
 
 # ---------------------------------------------------------------------------------- whole networks
@@ -447,7 +461,7 @@ def test_gradient_completes_what_plain_pytorch_does(size, dtype):
 def step(ops, level: int, form: str, low: torch.dtype | None = None, seed: int = 4) -> Results:
     images, targets = pictures(form, count=3, seed=seed)
     return one_step(
-        network(level, form, ops=Backend.of(ops)).float(), images.float(), targets, low=low
+        network(level, form, ops=Backend.from_module(ops)).float(), images.float(), targets, low=low
     )
 
 
@@ -479,7 +493,7 @@ def test_a_network_evaluates_as_at_level_0(form):
     images = pictures(form)[0].float()
     with torch.no_grad():
         got, want = (
-            {"logits": network(level, form, ops=Backend.of(ops)).float().eval()(images)}
+            {"logits": network(level, form, ops=Backend.from_module(ops)).float().eval()(images)}
             for level, ops in ((2, triton_ops), (0, reference))
         )
         other = {"logits": network(0, form, seed=4).float().eval()(images)}
@@ -497,10 +511,13 @@ def test_tensors_without_memory_have_results_without_a_launch(kind):
 
     with FakeTensorMode() if kind == "fake" else nullcontext():
         value, grad = empty(2, 2, 5, 7, 27, dtype=torch.float16)
-        source = Maps(value, *empty(3, 27), grad, *empty(2, 27))
+        source = FeatureMaps(value, *empty(3, 27), grad, *empty(2, 27))
         value, grad = empty(2, 2, 5, 7, 15, dtype=torch.float16)
-        target, bn = Maps(value, *empty(3, 15), grad, *empty(2, 15)), Norm(*empty(2, 27))
-        for side, operation in ((1, "product"), (3, "convolution")):
+        target, bn = (
+            FeatureMaps(value, *empty(3, 15), grad, *empty(2, 15)),
+            NormParams(*empty(2, 27)),
+        )
+        for side, operation in ((1, "conv1x1"), (3, "conv3x3")):
             weight = empty(15, 27, side, side)
             getattr(triton_ops, operation)(source, bn, weight, target, None)
             grads = getattr(triton_ops, f"{operation}_backward")(
@@ -508,8 +525,8 @@ def test_tensors_without_memory_have_results_without_a_launch(kind):
             )
             assert [x.shape for x in grads] == [weight.shape, bn.weight.shape, bn.bias.shape]
             assert {(x.dtype, x.device.type) for x in grads} == {(torch.float32, device)}
-        triton_ops.copy(source.value, source)
-        pooled = triton_ops.pool(source, bn, (2, 3))
+        triton_ops.copy_with_stats(source.value, source)
+        pooled = triton_ops.norm_relu_avg_pool(source, bn, (2, 3))
         assert (pooled.shape, pooled.dtype) == ((2, 2, 2, 27), torch.float16)
-        assert len(triton_ops.pool_backward(pooled, source, bn, (2, 3))) == 2
-        assert triton_ops.gradient(source).shape == source.value.shape
+        assert len(triton_ops.norm_relu_avg_pool_backward(pooled, source, bn, (2, 3))) == 2
+        assert triton_ops.complete_gradient(source).shape == source.value.shape

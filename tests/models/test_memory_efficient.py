@@ -309,12 +309,12 @@ def test_gradients_are_those_of_finite_differences(level, bottleneck, window, dr
 @pytest.mark.parametrize(
     ("name", "bottleneck", "window"),
     [
-        ("product_backward", True, (2, 2)),
-        ("product_backward", False, None),
-        ("convolution_backward", True, (2, 2)),
-        ("convolution_backward", False, None),
-        ("pool_backward", True, (2, 2)),
-        ("gradient", True, (2, 2)),
+        ("conv1x1_backward", True, (2, 2)),
+        ("conv1x1_backward", False, None),
+        ("conv3x3_backward", True, (2, 2)),
+        ("conv3x3_backward", False, None),
+        ("norm_relu_avg_pool_backward", True, (2, 2)),
+        ("complete_gradient", True, (2, 2)),
     ],
 )
 def test_finite_differences_find_an_operation_that_is_one_per_cent_off(name, bottleneck, window):

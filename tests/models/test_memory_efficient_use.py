@@ -486,14 +486,14 @@ def test_each_memory_level_keeps_less_than_the_one_before():
 def test_above_level_2_all_layers_share_the_memory_of_their_bottlenecks(level, count):
     written = set()
 
-    def product(source, norm, weight, target, drop):
+    def conv1x1(source, norm, weight, target, dropout):
         written.add(target.value.data_ptr())
-        REFERENCE.product(source, norm, weight, target, drop)
+        REFERENCE.conv1x1(source, norm, weight, target, dropout)
 
     model, images = network(level, "one block"), pictures()[0]
     tail = memory_efficient.Tail(model.features.norm5, window=(13, 10))
     maps = model.features.conv0(images)
-    ops = replace(REFERENCE, product=product)
+    ops = replace(REFERENCE, conv1x1=conv1x1)
     memory_efficient.stage(model.features.denseblock1, tail, maps, ops, level)
     assert len(written) == count
 

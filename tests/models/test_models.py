@@ -16,7 +16,7 @@ import models.state_dicts
 from errors import CheckpointError, UsageError
 from helpers.networks import network, one_step, photographs, same_state, scramble
 from helpers.tiny_networks import largest_difference
-from kernels.dropout import Drop, draw_seed
+from kernels.dropout import DropoutSpec, draw_seed
 
 IMAGENET = "--dataset imagenet"
 TINY = "--dataset cifar10 --depth 10 --growthRate 4"
@@ -144,7 +144,7 @@ def statement(
     def dropped(place: str, x: Tensor, seed: Tensor, number: int = 0) -> Tensor:
         if not (training and drop and place in places):
             return x
-        mask = Drop(drop, seed, number).mask(x.permute(0, 2, 3, 1))
+        mask = DropoutSpec(drop, seed, number).mask(x.permute(0, 2, 3, 1))
         return x * mask.permute(0, 3, 1, 2)
 
     no_seed = torch.zeros(1, dtype=torch.int32)
