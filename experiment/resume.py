@@ -316,9 +316,9 @@ def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
 
 
 def _check_shapes(model: nn.Module, state: dict) -> None:
-    problems = models.state_dicts.mismatches(state["model"], model.state_dict())
+    problems = models.state_dicts.state_dict_mismatches(state["model"], model.state_dict())
     wanted = optimizer.saved_like(state["settings"], model)
-    problems += models.state_dicts.mismatches(state["momentum"], wanted)
+    problems += models.state_dicts.state_dict_mismatches(state["momentum"], wanted)
     if problems:
         raise CheckpointError(
             f"checkpoint does not fit the network: {problems[0]} ({len(problems)} in all)",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distributed.world import Share
 from kernels.dropout import DropoutSpec, draw_seed
-from models.sync_batchnorm import BatchNorm, first_image
+from models.sync_batchnorm import BatchNorm, sample_offset
 
 BOTTLENECK_WIDTH = 4  # the 1x1 convolution makes 4k maps (paper, section 3)
 
@@ -46,14 +46,14 @@ class DenseLayer(nn.Module):
         """The batch normalisations in the order they run."""
         return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
 
-    def forward(self, x: Tensor, drops: tuple[DropoutSpec, DropoutSpec] | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, k, H, W); `drops` after the first and the second convolution."""
+    def forward(self, x: Tensor, dropouts: tuple[DropoutSpec, DropoutSpec] | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, k, H, W); `dropouts` after the first and the second convolution."""
         # Parity: after the 1x1 as well as after the 3x3, which most ports forget.
         x = self.conv1(F.relu(self.norm1(x), self.inplace))
-        x = drop(x, drops and drops[0], self.inplace)
+        x = apply_dropout(x, dropouts and dropouts[0], self.inplace)
         if self.bottleneck:
             x = self.conv2(F.relu(self.norm2(x), self.inplace))
-            x = drop(x, drops and drops[1], self.inplace)
+            x = apply_dropout(x, dropouts and dropouts[1], self.inplace)
         return x
 
 
@@ -83,12 +83,12 @@ class DenseBlock(nn.ModuleDict):
     ):
         super().__init__()
         self.growth_rate, self.drop_rate = growth_rate, drop_rate
-        self.rejoins = memory_level >= 1
+        self.recomputes_concat = memory_level >= 1
         self.channels, self.out_channels = channels, channels + num_layers * growth_rate
         self.width = BOTTLENECK_WIDTH * growth_rate if bottleneck else 0
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
-                self.start(i),
+                self.layer_offset(i),
                 growth_rate,
                 bottleneck=bottleneck,
                 inplace=memory_level >= 1,
@@ -99,7 +99,7 @@ class DenseBlock(nn.ModuleDict):
         """The batch normalisations in the order they run."""
         return [norm for layer in self.values() for norm in layer.norms]
 
-    def start(self, i: int) -> int:
+    def layer_offset(self, i: int) -> int:
         """The first channel that layer i writes: it reads those before."""
         return self.channels + i * self.growth_rate
 
@@ -107,12 +107,12 @@ class DenseBlock(nn.ModuleDict):
         """The seed of this step's dropout; None where nothing is dropped."""
         return draw_seed(device) if self.drop_rate > 0 and self.training else None
 
-    def drops(self, seed: Tensor | None, i: int) -> tuple[DropoutSpec, DropoutSpec] | None:
+    def dropouts(self, seed: Tensor | None, i: int) -> tuple[DropoutSpec, DropoutSpec] | None:
         """The dropouts after the two convolutions of layer i."""
         if seed is None:
             return None
-        first = first_image(self.share)
-        return tuple(DropoutSpec(self.drop_rate, seed, 2 * i + place, first) for place in (0, 1))
+        offset = sample_offset(self.share)
+        return tuple(DropoutSpec(self.drop_rate, seed, 2 * i + j, offset) for j in (0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + num_layers * growth_rate, H, W)."""
@@ -120,22 +120,22 @@ class DenseBlock(nn.ModuleDict):
         parts = [x]
         for i, layer in enumerate(self.values()):
             x = torch.cat(parts, dim=1)
-            with _rejoined(x, tuple(parts)) if self.rejoins else nullcontext():
-                parts.append(layer(x, self.drops(seed, i)))
+            with _recompute_concat(x, tuple(parts)) if self.recomputes_concat else nullcontext():
+                parts.append(layer(x, self.dropouts(seed, i)))
         return torch.cat(parts, dim=1)
 
 
-def _rejoined(joined: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManager:
-    """Let operations that keep `joined` for backward keep its parts, which are there anyway."""
+def _recompute_concat(concat: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManager:
+    """Let operations that keep `concat` for backward keep its parts, which are there anyway."""
     # Not the tensor, which would be kept; its storage: fake tensors have it too (engine/memory.py).
-    place, shape = joined.untyped_storage()._cdata, joined.shape
+    storage, shape = concat.untyped_storage()._cdata, concat.shape
 
-    def pack(kept: Tensor) -> Tensor | tuple[Tensor, ...]:
-        same = kept.untyped_storage()._cdata == place and kept.shape == shape
-        return parts if same else kept
+    def pack(saved: Tensor) -> Tensor | tuple[Tensor, ...]:
+        same = saved.untyped_storage()._cdata == storage and saved.shape == shape
+        return parts if same else saved
 
-    def unpack(kept: Tensor | tuple[Tensor, ...]) -> Tensor:
-        return torch.cat(kept, dim=1) if isinstance(kept, tuple) else kept
+    def unpack(saved: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(saved, dim=1) if isinstance(saved, tuple) else saved
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -151,26 +151,26 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any (N, C, H, W) -> the same shape."""
-        return drop(x, self.draw(x.device), inplace=False)
+        return apply_dropout(x, self.draw(x.device), inplace=False)
 
     def draw(self, device: torch.device) -> DropoutSpec | None:
         """The dropout of this step; None where nothing is dropped."""
         if not self.training or self.rate == 0:
             return None
-        return DropoutSpec(self.rate, draw_seed(device), 0, first_image(self.share))
+        return DropoutSpec(self.rate, draw_seed(device), 0, sample_offset(self.share))
 
 
-class DroppedPool(torch.autograd.Function):
+class DropoutAvgPool(torch.autograd.Function):
     """Average over 2x2 pixels of what a dropout leaves of (N, C, H, W).
 
     Both are linear: backward needs the mask, which it computes again, and no values.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, how: DropoutSpec) -> Tensor:
+    def forward(ctx, x: Tensor, dropout: DropoutSpec) -> Tensor:
         """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
-        ctx.how, ctx.size = how, x.shape[2:]
-        return F.avg_pool2d(drop(x, how, inplace=False), 2)
+        ctx.dropout, ctx.size = dropout, x.shape[2:]
+        return F.avg_pool2d(apply_dropout(x, dropout, inplace=False), 2)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -178,12 +178,12 @@ class DroppedPool(torch.autograd.Function):
         height, width = (length - length % 2 for length in ctx.size)
         grad = F.interpolate(grad / 4, size=(height, width), mode="nearest")
         grad = F.pad(grad, (0, ctx.size[1] - width, 0, ctx.size[0] - height))
-        return drop(grad, ctx.how, inplace=False), None
+        return apply_dropout(grad, ctx.dropout, inplace=False), None
 
 
-def drop(x: Tensor, how: DropoutSpec | None, inplace: bool) -> Tensor:
+def apply_dropout(x: Tensor, dropout: DropoutSpec | None, inplace: bool) -> Tensor:
     """Apply a dropout, or none, to (N, C, H, W)."""
-    if how is None:
+    if dropout is None:
         return x
-    mask = how.mask(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    mask = dropout.mask(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return x.mul_(mask) if inplace else x * mask

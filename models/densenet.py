@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels.backend import REFERENCE, Backend
 from models import memory_efficient
-from models.dense_block import DenseBlock, Dropout, DroppedPool
+from models.dense_block import DenseBlock, Dropout, DropoutAvgPool
 from models.layers import conv1x1, conv3x3, conv7x7, reset_parameters
 from models.sync_batchnorm import BatchNorm
 
@@ -67,26 +67,28 @@ class DenseNet(nn.Module):
             self.features.add_module(f"denseblock{i}", block)
             channels = block.out_channels
             if i < len(stages):
-                kept = math.floor(compression * channels)
-                self.features.add_module(f"transition{i}", Transition(channels, kept, drop_rate))
-                channels = kept
+                out_channels = math.floor(compression * channels)
+                self.features.add_module(
+                    f"transition{i}", Transition(channels, out_channels, drop_rate)
+                )
+                channels = out_channels
         self.features.add_module("norm5", BatchNorm(channels))  # 5 however many blocks
         self.classifier = nn.Linear(channels, num_classes)
         reset_parameters(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
-        if self.memory_level in memory_efficient.SHARED_LEVELS:
-            return self.classifier(self._block_by_block(images))
-        return self.classifier(_pooled(self.features(images)))
+        if self.memory_level in memory_efficient.MEMORY_EFFICIENT_LEVELS:
+            return self.classifier(self._forward_memory_efficient(images))
+        return self.classifier(_relu_mean_pool(self.features(images)))
 
-    def _block_by_block(self, images: Tensor) -> Tensor:
+    def _forward_memory_efficient(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C): features, ReLU and mean, in little memory where that can be."""
-        *body, last = self.features
+        *modules, last = self.features
         x, block = images, None  # a block waits for what reads it: they run together
-        for module in body:
+        for module in modules:
             if block is not None and isinstance(module, Transition):
-                x, block = module.after(block, x, self.ops, self.memory_level), None
+                x, block = module.forward_with_block(block, x, self.ops, self.memory_level), None
                 continue
             if block is not None:
                 x, block = block(x), None
@@ -95,17 +97,19 @@ class DenseNet(nn.Module):
             else:
                 x = module(x)
         if block is None:
-            return _pooled(last(x))
+            return _relu_mean_pool(last(x))
         if not memory_efficient.can_run(block, last):
-            return _pooled(last(block(x)))
-        tail = memory_efficient.Tail(last, window=tuple(x.shape[2:]))
-        return memory_efficient.stage(block, tail, x, self.ops, self.memory_level).flatten(1)
+            return _relu_mean_pool(last(block(x)))
+        epilogue = memory_efficient.BlockEpilogue(last, window=tuple(x.shape[2:]))
+        return memory_efficient.run_dense_block(
+            block, epilogue, x, self.ops, self.memory_level
+        ).flatten(1)
 
 
-def _pooled(maps: Tensor) -> Tensor:
+def _relu_mean_pool(features: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, C): ReLU, which overwrites its input, and mean."""
     # A mean, since adaptive pooling has no deterministic backward on CUDA.
-    return F.relu(maps, inplace=True).mean(dim=(2, 3))
+    return F.relu(features, inplace=True).mean(dim=(2, 3))
 
 
 def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
@@ -137,7 +141,7 @@ class Transition(nn.Sequential):
             )
         )
 
-    def after(self, block: DenseBlock, x: Tensor, ops: Backend, level: int) -> Tensor:
+    def forward_with_block(self, block: DenseBlock, x: Tensor, ops: Backend, level: int) -> Tensor:
         """Run a block and this on what it makes, together where that can be.
 
         Averages of 2x2 pixels and a 1x1 convolution commute, so that pooling comes first and the
@@ -146,12 +150,14 @@ class Transition(nn.Sequential):
         if not memory_efficient.can_run(block, self.norm):
             return self(block(x))
         if hasattr(self, "drop"):
-            tail = memory_efficient.Tail(self.norm, conv=self.conv)
-            return self._drop_and_pool(memory_efficient.stage(block, tail, x, ops, level))
-        tail = memory_efficient.Tail(self.norm, window=(2, 2))
-        return self.conv(memory_efficient.stage(block, tail, x, ops, level))
+            epilogue = memory_efficient.BlockEpilogue(self.norm, conv=self.conv)
+            return self._dropout_avg_pool(
+                memory_efficient.run_dense_block(block, epilogue, x, ops, level)
+            )
+        epilogue = memory_efficient.BlockEpilogue(self.norm, window=(2, 2))
+        return self.conv(memory_efficient.run_dense_block(block, epilogue, x, ops, level))
 
-    def _drop_and_pool(self, x: Tensor) -> Tensor:
+    def _dropout_avg_pool(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H // 2, W // 2), with nothing kept for backward."""
-        how = self.drop.draw(x.device)
-        return DroppedPool.apply(x, how) if how else self.pool(x)
+        dropout = self.drop.draw(x.device)
+        return DropoutAvgPool.apply(x, dropout) if dropout else self.pool(x)

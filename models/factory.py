@@ -28,17 +28,17 @@ def create(
         arguments["ops"] = ops
     model = architecture.import_network()(num_classes=num_classes, **arguments)
     if share is not None:
-        join(model, share, opt.syncBN)
+        attach_shard(model, share, opt.syncBN)
     return model
 
 
-def join(model: nn.Module, share: Share, sync_norms: bool) -> None:
+def attach_shard(model: nn.Module, share: Share, sync_norms: bool) -> None:
     """Make a network one of several replicas.
 
     Args:
         sync_norms: take the moments of the whole batch, not of each replica's images.
     """
-    sharing = (DenseBlock, Dropout, BatchNorm) if sync_norms else (DenseBlock, Dropout)
+    sharded = (DenseBlock, Dropout, BatchNorm) if sync_norms else (DenseBlock, Dropout)
     for module in model.modules():
-        if isinstance(module, sharing):
+        if isinstance(module, sharded):
             module.share = share

@@ -33,12 +33,12 @@ class PaddedShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.missing, self.stride = out_channels - in_channels, stride
+        self.pad_channels, self.stride = out_channels - in_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.missing))
+        return F.pad(x, (0, 0, 0, 0, 0, self.pad_channels))
 
 
 def make_shortcut(
@@ -59,7 +59,7 @@ def make_shortcut(
     return nn.Identity()
 
 
-def residual_plan(
+def block_specs(
     counts: tuple[int, ...], width: int, bottleneck: bool
 ) -> list[list[tuple[int, int, int, int]]]:
     """Stage by stage the channels in, width, channels out and stride of each residual block.
@@ -71,14 +71,14 @@ def residual_plan(
         width: of the first stage, and the channels that enter it.
         bottleneck: a block puts out four times its width.
     """
-    plan, channels = [], width
+    specs, channels = [], width
     for i, count in enumerate(counts):
         out_channels = EXPANSION * width if bottleneck else width
         stage = [(out_channels, width, out_channels, 1)] * count
         stage[0] = (channels, width, out_channels, 2 if i > 0 else 1)
-        plan.append(stage)
+        specs.append(stage)
         channels, width = out_channels, 2 * width
-    return plan
+    return specs
 
 
 def reset_parameters(model: nn.Module) -> None:

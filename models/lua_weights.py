@@ -24,7 +24,7 @@ def is_lua(weights: dict[str, Tensor]) -> bool:
     return bool(weights) and all(map(_NAME.fullmatch, weights))
 
 
-def renamed(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_model_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The weights of a Lua network under the names of the modules of `model` in the same places.
 
     A classifier for another number of classes is renamed as well.
@@ -32,34 +32,34 @@ def renamed(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the networks are different ones.
     """
-    theirs, ours = _of_lua(weights), _of_model(model)
-    problem = _difference(theirs, ours)
+    found, expected = _lua_modules(weights), _model_modules(model)
+    problem = _difference(found, expected)
     if problem:
-        flags = densenet_flags([shape for kind, _, shape in theirs if kind == KINDS[nn.Conv2d]])
+        flags = densenet_flags([shape for kind, _, shape in found if kind == KINDS[nn.Conv2d]])
         fix = f"use {flags}" if flags else "give the flags of that network"
         raise CheckpointError(f"weights do not fit the network: {problem}", fix)
-    names = {place: name for (_, place, _), (_, name, _) in zip(theirs, ours, strict=True)}
+    names = {lua_name: name for (_, lua_name, _), (_, name, _) in zip(found, expected, strict=True)}
     return {
-        f"{names[place]}.{name}": tensor
-        for (place, _, name), tensor in zip(
+        f"{names[lua_name]}.{name}": tensor
+        for (lua_name, _, name), tensor in zip(
             (full.rpartition(".") for full in weights), weights.values(), strict=True
         )
     }
 
 
-def _of_lua(weights: dict[str, Tensor]) -> list[Module]:
+def _lua_modules(weights: dict[str, Tensor]) -> list[Module]:
     found = []
     for name, tensor in weights.items():
-        place, _, of = name.rpartition(".")
+        lua_name, _, of = name.rpartition(".")
         if of != "weight":
             continue
-        is_norm = f"{place}.running_mean" in weights
+        is_norm = f"{lua_name}.running_mean" in weights
         kind = nn.BatchNorm2d if is_norm else nn.Conv2d if tensor.dim() == 4 else nn.Linear
-        found.append((KINDS[kind], place, tuple(tensor.shape)))
+        found.append((KINDS[kind], lua_name, tuple(tensor.shape)))
     return found
 
 
-def _of_model(model: nn.Module) -> list[Module]:
+def _model_modules(model: nn.Module) -> list[Module]:
     """In the order of definition, which in these networks is that of running."""
     return [
         (KINDS[kind], name, tuple(module.weight.shape))
@@ -69,19 +69,21 @@ def _of_model(model: nn.Module) -> list[Module]:
     ]
 
 
-def _difference(theirs: list[Module], ours: list[Module]) -> str | None:
+def _difference(found: list[Module], expected: list[Module]) -> str | None:
     """Where two networks differ, in words; None if nowhere but in the number of classes."""
-    counts = [Counter(kind for kind, *_ in modules) for modules in (theirs, ours)]
+    counts = [Counter(kind for kind, *_ in modules) for modules in (found, expected)]
     if counts[0] != counts[1]:
         lists = [", ".join(f"{n[kind]} x {kind}" for kind in KINDS.values()) for n in counts]
         return f"the Lua network has {lists[0]}; this one {lists[1]}"
     problems = []
-    for (kind, place, shape), (wanted_kind, name, wanted) in zip(theirs, ours, strict=True):
-        if kind != wanted_kind:  # one of another order, where each after it would be reported
-            return f"Lua module {place} is a {kind}, {name} a {wanted_kind}"
+    for (kind, lua_name, shape), (expected_kind, name, expected_shape) in zip(
+        found, expected, strict=True
+    ):
+        if kind != expected_kind:  # one of another order, where each after it would be reported
+            return f"Lua module {lua_name} is a {kind}, {name} a {expected_kind}"
         first = 1 if kind == KINDS[nn.Linear] else 0
-        if shape[first:] != wanted[first:]:
-            problems.append(f"Lua module {place} has shape {shape}, {name} {wanted}")
+        if shape[first:] != expected_shape[first:]:
+            problems.append(f"Lua module {lua_name} has shape {shape}, {name} {expected_shape}")
     return "; ".join(problems[:3]) + (f"; {len(problems)} in all" if problems[3:] else "") or None
 
 
@@ -95,12 +97,12 @@ def densenet_flags(shapes: list[tuple[int, ...]]) -> str | None:
     bottleneck = count[1] >= count[3]
     # Between blocks two 1x1 convolutions follow each other if layers begin with one.
     between = [a for a, b in pairwise(rest) if a[2] == 1 and (b[2] == 1 or not bottleneck)]
-    shares = (1.0, 0.5, *(percent / 100 for percent in range(1, 100)))
-    fitting = [share for share in shares
-               if all(math.floor(share * shape[1]) == shape[0] for shape in between)]  # fmt: skip
-    if not fitting:
+    compressions = (1.0, 0.5, *(percent / 100 for percent in range(1, 100)))
+    matching = [theta for theta in compressions
+               if all(math.floor(theta * shape[1]) == shape[0] for shape in between)]  # fmt: skip
+    if not matching:
         return None
     return (
         f"--depth {len(shapes) + 1} --growthRate {min(widths)} --initChannels {stem[0]}"
-        f" --bottleneck {str(bottleneck).lower()} --reduction {fitting[0]:g}"
+        f" --bottleneck {str(bottleneck).lower()} --reduction {matching[0]:g}"
     )

@@ -14,7 +14,7 @@ that the identity reaches from the first block of a stage to its last.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import conv1x1, conv3x3, conv7x7, make_shortcut, reset_parameters, residual_plan
+from models.layers import block_specs, conv1x1, conv3x3, conv7x7, make_shortcut, reset_parameters
 from models.sync_batchnorm import BatchNorm
 
 # What of a pre-activation block sees its input normalised and rectified. The first block of a
@@ -59,7 +59,7 @@ class Block(nn.Module):
         return F.relu(branch.add_(self.downsample(x)), inplace=True)
 
 
-class PreBlock(nn.Module):
+class PreActBlock(nn.Module):
     """The convolutions of `Block` with BN and ReLU before each, the first of them as `preact` says.
 
     Input (N, in_channels, H, W), output (N, out_channels, H / stride, W / stride).
@@ -127,16 +127,16 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         width = 64 if imagenet_stem else 16
-        plan = residual_plan(stages, width, bottleneck)
+        specs = block_specs(stages, width, bottleneck)
         # Parity: fb.resnet.torch and torchvision; in the papers the first 1x1 has the stride, and
         # in the code of the pre-activated networks' authors, whose CIFAR shape this is.
         strides_late = bottleneck and (imagenet_stem or not pre_activation)
-        how = {"shortcut": shortcut, "bottleneck": bottleneck, "strides_late": strides_late}
+        options = {"shortcut": shortcut, "bottleneck": bottleneck, "strides_late": strides_late}
         # What is defined here runs in this order.
         if pre_activation:
             self.stem = _pre_activated_stem(width, imagenet_stem)
-            self.stages = _pre_activated_stages(plan, NOTHING if imagenet_stem else BOTH, how)
-            self.bn = BatchNorm(plan[-1][-1][2])
+            self.stages = _pre_activated_stages(specs, NOTHING if imagenet_stem else BOTH, options)
+            self.bn = BatchNorm(specs[-1][-1][2])
             self.relu = nn.ReLU(inplace=True)
         else:
             self.conv1 = conv7x7(3, width) if imagenet_stem else conv3x3(3, width)
@@ -144,10 +144,10 @@ class ResNet(nn.Module):
             self.relu = nn.ReLU(inplace=True)
             if imagenet_stem:
                 self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-            for i, stage in enumerate(plan, start=1):
-                blocks = (Block(*sizes, **how) for sizes in stage)
+            for i, stage in enumerate(specs, start=1):
+                blocks = (Block(*sizes, **options) for sizes in stage)
                 self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(plan[-1][-1][2], num_classes)
+        self.fc = nn.Linear(specs[-1][-1][2], num_classes)
         reset_parameters(self)
 
     @property
@@ -158,11 +158,11 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
         *body, classifier = self.children()
-        maps = images
+        features = images
         for module in body:
-            maps = module(maps)
+            features = module(features)
         # A mean, since adaptive pooling has no deterministic backward on CUDA.
-        return classifier(maps.mean(dim=(2, 3)))
+        return classifier(features.mean(dim=(2, 3)))
 
 
 def _pre_activated_stem(width: int, imagenet: bool) -> nn.Module:
@@ -173,12 +173,12 @@ def _pre_activated_stem(width: int, imagenet: bool) -> nn.Module:
     return nn.Sequential(conv7x7(3, width), BatchNorm(width), nn.ReLU(inplace=True), pool)
 
 
-def _pre_activated_stages(plan: list, preact: str, how: dict[str, object]) -> nn.Sequential:
+def _pre_activated_stages(specs: list, preact: str, options: dict[str, object]) -> nn.Sequential:
     """Build the stages, with `preact` in the first block of the first."""
     stages = nn.Sequential()
-    for first, *others in plan:
-        blocks = [PreBlock(*first, **how, preact=preact)]
-        blocks += [PreBlock(*sizes, **how, preact=BRANCH) for sizes in others]
+    for first, *others in specs:
+        blocks = [PreActBlock(*first, **options, preact=preact)]
+        blocks += [PreActBlock(*sizes, **options, preact=BRANCH) for sizes in others]
         stages.append(nn.Sequential(*blocks))
         preact = BOTH
     return stages

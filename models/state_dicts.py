@@ -22,15 +22,15 @@ def load_weights(
         CheckpointError: names or shapes do not fit; the model is untouched.
     """
     if lua_weights.is_lua(weights):
-        weights = lua_weights.renamed(weights, model)
-    weights = {_modern_name(name): tensor for name, tensor in weights.items()}
-    wanted, classifier = model.state_dict(), _classifier_prefix(model)
+        weights = lua_weights.to_model_names(weights, model)
+    weights = {_upgrade_key(name): tensor for name, tensor in weights.items()}
+    expected, classifier = model.state_dict(), _classifier_prefix(model)
     if reset_classifier:
-        weights |= {name: wanted[name] for name in wanted if name.startswith(classifier)}
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+        weights |= {name: expected[name] for name in expected if name.startswith(classifier)}
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
     for name in counters - weights.keys():  # files from before PyTorch 0.4.1 do not have them
-        weights[name] = wanted[name]
-    problems = mismatches(weights, wanted)
+        weights[name] = expected[name]
+    problems = state_dict_mismatches(weights, expected)
     if problems:
         shown = "; ".join(problems[:3]) + (f"; {len(problems)} in all" if len(problems) > 3 else "")
         only_classifier = all(problem.startswith(classifier) for problem in problems)
@@ -39,14 +39,14 @@ def load_weights(
     model.load_state_dict(weights)
 
 
-def mismatches(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Names that are missing or unknown and shapes that differ, one phrase each."""
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is unknown" for name in found.keys() - wanted.keys()]
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
     problems += [
-        f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in found.keys() & wanted.keys()
-        if found[name].shape != wanted[name].shape
+        f"{name} has shape {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in found.keys() & expected.keys()
+        if found[name].shape != expected[name].shape
     ]
     return sorted(problems)
 
@@ -57,6 +57,6 @@ def _classifier_prefix(model: nn.Module) -> str:
     return f"{name}."
 
 
-def _modern_name(name: str) -> str:
+def _upgrade_key(name: str) -> str:
     """`...denselayer1.norm.1.weight` -> `...denselayer1.norm1.weight`."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)

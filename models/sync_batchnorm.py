@@ -4,8 +4,9 @@ Each replica runs the same network on its images of one batch, and the mean of t
 applied. An image has the same dropout mask on whichever replica it is. Batch normalisations can
 take the moments of the whole batch; docs/memory.md derives what is exchanged then.
 
-A layer knows its replica's part of the batch from its attribute `share`, which models.factory.join
-sets: `first`, the images that stand before it, `total`, those of all, and `weights`, (replicas,),
+A layer knows its replica's part of the batch from its attribute `share`, which
+models.factory.attach_shard sets: `first`, the images that stand before it, `total`,
+those of all, and `weights`, (replicas,),
 the part that each replica has. They may change between steps, not between a forward pass and its
 backward. A replica without an image computes an image of zeros, so that every replica takes part in
 every exchange: its weight is 0, and so must be the gradient of its output.
@@ -19,12 +20,12 @@ from torch.autograd.function import once_differentiable
 from distributed.world import Share
 
 
-def first_image(share: Share | None) -> int:
+def sample_offset(share: Share | None) -> int:
     """The number of images of the batch that stand before a replica's; 0 for a single process."""
     return 0 if share is None else share.first
 
 
-def merged_moments(share: Share, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+def all_reduced_stats(share: Share, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of all replicas' values, from those of each, (C,)."""
     means, variances = share.gather(torch.stack([mean, var])).unbind(1)  # (replicas, C)
     weights = share.weights.to(mean.dtype)[:, None]
@@ -33,17 +34,21 @@ def merged_moments(share: Share, mean: Tensor, var: Tensor) -> tuple[Tensor, Ten
     return mean, (weights * (variances + (means - mean).square())).sum(0)
 
 
-def merged_corrections(share: Share, shift: Tensor, slope: Tensor) -> Tensor:
+def all_reduced_corrections(
+    share: Share, mean_correction: Tensor, var_correction: Tensor
+) -> Tensor:
     """What completes the gradient of this replica's maps (see kernels/feature_maps.py), from all.
 
     Args:
-        shift, slope: (C,), from the readers on this replica, with M the values that it has.
+        mean_correction, var_correction: (C,), from the readers on this replica, with M the
+            values that it has.
 
     Returns:
-        (2, C), shift and slope.
+        (2, C), mean_correction and var_correction.
     """
-    weight = share.weights[share.rank].to(shift.dtype)
-    total = torch.stack([shift, slope]) * weight  # from 1 / M here to 1 / M of all
+    weight = share.weights[share.rank].to(mean_correction.dtype)
+    # From 1 / M here to 1 / M of all.
+    total = torch.stack([mean_correction, var_correction]) * weight
     share.sum_(total)
     return total * weight.sign()  # an image of zeros is in no mean
 
@@ -68,15 +73,15 @@ class BatchNorm(nn.BatchNorm2d):
         if count == 1:
             raise ValueError("batch normalisation of one value per channel has no variance")
         with torch.no_grad():
-            mean, var = merged_moments(self.share, *_moments(x))
+            mean, var = all_reduced_stats(self.share, *_batch_stats(x))
             unbiased = var * (count / (count - 1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked += 1
-        return _Normalise.apply(x, self.weight, self.bias, mean, var, self.eps, self.share)
+        return _SyncBatchNorm.apply(x, self.weight, self.bias, mean, var, self.eps, self.share)
 
 
-class _Normalise(torch.autograd.Function):
+class _SyncBatchNorm(torch.autograd.Function):
     """Normalise with moments to which the values of every replica have contributed."""
 
     @staticmethod
@@ -94,12 +99,14 @@ class _Normalise(torch.autograd.Function):
             grad, x, weight, mean, var, None, None, False, ctx.eps, (True, True, True)
         )  # as if the moments were constants
         scale = weight * (var + ctx.eps).rsqrt() * (x.shape[1] / x.numel())
-        shift, slope = merged_corrections(ctx.share, scale * dbias, scale * dweight)
-        dx -= F.batch_norm(x, mean, var, slope, shift, eps=ctx.eps)
+        mean_correction, var_correction = all_reduced_corrections(
+            ctx.share, scale * dbias, scale * dweight
+        )
+        dx -= F.batch_norm(x, mean, var, var_correction, mean_correction, eps=ctx.eps)
         return dx, dweight, dbias, None, None, None, None
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of (N, C, H, W) per channel, in single precision or better."""
     # Given running statistics of that precision, it returns the moments in it.
     running = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))

@@ -135,11 +135,11 @@ def test_the_mask_of_a_replica_is_the_slice_of_the_mask_of_all():
 def test_a_network_takes_its_masks_from_where_its_share_of_the_batch_begins():
     x = torch.ones(5, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     for module in (Dropout(0.3), Transition(4, 4, 0.3)):
-        run = module if isinstance(module, Dropout) else module.double()._drop_and_pool
+        run = module if isinstance(module, Dropout) else module.double()._dropout_avg_pool
         masks = {}
         for name, part, first in (("all", x, None), ("last two", x[3:], 3), ("wrong", x[3:], 2)):
             if first is not None:
-                models.factory.join(module, SimpleNamespace(first=first), sync_norms=False)
+                models.factory.attach_shard(module, SimpleNamespace(first=first), sync_norms=False)
             torch.manual_seed(7)
             out = run(part)
             masks[name] = (out.detach(), torch.autograd.grad(out.sum(), x)[0][-2:])
@@ -218,10 +218,10 @@ def test_nothing_is_drawn_where_nothing_is_dropped(rate, training, draws):
 
 def test_no_two_dropouts_of_a_step_share_a_mask():
     dropouts = block(0.3)
-    first, second = (dropouts.drops(seed(1), i) for i in (0, 1))
+    first, second = (dropouts.dropouts(seed(1), i) for i in (0, 1))
     assert len({dropout.layer_id for dropout in (*first, *second)}) == 4
     assert {dropout.rate for dropout in (*first, *second)} == {0.3}
-    assert dropouts.drops(None, 0) is None
+    assert dropouts.dropouts(None, 0) is None
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -15,19 +15,19 @@ from models import memory_efficient
 from models.densenet import DenseNet
 from models.sync_batchnorm import BatchNorm
 
-SHARED = pytest.mark.parametrize("level", memory_efficient.SHARED_LEVELS)
+SHARED = pytest.mark.parametrize("level", memory_efficient.MEMORY_EFFICIENT_LEVELS)
 
 
 @pytest.fixture
 def ran(monkeypatch) -> list:
     """The blocks that have run in little memory."""
-    found, stage = [], memory_efficient.stage
+    found, original = [], memory_efficient.run_dense_block
 
     def recorded(block, *args, **kwargs):
         found.append(block)
-        return stage(block, *args, **kwargs)
+        return original(block, *args, **kwargs)
 
-    monkeypatch.setattr(memory_efficient, "stage", recorded)
+    monkeypatch.setattr(memory_efficient, "run_dense_block", recorded)
     return found
 
 
@@ -163,9 +163,9 @@ def test_the_modes_of_blocks_and_gradients_decide(ran):
 def test_normalisations_of_different_replicas_do_not_run_together():
     block, last = network(2).features.denseblock2, network(2).features.norm5
     share = Share(World(), torch.device("cpu"))
-    models.factory.join(block, share, sync_norms=True)
+    models.factory.attach_shard(block, share, sync_norms=True)
     assert not memory_efficient.can_run(block, last)
-    models.factory.join(last, share, sync_norms=True)
+    models.factory.attach_shard(last, share, sync_norms=True)
     assert memory_efficient.can_run(block, last)
 
 

@@ -26,7 +26,7 @@ from models import memory_efficient
 from models.dense_block import DenseBlock
 
 LEVELS = pytest.mark.parametrize("level", [1, 2, 3, 4])
-SHARED = pytest.mark.parametrize("level", memory_efficient.SHARED_LEVELS)
+SHARED = pytest.mark.parametrize("level", memory_efficient.MEMORY_EFFICIENT_LEVELS)
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 
 
@@ -68,14 +68,14 @@ def test_running_statistics_move_once_a_step_towards_the_unbiased_variance(level
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     one_step(model, images, targets)
     norm = "features.denseblock1.denselayer1.norm1"
-    maps = model.features.conv0(images)
-    for name, want in (("running_mean", maps.mean((0, 2, 3))),
-                       ("running_var", maps.var((0, 2, 3), unbiased=True))):  # fmt: skip
+    features = model.features.conv0(images)
+    for name, want in (("running_mean", features.mean((0, 2, 3))),
+                       ("running_var", features.var((0, 2, 3), unbiased=True))):  # fmt: skip
         old, new = before[f"{norm}.{name}"], model.get_buffer(f"{norm}.{name}")
         torch.testing.assert_close(new, 0.9 * old + 0.1 * want)
         assert (new - (0.81 * old + 0.19 * want)).abs().max() > 1e-3  # moved twice
     assert all(norm.num_batches_tracked == 1 for norm in norms(model))
-    biased = 0.9 * old + 0.1 * maps.var((0, 2, 3), unbiased=False)
+    biased = 0.9 * old + 0.1 * features.var((0, 2, 3), unbiased=False)
     assert (new - biased).abs().max() > 1e-6
 
 
@@ -187,34 +187,40 @@ def test_any_gamma_is_a_gamma(level, form, gamma):
     assert largest_difference(got, ordinary) > 1e-3
 
 
-def stated(block: DenseBlock, tail: memory_efficient.Tail, x: Tensor) -> Tensor:
+def stated(block: DenseBlock, epilogue: memory_efficient.BlockEpilogue, x: Tensor) -> Tensor:
     """Section 3 of the paper: every layer sees the maps of all before it."""
 
     def bn_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps))
 
-    maps = [x]
+    features = [x]
     for layer in block.values():
-        new = F.conv2d(bn_relu(layer.norm1, torch.cat(maps, 1)), layer.conv1.weight,
+        new = F.conv2d(bn_relu(layer.norm1, torch.cat(features, 1)), layer.conv1.weight,
                        padding=layer.conv1.padding)  # fmt: skip
         if layer.bottleneck:
             new = F.conv2d(bn_relu(layer.norm2, new), layer.conv2.weight, padding=1)
-        maps.append(new)
-    out = bn_relu(tail.norm, torch.cat(maps, 1))
-    return F.avg_pool2d(out, tail.window) if tail.window else F.conv2d(out, tail.conv.weight)
+        features.append(new)
+    out = bn_relu(epilogue.norm, torch.cat(features, 1))
+    if epilogue.window:
+        return F.avg_pool2d(out, epilogue.window)
+    return F.conv2d(out, epilogue.conv.weight)
 
 
-def stage(bottleneck: bool, window, drop_rate: float = 0.0, layers: int = 2, growth_rate: int = 2):
-    """A block and its tail: (modules, all parameters in order, tail)."""
+def make_block(
+    bottleneck: bool, window, drop_rate: float = 0.0, layers: int = 2, growth_rate: int = 2
+):
+    """A block and its epilogue: (block, epilogue, all parameters in order)."""
     options = {"bottleneck": bottleneck, "drop_rate": drop_rate, "memory_level": 2}
     block = DenseBlock(layers, 3, growth_rate, **options).double()
     conv = None if window else nn.Conv2d(block.out_channels, 3, 1, bias=False).double()
-    tail = memory_efficient.Tail(nn.BatchNorm2d(block.out_channels).double(), window, conv)
-    parts = [*block.values(), tail.norm, *([conv] if conv else [])]
+    epilogue = memory_efficient.BlockEpilogue(
+        nn.BatchNorm2d(block.out_channels).double(), window, conv
+    )
+    parts = [*block.values(), epilogue.norm, *([conv] if conv else [])]
     parameters = [p for part in parts for p in part.parameters()]
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.7)
-    return block, tail, parameters
+    return block, epilogue, parameters
 
 
 STAGES = pytest.mark.parametrize("bottleneck", [True, False])
@@ -225,29 +231,29 @@ WINDOWS = pytest.mark.parametrize("window", [(2, 2), (5, 4), None])
 @STAGES
 @WINDOWS
 def test_a_stage_equals_the_papers_dense_block(level, bottleneck, window, tiles):
-    block, tail, parameters = stage(bottleneck, window, layers=3)
+    block, epilogue, parameters = make_block(bottleneck, window, layers=3)
     x = torch.randn(5, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    got = memory_efficient.stage(block, tail, x, REFERENCE, level)
-    want = stated(block, tail, x)
+    got = memory_efficient.run_dense_block(block, epilogue, x, REFERENCE, level)
+    want = stated(block, epilogue, x)
     upstream = torch.randn_like(want)
     gradients = [torch.autograd.grad(out, [x, *parameters], upstream) for out in (got, want)]
     for mine, theirs in zip((got, *gradients[0]), (want, *gradients[1]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         parameters[0] += 1e-3
-    assert (got - stated(block, tail, x)).abs().max() > 1e-5
+    assert (got - stated(block, epilogue, x)).abs().max() > 1e-5
 
 
 @SHARED
 @STAGES
 @pytest.mark.parametrize("mean", [100.0, -100.0])
 def test_means_far_from_zero_leave_single_precision_its_digits(level, bottleneck, mean):
-    block, tail, parameters = stage(bottleneck, (2, 2))
+    block, epilogue, parameters = make_block(bottleneck, (2, 2))
     x = (torch.randn(8, 3, 8, 8, dtype=torch.float64) + mean).float()
     upstream = torch.randn(8, block.out_channels, 4, 4)
 
     def values(run, dtype: torch.dtype) -> list[Tensor]:
-        for module in (block, tail.norm):
+        for module in (block, epilogue.norm):
             module.to(dtype)
         leaf = x.to(dtype).requires_grad_()
         out = run(leaf)
@@ -257,22 +263,30 @@ def test_means_far_from_zero_leave_single_precision_its_digits(level, bottleneck
         found = values(run, torch.float32)
         return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
-    exact = values(lambda leaf: stated(block, tail, leaf), torch.float64)
+    exact = values(lambda leaf: stated(block, epilogue, leaf), torch.float64)
     assert (
-        max(errors(lambda leaf: memory_efficient.stage(block, tail, leaf, REFERENCE, level))) < 5e-4
+        max(
+            errors(
+                lambda leaf: memory_efficient.run_dense_block(
+                    block, epilogue, leaf, REFERENCE, level
+                )
+            )
+        )
+        < 5e-4
     )
-    assert max(errors(lambda leaf: stated(block, tail, leaf))) < 5e-4  # autograd, as a reference
-    assert max(errors(lambda leaf: stated(block, tail, leaf.bfloat16().float()))) > 1e-2
+    # Autograd, as a reference.
+    assert max(errors(lambda leaf: stated(block, epilogue, leaf))) < 5e-4
+    assert max(errors(lambda leaf: stated(block, epilogue, leaf.bfloat16().float()))) > 1e-2
 
 
 @SHARED
 @WINDOWS
 def test_a_gradient_that_is_one_number_repeated_is_a_gradient(level, window):
-    block, tail, parameters = stage(True, window)
+    block, epilogue, parameters = make_block(True, window)
     x = torch.randn(5, 3, 5, 4, requires_grad=True, dtype=torch.float64)
     runs = [
-        lambda: memory_efficient.stage(block, tail, x, REFERENCE, level),
-        lambda: stated(block, tail, x),
+        lambda: memory_efficient.run_dense_block(block, epilogue, x, REFERENCE, level),
+        lambda: stated(block, epilogue, x),
     ]
     got, want = (torch.autograd.grad(run().mean(), [x, *parameters]) for run in runs)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
@@ -286,12 +300,12 @@ def test_a_gradient_that_is_one_number_repeated_is_a_gradient(level, window):
 def check_gradients(ops, level: int, *form, size=(5, 4), **sizes) -> bool:
     """Compare with finite differences along a random direction of the input and the parameters."""
     torch.manual_seed(1)
-    block, tail, parameters = stage(*form, **sizes)
+    block, epilogue, parameters = make_block(*form, **sizes)
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, *_: Tensor) -> Tensor:  # the parameters are changed where they stand
         torch.manual_seed(2)
-        return memory_efficient.stage(block, tail, x, ops, level)
+        return memory_efficient.run_dense_block(block, epilogue, x, ops, level)
 
     return torch.autograd.gradcheck(
         run, (x, *parameters), atol=1e-8, rtol=1e-4, fast_mode=True, raise_exception=False
@@ -333,7 +347,7 @@ def test_finite_differences_find_an_operation_that_is_one_per_cent_off(name, bot
 
 def test_the_state_is_the_same_at_every_level():
     want = network(0).state_dict()
-    for level in (1, *memory_efficient.SHARED_LEVELS):
+    for level in (1, *memory_efficient.MEMORY_EFFICIENT_LEVELS):
         state = network(level).state_dict()
         assert list(state) == list(want)
         assert all(torch.equal(state[name], want[name]) for name in want)

@@ -19,8 +19,8 @@ from kernels.backend import REFERENCE
 from models import memory_efficient
 from models.densenet import DenseNet
 
-LEVELS = pytest.mark.parametrize("level", [1, *memory_efficient.SHARED_LEVELS])
-SHARED = pytest.mark.parametrize("level", memory_efficient.SHARED_LEVELS)
+LEVELS = pytest.mark.parametrize("level", [1, *memory_efficient.MEMORY_EFFICIENT_LEVELS])
+SHARED = pytest.mark.parametrize("level", memory_efficient.MEMORY_EFFICIENT_LEVELS)
 FORM = pytest.mark.parametrize("form", ["BC, dropout", "basic", "ImageNet"])
 
 
@@ -378,7 +378,7 @@ def replica(rank: int, folder: Path) -> None:
     images, targets = pictures("BC, dropout", count=8)
     half = slice(4 * rank, 4 * rank + 4)
     found = {}
-    for level in memory_efficient.SHARED_LEVELS:
+    for level in memory_efficient.MEMORY_EFFICIENT_LEVELS:
         model = network(level, "BC, dropout")
         parallel = nn.parallel.DistributedDataParallel(model)
         torch.manual_seed(5)
@@ -491,10 +491,10 @@ def test_above_level_2_all_layers_share_the_memory_of_their_bottlenecks(level, c
         REFERENCE.conv1x1(source, norm, weight, target, dropout)
 
     model, images = network(level, "one block"), pictures()[0]
-    tail = memory_efficient.Tail(model.features.norm5, window=(13, 10))
-    maps = model.features.conv0(images)
+    epilogue = memory_efficient.BlockEpilogue(model.features.norm5, window=(13, 10))
+    features = model.features.conv0(images)
     ops = replace(REFERENCE, conv1x1=conv1x1)
-    memory_efficient.stage(model.features.denseblock1, tail, maps, ops, level)
+    memory_efficient.run_dense_block(model.features.denseblock1, epilogue, features, ops, level)
     assert len(written) == count
 
 

@@ -84,7 +84,7 @@ def replicas_of(level: int, parts: list[Part], sync: bool = True, form="BC", **c
     """A network for each part, made one after the other: threads share PyTorch's generator."""
     made = [network(level, form, **changes) for _ in parts]
     for model, part in zip(made, parts, strict=True):
-        models.factory.join(model, part, sync)
+        models.factory.attach_shard(model, part, sync)
     return made
 
 
@@ -260,7 +260,7 @@ def test_evaluation_exchanges_nothing(level):
     parts, images = parts_of((1, 1)), pictures(count=1)[0]
     model = network(level).eval()
     want = model(images)
-    models.factory.join(model, parts[0], True)
+    models.factory.attach_shard(model, parts[0], True)
     assert torch.equal(model(images), want)  # else it would wait for the other replica
     with torch.no_grad():
         assert torch.equal(model(images), network(level).eval()(images))
@@ -325,7 +325,7 @@ def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Re
         return work(nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), x, upstream)
 
     def replica(norm: sync_batchnorm.BatchNorm, part: Part) -> Results:
-        models.factory.join(norm, part, True)
+        models.factory.attach_shard(norm, part, True)
         own = slice(part.first, part.first + sizes[part.rank])
         return work(norm, x[own], upstream[own])
 
