@@ -63,14 +63,14 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
     import checkpoints
     import models.state_dicts
     import train
-    from datasets.file_loader import worker_failures
+    from datasets.file_loader import translate_worker_errors
     from engine.memory import decide_level, memory_errors
     from experiment import console, resume
 
     ops = select_kernels(opt, device)
     # Only the first process has the directory; what the others need of it, it tells them.
     own = RunDirectory(Path(opt.save)) if world.is_first else contextlib.nullcontext()
-    with own as directory, worker_failures():
+    with own as directory, translate_worker_errors():
         world.monitor.watch(partial(lifecycle.end_stuck, world, directory))
         state, is_complete = resume.load(opt, directory, world, console.warn)
         overrides = []
@@ -87,11 +87,11 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
         opt, advice = decide_level(opt, len(data.classes), device, ops, world, console.warn)
         trainer = create_trainer(opt, data, world, device, ops, directory)
         if state:
-            overrides += resume.restore(trainer, state, data.facts, console.warn, opt.override)
+            overrides += resume.restore(trainer, state, data.metadata, console.warn, opt.override)
         elif opt.retrain != "none":
             weights = read_weights(opt, world)
             models.state_dicts.load_weights(trainer.model, weights, opt.resetClassifier)
-        trainer.metadata = train.Metadata(settings, data.facts, overrides)
+        trainer.metadata = train.Metadata(settings, data.metadata, overrides)
         saver = checkpoints.Saver(
             directory, trainer, stop, keep=opt.keep, every_s=60 * opt.saveEvery
         )
@@ -134,10 +134,10 @@ def create_data(opt: Settings, world, device, statistics=None):
             console.warn,
             dtype=PRECISIONS[opt.precision].dtype,
             statistics=statistics,
-            place=world.place,
-            everyone=world.everyone,
+            process=world.place,
+            all_gather=world.everyone,
         )
-    world.agree(data.facts | rendezvous.versions())
+    world.agree(data.metadata | rendezvous.versions())
     return data
 
 
@@ -175,7 +175,7 @@ def begin(config: str, directory: RunDirectory, data, trainer) -> None:
     # What it departed from its first settings in is in each status from here on.
     directory.remember(overrides=trainer.metadata.overrides)
     atomic.write_whole(directory.path / "config.yaml", config.encode())
-    directory.write_json("data.json", data.facts)
+    directory.write_json("data.json", data.metadata)
     directory.write_status("running", **trainer.position)
     trainer.log.open(next_epoch=trainer.epoch)
     trainer.log.texts(config=config, device=engine.device.describe(trainer.device))
@@ -243,7 +243,7 @@ def evaluate(opt: Settings, world, device) -> int:
     import models.factory
     import models.state_dicts
     import train
-    from datasets.file_loader import worker_failures
+    from datasets.file_loader import translate_worker_errors
     from engine.memory import memory_errors
     from experiment import console, resume
     from experiment.log import RunLog
@@ -258,7 +258,7 @@ def evaluate(opt: Settings, world, device) -> int:
         resume.check_network(opt, state)
     weights = state["model"] if state else read_weights(opt, world)
     statistics = (state["data"]["mean"], state["data"]["std"]) if state else None
-    with worker_failures():
+    with translate_worker_errors():
         data = create_data(opt, world, device, statistics)
         if state:
             resume.check_data({"classes": data.classes}, state)

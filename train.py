@@ -28,7 +28,7 @@ class Metadata(NamedTuple):
 
     Args:
         settings: by the names of flags.
-        data: facts that a resumed run must find again, see datasets.factory.Data.
+        data: facts that a resumed run must find again, see datasets.factory.DataSplits.
         overrides: what the run was continued with otherwise, in words.
     """
 
@@ -105,10 +105,10 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite; the weights are from before that step.
         """
         self.model.train()
-        steps = len(loader.deal)
+        steps = len(loader.sampler)
         self._guard.start(self.global_step)
         progress = self.log.phase("train", self.epoch, steps, self.step, self.sums)
-        with progress, _naming_images(self.epoch, loader.deal):
+        with progress, _naming_images(self.epoch, loader.sampler):
             begin = partial(self._begin_step, steps)
             for done in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
                 self.data_s += done.data_s
@@ -201,7 +201,7 @@ class Trainer:
         self.model.eval()
         sums = self._test_sums
         sums.reset()
-        with self.log.phase(phase, self.epoch, len(loader.deal), 0, sums) as progress:
+        with self.log.phase(phase, self.epoch, len(loader.sampler), 0, sums) as progress:
             for done in self._runner.run(self._test_step, loader, self.epoch):
                 after_batch()
                 progress.update(done.num_images, done.data_s)
@@ -282,13 +282,13 @@ class Trainer:
 
 
 @contextmanager
-def _naming_images(epoch: int, deal) -> Iterator[None]:
+def _naming_images(epoch: int, sampler) -> Iterator[None]:
     """Let the error about a step that is not finite name the images of its batch."""
     try:
         yield
     except NonFiniteError as error:
         if step := error.details.pop("step", None):
-            error.details["batch"] = deal.chosen(epoch, step - 1)
+            error.details["batch"] = sampler.step_indices(epoch, step - 1)
         raise
 
 

@@ -34,7 +34,7 @@ def check(opt: SimpleNamespace, is_first: bool = True) -> None:
     fresh = is_first and opt.resume == "none"
     if fresh and opt.retrain != "none" and not os.path.isfile(opt.retrain):
         raise CheckpointError(f"retrain: no such file: {opt.retrain}", "name a file of weights")
-    if DATASETS[opt.dataset].in_folders:
+    if DATASETS[opt.dataset].is_image_folder:
         layout = (
             f"use --data DIR with {Path('DIR/train/CLASS/IMAGE')} and {Path('DIR/val/CLASS/IMAGE')}"
         )

@@ -11,8 +11,8 @@ from errors import DataError
 
 
 @dataclass(frozen=True)
-class Deal:
-    """The images of a split, dealt out to the steps of an epoch and to the replicas of a run.
+class BatchSampler:
+    """The images of a split, divided among the steps of an epoch and the replicas of a run.
 
     The order of an epoch is a function of (seed, epoch); how many replicas there are changes who
     computes an image, and never in which step of training it is.
@@ -21,18 +21,18 @@ class Deal:
         indices: (n,) which images belong to the split.
         batch_size: images of a batch, over all replicas.
         seed: shuffle with it; None keeps the order of `indices`.
-        place: this replica among those of the run.
-        whole: in one step each replica has a batch of its own, so that every batch is computed as
-            one replica would: for evaluation. Otherwise they have a part each of one batch.
+        process: this replica among those of the run.
+        whole_batches: True: replicas take whole batches in turn (evaluation: the result does not
+            depend on their number). False: every batch is split over the replicas.
     """
 
     indices: Tensor
     batch_size: int
     seed: int | None = None
-    place: Place = ALONE
-    whole: bool = False
+    process: Place = ALONE
+    whole_batches: bool = False
 
-    def to(self, device: torch.device) -> "Deal":
+    def to(self, device: torch.device) -> "BatchSampler":
         """The same with its indices on another device."""
         return replace(self, indices=self.indices.to(device))
 
@@ -42,51 +42,53 @@ class Deal:
         return len(self.indices)
 
     @property
-    def stride(self) -> int:
+    def global_batch(self) -> int:
         """Images of a full step, over all replicas."""
-        return self.batch_size * (self.place.size if self.whole else 1)
+        return self.batch_size * (self.process.size if self.whole_batches else 1)
 
     @property
-    def width(self) -> int:
+    def local_batch(self) -> int:
         """Images that this replica has of a full step."""
-        return self.stride // self.place.size
+        return self.global_batch // self.process.size
 
     def __len__(self) -> int:
         """Steps in an epoch; the last may be smaller."""
-        return -(-self.num_images // self.stride)
+        return -(-self.num_images // self.global_batch)
 
     @property
     def full_steps(self) -> int:
-        """Steps, the first ones of an epoch, of which every replica has `width` images."""
-        return self.num_images // self.stride
+        """Leading steps of an epoch in which every replica has `local_batch` images."""
+        return self.num_images // self.global_batch
 
-    def places(self, step: int) -> slice:
+    def local_slice(self, step: int) -> slice:
         """Where this replica's images of a step (from 0) stand in the order of the epoch.
 
         A smaller batch is parted as evenly as can be, the first replicas having one more.
         """
         first, stop = self._bounds(step)
-        if self.whole:
-            ends = (self.place.rank * self.batch_size, (self.place.rank + 1) * self.batch_size)
+        if self.whole_batches:
+            ends = (self.process.rank * self.batch_size, (self.process.rank + 1) * self.batch_size)
         else:
-            each, more = divmod(stop - first, self.place.size)
-            ends = (each * r + min(r, more) for r in (self.place.rank, self.place.rank + 1))
+            share, remainder = divmod(stop - first, self.process.size)
+            ends = (
+                share * r + min(r, remainder) for r in (self.process.rank, self.process.rank + 1)
+            )
         return slice(*(min(first + end, stop) for end in ends))
 
     def _bounds(self, step: int) -> tuple[int, int]:
-        return step * self.stride, min((step + 1) * self.stride, self.num_images)
+        return step * self.global_batch, min((step + 1) * self.global_batch, self.num_images)
 
-    def order(self, epoch: int) -> Tensor:
+    def epoch_indices(self, epoch: int) -> Tensor:
         """(n,) the images of the split in the order of an epoch."""
         if self.seed is None:
             return self.indices
         device = self.indices.device
-        places = permutation(self.num_images, "order", self.seed, epoch, device=device)
-        return self.indices[places]
+        positions = permutation(self.num_images, "order", self.seed, epoch, device=device)
+        return self.indices[positions]
 
-    def chosen(self, epoch: int, step: int) -> list[int]:
+    def step_indices(self, epoch: int, step: int) -> list[int]:
         """Which images all replicas have in a step (from 0) of an epoch."""
-        return self.order(epoch)[slice(*self._bounds(step))].tolist()
+        return self.epoch_indices(epoch)[slice(*self._bounds(step))].tolist()
 
 
 def split_indices(size: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_PIXELS = 2**26  # of one image; a few kilobytes can claim more than memory holds
 # A progressive JPEG goes over its pixels ten times. It could do so in every twenty bytes; where
 # pixels times bytes are more than this, which would take seconds, they are counted.
-MAX_SCANS, MAX_WORK = 100, 2**36
+MAX_SCANS, MAX_DECODE_COST = 100, 2**36
 MAX_ASPECT = 100  # of the sides; resized to a given width, a line would be as large
 
 
@@ -23,8 +23,8 @@ def decode(path: str | Path) -> Image.Image:
     Raises:
         Exception: any kind, when the file is damaged: it is the decoder's.
     """
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):  # a pipe would never end
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # a pipe would never end
         raise ValueError("not a regular file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here, other remarks are of no use
@@ -32,7 +32,7 @@ def decode(path: str | Path) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"{width} x {height} pixels are too many or too narrow")
-            if width * height * about.st_size > MAX_WORK and _scans(path) > MAX_SCANS:
+            if width * height * info.st_size > MAX_DECODE_COST and _scans(path) > MAX_SCANS:
                 raise ValueError(f"more than {MAX_SCANS} scans")
             image.load()
             if image.mode.startswith("I;16"):  # convert() would cut off at 255

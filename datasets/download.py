@@ -17,8 +17,8 @@ from errors import DataError, StorageError
 from fileio import limits
 from fileio.atomic import NO_SPACE, storage_error
 
-STALLED_S = 60  # a server that says nothing for so long is given up
-TRIES, PAUSE_S = 3, 5  # of a download, and seconds between them
+TIMEOUT_S = 60  # a server that says nothing for so long is given up
+MAX_TRIES, RETRY_DELAY_S = 3, 5  # of a download, and seconds between them
 # Seconds of the processor that unpacking may take, and bytes of the archive in each more: several
 # times what CIFAR needs.
 UNPACK_S, UNPACK_RATE = 4, 2**23
@@ -51,7 +51,7 @@ def _check(path: Path, md5: str, fix: str) -> None:
 def _download(url: str, path: Path, md5: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Under another name until it is whole, so that no torso is ever taken for the archive.
+        # Under another name until it is whole, so that a partial file never passes for the archive.
         partial = Path(tempfile.mkdtemp(prefix=".download-", dir=path.parent))
     except OSError as error:
         raise StorageError(
@@ -59,7 +59,7 @@ def _download(url: str, path: Path, md5: str) -> None:
         ) from error
     fix = f"put the file at {path.absolute()}"
     try:
-        for left in reversed(range(TRIES)):
+        for retries_left in reversed(range(MAX_TRIES)):
             try:
                 _download_rest(url, partial / path.name)
                 _check(partial / path.name, md5, fix)
@@ -67,12 +67,12 @@ def _download(url: str, path: Path, md5: str) -> None:
             except (OSError, HTTPException, DataError) as error:
                 if getattr(error, "errno", None) in NO_SPACE:
                     raise storage_error(error, path) from error
-                if not left:
-                    what = f"cannot download {url} in {TRIES} tries: {error}"
+                if not retries_left:
+                    what = f"cannot download {url} in {MAX_TRIES} tries: {error}"
                     raise DataError(what, fix) from error
                 if isinstance(error, DataError):  # another file; else the rest is asked for
                     (partial / path.name).unlink()
-            time.sleep(PAUSE_S)
+            time.sleep(RETRY_DELAY_S)
         os.replace(partial / path.name, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,18 +80,18 @@ def _download(url: str, path: Path, md5: str) -> None:
 
 def _download_rest(url: str, path: Path) -> None:
     """Fetch what is missing of a file; OSError or HTTPException leave what has come so far."""
-    have = path.stat().st_size if path.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
-    with urlopen(request, timeout=STALLED_S) as answer, open(path, "ab") as file:  # noqa: S310
-        if answer.status != HTTPStatus.PARTIAL_CONTENT:  # the whole file comes again
+    offset = path.stat().st_size if path.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})  # noqa: S310
+    with urlopen(request, timeout=TIMEOUT_S) as response, open(path, "ab") as file:  # noqa: S310
+        if response.status != HTTPStatus.PARTIAL_CONTENT:  # the whole file comes again
             file.truncate(0)
         # Without a terminal there is no bar.
-        with tqdm(total=answer.length, unit="B", unit_scale=True, disable=None) as progress:
-            while part := answer.read(2**20):
+        with tqdm(total=response.length, unit="B", unit_scale=True, disable=None) as progress:
+            while part := response.read(2**20):
                 file.write(part)
                 progress.update(len(part))
-    if answer.length:
-        raise ConnectionError(f"{answer.length} bytes are missing")
+    if response.length:
+        raise ConnectionError(f"{response.length} bytes are missing")
 
 
 def unpack(archive: Path, folder: str) -> None:

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.batch_sampler import Deal
+from datasets.batch_sampler import BatchSampler
 from datasets.decode import decode
 from datasets.rng import generator
 from distributed.signals import ignore_signals, kill_children
 from errors import DataError
 
 WORKER_TIMEOUT_S = 300
-SKIPPED_SHARE = 0.001  # of the images, more bad ones than this stop a run that skips them
+MAX_SKIPPED_FRACTION = 0.001  # of the images, more bad ones than this stop a run that skips them
 Sample = tuple[Tensor, int] | str  # (image, class), or why there is none
 
 
-class ImageFiles(Dataset):
+class ImageFileDataset(Dataset):
     """Files and classes as a dataset keyed by (epoch, index): what is random depends on no order.
 
     Args:
@@ -53,20 +53,20 @@ class ImageFiles(Dataset):
 
 
 @dataclass
-class BadImages:
+class UnreadableImages:
     """What to do about images that cannot be read, and which those were.
 
     Args:
         policy: "error" stops at the first, "skip" after a thousandth of the images.
         total: images in the split.
         warn: called with a line for each image that is skipped.
-        everyone: what each replica has found, from what this one has.
+        all_gather: what each replica has found, from what this one has.
     """
 
     policy: str
     total: int
     warn: Callable[[str], None]
-    everyone: Callable[[list[str]], list[list[str]]] = lambda found: [found]
+    all_gather: Callable[[list[str]], list[list[str]]] = lambda found: [found]
     seen: dict[str, None] = field(default_factory=dict)
 
     def add(self, reason: str) -> None:
@@ -77,21 +77,21 @@ class BadImages:
         if reason not in self.seen:
             self.seen[reason] = None
             self.warn(f"skipped image {reason}")
-        if len(self.seen) > SKIPPED_SHARE * self.total:
+        if len(self.seen) > MAX_SKIPPED_FRACTION * self.total:
             raise DataError(
                 f"{len(self.seen)} of {self.total} images cannot be read, last {reason}",
                 "replace or remove the file",
             )
 
-    def compare(self) -> None:
+    def sync(self) -> None:
         """At the end of a pass: count what the other replicas have found as well."""
         if self.policy == "skip":
-            for found in self.everyone(list(self.seen)):
+            for found in self.all_gather(list(self.seen)):
                 for reason in found:
                     self.add(reason)
 
 
-class _Order:
+class _EpochBatchSampler:
     """A batch sampler that yields the (epoch, index) keys of the batches of one epoch."""
 
     def __init__(self) -> None:
@@ -104,40 +104,40 @@ class _Order:
         return len(self.batches)
 
 
-class FileBatches:
-    """The batches of one split read from files; the same interface as `memory_loader.Batches`.
+class FileLoader:
+    """The batches of one split read from files; the same interface as `memory_loader.MemoryLoader`.
 
     Args:
-        deal: the samples of the split, and which of them this replica gets when.
+        sampler: the samples of the split, and which of them this replica gets when.
         num_workers: processes that decode; 0 decodes in this one.
-        bad: what to do about images that cannot be read.
+        unreadable: what to do about images that cannot be read.
         image_size: height and width in pixels of what `dataset` yields.
         normalise: makes what the network gets of a batch on the device; None: as transformed.
     """
 
     def __init__(
         self,
-        dataset: ImageFiles,
-        deal: Deal,
+        dataset: ImageFileDataset,
+        sampler: BatchSampler,
         *,
         num_workers: int,
-        bad: BadImages,
+        unreadable: UnreadableImages,
         image_size: int,
         device: torch.device,
         normalise: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.deal, self.bad = deal, bad
+        self.sampler, self.unreadable = sampler, unreadable
         self.normalise, self.device = normalise, device
-        self._order = _Order()
+        self._batch_sampler = _EpochBatchSampler()
         self._loader = DataLoader(
             dataset,
-            batch_sampler=self._order,
+            batch_sampler=self._batch_sampler,
             num_workers=num_workers,
             collate_fn=partial(_collate, image_size),
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
             timeout=WORKER_TIMEOUT_S if num_workers > 0 else 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=_init_worker,
             # Python 3.14 would start them anew, which takes seconds and copies of all paths.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # or each epoch would draw from the network's
@@ -158,27 +158,27 @@ class FileBatches:
 
         Raises:
             DataError: an image cannot be read.
-            RuntimeError: a worker died or hung; see `worker_failures`.
+            RuntimeError: a worker died or hung; see `translate_worker_errors`.
         """
-        keys = [(epoch, index) for index in self.deal.order(epoch).tolist()]
-        steps = range(start, len(self.deal))
-        self._order.batches = [keys[self.deal.places(step)] for step in steps]
-        for images, targets, bad in self._loader:
-            for reason in bad:
-                self.bad.add(reason)
+        keys = [(epoch, index) for index in self.sampler.epoch_indices(epoch).tolist()]
+        steps = range(start, len(self.sampler))
+        self._batch_sampler.batches = [keys[self.sampler.local_slice(step)] for step in steps]
+        for images, targets, unreadable in self._loader:
+            for reason in unreadable:
+                self.unreadable.add(reason)
             yield self._on_device(images), targets.to(self.device, non_blocking=True)
-        self.bad.compare()
+        self.unreadable.sync()
 
     def _on_device(self, images: Tensor) -> Tensor:
         # What is not augmented crosses as bytes, at a quarter of the cost of numbers.
-        moved = images.to(self.device, non_blocking=True)
+        on_device = images.to(self.device, non_blocking=True)
         # Of no image it is not known how the transform would have laid it out.
-        normalised = self.normalise(moved) if self.normalise and len(moved) else moved
+        normalised = self.normalise(on_device) if self.normalise and len(on_device) else on_device
         return normalised.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
-def worker_failures() -> Iterator[None]:
+def translate_worker_errors() -> Iterator[None]:
     """Turn what torch raises about a dead or hanging loader process into a DataError.
 
     Around all that happens while there are workers: a death is raised by a signal handler, wherever
@@ -187,19 +187,19 @@ def worker_failures() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        first = str(error).partition("\n")[0]
-        torch_says_so = first.startswith(("DataLoader worker (pid", "DataLoader timed out"))
-        if isinstance(error, RuntimeError) and not torch_says_so:
+        first_line = str(error).partition("\n")[0]
+        is_worker_error = first_line.startswith(("DataLoader worker (pid", "DataLoader timed out"))
+        if isinstance(error, RuntimeError) and not is_worker_error:
             raise
         # The other kinds come from the pipe on which a dying worker was handing over a batch.
         kill_children()  # and with them the handler that would raise once more, anywhere
         raise DataError(
-            f"a loader process was killed or hung: {first}",
+            f"a loader process was killed or hung: {first_line}",
             "often memory ran out: lower --nThreads or add memory",
         ) from error
 
 
-def _start_worker(_: int) -> None:
+def _init_worker(_: int) -> None:
     # A signal to the whole process group would end the workers first, and the parent could not
     # finish its step. What ends a worker reaches the parent; it need not print it as well.
     ignore_signals()
@@ -208,12 +208,12 @@ def _start_worker(_: int) -> None:
 
 def _collate(image_size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     """Images (n, 3, H, W), targets (n,), and what could not be read."""
-    good = [sample for sample in samples if not isinstance(sample, str)]
-    bad = [sample for sample in samples if isinstance(sample, str)]
-    if not good:
-        nothing = torch.empty(0, 3, image_size, image_size)
-        return nothing, torch.empty(0, dtype=torch.int64), bad
-    images = torch.stack([image for image, _ in good])
+    readable = [sample for sample in samples if not isinstance(sample, str)]
+    unreadable = [sample for sample in samples if isinstance(sample, str)]
+    if not readable:
+        no_images = torch.empty(0, 3, image_size, image_size)
+        return no_images, torch.empty(0, dtype=torch.int64), unreadable
+    images = torch.stack([image for image, _ in readable])
     if images.dim() == 5:  # ten crops: (n, 10, 3, H, W)
         images = images.flatten(0, 1)
-    return images, torch.tensor([label for _, label in good]), bad
+    return images, torch.tensor([label for _, label in readable]), unreadable

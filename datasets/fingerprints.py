@@ -5,10 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.memory_loader import Images
+from datasets.memory_loader import ImageTensors
 
 
-def of_images(images: Images) -> str:
+def hash_images(images: ImageTensors) -> str:
     """SHA-256 of all pixels and labels."""
     digest = hashlib.sha256(str(tuple(images.pixels.shape)).encode())
     for values in (images.pixels, images.labels):
@@ -16,7 +16,7 @@ def of_images(images: Images) -> str:
     return digest.hexdigest()
 
 
-def of_files(samples: Sequence[tuple[str, int]], root: Path) -> str:
+def hash_files(samples: Sequence[tuple[str, int]], root: Path) -> str:
     """SHA-256 of the names below `root`, the classes and the sizes of files, which are not read."""
     digest, start = hashlib.sha256(), len(str(root))
     for path, label in samples:

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets.batch_sampler import Deal
-from datasets.file_loader import BadImages, FileBatches, ImageFiles
-from datasets.memory_loader import Images, SmallSet
+from datasets.batch_sampler import BatchSampler
+from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
+from datasets.memory_loader import ImageTensors, InMemoryDataset
 from errors import DataError
 
 Samples = list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
-class Listing:
+class FolderIndex:
     """The files of a dataset: (path, class number) of each image, and the classes' names."""
 
     train: Samples
@@ -27,14 +27,14 @@ class Listing:
     classes: list[str]
 
 
-def listing(root: Path) -> Listing:
+def index_folder(root: Path) -> FolderIndex:
     """List the images below `root`.
 
     Raises:
         DataError: a class is empty, train and val do not have the same classes, or a directory
             contains itself.
     """
-    (train, classes), (val, others) = (_list(root / split) for split in ("train", "val"))
+    (train, classes), (val, others) = (_index_split(root / split) for split in ("train", "val"))
     if classes != others:
         only = {"train": {*classes} - {*others}, "val": {*others} - {*classes}}
         shown = ", ".join(
@@ -44,15 +44,15 @@ def listing(root: Path) -> Listing:
             f"train and val in {root} have different classes: {shown}",
             "give both the same class directories",
         )
-    return Listing(train, val, classes)
+    return FolderIndex(train, val, classes)
 
 
-def _list(directory: Path) -> tuple[Samples, list[str]]:
+def _index_split(directory: Path) -> tuple[Samples, list[str]]:
     try:
         classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
     except OSError as error:
         raise DataError(f"{directory}: {error.strerror}", "check the directory") from error
-    images = [images_below(directory / name) for name in classes]
+    images = [find_image_files(directory / name) for name in classes]
     empty = [name for name, found in zip(classes, images, strict=True) if not found]
     if empty or not classes:
         what = f"no images in class {' '.join(empty[:5])}" if empty else "no class directories"
@@ -60,55 +60,55 @@ def _list(directory: Path) -> tuple[Samples, list[str]]:
     return [(path, number) for number, found in enumerate(images) for path in found], classes
 
 
-def images_below(directory: Path) -> list[str]:
+def find_image_files(directory: Path) -> list[str]:
     """The image files in a directory, with those in directories below it and behind links.
 
     Raises:
         DataError: a directory cannot be read, or contains itself.
     """
 
-    def refuse(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}", "check the directory") from error
 
-    walked, seen = [], set()
-    for folder, _, names in os.walk(directory, onerror=refuse, followlinks=True):
-        place = os.stat(folder)
-        if (place.st_dev, place.st_ino) in seen:  # two links to where they are: endless
+    folders, seen = [], set()
+    for folder, _, names in os.walk(directory, onerror=raise_error, followlinks=True):
+        info = os.stat(folder)
+        if (info.st_dev, info.st_ino) in seen:  # two links to where they are: endless
             raise DataError(f"{folder} is a link to a directory listed before", "remove the link")
-        seen.add((place.st_dev, place.st_ino))
-        walked.append((folder, names))
+        seen.add((info.st_dev, info.st_ino))
+        folders.append((folder, names))
     return [
         os.path.join(folder, name)
-        for folder, names in sorted(walked)
+        for folder, names in sorted(folders)
         for name in sorted(names)
         if name.lower().endswith(IMG_EXTENSIONS)
     ]
 
 
-def small_folder(
+def load_folder(
     root: Path, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
-) -> SmallSet:
+) -> InMemoryDataset:
     """A folder whose images are decoded once into memory, at `size` pixels.
 
     Raises:
-        DataError: as `listing`, or an image cannot be read.
+        DataError: as `index_folder`, or an image cannot be read.
     """
-    files = listing(root)
+    files = index_folder(root)
     train, test = (
         _decode_all(samples, size, num_workers, on_bad_image, warn)
         for samples in (files.train, files.val)
     )
-    return SmallSet(train, test, files.classes)
+    return InMemoryDataset(train, test, files.classes)
 
 
 def _decode_all(
     samples: Samples, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
-) -> Images:
-    batches = FileBatches(
-        ImageFiles(samples, ToSize(size), seed=0),
-        Deal(torch.arange(len(samples)), batch_size=256),
+) -> ImageTensors:
+    batches = FileLoader(
+        ImageFileDataset(samples, ResizeAndCrop(size), seed=0),
+        BatchSampler(torch.arange(len(samples)), batch_size=256),
         num_workers=num_workers,
-        bad=BadImages(on_bad_image, len(samples), warn),
+        unreadable=UnreadableImages(on_bad_image, len(samples), warn),
         image_size=size,
         device=torch.device("cpu"),
     )
@@ -121,10 +121,10 @@ def _decode_all(
         pixels[count : count + len(targets)] = images
         labels[count : count + len(targets)] = targets
         count += len(targets)
-    return Images(pixels[:count], labels[:count])
+    return ImageTensors(pixels[:count], labels[:count])
 
 
-class ToSize:
+class ResizeAndCrop:
     """PIL image -> (size, size, 3) uint8: the shorter side resized to it, the centre cut out."""
 
     def __init__(self, size: int):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datasets.batch_sampler import Deal
+from datasets.batch_sampler import BatchSampler
 from datasets.rng import generator
 from errors import DataError
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageTensors:
     """Pictures and their classes.
 
     Args:
@@ -26,9 +26,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> "Images":
+    def to(self, device: torch.device) -> "ImageTensors":
         """The same on another device."""
-        return Images(self.pixels.to(device), self.labels.to(device))
+        return ImageTensors(self.pixels.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -40,38 +40,38 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """What stands at each place of an epoch: a function of (seed, epoch).
 
     Args:
-        chosen: (n,) which image.
+        indices: (n,) which image.
         offset: (n, 2) rows and columns that it is shifted by; None without augmentation.
-        mirrored: (n, 1) bool; None without mirroring.
+        flipped: (n, 1) bool; None without mirroring.
     """
 
-    chosen: Tensor
+    indices: Tensor
     offset: Tensor | None = None
-    mirrored: Tensor | None = None
+    flipped: Tensor | None = None
 
-    def at(self, places: Tensor | slice) -> "Plan":
+    def at(self, positions: Tensor | slice) -> "EpochPlan":
         """The plan of some places."""
-        offset = None if self.offset is None else self.offset[places]
-        mirrored = None if self.mirrored is None else self.mirrored[places]
-        return Plan(self.chosen[places], offset, mirrored)
+        offset = None if self.offset is None else self.offset[positions]
+        flipped = None if self.flipped is None else self.flipped[positions]
+        return EpochPlan(self.indices[positions], offset, flipped)
 
-    def copy_(self, other: "Plan") -> None:
+    def copy_(self, other: "EpochPlan") -> None:
         """Become another epoch's plan of the same split, in the same memory."""
-        for name in ("chosen", "offset", "mirrored"):
+        for name in ("indices", "offset", "flipped"):
             if getattr(self, name) is not None:
                 getattr(self, name).copy_(getattr(other, name))
 
 
-class Batches:
+class MemoryLoader:
     """The batches of one split: which images, and how they are changed, belongs to (seed, epoch).
 
     Args:
         images: all pictures, on the device where batches are wanted.
-        deal: the images of the split, and which of them this replica gets when.
+        sampler: the images of the split, and which of them this replica gets when.
         mean, std: per channel, of pixels from 0 to 255.
         dtype: of the images yielded.
         augmentation: None only normalises.
@@ -79,8 +79,8 @@ class Batches:
 
     def __init__(
         self,
-        images: Images,
-        deal: Deal,
+        images: ImageTensors,
+        sampler: BatchSampler,
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -88,7 +88,7 @@ class Batches:
         augmentation: Augmentation | None = None,
     ):
         device = images.pixels.device
-        self.images, self.deal, self.augmentation = images, deal.to(device), augmentation
+        self.images, self.sampler, self.augmentation = images, sampler.to(device), augmentation
         self.mean = torch.tensor(mean, dtype=dtype, device=device)
         self.std = torch.tensor(std, dtype=dtype, device=device)
 
@@ -100,30 +100,30 @@ class Batches:
             targets: (n,) int64. n is 0 where a step has nothing for this replica.
         """
         plan = self.plan(epoch)
-        for step in range(start, len(self.deal)):
-            yield self.cut(plan.at(self.deal.places(step)))
+        for step in range(start, len(self.sampler)):
+            yield self.make_batch(plan.at(self.sampler.local_slice(step)))
 
-    def plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> EpochPlan:
         """Order and augmentation of an epoch, drawn at once on the device."""
-        chosen = self.deal.order(epoch)
+        indices = self.sampler.epoch_indices(epoch)
         if self.augmentation is None:
-            return Plan(chosen)
-        device, n, pad = chosen.device, len(chosen), self.augmentation.pad
-        draws = generator("crop", self.deal.seed, epoch, device=device)
-        offset = torch.randint(-pad, pad + 1, (n, 2), generator=draws, device=device)
-        mirrored = torch.rand(n, 1, generator=draws, device=device) < 0.5
-        return Plan(chosen, offset, mirrored if self.augmentation.flip else None)
+            return EpochPlan(indices)
+        device, n, pad = indices.device, len(indices), self.augmentation.pad
+        rng = generator("crop", self.sampler.seed, epoch, device=device)
+        offset = torch.randint(-pad, pad + 1, (n, 2), generator=rng, device=device)
+        flipped = torch.rand(n, 1, generator=rng, device=device) < 0.5
+        return EpochPlan(indices, offset, flipped if self.augmentation.flip else None)
 
-    def cut(self, plan: Plan) -> tuple[Tensor, Tensor]:
+    def make_batch(self, plan: EpochPlan) -> tuple[Tensor, Tensor]:
         """The batch of a plan, as `batches` yields it; reads nothing back from the device."""
         if self.augmentation is None:
-            batch = normalised(self.images.pixels[plan.chosen], self.mean, self.std)
+            batch = normalise_pixels(self.images.pixels[plan.indices], self.mean, self.std)
         else:
-            batch = shifted(self.images.pixels, plan, self.mean, self.std)
-        return batch.permute(0, 3, 1, 2), self.images.labels[plan.chosen]
+            batch = crop_and_flip(self.images.pixels, plan, self.mean, self.std)
+        return batch.permute(0, 3, 1, 2), self.images.labels[plan.indices]
 
 
-def shifted(pixels: Tensor, plan: Plan, mean: Tensor, std: Tensor) -> Tensor:
+def crop_and_flip(pixels: Tensor, plan: EpochPlan, mean: Tensor, std: Tensor) -> Tensor:
     """Normalise, mirror, pad with zeros and crop (paper, section 4.1), in one gather.
 
     Args:
@@ -138,19 +138,19 @@ def shifted(pixels: Tensor, plan: Plan, mean: Tensor, std: Tensor) -> Tensor:
     device = pixels.device
     rows = plan.offset[:, :1] + torch.arange(height, device=device)  # (n, H) in the source
     columns = plan.offset[:, 1:] + torch.arange(width, device=device)  # (n, W)
-    if plan.mirrored is not None:
-        columns = torch.where(plan.mirrored, width - 1 - columns, columns)
+    if plan.flipped is not None:
+        columns = torch.where(plan.flipped, width - 1 - columns, columns)
     inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]  # (n, H, W)
     source = pixels[
-        plan.chosen[:, None, None],
+        plan.indices[:, None, None],
         rows.clamp(0, height - 1)[:, :, None],
         columns.clamp(0, width - 1)[:, None, :],
     ]  # (n, H, W, 3)
-    return normalised(source, mean, std) * inside[..., None]
+    return normalise_pixels(source, mean, std) * inside[..., None]
 
 
-def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Map (..., 3) uint8 pixels to mean 0 and deviation 1, in the type of `mean`."""
+def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Map (..., 3) uint8 pixels to mean 0 and std 1, in the type of `mean`."""
     return (pixels.to(mean.dtype) - mean) / std
 
 
@@ -167,20 +167,20 @@ def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], li
     """
     # In whole numbers: exact, so that no order of summation or thread count shows in a run.
     total = torch.zeros(3, dtype=torch.int64)
-    squares = torch.zeros(3, dtype=torch.int64)
+    sum_of_squares = torch.zeros(3, dtype=torch.int64)
     for part in indices.split(1024):  # in parts, since int64 is eight times uint8
         values = pixels[part].long().flatten(0, 2)  # (n H W, 3)
         total += values.sum(dim=0)
-        squares += values.square().sum(dim=0)
+        sum_of_squares += values.square().sum(dim=0)
     count = len(indices) * pixels.shape[1] * pixels.shape[2]
     mean = total.double() / count
-    std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
+    std = (sum_of_squares.double() / count - mean.square()).clamp(min=0).sqrt()
     # A channel without contrast carries nothing; dividing by 1 keeps it finite.
     return mean.tolist(), torch.where(std > 0, std, torch.ones(())).tolist()
 
 
 @dataclass(frozen=True)
-class SmallSet:
+class InMemoryDataset:
     """A dataset in memory.
 
     Args:
@@ -188,8 +188,8 @@ class SmallSet:
         classes: name of each class number.
     """
 
-    train: Images
-    test: Images
+    train: ImageTensors
+    test: ImageTensors
     classes: list[str]
 
     def check(self) -> None:
@@ -200,5 +200,5 @@ class SmallSet:
             low, high = labels.min().item(), labels.max().item()
             if low < 0 or high >= len(self.classes):
                 bad = low if low < 0 else high
-                known = f"a class from 0 to {len(self.classes) - 1}"
-                raise DataError(f"{split} label {bad} is not {known}", "check the dataset")
+                expected = f"a class from 0 to {len(self.classes) - 1}"
+                raise DataError(f"{split} label {bad} is not {expected}", "check the dataset")

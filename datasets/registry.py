@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, from 0 to 255
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, from 0 to 255
 
 SMALL_IMAGE = 64  # up to this size in pixels: the CIFAR network shape, and the data in memory
 # Of ImageNet's training pixels from 0 to 1, as in fb.resnet.torch.
@@ -17,17 +17,17 @@ class Dataset:
     """What is known of a dataset before it is read, and where the code that reads it is.
 
     Args:
-        loader: "module:function" in this package; returns a `SmallSet`.
+        loader: "module:function" in this package; returns an `InMemoryDataset`.
         image_size: height and width in pixels; where the size can be chosen, the default.
         num_classes: None if only the data tells; of a generated dataset the default.
         num_images: of the training and the test set; None if only the data tells.
-        statistics: published mean and deviation per channel; None to compute those of the
+        statistics: published mean and std per channel; None to compute those of the
             training images.
         flip: whether a mirrored image still shows its class.
         augment, valid_size: the defaults of `--augment` and `--validSize`.
         num_epochs: default of `--nEpochs` up to 64 pixels; None: the network's.
         marks_augmentation: whether the names of augmented runs get the + of the paper's tables.
-        in_folders: whether its images are files, `train/CLASS/IMAGE` and `val/CLASS/IMAGE`.
+        is_image_folder: whether its images are files, `train/CLASS/IMAGE` and `val/CLASS/IMAGE`.
         is_named_by_directory: whether the directory's name says which images they are.
         is_generated: whether it is as large as `--nImages`, `--nClasses` and `--imageSize` say.
     """
@@ -43,23 +43,23 @@ class Dataset:
     valid_size: int = 0
     num_epochs: int | None = None
     marks_augmentation: bool = False
-    in_folders: bool = False
+    is_image_folder: bool = False
     is_named_by_directory: bool = False
     is_generated: bool = False
 
     @property
     def fixed_size(self) -> int | None:
         """The only size that its images have, in pixels; None if the size can be chosen."""
-        return None if self.in_folders or self.is_generated else self.image_size
+        return None if self.is_image_folder or self.is_generated else self.image_size
 
-    def stays_in_files(self, image_size: int) -> bool:
+    def is_read_from_disk(self, image_size: int) -> bool:
         """Tell whether images of this size are decoded anew each time they are used."""
-        return self.in_folders and image_size > SMALL_IMAGE
+        return self.is_image_folder and image_size > SMALL_IMAGE
 
     def statistics_at(self, image_size: int) -> Statistics | None:
-        """Return mean and deviation that are constants; None: those of the training images."""
-        if self.stays_in_files(image_size):
-            return tuple(tuple(255 * v for v in of) for of in (IMAGENET_MEAN, IMAGENET_STD))
+        """Return mean and std that are constants; None: those of the training images."""
+        if self.is_read_from_disk(image_size):
+            return tuple(tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return self.statistics
 
     def import_loader(self) -> Callable:
@@ -103,17 +103,17 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             "imagenet",
-            "image_folder:small_folder",
+            "image_folder:load_folder",
             image_size=224,
             num_classes=1000,
             num_images=(1_281_167, 50_000),
-            in_folders=True,
+            is_image_folder=True,
         ),
         Dataset(
             "folder",
-            "image_folder:small_folder",
+            "image_folder:load_folder",
             image_size=224,
-            in_folders=True,
+            is_image_folder=True,
             is_named_by_directory=True,
         ),
         Dataset(

@@ -6,22 +6,22 @@ import torch
 from torchvision.datasets import SVHN
 
 from datasets.download import fetch
-from datasets.memory_loader import Images, SmallSet
+from datasets.memory_loader import ImageTensors, InMemoryDataset
 from errors import DataError
 
 
-def svhn(root: Path) -> SmallSet:
+def svhn(root: Path) -> InMemoryDataset:
     """604,388 training and 26,032 test images of the ten digits."""
     parts = {split: _read(root, split) for split in ("train", "extra", "test")}
-    train = Images(
+    train = ImageTensors(
         torch.cat([parts["train"].pixels, parts["extra"].pixels]),
         torch.cat([parts["train"].labels, parts["extra"].labels]),
     )
     classes = [str(digit) for digit in range(10)]
-    return SmallSet(train, parts["test"], classes)
+    return InMemoryDataset(train, parts["test"], classes)
 
 
-def _read(root: Path, split: str) -> Images:
+def _read(root: Path, split: str) -> ImageTensors:
     url, filename, md5 = SVHN.split_list[split]
     path = fetch(url, root / filename, md5)
     try:
@@ -29,4 +29,4 @@ def _read(root: Path, split: str) -> Images:
     except Exception as error:  # scipy's reader raises many kinds on a file it cannot parse
         raise DataError(f"cannot read {path}: {error}", f"delete {path} and run again") from error
     pixels = torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous()  # (N, 32, 32, 3)
-    return Images(pixels, torch.from_numpy(part.labels))
+    return ImageTensors(pixels, torch.from_numpy(part.labels))

@@ -2,13 +2,13 @@
 
 import torch
 
-from datasets.memory_loader import Images, SmallSet
+from datasets.memory_loader import ImageTensors, InMemoryDataset
 from datasets.rng import generator
 
-NOISE = 32  # deviation of the noise on a class's pattern, of 255
+NOISE = 32  # std of the noise on a class's pattern, of 255
 
 
-def synthetic(num_images: int, num_classes: int, size: int, seed: int) -> SmallSet:
+def synthetic(num_images: int, num_classes: int, size: int, seed: int) -> InMemoryDataset:
     """`num_images` to train on and a fifth as many to test: four coloured squares and noise.
 
     The colours belong to the class, so that a network can learn them in a few steps.
@@ -16,21 +16,21 @@ def synthetic(num_images: int, num_classes: int, size: int, seed: int) -> SmallS
     Args:
         size: height and width in pixels.
     """
-    draws = generator("synthetic", seed, num_classes, size)
-    colours = torch.randint(32, 224, (num_classes, 2, 2, 3), generator=draws)
+    rng = generator("synthetic", seed, num_classes, size)
+    colours = torch.randint(32, 224, (num_classes, 2, 2, 3), generator=rng)
     square = torch.arange(size) * 2 // size  # (size,) 0 in the first half, 1 in the second
     patterns = colours[:, square][:, :, square]  # (num_classes, size, size, 3)
     train, test = (
-        _noisy(patterns.to(torch.int16), count, draws)
+        _noisy(patterns.to(torch.int16), count, rng)
         for count in (num_images, max(1, num_images // 5))
     )
-    return SmallSet(train, test, [f"pattern {i}" for i in range(num_classes)])
+    return InMemoryDataset(train, test, [f"pattern {i}" for i in range(num_classes)])
 
 
-def _noisy(patterns: torch.Tensor, count: int, draws: torch.Generator) -> Images:
-    labels = torch.randint(len(patterns), (count,), generator=draws)
+def _noisy(patterns: torch.Tensor, count: int, rng: torch.Generator) -> ImageTensors:
+    labels = torch.randint(len(patterns), (count,), generator=rng)
     pixels = torch.empty(count, *patterns.shape[1:], dtype=torch.uint8)
     for part in torch.arange(count).split(1024):  # the noise is larger than the bytes it makes
-        noise = torch.randn(len(part), *patterns.shape[1:], generator=draws) * NOISE
+        noise = torch.randn(len(part), *patterns.shape[1:], generator=rng) * NOISE
         pixels[part] = (patterns[labels[part]] + noise).clamp(0, 255).to(torch.uint8)
-    return Images(pixels, labels)
+    return ImageTensors(pixels, labels)

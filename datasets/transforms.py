@@ -67,7 +67,7 @@ def ten_crops(size: int) -> v2.Compose:
 
 
 class Normalise:
-    """(N, 3, H, W) of bytes, or of numbers from 0 to 1, -> mean 0 and deviation 1 on ImageNet."""
+    """(N, 3, H, W) of bytes, or of numbers from 0 to 1, -> mean 0 and std 1 on ImageNet."""
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype):
         self.mean, self.std = (

@@ -82,7 +82,7 @@ class ReplayedStep:
     """A step over full batches of one split.
 
     Args:
-        batches: with `plan`, `cut` and `deal`, as datasets.memory_loader.Batches.
+        batches: with `plan`, `make_batch` and `sampler`, as datasets.memory_loader.MemoryLoader.
         step: takes a batch; must keep all that changes from step to step on the device.
         recorder: `record`, or a stand-in for it.
         failed: called with the reason when recording fails; the steps then run eagerly.
@@ -90,8 +90,8 @@ class ReplayedStep:
 
     def __init__(self, batches, step: Step, recorder: Recorder, failed: Callable[[str], None]):
         self._batches, self._step, self._recorder, self._failed = batches, step, recorder, failed
-        device = batches.deal.indices.device
-        self._places = torch.arange(batches.deal.width, device=device)
+        device = batches.sampler.indices.device
+        self._places = torch.arange(batches.sampler.local_batch, device=device)
         self._first = torch.zeros((), dtype=torch.int64, device=device)
         self._plan = None
         self._runs = 0
@@ -103,7 +103,7 @@ class ReplayedStep:
         if self._plan is None:
             self._plan = plan.at(slice(None))
         self._plan.copy_(plan)
-        self._first.fill_(self._batches.deal.places(step).start)
+        self._first.fill_(self._batches.sampler.local_slice(step).start)
 
     def __call__(self) -> None:
         """Do the next step."""
@@ -118,9 +118,9 @@ class ReplayedStep:
         self._run()
 
     def _eagerly(self) -> None:
-        images, targets = self._batches.cut(self._plan.at(self._first + self._places))
+        images, targets = self._batches.make_batch(self._plan.at(self._first + self._places))
         self._step(images, targets)
-        self._first += self._batches.deal.stride
+        self._first += self._batches.sampler.global_batch
 
 
 class DoneStep(NamedTuple):
@@ -177,11 +177,11 @@ class StepRunner:
             What was done, after each step.
         """
         self._practise(step, 0)
-        if self._recorder and loader.deal.full_steps:
+        if self._recorder and loader.sampler.full_steps:
             # The last batch may be smaller, so another shape: it runs eagerly like all the others.
             yield from self._replay(step, loader, epoch, start, before)
-            start = max(start, loader.deal.full_steps)
-        if start == len(loader.deal):
+            start = max(start, loader.sampler.full_steps)
+        if start == len(loader.sampler):
             return
         since = time.perf_counter()
         for images, targets in loader.batches(epoch, start):
@@ -198,15 +198,15 @@ class StepRunner:
         self, step: Step, loader, epoch: int, start: int, before: Callable[[], None]
     ) -> Iterator[DoneStep]:
         """The full batches of an epoch, which need not be told how many images they have."""
-        deal, since = loader.deal, time.perf_counter()
+        sampler, since = loader.sampler, time.perf_counter()
         replayed = self._replay_of(step, loader)
         replayed.seek(epoch, start)  # its time is the first step's
-        for _ in range(start, deal.full_steps):
-            self._begin([deal.width] * self._world.size)
+        for _ in range(start, sampler.full_steps):
+            self._begin([sampler.local_batch] * self._world.size)
             ready = time.perf_counter()
             before()
             replayed()
-            yield DoneStep(deal.stride, ready - since, time.perf_counter() - since)
+            yield DoneStep(sampler.global_batch, ready - since, time.perf_counter() - since)
             self._practise(step, 1)
             since = time.perf_counter()
 

@@ -87,7 +87,7 @@ def work(argv: list[str]) -> int:
     sources.check_there(Path(checkpoint))
     paths = find_images(operands)
 
-    from datasets.file_loader import worker_failures
+    from datasets.file_loader import translate_worker_errors
     from experiment import console
     from fileio import atomic
 
@@ -96,7 +96,7 @@ def work(argv: list[str]) -> int:
     written = [csv_lines([COLUMNS])] if output else []
     if asked.own.csv == "-":
         console.say(csv_lines([COLUMNS]).rstrip("\n"))
-    with worker_failures():
+    with translate_worker_errors():
         for path, guesses in classify(net, paths, bad, asked.own.top):
             if output:
                 written.append(csv_lines(as_rows(path, guesses)))

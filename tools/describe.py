@@ -171,7 +171,7 @@ def resident_bytes(opt: Settings) -> int | None:
     from datasets import registry
 
     dataset = registry.DATASETS[opt.dataset]
-    if dataset.stays_in_files(opt.imageSize):
+    if dataset.is_read_from_disk(opt.imageSize):
         return 0  # read batch by batch
     count = sum(dataset.num_images or ()) or None
     if dataset.is_generated:

@@ -101,7 +101,7 @@ def work(argv: list[str]) -> int:
 
     import numpy as np
 
-    from datasets.file_loader import worker_failures
+    from datasets.file_loader import translate_worker_errors
     from experiment import console
 
     classes = asked.own.classes and Path(asked.own.classes)
@@ -111,7 +111,7 @@ def work(argv: list[str]) -> int:
     with (
         atomic.whole_file(output) as target,
         tempfile.TemporaryFile(dir=output.parent) as rows,  # how many there are is known at the end
-        worker_failures(),  # a lost process is no error of the file
+        translate_worker_errors(),  # a lost process is no error of the file
     ):
         for values, places in features(net, paths, bad):
             rows.write(values.astype("<f4").tobytes())

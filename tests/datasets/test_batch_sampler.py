@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.batch_sampler import Deal, split_indices
+from datasets.batch_sampler import BatchSampler, split_indices
 from distributed.launcher import Place
 from errors import DataError
 
@@ -15,23 +15,28 @@ EXTENTS = [(n, batch) for n in (1, 2, 3, 7, 8, 12, 13, 23, 30) for batch in (1, 
 BOTH = pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 
 
-def deals(n: int, batch: int, size: int, whole: bool, seed: int | None = None) -> list[Deal]:
-    """The deal of each replica, over images that are not simply numbered from 0."""
+def samplers(
+    n: int, batch: int, size: int, whole: bool, seed: int | None = None
+) -> list[BatchSampler]:
+    """The sampler of each replica, over images that are not simply numbered from 0."""
     indices = 3 * torch.arange(n) + 1
-    return [Deal(indices, batch, seed, Place(rank, size), whole) for rank in range(size)]
+    return [BatchSampler(indices, batch, seed, Place(rank, size), whole) for rank in range(size)]
 
 
-def dealt(replicas: list[Deal], epoch: int = 1) -> list[list[list[int]]]:
+def split(replicas: list[BatchSampler], epoch: int = 1) -> list[list[list[int]]]:
     """The images of each step and, within it, of each replica."""
-    assert len({len(deal) for deal in replicas}) == 1  # or some would wait for ever
-    orders = [deal.order(epoch) for deal in replicas]
+    assert len({len(sampler) for sampler in replicas}) == 1  # or some would wait for ever
+    orders = [sampler.epoch_indices(epoch) for sampler in replicas]
     return [
-        [order[deal.places(step)].tolist() for deal, order in zip(replicas, orders, strict=True)]
+        [
+            order[sampler.local_slice(step)].tolist()
+            for sampler, order in zip(replicas, orders, strict=True)
+        ]
         for step in range(len(replicas[0]))
     ]
 
 
-def stated(n: int, batch: int, size: int, whole: bool) -> list[list[list[int]]]:
+def reference(n: int, batch: int, size: int, whole: bool) -> list[list[list[int]]]:
     """The same, from the batches of one process, which are dealt out or cut up by numpy."""
     images = [3 * i + 1 for i in range(n)]
     batches = [images[i : i + batch] for i in range(0, n, batch)]
@@ -41,7 +46,7 @@ def stated(n: int, batch: int, size: int, whole: bool) -> list[list[list[int]]]:
     return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 
-def joined(parts) -> list:
+def flatten(parts) -> list:
     return [*itertools.chain.from_iterable(parts)]
 
 
@@ -49,38 +54,41 @@ def joined(parts) -> list:
 @pytest.mark.parametrize("size", SIZES)
 def test_each_replica_has_its_batches_or_its_part_of_each(size, whole):
     for n, batch in EXTENTS:
-        found = dealt(deals(n, batch, size, whole))
-        assert found == stated(n, batch, size, whole), (n, batch)
+        found = split(samplers(n, batch, size, whole))
+        assert found == reference(n, batch, size, whole), (n, batch)
         if size > 1 and n > 1:
-            assert found != dealt(deals(n, batch, 1, whole))
+            assert found != split(samplers(n, batch, 1, whole))
 
 
 @BOTH
 @pytest.mark.parametrize("size", SIZES)
 def test_every_image_is_dealt_once_and_in_the_order_of_one_process(size, whole):
     for (n, batch), epoch in itertools.product(EXTENTS, (1, 2)):
-        found = joined(joined(dealt(deals(n, batch, size, whole, seed=5), epoch)))
-        assert found == deals(n, batch, 1, whole, seed=5)[0].order(epoch).tolist(), (n, batch)
+        found = flatten(flatten(split(samplers(n, batch, size, whole, seed=5), epoch)))
+        assert found == samplers(n, batch, 1, whole, seed=5)[0].epoch_indices(epoch).tolist(), (
+            n,
+            batch,
+        )
         assert sorted(found) == [3 * i + 1 for i in range(n)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_of_training_has_the_same_images_for_every_number_of_replicas(size):
     for n, batch in EXTENTS:
-        alone = dealt(deals(n, batch, 1, False, seed=5))
-        together = dealt(deals(n, batch, size, False, seed=5))
-        assert [joined(step) for step in together] == [joined(step) for step in alone]
-        other = dealt(deals(n, batch, size, False, seed=6))
-        assert n < 7 or [joined(step) for step in other] != [joined(step) for step in alone]
+        alone = split(samplers(n, batch, 1, False, seed=5))
+        together = split(samplers(n, batch, size, False, seed=5))
+        assert [flatten(step) for step in together] == [flatten(step) for step in alone]
+        other = split(samplers(n, batch, size, False, seed=6))
+        assert n < 7 or [flatten(step) for step in other] != [flatten(step) for step in alone]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_batch_of_an_evaluation_is_one_of_one_process(size):
     # What is computed of a batch depends on what else is in it, in the last bits.
     for n, batch in EXTENTS:
-        alone = joined(dealt(deals(n, batch, 1, True)))
-        assert [one for one in joined(dealt(deals(n, batch, size, True))) if one] == alone
-        parts = [one for one in joined(dealt(deals(n, batch, size, False))) if one]
+        alone = flatten(split(samplers(n, batch, 1, True)))
+        assert [one for one in flatten(split(samplers(n, batch, size, True))) if one] == alone
+        parts = [one for one in flatten(split(samplers(n, batch, size, False))) if one]
         assert (parts != alone) == (size > 1 and min(n, batch) > 1)
 
 
@@ -88,7 +96,7 @@ def test_every_batch_of_an_evaluation_is_one_of_one_process(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_first_replica_is_never_without_an_image_and_parts_are_even(size, whole):
     for n, batch in EXTENTS:
-        for step in dealt(deals(n, batch, size, whole)):
+        for step in split(samplers(n, batch, size, whole)):
             counts = [len(part) for part in step]
             assert counts[0] > 0
             assert counts == sorted(counts, reverse=True)
@@ -102,46 +110,56 @@ def test_full_steps_are_those_of_which_every_replica_has_the_same_number(size, w
     for n, batch in EXTENTS:
         if not whole and batch % size:  # is refused
             continue
-        replicas = deals(n, batch, size, whole)
-        steps = dealt(replicas)
-        full = [all(len(part) == replicas[0].width for part in step) for step in steps]
-        for deal in replicas:
-            assert full == [step < deal.full_steps for step in range(len(deal))], (n, batch)
-            assert deal.stride == size * deal.width == batch * (size if whole else 1)
-            assert deal.num_images == n
-            for step in range(deal.full_steps):
-                first = deal.places(0).start + step * deal.stride
-                assert deal.places(step) == slice(first, first + deal.width)
+        replicas = samplers(n, batch, size, whole)
+        steps = split(replicas)
+        full = [all(len(part) == replicas[0].local_batch for part in step) for step in steps]
+        for sampler in replicas:
+            assert full == [step < sampler.full_steps for step in range(len(sampler))], (n, batch)
+            assert (
+                sampler.global_batch == size * sampler.local_batch == batch * (size if whole else 1)
+            )
+            assert sampler.num_images == n
+            for step in range(sampler.full_steps):
+                first = sampler.local_slice(0).start + step * sampler.global_batch
+                assert sampler.local_slice(step) == slice(first, first + sampler.local_batch)
 
 
 @BOTH
 def test_the_images_of_a_step_can_be_named_by_any_replica(whole):
-    replicas = deals(23, 4, 3, whole, seed=2)
-    for step, parts in enumerate(dealt(replicas, epoch=9)):
-        for deal in replicas:
-            assert deal.chosen(9, step) == joined(parts)
-            assert deal.chosen(8, step) != joined(parts)
+    replicas = samplers(23, 4, 3, whole, seed=2)
+    for step, parts in enumerate(split(replicas, epoch=9)):
+        for sampler in replicas:
+            assert sampler.step_indices(9, step) == flatten(parts)
+            assert sampler.step_indices(8, step) != flatten(parts)
 
 
 def test_the_order_belongs_to_seed_and_epoch_and_to_nothing_else():
     def order(seed: int | None, epoch: int, **more) -> list[int]:
         torch.rand(3)  # what else the process draws makes no difference
-        return Deal(torch.arange(40), **{"batch_size": 4} | more, seed=seed).order(epoch).tolist()
+        return (
+            BatchSampler(torch.arange(40), **{"batch_size": 4} | more, seed=seed)
+            .epoch_indices(epoch)
+            .tolist()
+        )
 
     wanted = order(7, 3)
     assert sorted(wanted) == list(range(40)) != wanted
-    for more in ({"batch_size": 9}, {"place": Place(1, 2)}, {"place": Place(2, 3), "whole": True}):
+    for more in (
+        {"batch_size": 9},
+        {"process": Place(1, 2)},
+        {"process": Place(2, 3), "whole_batches": True},
+    ):
         assert order(7, 3, **more) == wanted
     assert len({tuple(order(seed, epoch)) for seed in (7, 8) for epoch in (3, 4)}) == 4
     assert order(None, 3) == order(None, 4) == list(range(40))
 
 
 def test_a_deal_on_another_device_is_the_same_deal():
-    deal = Deal(torch.arange(9), 4, seed=1, place=Place(1, 2))
-    moved = deal.to(torch.device("meta"))
-    assert moved.indices.is_meta and not deal.indices.is_meta
-    for name in ("batch_size", "seed", "place", "whole", "num_images", "full_steps"):
-        assert getattr(moved, name) == getattr(deal, name)
+    sampler = BatchSampler(torch.arange(9), 4, seed=1, process=Place(1, 2))
+    moved = sampler.to(torch.device("meta"))
+    assert moved.indices.is_meta and not sampler.indices.is_meta
+    for name in ("batch_size", "seed", "process", "whole_batches", "num_images", "full_steps"):
+        assert getattr(moved, name) == getattr(sampler, name)
 
 
 # ---------------------------------------------------------------------------------------- held out

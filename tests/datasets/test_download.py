@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10, SVHN
 import opts
 from datasets import download
 from datasets.download import fetch, unpack
-from datasets.factory import Data
+from datasets.factory import DataSplits
 from errors import DataError, StorageError
 from helpers import run_main
 from helpers.sample_data import (
@@ -52,12 +52,12 @@ def no_network(monkeypatch):
 PARTS = dict(SVHN.split_list)
 
 
-def create(root: Path, name: str, *flags: str) -> Data:
+def create(root: Path, name: str, *flags: str) -> DataSplits:
     opt = opts.parse(["--dataset", name, "--data", str(root), "--precision", "double", *flags])
     return create_data(opt)
 
 
-def svhn(root: Path, *flags: str) -> Data:
+def svhn(root: Path, *flags: str) -> DataSplits:
     return create(root, "svhn", "--validSize", "2", *flags)
 
 
@@ -79,8 +79,8 @@ def whole(batches) -> tuple[torch.Tensor, list[int]]:
     return torch.cat(images), torch.cat(targets).tolist()
 
 
-def normalised(pixels: np.ndarray, data: Data) -> torch.Tensor:
-    mean, std = (torch.tensor(data.facts[key], dtype=torch.float64) for key in ("mean", "std"))
+def normalised(pixels: np.ndarray, data: DataSplits) -> torch.Tensor:
+    mean, std = (torch.tensor(data.metadata[key], dtype=torch.float64) for key in ("mean", "std"))
     return ((torch.from_numpy(pixels).double() - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -104,7 +104,7 @@ def test_cifar_is_read_from_its_archive_to_the_last_pixel(tmp_path, monkeypatch,
     assert np.array_equal(held.pixels.numpy(), train[0]) and held.labels.tolist() == train[1]
     assert sorted(whole(data.train)[1]) == sorted(train[1])
     assert data.classes == [f"class {i}" for i in range(10 if name == "cifar10" else 100)]
-    assert data.test is None and data.facts["train"] == 20 and data.facts["val"] == 5
+    assert data.test is None and data.metadata["train"] == 20 and data.metadata["val"] == 5
 
     archive.unlink()  # unpacked once, it is needed no more
     assert torch.equal(whole(create(tmp_path, name).val)[0], pixels)
@@ -119,8 +119,8 @@ def test_cifar_is_read_from_its_archive_to_the_last_pixel(tmp_path, monkeypatch,
 )
 def test_cifar_is_normalised_as_in_the_original(tmp_path, monkeypatch, name, mean, std):
     write_cifar(tmp_path, monkeypatch, name, TRAIN, TEST)
-    facts = create(tmp_path, name).facts
-    assert (tuple(facts["mean"]), tuple(facts["std"])) == (mean, std)
+    metadata = create(tmp_path, name).metadata
+    assert (tuple(metadata["mean"]), tuple(metadata["std"])) == (mean, std)
 
 
 def test_svhn_is_read_from_its_files_to_the_last_pixel(tmp_path, monkeypatch):
@@ -133,16 +133,16 @@ def test_svhn_is_read_from_its_files_to_the_last_pixel(tmp_path, monkeypatch):
     assert held.labels.tolist() == [*TRAIN[1], *EXTRA[1]]
     assert np.array_equal(held.pixels.numpy(), np.concatenate([TRAIN[0], EXTRA[0]]))
     assert data.classes == [str(digit) for digit in range(10)]
-    facts = data.facts
-    assert [facts[part] for part in ("train", "val", "test")] == [24, 2, 5]
-    assert (facts["mean"], facts["std"]) == ([0, 0, 0], [255, 255, 255])
+    metadata = data.metadata
+    assert [metadata[part] for part in ("train", "val", "test")] == [24, 2, 5]
+    assert (metadata["mean"], metadata["std"]) == ([0, 0, 0], [255, 255, 255])
 
 
 def test_svhn_holds_out_its_validation_set_and_does_not_augment(tmp_path, monkeypatch):
     write_svhn(tmp_path, monkeypatch, {"train": TRAIN, "extra": EXTRA, "test": TEST})
     data = svhn(tmp_path)
     everything = np.concatenate([TRAIN[0], EXTRA[0]])
-    held_out = data.facts["held_out"]
+    held_out = data.metadata["held_out"]
     kept = sorted(set(range(26)) - set(held_out))
     seen = {image.numpy().tobytes() for image in whole(data.train)[0]}
     assert seen == {image.numpy().tobytes() for image in normalised(everything[kept], data)}
@@ -372,7 +372,7 @@ def send_not_found(handler) -> None:
 @pytest.fixture
 def impatient(monkeypatch):
     """Try again at once."""
-    monkeypatch.setattr(download, "PAUSE_S", 0)
+    monkeypatch.setattr(download, "RETRY_DELAY_S", 0)
 
 
 def test_an_absent_archive_is_downloaded_and_checked(tmp_path):

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 import opts
 from datasets.digits import digits
-from datasets.factory import Data
+from datasets.factory import DataSplits
 from datasets.registry import DATASETS
 from datasets.synthetic import synthetic
 from distributed.launcher import Place
@@ -19,9 +19,9 @@ from helpers.sample_data import create_data, noise, write_cifar, write_folder, w
 HERE = Path()
 
 
-def create(*flags: str, rank: int = 0, size: int = 1) -> Data:
+def create(*flags: str, rank: int = 0, size: int = 1) -> DataSplits:
     opt = opts.parse([*flags, "--nThreads", "0"], launched=size)
-    return create_data(opt, place=Place(rank, size))
+    return create_data(opt, process=Place(rank, size))
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def written(tmp_path, monkeypatch):
 def test_every_dataset_gives_its_splits_classes_and_type(written, name, precision):
     flags, (train, val, test, num_classes, size) = written(name)
     data = create(*flags, "--precision", precision)
-    assert [data.facts[key] for key in ("train", "val", "test")] == [train, val, test]
-    assert data.facts["classes"] == data.classes and len(set(data.classes)) == num_classes
-    assert len(data.facts["mean"]) == len(data.facts["std"]) == 3
+    assert [data.metadata[key] for key in ("train", "val", "test")] == [train, val, test]
+    assert data.metadata["classes"] == data.classes and len(set(data.classes)) == num_classes
+    assert len(data.metadata["mean"]) == len(data.metadata["std"]) == 3
     for split, batches in (("train", data.train), ("val", data.val), ("test", data.test)):
         if batches is None:
             assert split == "test" and test is None
@@ -71,7 +71,7 @@ def test_every_dataset_gives_its_splits_classes_and_type(written, name, precisio
             assert images.is_contiguous(memory_format=torch.channels_last)
             assert targets.dtype == torch.int64
             assert targets.min() >= 0 and targets.max() < num_classes
-        assert counted == batches.deal.num_images == data.facts[split]
+        assert counted == batches.sampler.num_images == data.metadata[split]
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -103,11 +103,11 @@ def test_every_dataset_repeats_itself_for_a_seed(written, name):
 def test_a_part_that_is_held_out_is_recorded_and_never_trains(written, name):
     flags, (train, val, *_) = written(name)
     data = create(*flags, "--validSize", "5")
-    assert [data.facts[key] for key in ("train", "val", "test")] == [train - 5, 5, val]
-    assert data.facts["held_out"] == sorted(set(data.facts["held_out"]))
-    indices = [*data.train.deal.indices.tolist(), *data.val.deal.indices.tolist()]
+    assert [data.metadata[key] for key in ("train", "val", "test")] == [train - 5, 5, val]
+    assert data.metadata["held_out"] == sorted(set(data.metadata["held_out"]))
+    indices = [*data.train.sampler.indices.tolist(), *data.val.sampler.indices.tolist()]
     assert sorted(indices) == list(range(train))
-    assert data.val.deal.indices.tolist() == data.facts["held_out"]
+    assert data.val.sampler.indices.tolist() == data.metadata["held_out"]
     with pytest.raises(DataError, match=f"validSize {train} of {train} training images"):
         create(*flags, "--validSize", str(train))
 
@@ -118,7 +118,7 @@ def test_replicas_share_batches_in_training_and_take_turns_in_evaluation(written
     flags += ["--batchSize", "3"]
     alone = create(*flags)
     replicas = [create(*flags, rank=rank, size=3) for rank in range(3)]
-    assert all(data.facts == alone.facts for data in replicas)
+    assert all(data.metadata == alone.metadata for data in replicas)
     steps = zip(*(data.train.batches(2) for data in replicas), strict=True)
     for (images, targets), parts in zip(alone.train.batches(2), steps, strict=True):
         assert torch.equal(torch.cat([part[0] for part in parts]), images)
@@ -167,8 +167,10 @@ def test_digits_have_every_class_in_both_parts_and_their_own_statistics():
     for part in (data.train, data.test):
         assert torch.bincount(part.labels).min() > 0.07 * len(part.labels)
     values = data.train.pixels.double().flatten(0, 2)
-    assert made.facts["mean"] == pytest.approx(values.mean(dim=0).tolist(), rel=1e-12)
-    assert made.facts["std"] == pytest.approx(values.std(dim=0, correction=0).tolist(), rel=1e-12)
+    assert made.metadata["mean"] == pytest.approx(values.mean(dim=0).tolist(), rel=1e-12)
+    assert made.metadata["std"] == pytest.approx(
+        values.std(dim=0, correction=0).tolist(), rel=1e-12
+    )
 
 
 def test_digits_are_never_mirrored():
@@ -178,9 +180,9 @@ def test_digits_are_never_mirrored():
     assert any_is_mirrored(create(*flags), pad=1)
 
 
-def any_is_mirrored(data: Data, pad: int) -> bool:
+def any_is_mirrored(data: DataSplits, pad: int) -> bool:
     """Whether the inner part of a training image is that of a mirrored original only."""
-    mean, std = (torch.tensor(data.facts[key])[:, None, None] for key in ("mean", "std"))
+    mean, std = (torch.tensor(data.metadata[key])[:, None, None] for key in ("mean", "std"))
     originals = data.train.images.pixels.permute(0, 3, 1, 2)
     size = originals.shape[-1] - 2 * pad
 

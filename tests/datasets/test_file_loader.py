@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from datasets import file_loader, transforms
-from datasets.batch_sampler import Deal
+from datasets.batch_sampler import BatchSampler
 from datasets.decode import decode
-from datasets.file_loader import BadImages, FileBatches, ImageFiles
+from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from errors import DataError
 from helpers import run_main
 from helpers.sample_data import noise, write_folder
@@ -55,7 +55,7 @@ def samples(tmp_path) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def loader():
-    """Makes FileBatches, and ends their processes after the test however that ends."""
+    """Makes FileLoader, and ends their processes after the test however that ends."""
     made = []
 
     def make(
@@ -72,11 +72,11 @@ def loader():
         dtype=torch.float32,
     ):
         indices = torch.tensor([*(range(len(samples)) if indices is None else indices)])
-        batches = FileBatches(
-            ImageFiles(samples, transform or Pixels(), image_seed),
-            Deal(indices, batch_size, seed),
+        batches = FileLoader(
+            ImageFileDataset(samples, transform or Pixels(), image_seed),
+            BatchSampler(indices, batch_size, seed),
             num_workers=num_workers,
-            bad=BadImages(on_bad_image, len(indices), warn),
+            unreadable=UnreadableImages(on_bad_image, len(indices), warn),
             image_size=12,
             normalise=lambda images: images.to(dtype),
             device=CPU,
@@ -90,7 +90,7 @@ def loader():
             batches._loader._iterator._shutdown_workers()
 
 
-def epoch(batches: FileBatches, number: int = 1, start: int = 0) -> list:
+def epoch(batches: FileLoader, number: int = 1, start: int = 0) -> list:
     read = batches.batches(number, start)
     return [(images.clone(), targets.tolist()) for images, targets in read]
 
@@ -277,18 +277,18 @@ def test_a_batch_of_bad_images_only_is_empty_so_that_steps_keep_their_numbers(sa
 ])  # fmt: skip
 def test_bad_images_are_counted_over_all_replicas_once(total, other, stops):
     warned = []
-    bad = BadImages("skip", total, warned.append, everyone=lambda found: [found, [other]])
+    bad = UnreadableImages("skip", total, warned.append, all_gather=lambda found: [found, [other]])
     bad.add("a.png: torn")
     if stops:
         with pytest.raises(DataError, match=r"2 of 1000 images cannot be read, last b\.png"):
-            bad.compare()
+            bad.sync()
     else:
-        bad.compare()
+        bad.sync()
     assert warned == [f"skipped image {name}" for name in dict.fromkeys(["a.png: torn", other])]
 
 
 def test_replicas_that_stop_at_the_first_bad_image_have_nothing_to_compare():
-    BadImages("error", 1000, pytest.fail, everyone=pytest.fail).compare()
+    UnreadableImages("error", 1000, pytest.fail, all_gather=pytest.fail).sync()
 
 
 # ----------------------------------------------------------------------------- order and randomness
@@ -296,20 +296,20 @@ def test_replicas_that_stop_at_the_first_bad_image_have_nothing_to_compare():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_counts_every_image_once_and_in_order(samples, loader, workers):
-    chosen = [4, 2, 20, 9, 17, 11]
-    read = epoch(loader(samples, indices=chosen, num_workers=workers))
+    indices = [4, 2, 20, 9, 17, 11]
+    read = epoch(loader(samples, indices=indices, num_workers=workers))
     assert [targets for _, targets in read] == [[4, 2, 20, 9], [17, 11]]
-    wanted = torch.from_numpy(noise(23, 12)[chosen]).permute(0, 3, 1, 2).float()
+    wanted = torch.from_numpy(noise(23, 12)[indices]).permute(0, 3, 1, 2).float()
     assert torch.equal(torch.cat([images for images, _ in read]), wanted)
 
 
 def test_every_epoch_is_another_permutation_of_the_split(samples, loader):
-    chosen = list(range(2, 20, 2))
-    batches = loader(samples, indices=chosen, seed=0)
+    indices = list(range(2, 20, 2))
+    batches = loader(samples, indices=indices, seed=0)
     first, second = (targets_of(epoch(batches, number)) for number in (1, 2))
-    assert sorted(first) == sorted(second) == chosen
-    assert len({tuple(first), tuple(second), tuple(chosen)}) == 3
-    assert len(batches.deal) == 3 and batches.deal.num_images == len(chosen)
+    assert sorted(first) == sorted(second) == indices
+    assert len({tuple(first), tuple(second), tuple(indices)}) == 3
+    assert len(batches.sampler) == 3 and batches.sampler.num_images == len(indices)
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_any_start(samples, loader):
@@ -409,14 +409,14 @@ def as_a_program(sabotage=None) -> None:
 
 def in_a_worker(action) -> None:
     """Call `action` in the loader process that is to read the image 5 of training."""
-    read = ImageFiles.__getitem__
+    read = ImageFileDataset.__getitem__
 
     def sabotaged(self, key):
         if key[1] == 5 and "/train/" in self.samples[5][0]:
             action()
         return read(self, key)
 
-    ImageFiles.__getitem__ = sabotaged
+    ImageFileDataset.__getitem__ = sabotaged
 
 
 def killed_while_loading() -> None:

@@ -11,8 +11,8 @@ from PIL import Image
 import opts
 from datasets import transforms
 from datasets.decode import decode
-from datasets.factory import Data
-from datasets.image_folder import listing
+from datasets.factory import DataSplits
+from datasets.image_folder import index_folder
 from errors import DataError
 from helpers.sample_data import create_data, noise, write_folder
 
@@ -20,7 +20,7 @@ CLASSES = {"cat": 5, "a dog": 3, "Ölkännchen": 4}
 COUNTS = {"train": CLASSES, "val": dict.fromkeys(CLASSES, 2)}
 
 
-def create(root: Path, *flags: str, size=8, workers=0, warn=pytest.fail) -> Data:
+def create(root: Path, *flags: str, size=8, workers=0, warn=pytest.fail) -> DataSplits:
     fixed = ["--dataset", "folder", "--data", str(root), "--precision", "double"]
     fixed += ["--imageSize", str(size), "--nThreads", str(workers)]
     return create_data(opts.parse([*fixed, *flags]), warn)
@@ -51,7 +51,7 @@ def test_classes_are_the_directories_in_order_and_images_their_files(tmp_path):
     write_folder(tmp_path, COUNTS)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / "README").write_text("not a class")
-    files = listing(tmp_path)
+    files = index_folder(tmp_path)
     assert files.classes == ["a dog", "cat", "Ölkännchen"]
     assert [label for _, label in files.train] == [0] * 3 + [1] * 5 + [2] * 4
     assert [label for _, label in files.val] == [0] * 2 + [1] * 2 + [2] * 2
@@ -62,11 +62,11 @@ def test_classes_are_the_directories_in_order_and_images_their_files(tmp_path):
 
 def test_train_and_val_with_different_classes_are_refused(tmp_path):
     write_folder(tmp_path, {"train": {"a": 1, "b": 1, "c": 1}, "val": {"b": 1, "c": 1, "d": 1}})
-    line = refused(listing, tmp_path)
+    line = refused(index_folder, tmp_path)
     assert f"train and val in {tmp_path} have different classes" in line
     assert "only in train: a, only in val: d" in line
     write_folder(tmp_path, {"train": {"d": 1}, "val": {"a": 1}})
-    assert listing(tmp_path).classes == ["a", "b", "c", "d"]
+    assert index_folder(tmp_path).classes == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -76,7 +76,7 @@ def test_a_class_without_images_is_refused_and_named(tmp_path, split, content):
     write_folder(tmp_path, {split: {"camel": 0}})
     if content == "a text":
         (tmp_path / split / "camel" / "notes.txt").write_text("no camels yet")
-    line = refused(listing, tmp_path)
+    line = refused(index_folder, tmp_path)
     assert str(tmp_path / split) in line and "camel" in line and "at least one image" in line
 
 
@@ -84,9 +84,9 @@ def test_a_class_without_images_is_refused_and_named(tmp_path, split, content):
 def test_a_split_that_is_missing_or_has_no_class_is_refused(tmp_path, missing):
     other = {"train": "val", "val": "train"}[missing]
     write_folder(tmp_path, {other: CLASSES})
-    assert str(tmp_path / missing) in refused(listing, tmp_path)
+    assert str(tmp_path / missing) in refused(index_folder, tmp_path)
     (tmp_path / missing).mkdir()
-    assert str(tmp_path / missing) in refused(listing, tmp_path)
+    assert str(tmp_path / missing) in refused(index_folder, tmp_path)
 
 
 @pytest.mark.parametrize("size", [8, 65])
@@ -94,7 +94,7 @@ def test_another_number_of_classes_than_the_settings_say_is_refused(tmp_path, si
     write_folder(tmp_path, COUNTS)
     line = refused(lambda: create(tmp_path, "--nClasses", "4", size=size))
     assert "nClasses is 4 but folder has 3 classes; fix: use --nClasses 3" in line
-    assert create(tmp_path, "--nClasses", "3", size=size).facts["classes"] == sorted(CLASSES)
+    assert create(tmp_path, "--nClasses", "3", size=size).metadata["classes"] == sorted(CLASSES)
 
 
 # --------------------------------------------------------------------------------- small: in memory
@@ -107,7 +107,9 @@ def test_a_small_folder_is_decoded_once_to_the_last_pixel(tmp_path, workers):
     for split in COUNTS:
         for path in (tmp_path / split).rglob("*.png"):
             path.unlink()  # decoded once: the files are needed no more
-    mean, std = (torch.tensor(data.facts[name]).double()[:, None, None] for name in ("mean", "std"))
+    mean, std = (
+        torch.tensor(data.metadata[name]).double()[:, None, None] for name in ("mean", "std")
+    )
     pixels, targets = whole(data.val)
     assert torch.allclose(pixels * std + mean, rearranged(written["val"][0]), rtol=0, atol=1e-4)
     assert targets == written["val"][1]
@@ -121,13 +123,13 @@ def test_a_small_folder_is_decoded_once_to_the_last_pixel(tmp_path, workers):
 def test_statistics_are_those_of_the_images_that_train(tmp_path, valid):
     pixels, _ = write_folder(tmp_path, COUNTS)["train"]
     data = create(tmp_path, "--validSize", str(valid), "--augment", "false")
-    held_out = data.facts["held_out"]
+    held_out = data.metadata["held_out"]
     kept = np.delete(pixels, held_out, axis=0).reshape(-1, 3).astype(np.float64)
     assert len(held_out) == valid
-    np.testing.assert_allclose(data.facts["mean"], kept.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(data.facts["std"], kept.std(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(data.metadata["mean"], kept.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(data.metadata["std"], kept.std(axis=0), rtol=1e-12)
     everything = pixels.reshape(-1, 3).mean(axis=0)
-    assert np.allclose(data.facts["mean"], everything, rtol=1e-12) == (valid == 0)
+    assert np.allclose(data.metadata["mean"], everything, rtol=1e-12) == (valid == 0)
     # Normalised with them, the training images have mean 0 and deviation 1.
     images, _ = whole(data.train)
     assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-12
@@ -159,7 +161,7 @@ def test_a_small_folder_names_or_skips_its_bad_images(tmp_path):
     warned = []
     data = create(tmp_path, "--onBadImage", "skip", warn=warned.append)
     assert len(warned) == 1 and str(bad) in warned[0]
-    assert data.facts["train"] == 1099
+    assert data.metadata["train"] == 1099
     assert np.array_equal(data.train.images.pixels.numpy(), np.delete(pixels, 300, axis=0))
     assert data.train.images.labels.tolist() == labels[:300] + labels[301:]
 
@@ -182,16 +184,16 @@ def test_a_large_folder_is_validated_in_order_and_trained_on_in_a_shuffled_one(t
     images, targets = whole(data.train)
     assert images.shape == (12, 3, 65, 65) and images.dtype == torch.float64
     assert sorted(targets) == written["train"][1] != targets
-    assert data.facts["mean"] == pytest.approx([123.675, 116.28, 103.53])
-    assert data.facts["std"] == pytest.approx([58.395, 57.12, 57.375])
+    assert data.metadata["mean"] == pytest.approx([123.675, 116.28, 103.53])
+    assert data.metadata["std"] == pytest.approx([58.395, 57.12, 57.375])
 
 
 def test_a_large_folder_holds_out_a_part_that_is_not_augmented(tmp_path):
     write_folder(tmp_path, COUNTS, size=70)
     data = create(tmp_path, "--validSize", "5", size=65)
     paths = sorted((tmp_path / "train").rglob("*.png"))
-    held_out = data.facts["held_out"]
-    assert [data.facts[split] for split in ("train", "val", "test")] == [7, 5, 6]
+    held_out = data.metadata["held_out"]
+    assert [data.metadata[split] for split in ("train", "val", "test")] == [7, 5, 6]
     wanted = by_hand([paths[i] for i in held_out], transforms.validation(65))
     assert torch.equal(whole(data.val)[0], wanted)
     tested = by_hand(sorted((tmp_path / "val").rglob("*.png")), transforms.validation(65))
@@ -202,7 +204,7 @@ def test_a_large_folder_holds_out_a_part_that_is_not_augmented(tmp_path):
                    transforms.validation(65))  # fmt: skip
     mine, theirs = (sorted(images.sum(dim=(1, 2, 3)).tolist()) for images in (trained, kept))
     assert mine == pytest.approx(theirs, rel=1e-12)
-    other = create(tmp_path, "--validSize", "5", "--manualSeed", "1", size=65).facts["held_out"]
+    other = create(tmp_path, "--validSize", "5", "--manualSeed", "1", size=65).metadata["held_out"]
     assert other != held_out
 
 
@@ -235,4 +237,4 @@ def test_a_last_batch_of_nothing_but_skipped_images_is_left_out(tmp_path):
     (tmp_path / "train" / "b" / "1024.png").write_bytes(b"x")
     warned = []
     data = create(tmp_path, "--onBadImage", "skip", warn=warned.append)
-    assert data.facts["train"] == 1024 and len(warned) == 1
+    assert data.metadata["train"] == 1024 and len(warned) == 1

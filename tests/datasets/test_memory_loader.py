@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from datasets.batch_sampler import Deal
-from datasets.memory_loader import Augmentation, Batches, Images, channel_statistics
+from datasets.batch_sampler import BatchSampler
+from datasets.memory_loader import Augmentation, ImageTensors, MemoryLoader, channel_statistics
 from datasets.rng import generator, permutation
 from helpers.sample_data import noise
 
@@ -18,18 +18,18 @@ PAD = 4
 CROPS = [(dy, dx, mirror) for mirror in (0, 1) for dy in range(9) for dx in range(9)]
 
 
-def numbered(count: int, size: int = 8) -> Images:
+def numbered(count: int, size: int = 8) -> ImageTensors:
     """Images whose label is their number."""
-    return Images(torch.from_numpy(noise(count, size)), torch.arange(count))
+    return ImageTensors(torch.from_numpy(noise(count, size)), torch.arange(count))
 
 
-def loader(images: Images, indices=None, seed=None, batch_size=16, **more) -> Batches:
+def loader(images: ImageTensors, indices=None, seed=None, batch_size=16, **more) -> MemoryLoader:
     indices = torch.arange(len(images.labels)) if indices is None else torch.tensor(indices)
     settings = {"mean": MEAN, "std": STD, "dtype": torch.float64}
-    return Batches(images, Deal(indices, batch_size, seed), **settings | more)
+    return MemoryLoader(images, BatchSampler(indices, batch_size, seed), **settings | more)
 
 
-def augmented(images: Images, flip: bool = True, **more) -> Batches:
+def augmented(images: ImageTensors, flip: bool = True, **more) -> MemoryLoader:
     return loader(images, **{"seed": 0, "augmentation": Augmentation(PAD, flip)} | more)
 
 
@@ -68,12 +68,12 @@ def padded_first(pixels: torch.Tensor, dy: int, dx: int, mirror: int) -> torch.T
 
 
 def test_every_epoch_is_another_permutation_of_the_split():
-    images, chosen = numbered(50), list(range(3, 47, 2))
-    batches = loader(images, chosen, seed=0)
+    images, indices = numbered(50), list(range(3, 47, 2))
+    batches = loader(images, indices, seed=0)
     first, second = (labels_of(batches.batches(epoch)) for epoch in (1, 2))
-    assert sorted(first) == sorted(second) == chosen
-    assert len({tuple(first), tuple(second), tuple(chosen)}) == 3
-    assert batches.deal.num_images == len(chosen) and len(batches.deal) == 2
+    assert sorted(first) == sorted(second) == indices
+    assert len({tuple(first), tuple(second), tuple(indices)}) == 3
+    assert batches.sampler.num_images == len(indices) and len(batches.sampler) == 2
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4])
@@ -105,7 +105,7 @@ def test_order_and_crops_belong_to_seed_and_epoch_and_to_nothing_else():
 @pytest.mark.parametrize("changed", ["seed", "epoch", "step"])
 def test_crops_belong_to_seed_epoch_and_step(changed):
     # All images are one, so that only the offsets can differ.
-    same = Images(torch.from_numpy(noise(1)).expand(32, -1, -1, -1), torch.zeros(32).long())
+    same = ImageTensors(torch.from_numpy(noise(1)).expand(32, -1, -1, -1), torch.zeros(32).long())
 
     def batch(seed=0, epoch=1, step=0):
         return next(augmented(same, seed=seed).batches(epoch, step))[0]
@@ -121,14 +121,14 @@ def test_training_leaves_the_generator_of_the_network_alone():
 
 
 def test_evaluation_counts_every_image_once_and_in_order():
-    chosen = [4, 2, 30, 9, 17]
+    indices = [4, 2, 30, 9, 17]
     images = numbered(40)
-    batches = list(loader(images, chosen, batch_size=2).batches(1))
+    batches = list(loader(images, indices, batch_size=2).batches(1))
     assert [len(targets) for _, targets in batches] == [2, 2, 1]
-    assert labels_of(batches) == chosen
-    wanted = torch.stack([normalised(images.pixels[i]) for i in chosen])
+    assert labels_of(batches) == indices
+    wanted = torch.stack([normalised(images.pixels[i]) for i in indices])
     assert torch.equal(pixels_of(batches), wanted)
-    assert torch.equal(pixels_of(loader(images, chosen).batches(2)), wanted)
+    assert torch.equal(pixels_of(loader(images, indices).batches(2)), wanted)
 
 
 @pytest.mark.parametrize("key", [("order", 0, 2), ("order", 1, 1), ("held out", 0, 1)])
@@ -163,7 +163,7 @@ def test_all_81_offsets_and_both_mirrors_are_equally_frequent(flip):
     per_crop = 100
     crops = CROPS if flip else CROPS[:81]
     picture = torch.from_numpy(noise(1))
-    same = Images(picture, torch.zeros(1).long())
+    same = ImageTensors(picture, torch.zeros(1).long())
     image = normalised(picture[0])
     named = {exact(crop(image, *which)): which for which in CROPS}
     assert len(named) == 162
@@ -181,7 +181,7 @@ def test_all_81_offsets_and_both_mirrors_are_equally_frequent(flip):
 
 
 def test_the_border_has_the_mean_colour_which_is_zero():
-    black = Images(torch.zeros(64, 8, 8, 3, dtype=torch.uint8), torch.zeros(64).long())
+    black = ImageTensors(torch.zeros(64, 8, 8, 3, dtype=torch.uint8), torch.zeros(64).long())
     values = pixels_of(augmented(black).batches(1))
     inside = -torch.tensor(MEAN, dtype=torch.float64) / torch.tensor(STD, dtype=torch.float64)
     for channel in range(3):
@@ -219,10 +219,10 @@ def test_double_precision_is_computed_in_double(augmentation):
 def test_channel_statistics_are_those_of_numpy_in_double():
     pixels = noise(9000, size=2)  # several parts of what is summed at once
     pixels[..., 1] //= 3
-    chosen = np.arange(0, 9000, 2)
+    indices = np.arange(0, 9000, 2)
     pixels[1::2] = 0  # what is not chosen must not count
-    mean, std = channel_statistics(torch.from_numpy(pixels), torch.from_numpy(chosen))
-    values = pixels[chosen].reshape(-1, 3).astype(np.float64)
+    mean, std = channel_statistics(torch.from_numpy(pixels), torch.from_numpy(indices))
+    values = pixels[indices].reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(std, values.std(axis=0), rtol=1e-12)
     everything, _ = channel_statistics(torch.from_numpy(pixels), torch.arange(9000))

@@ -19,18 +19,18 @@ def test_an_entry_names_the_function_that_reads_its_dataset(name):
         (False, True): ["num_images", "num_classes", "size", "seed"],
         (False, False): ["root"],
     }
-    assert parameters == of_kind[dataset.in_folders, dataset.is_generated]
+    assert parameters == of_kind[dataset.is_image_folder, dataset.is_generated]
     assert dataset.fixed_size in (None, dataset.image_size)
-    assert (dataset.fixed_size is None) == (dataset.in_folders or dataset.is_generated)
+    assert (dataset.fixed_size is None) == (dataset.is_image_folder or dataset.is_generated)
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_images_stay_in_files_above_64_pixels_with_the_statistics_of_imagenet(name):
     dataset = DATASETS[name]
-    assert not dataset.stays_in_files(64)
+    assert not dataset.is_read_from_disk(64)
     assert dataset.statistics_at(64) == dataset.statistics
-    assert dataset.stays_in_files(65) == (name in ("imagenet", "folder"))
-    if dataset.stays_in_files(65):
+    assert dataset.is_read_from_disk(65) == (name in ("imagenet", "folder"))
+    if dataset.is_read_from_disk(65):
         mean, std = dataset.statistics_at(65)
         assert mean == pytest.approx([123.675, 116.28, 103.53])
         assert std == pytest.approx([58.395, 57.12, 57.375])
@@ -55,16 +55,16 @@ print(opt.imageSize, opt.augment, opt.validSize, opt.nEpochs, opts.run_name(opt)
 
 import torch
 import datasets.factory
-from datasets.memory_loader import Images, SmallSet
+from datasets.memory_loader import ImageTensors, InMemoryDataset
 
 def letters(root):
     pixels = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(-1, 28, 28, 3)
-    images = Images(pixels, torch.arange(12) % 2)
-    return SmallSet(images, images, ["a", "b"])
+    images = ImageTensors(pixels, torch.arange(12) % 2)
+    return InMemoryDataset(images, images, ["a", "b"])
 
 sys.modules["datasets.letters"] = types.SimpleNamespace(letters=letters)
 data = datasets.factory.create(opt, torch.device("cpu"), print)
-print(data.facts["train"], data.facts["val"], data.facts["test"], data.classes)
+print(data.metadata["train"], data.metadata["val"], data.metadata["test"], data.classes)
 """
 
 

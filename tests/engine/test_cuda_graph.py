@@ -11,7 +11,7 @@ import engine.optimizer
 import models.factory
 import opts
 import train
-from datasets.factory import Data
+from datasets.factory import DataSplits
 from distributed.launcher import Place
 from engine import cuda_graph
 from errors import NonFiniteError, UsageError
@@ -93,7 +93,7 @@ def eagerly(work: Callable[[], None]) -> Callable[[], None]:
     return work
 
 
-def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, Data]:
+def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, DataSplits]:
     network = "" if "--netType" in line else DENSENET
     opt = opts.parse([*SMALL.split(), *network.split(), *line.split()])
     data = data or create_data(opt)
@@ -115,7 +115,7 @@ def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, Data]:
     return trainer, data
 
 
-def epochs(trainer: train.Trainer, data: Data, count: int = 2) -> dict:
+def epochs(trainer: train.Trainer, data: DataSplits, count: int = 2) -> dict:
     """Everything that some epochs of training and evaluation leave behind."""
     results = []
     for _ in range(count):
@@ -149,7 +149,7 @@ def test_replayed_steps_train_as_eager_steps_do(line):
     recorder = Recorder()
     replayed = epochs(*trainer_of(line, recorder))
     # 84 images are 10 full batches and one of 4; the first steps of each kind are eager.
-    train_steps, test_steps = 2 * 10, 2 * (trainer_of(line, None)[1].val.deal.num_images // 8)
+    train_steps, test_steps = 2 * 10, 2 * (trainer_of(line, None)[1].val.sampler.num_images // 8)
     assert recorder.replays == train_steps + test_steps - 2 * cuda_graph.WARM_UP
     assert equal(replayed, epochs(*trainer_of(line, eagerly)))
     assert not equal(replayed, epochs(*trainer_of(f"{line} --manualSeed 1", eagerly)))
@@ -191,13 +191,13 @@ def test_a_replica_replays_its_own_images(split):
     opt = opts.parse(f"{SMALL} {DENSENET}".replace("84", "200").split())
 
     def images_of(rank: int, replay: bool) -> list[torch.Tensor]:
-        data = create_data(opt, place=Place(rank, 2))
+        data = create_data(opt, process=Place(rank, 2))
         batches, seen = getattr(data, split), []
 
         def keep(images: torch.Tensor, targets: torch.Tensor) -> None:
             seen.append(images)
 
-        count = batches.deal.full_steps - 1
+        count = batches.sampler.full_steps - 1
         if replay:
             step = cuda_graph.ReplayedStep(batches, keep, eagerly, pytest.fail)
             step.seek(epoch=2, step=1)

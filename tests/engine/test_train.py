@@ -19,8 +19,8 @@ import checkpoints
 import models.factory
 import opts
 import train
-from datasets.batch_sampler import Deal
-from datasets.factory import Data
+from datasets.batch_sampler import BatchSampler
+from datasets.factory import DataSplits
 from engine import cuda_graph
 from engine.schedule import Schedule
 from errors import NonFiniteError
@@ -46,7 +46,7 @@ def settings(**changed: object):
     return opts.parse(argv)
 
 
-def build(**changed: object) -> tuple[Trainer, Data]:
+def build(**changed: object) -> tuple[Trainer, DataSplits]:
     """A trainer as the program builds it, and its data: 3 steps an epoch, the last of 8 images."""
     opt = settings(**changed)
     data = create_data(opt)
@@ -61,10 +61,10 @@ class Listed:
     pairs: list[tuple[Tensor, Tensor]]
 
     @property
-    def deal(self) -> Deal:
+    def sampler(self) -> BatchSampler:
         """Numbers the images from 0 on."""
         sizes = [len(targets) for _, targets in self.pairs]
-        return Deal(torch.arange(sum(sizes)), sizes[0])
+        return BatchSampler(torch.arange(sum(sizes)), sizes[0])
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.pairs[start:])
@@ -79,7 +79,7 @@ def nothing() -> None:
     """What is done after a step when nothing is."""
 
 
-def epoch(trainer: Trainer, data: Data, after_step: Callable[[], None] = nothing) -> dict:
+def epoch(trainer: Trainer, data: DataSplits, after_step: Callable[[], None] = nothing) -> dict:
     """One whole epoch as main.py runs it."""
     trained = trainer.train(data.train, after_step)
     return trainer.finish_epoch(trained, trainer.test(data.val, nothing))
@@ -278,7 +278,7 @@ def saved(trainer: Trainer, directory) -> dict:
 
 def rest_of_run(
     trainer: Trainer,
-    data: Data,
+    data: DataSplits,
     after_step: Callable[[list], None] = lambda steps: None,
 ) -> dict:
     """Everything that could differ until the third epoch's end: each step, each epoch, the end."""
@@ -767,7 +767,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
 def test_a_step_reads_nothing_but_the_check_that_the_cpu_makes_after_it(precision):
-    def counts(trainer: Trainer, data: Data) -> list[int]:
+    def counts(trainer: Trainer, data: DataSplits) -> list[int]:
         counted = []
         with Reads() as reads:
             trainer.train(data.train, lambda: counted.append(reads.count))

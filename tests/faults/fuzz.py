@@ -28,7 +28,7 @@ import fileio.archive
 import main
 import opts
 from datasets.download import unpack
-from datasets.file_loader import ImageFiles
+from datasets.file_loader import ImageFileDataset
 from errors import CheckpointError, DataError, RunError, UsageError
 from faults import costs
 from faults.contract import TINY, command, tiny
@@ -235,7 +235,7 @@ def image(draw: random.Random, root: Path) -> Case:
 
 
 def _read_image(path: Path) -> None:
-    sample = ImageFiles([(str(path), 0)], ToTensor(), seed=0)[1, 0]
+    sample = ImageFileDataset([(str(path), 0)], ToTensor(), seed=0)[1, 0]
     if isinstance(sample, str):
         raise DataError(sample, "remove it")
     assert sample[0].shape == (8, 8, 3)

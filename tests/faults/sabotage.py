@@ -300,13 +300,13 @@ def forget_rng() -> None:
 
 def forget_position() -> None:
     """Resume in the middle of an epoch with the first batch of it."""
-    from datasets.file_loader import FileBatches
-    from datasets.memory_loader import Batches
+    from datasets.file_loader import FileLoader
+    from datasets.memory_loader import MemoryLoader
 
     def from_the_first(batches):
         return lambda self, epoch, start=0: batches(self, epoch, 0)
 
-    for kind in (Batches, FileBatches):
+    for kind in (MemoryLoader, FileLoader):
         kind.batches = from_the_first(kind.batches)
 
 

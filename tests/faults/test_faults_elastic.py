@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from datasets.batch_sampler import Deal
+from datasets.batch_sampler import BatchSampler
 from faults.agents import (
     LOCAL,
     Elastic,
@@ -33,9 +33,9 @@ soak = pytest.mark.soak
 
 def want(seed: int = 0) -> list[list[int]]:
     """The images of each step of the run."""
-    deal = Deal(torch.arange(FLAGS["nImages"]), batch_size=8, seed=seed)
+    sampler = BatchSampler(torch.arange(FLAGS["nImages"]), batch_size=8, seed=seed)
     epochs = range(1, FLAGS["nEpochs"] + 1)
-    return [deal.chosen(epoch, step) for epoch in epochs for step in range(len(deal))]
+    return [sampler.step_indices(epoch, step) for epoch in epochs for step in range(len(sampler))]
 
 
 def complete(run: Elastic) -> None:

@@ -103,7 +103,7 @@ def download_from(url: str, md5: str) -> None:
     from datasets import download
 
     CIFAR10.url, CIFAR10.tgz_md5 = url, md5
-    download.STALLED_S, download.PAUSE_S = 0.3, 0.01
+    download.TIMEOUT_S, download.RETRY_DELAY_S = 0.3, 0.01
 
 
 @pytest.mark.parametrize("answer", [half, stall, fail], ids=["drops", "stalls", "fails"])

@@ -17,8 +17,8 @@ import torch
 
 import checkpoints
 import datasets.factory
-from datasets.file_loader import FileBatches
-from datasets.memory_loader import Batches
+from datasets.file_loader import FileLoader
+from datasets.memory_loader import MemoryLoader
 from experiment import resume
 from faults.contract import (
     TINY,
@@ -84,8 +84,8 @@ PHASES: dict[str, Moment] = {
 }
 # Cutting a batch out of memory, and taking one from the loader processes; both in training.
 LOADING = {
-    ALONE: call(Batches.cut, 4),
-    GROUP: call(FileBatches._on_device, 4),
+    ALONE: call(MemoryLoader.make_batch, 4),
+    GROUP: call(FileLoader._on_device, 4),
 }
 
 

@@ -17,15 +17,19 @@ SLOW, SLOWER_S = "slow", 0.3  # a step takes so much longer while the directory 
 def record_steps(directory: Path) -> None:
     """Write each training step of this process to a file of its own in `directory`."""
     import train
-    from datasets.memory_loader import Batches
+    from datasets.memory_loader import MemoryLoader
     from engine import metrics
 
-    add, cut, train_step = metrics.Sums.add, Batches.cut, train.Trainer._train_step
+    add, make_batch, train_step = (
+        metrics.Sums.add,
+        MemoryLoader.make_batch,
+        train.Trainer._train_step,
+    )
     now: dict = {}
 
-    def cut_and_keep(self, plan):
-        now["chosen"] = plan.chosen.tolist()
-        return cut(self, plan)
+    def make_batch_and_keep(self, plan):
+        now["indices"] = plan.indices.tolist()
+        return make_batch(self, plan)
 
     def add_and_keep(self, loss, logits, targets):
         now["loss"] = loss.item() * len(targets)
@@ -42,7 +46,7 @@ def record_steps(directory: Path) -> None:
         if (directory / SLOW).exists():
             time.sleep(SLOWER_S)
 
-    Batches.cut, metrics.Sums.add = cut_and_keep, add_and_keep
+    MemoryLoader.make_batch, metrics.Sums.add = make_batch_and_keep, add_and_keep
     train.Trainer._train_step = step_and_write
 
 
@@ -65,7 +69,7 @@ def losses(directory: Path) -> torch.Tensor:
     """The mean loss of the global batch, step by step, float64."""
     return torch.tensor(
         [
-            sum(part["loss"] for part in step) / sum(len(part["chosen"]) for part in step)
+            sum(part["loss"] for part in step) / sum(len(part["indices"]) for part in step)
             for step in steps(directory)
         ],
         dtype=torch.float64,
@@ -74,7 +78,7 @@ def losses(directory: Path) -> torch.Tensor:
 
 def order(directory: Path) -> list[list[int]]:
     """The images of the global batch in their order, step by step."""
-    return [[image for part in step for image in part["chosen"]] for step in steps(directory)]
+    return [[image for part in step for image in part["indices"]] for step in steps(directory)]
 
 
 if __name__ == "__main__":

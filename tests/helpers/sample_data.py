@@ -15,13 +15,13 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 import datasets.factory
-from datasets.factory import Data
+from datasets.factory import DataSplits
 from engine.precision import PRECISIONS
 
 CIFAR_KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
-def create_data(opt: SimpleNamespace, warn=pytest.fail, **more) -> Data:
+def create_data(opt: SimpleNamespace, warn=pytest.fail, **more) -> DataSplits:
     """The data of settings on the CPU, with images in the type that their precision has."""
     dtype = PRECISIONS[opt.precision].dtype
     return datasets.factory.create(opt, torch.device("cpu"), warn, dtype=dtype, **more)

@@ -300,7 +300,7 @@ def test_the_time_of_a_turn_is_of_its_own_steps(monkeypatch):
 
     class Trainer:
         def train(self, loader, after_step):
-            for _ in range(len(loader.deal)):
+            for _ in range(len(loader.sampler)):
                 tick(100)
                 after_step()
 

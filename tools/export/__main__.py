@@ -193,14 +193,14 @@ def check_onnx(net: network.Trained, content: bytes, paths: list[str]) -> int:
     Raises:
         RunError: it is further than rounding explains.
     """
-    from datasets.file_loader import worker_failures
+    from datasets.file_loader import translate_worker_errors
     from tools.export import onnx_io
 
     theirs, ours = onnx_io.runner(content), copy.deepcopy(net.model).float().cpu()
     _report("random images", ours, theirs, random_images(net.opt.imageSize))
     bad = Unreadable()
     if paths:
-        with worker_failures():
+        with translate_worker_errors():
             batches = (images.float().cpu() for images, _ in net.batches(paths, bad))
             _report("images", ours, theirs, batches)
     return bad.code

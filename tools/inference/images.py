@@ -22,7 +22,7 @@ class Unreadable:
         error = DataError(f"cannot read image {reason}", "replace or remove the file")
         print(error.report(), file=sys.stderr)
 
-    def compare(self) -> None:
+    def sync(self) -> None:
         """At the end of a pass: there is no other process to compare with."""
 
     @property
@@ -46,11 +46,11 @@ def find_images(operands: list[str]) -> list[str]:
     """
     check_images(operands)
 
-    from datasets.image_folder import images_below
+    from datasets.image_folder import find_image_files
 
     paths = []
     for operand in operands:
-        found = images_below(Path(operand)) if os.path.isdir(operand) else [operand]
+        found = find_image_files(Path(operand)) if os.path.isdir(operand) else [operand]
         if not found:
             raise DataError(f"no images in {operand}", "name images or directories of them")
         paths += found

@@ -61,7 +61,9 @@ class Trained:
             opt = opt.replace(nThreads=0)
         samples = [(path, place) for place, path in enumerate(paths)]
         known = (self.mean, self.std)
-        found = datasets.factory.evaluation(opt, samples, self.device, known, bad, self.dtype)
+        found = datasets.factory.evaluation_loader(
+            opt, samples, self.device, known, bad, self.dtype
+        )
         for images, places in found.batches(epoch=0):
             if len(places):
                 yield images, places.tolist()

@@ -74,9 +74,9 @@ def num_images(opt: Settings) -> int:
 
 @functools.cache
 def _images_in(root: Path) -> int:
-    from datasets.image_folder import listing
+    from datasets.image_folder import index_folder
 
-    return len(listing(root).train)
+    return len(index_folder(root).train)
 
 
 def share_done(loads: list[Load]) -> float:
