@@ -15,19 +15,21 @@ from torch import Tensor
 
 from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
 from fileio import checkpoint_schema
-from fileio.atomic import storage_error, write_whole
-from fileio.tensor_files import check_tensors, is_sound, on_cpu, read, save_weights, serialise
+from fileio.atomic import atomic_write, storage_error
+from fileio.tensor_files import check_tensors, is_valid, on_cpu, read, save_weights, serialise
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
 
-def save(directory: Path, state: dict, keep: int, known: dict[Path, bool] | None = None) -> Path:
+def save(
+    directory: Path, state: dict, keep: int, validated: dict[Path, bool] | None = None
+) -> Path:
     """Write the checkpoint of `state` and remove all but the `keep` newest sound ones.
 
     Args:
         state: plain values and tensors; `state["global_step"]` names and orders the file.
-        known: which files this process knows to be sound or damaged, kept from call to call, so
+        validated: which files this process knows to be sound or damaged, kept from call to call, so
             that what it has not written itself is checked once; None checks anew.
 
     Raises:
@@ -35,66 +37,69 @@ def save(directory: Path, state: dict, keep: int, known: dict[Path, bool] | None
     """
     path = directory / f"checkpoint_{state['global_step']:09d}.pt"
     data = serialise({"format": FORMAT, **state})
-    known = {} if known is None else known
+    validated = {} if validated is None else validated
     try:
-        _remove_old(directory, keep, known)  # a process killed before its end left one too many
-        write_whole(path, data)
-        known[path] = True
-        _remove_old(directory, keep, known)
+        _remove_old(directory, keep, validated)  # a process killed before its end left one too many
+        atomic_write(path, data)
+        validated[path] = True
+        _remove_old(directory, keep, validated)
     except OSError as error:
         raise storage_error(error, path) from error
     return path
 
 
-def _remove_old(directory: Path, keep: int, known: dict[Path, bool]) -> None:
+def _remove_old(directory: Path, keep: int, validated: dict[Path, bool]) -> None:
     """A damaged file does not count, or it would push out one that can be resumed; it stays."""
-    found = newest_first(directory)
+    found = list_checkpoints(directory)
     for path in found:
-        if path not in known:
-            known[path] = is_sound(path)
-    for old in [path for path in found if known[path]][keep:]:
+        if path not in validated:
+            validated[path] = is_valid(path)
+    for old in [path for path in found if validated[path]][keep:]:
         old.unlink()
 
 
-def newest_first(directory: Path) -> list[Path]:
+def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a directory by the step in their names, never by their dates."""
     found = [path for path in directory.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """The step in the name of a checkpoint."""
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def holds_run(directory: Path) -> bool:
+def has_checkpoint(directory: Path) -> bool:
     """Whether a run got far enough in `directory` to leave weights there."""
     return any(directory.glob("checkpoint_*.pt*")) or any(directory.glob("model_*.pt"))
 
 
-def latest(directory: Path, warn: Callable[[str], None], set_aside: bool = True) -> dict | None:
+def load_latest(
+    directory: Path, warn: Callable[[str], None], quarantine: bool = True
+) -> dict | None:
     """The newest valid checkpoint's state, None when there is none at all.
 
     Args:
         warn: called with a line for each damaged file.
-        set_aside: rename damaged files to `.corrupt`; for the owner of the directory only.
+        quarantine: rename damaged files to `.corrupt`; for the owner of the directory only.
 
     Raises:
         CheckpointError: there are checkpoints and none of them is valid, or the newest is sound
             but of another version of this program.
     """
     damaged = len(list(directory.glob("checkpoint_*.pt.corrupt")))
-    for path in newest_first(directory):
+    for path in list_checkpoints(directory):
         try:
             return load(path)
         except DamagedError as error:
             damaged += 1
             what, _ = error.problems[0]
-            warn(f"{what}; {_set_aside(path) if set_aside else 'trying the one before'}")
+            warn(f"{what}; {_quarantine(path) if quarantine else 'trying the one before'}")
         except CheckpointError:
             if os.path.lexists(path):
                 raise
-            return latest(directory, warn, set_aside)  # a running process has removed it since
+            # A running process has removed it since.
+            return load_latest(directory, warn, quarantine)
     if damaged:
         raise CheckpointError(
             f"no valid checkpoint among {damaged} in {directory}",
@@ -103,13 +108,13 @@ def latest(directory: Path, warn: Callable[[str], None], set_aside: bool = True)
     return None
 
 
-def _set_aside(path: Path) -> str:
-    aside = path.with_name(path.name + ".corrupt")
+def _quarantine(path: Path) -> str:
+    target = path.with_name(path.name + ".corrupt")
     try:
-        os.replace(path, aside)
+        os.replace(path, target)
     except OSError as error:
         return f"left where it is: {error.strerror}"
-    return f"set aside as {aside.name}"
+    return f"set aside as {target.name}"
 
 
 def load(path: Path) -> dict:
@@ -130,11 +135,11 @@ def load(path: Path) -> dict:
             f"{path} has format {written}, this program reads {FORMAT}",
             "use the version of the program that wrote it",
         )
-    state = checkpoint_schema.completed(state)
-    problem = checkpoint_schema.problem(state)
+    state = checkpoint_schema.with_defaults(state)
+    problem = checkpoint_schema.validate(state)
     if problem:
         raise CheckpointError(f"{path} {problem}", "use another checkpoint")
-    if _NAME.fullmatch(path.name) and step_of(path) != state["global_step"]:
+    if _NAME.fullmatch(path.name) and checkpoint_step(path) != state["global_step"]:
         raise CheckpointError(f"{path} is of step {state['global_step']}", "undo its renaming")
     return state
 
@@ -156,7 +161,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return dict(weights)
 
 
-class Saver:
+class CheckpointSaver:
     """Saves a run when it is due: on a timer, at the end of an epoch, on request.
 
     All processes of a run save together, and the first of them writes.
@@ -172,13 +177,13 @@ class Saver:
         self.directory, self.trainer, self.stop = directory, trainer, stop
         self.keep, self.every_s = keep, every_s
         self._saved_at = time.monotonic()
-        self._known: dict[Path, bool] = {}  # checkpoints that are sound, or not
+        self._validated: dict[Path, bool] = {}  # checkpoints that are sound, or not
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         self.trainer.check_finite()
         state = self.trainer.state_dict()
-        self._by_first(lambda: self._write(on_cpu(state)))
+        self._on_rank0(lambda: self._write(on_cpu(state)))
         self._saved_at = time.monotonic()
 
     def _write(self, state: dict) -> None:
@@ -188,15 +193,15 @@ class Saver:
             where = f"epoch {self.trainer.epoch}, step {self.trainer.step}"
             fix = "lower --LR; the last checkpoint is from before"
             raise NonFiniteError(f"the network has {error} at {where}", fix) from error
-        self.directory.check_owner()
-        path = save(self.directory.path, state, self.keep, self._known)
+        self.directory.verify_lock()
+        path = save(self.directory.path, state, self.keep, self._validated)
         self.directory.write_status("running", checkpoint=path.name, **self.trainer.position)
 
-    def _by_first(self, work: Callable[[], None]) -> None:
-        """Do `work` in the first process; the others fail as it does."""
-        self.trainer.world.from_first(lambda: work() or b"")
+    def _on_rank0(self, fn: Callable[[], None]) -> None:
+        """Do `fn` in the first process; the others fail as it does."""
+        self.trainer.world.from_first(lambda: fn() or b"")
 
-    def after_step(self) -> None:
+    def on_step_end(self) -> None:
         """Save if it is time; when any process is asked to stop, save and raise Preempted."""
         due = time.monotonic() - self._saved_at >= self.every_s
         number, due = self.trainer.world.maximum(self.stop.number, int(due))
@@ -205,7 +210,7 @@ class Saver:
         if number:
             raise self._preempted(number)
 
-    def stop_if_asked(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Raise Preempted when asked to stop; all there is to save has been saved."""
         (number,) = self.trainer.world.maximum(self.stop.number)
         if number:
@@ -218,7 +223,7 @@ class Saver:
         fix = f"python main.py --resume {directory}" if alone else "run it again with --resume auto"
         return Preempted(f"{name}, {directory} is saved", fix)
 
-    def end_epoch(self) -> None:
+    def on_epoch_end(self) -> None:
         """Save the checkpoint and the weights of an epoch that has just been evaluated."""
         self.save()
         self.save_models()
@@ -228,7 +233,7 @@ class Saver:
 
         After the checkpoint, and again when it is resumed: a crash in between loses neither.
         """
-        self._by_first(self._write_models)
+        self._on_rank0(self._write_models)
 
     def _write_models(self) -> None:
         weights = self.trainer.model.state_dict()

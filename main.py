@@ -92,7 +92,7 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
             weights = read_weights(opt, world)
             models.state_dicts.load_weights(trainer.model, weights, opt.resetClassifier)
         trainer.metadata = train.Metadata(settings, data.metadata, overrides)
-        saver = checkpoints.Saver(
+        saver = checkpoints.CheckpointSaver(
             directory, trainer, stop, keep=opt.keep, every_s=60 * opt.saveEvery
         )
         if directory:
@@ -163,8 +163,8 @@ def read_weights(opt: Settings, world) -> dict:
 
     return world.from_first(
         lambda: checkpoints.load_weights(Path(opt.retrain)),
-        tensor_files.packed,
-        tensor_files.unpacked,
+        tensor_files.to_bytes,
+        tensor_files.from_bytes,
     )
 
 
@@ -173,8 +173,8 @@ def begin(config: str, directory: RunDirectory, data, trainer) -> None:
     import engine.device
 
     # What it departed from its first settings in is in each status from here on.
-    directory.remember(overrides=trainer.metadata.overrides)
-    atomic.write_whole(directory.path / "config.yaml", config.encode())
+    directory.set_status_fields(overrides=trainer.metadata.overrides)
+    atomic.atomic_write(directory.path / "config.yaml", config.encode())
     directory.write_json("data.json", data.metadata)
     directory.write_status("running", **trainer.position)
     trainer.log.open(next_epoch=trainer.epoch)
@@ -193,7 +193,7 @@ def continue_files(opt: Settings, directory: RunDirectory | None, trainer, saver
     elsewhere = False
     if directory:
         resume.bring_best(opt, trainer, console.warn)
-        elsewhere = not checkpoints.newest_first(directory.path)
+        elsewhere = not checkpoints.list_checkpoints(directory.path)
     if any(trainer.world.maximum(elsewhere)):  # it goes on in a directory of its own
         saver.save()
 
@@ -203,9 +203,9 @@ def train_epoch(data, trainer, saver) -> None:
     import engine.device
     from experiment.log import EpochRecord
 
-    trained = trainer.train(data.train, saver.after_step)
+    trained = trainer.train(data.train, saver.on_step_end)
     since = time.perf_counter()
-    tested = trainer.test(data.val, saver.after_step)
+    tested = trainer.test(data.val, saver.on_step_end)
     val_time_s = time.perf_counter() - since
     record = EpochRecord(
         **trainer.finish_epoch(trained, tested),
@@ -214,7 +214,7 @@ def train_epoch(data, trainer, saver) -> None:
     )
     if trainer.world.is_first:
         trainer.log.epoch(record, trainer.results.is_best)
-    saver.end_epoch()
+    saver.on_epoch_end()
 
 
 def finish(opt: Settings, directory: RunDirectory | None, data, trainer, saver) -> None:
@@ -229,7 +229,7 @@ def finish(opt: Settings, directory: RunDirectory | None, data, trainer, saver) 
         if directory:  # the other processes take theirs from this one
             weights = checkpoints.load_weights(directory.path / f"model_{which}.pt")
             trainer.model.load_state_dict(weights)
-        tested = trainer.test(data.test, saver.stop_if_asked, phase="test")
+        tested = trainer.test(data.test, saver.raise_if_stopping, phase="test")
         console.say(console.tested_line(tested, f"{which} model, epoch {result['epoch']}"))
     if directory:
         trainer.log.close(opts.experiment(opt), results.flat() | tested)
@@ -252,7 +252,7 @@ def evaluate(opt: Settings, world, device) -> int:
     world.monitor.watch(partial(lifecycle.end_stuck, world, None))
     ops = select_kernels(opt, device)
     state = world.from_first(
-        lambda: resume.find(opt, console.warn), tensor_files.packed, tensor_files.unpacked
+        lambda: resume.find(opt, console.warn), tensor_files.to_bytes, tensor_files.from_bytes
     )
     if state:
         resume.check_network(opt, state)

@@ -10,18 +10,18 @@ import time
 from pathlib import Path
 
 from errors import BusyError, Preempted, RunError, StorageError
-from fileio.atomic import read_json, storage_error, write_whole
+from fileio.atomic import atomic_write, read_json, storage_error
 
 
 def check_writable(directory: Path) -> None:
     """Raise StorageError when `directory` cannot be made or written; make nothing."""
-    place = directory.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise StorageError(f"not a directory: {place}", "name another run directory with --save")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError(f"cannot write in {place}", "name another run directory with --save")
+    ancestor = directory.absolute()
+    while not os.path.lexists(ancestor):
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        raise StorageError(f"not a directory: {ancestor}", "name another run directory with --save")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write in {ancestor}", "name another run directory with --save")
 
 
 class RunDirectory:
@@ -34,17 +34,17 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
-        self._said: dict[str, object] = {}
+        self._status: dict[str, object] = {}
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "a+")  # noqa: SIM115 (held until close)
-            self._take_lock()
-            for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
-                leftover.unlink()
+            self._acquire_lock()
+            for temporary in path.glob(".*.tmp"):  # of a process that was killed while writing
+                temporary.unlink()
         except OSError as error:
             raise storage_error(error, path) from error
 
-    def _take_lock(self) -> None:
+    def _acquire_lock(self) -> None:
         # A POSIX record lock: the kernel drops it with the process, however that ends, and the
         # loader processes forked later do not inherit it (they would with flock).
         try:
@@ -65,7 +65,7 @@ class RunDirectory:
         self._lock.write(f"{self._owner}\n")
         self._lock.flush()
 
-    def check_owner(self) -> None:
+    def verify_lock(self) -> None:
         """Raise BusyError when another node has taken the directory over.
 
         A lock may not reach from node to node; what stands in its file does.
@@ -73,7 +73,7 @@ class RunDirectory:
         self._lock.seek(0)
         owner = self._lock.read().strip()
         if owner != self._owner:
-            self._said.clear()  # the verdict is for the other one to give
+            self._status.clear()  # the verdict is for the other one to give
             raise BusyError(
                 f"run directory {self.path} was taken over by {owner or 'nobody known'}",
                 "let that one end the run",
@@ -81,7 +81,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: object) -> None:
         """Write a small JSON file whole."""
-        write_whole(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
+        atomic_write(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
 
     def write_status(self, state: str, code: int | None = None, **more: object) -> None:
         """Write `status.json`, the verdict for whoever cannot see the exit code.
@@ -90,14 +90,14 @@ class RunDirectory:
             state: running, preempted, failed or done.
             more: added to what this process has said before, such as the last checkpoint.
         """
-        self._said |= {"state": state, "code": code, **more}
-        self.write_json("status.json", self._said)
+        self._status |= {"state": state, "code": code, **more}
+        self.write_json("status.json", self._status)
 
-    def remember(self, **more: object) -> None:
+    def set_status_fields(self, **more: object) -> None:
         """Have `more` in every status that is written from now on."""
-        self._said |= more
+        self._status |= more
 
-    def status(self) -> dict:
+    def read_status(self) -> dict:
         """What `status.json` says, {} when there is none."""
         return read_json(self.path / "status.json")
 
@@ -109,12 +109,12 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Only what this process has begun is its to judge: a refused second start is not.
-        if "state" in self._said and isinstance(error, Exception):
-            self.judge(error)
+        # Only what this process has begun is its to report: a refused second start is not.
+        if "state" in self._status and isinstance(error, Exception):
+            self.write_outcome(error)
         self.close()
 
-    def judge(self, error: Exception) -> None:
+    def write_outcome(self, error: Exception) -> None:
         """Write down what has ended the run: a RunError, or else a bug."""
         state = "preempted" if isinstance(error, Preempted) else "failed"
         if not isinstance(error, RunError):
@@ -123,9 +123,9 @@ class RunDirectory:
             self.write_status(state, error.code, reason=str(error), **error.details)
 
 
-def judge_for_another(path: Path, error: RunError) -> None:
+def write_outcome_for_lost_rank(path: Path, error: RunError) -> None:
     """Write down what has ended a run whose first process is gone, where `path` can be reached."""
     if path.is_dir():
         with contextlib.suppress(RunError), RunDirectory(path) as directory:
-            directory.remember(**directory.status())
-            directory.judge(error)
+            directory.set_status_fields(**directory.read_status())
+            directory.write_outcome(error)

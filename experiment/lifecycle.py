@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from distributed import launcher
 from distributed.signals import kill_children
 from errors import Preempted, RunError
-from experiment.directory import RunDirectory, judge_for_another
+from experiment.directory import RunDirectory, write_outcome_for_lost_rank
 
 
 def start_replicas(opt: SimpleNamespace, work: Callable[[], int]) -> int:
@@ -82,7 +82,7 @@ def end(error: Exception, opt: SimpleNamespace | None, place: launcher.Place, wo
     if isinstance(error, RunError) and _is_speaker(error, place, world):
         say(error)
         if world and not place.is_first:  # which is lost
-            judge_for_another(Path(opt.save), error)
+            write_outcome_for_lost_rank(Path(opt.save), error)
     if world and world.size > 1:
         _exit(code)
     return code
@@ -108,7 +108,7 @@ def say(error: RunError) -> None:
 def end_stuck(world, directory: RunDirectory | None, error: RunError) -> None:
     """End a process whose main thread waits for what will never come."""
     if directory:
-        directory.judge(error)
+        directory.write_outcome(error)
     if world.monitor.speaks:
         say(error)
     os._exit(error.code)

@@ -15,7 +15,7 @@ from torch import Tensor
 from cli.flag_types import as_text
 from engine.metrics import Sums
 from experiment.console import Progress, say, warn
-from fileio.atomic import write_whole
+from fileio.atomic import atomic_write
 
 LOG = "log.jsonl"
 
@@ -72,7 +72,7 @@ class RunLog:
         """Start or continue the files: cut them back to the epochs before `next_epoch`."""
         kept = [line for line in read_log(self.directory) if line["epoch"] < next_epoch]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(self.directory / LOG, lines.encode())
+        atomic_write(self.directory / LOG, lines.encode())
         self._board = _open_board(self.directory / "tensorboard", next_epoch)
 
     def epoch(self, record: EpochRecord, is_best: bool) -> None:

@@ -17,7 +17,7 @@ from engine import optimizer
 from errors import CheckpointError, PeerError, UsageError
 from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, tensor_files
-from fileio.atomic import write_whole
+from fileio.atomic import atomic_write
 
 DIGESTS = ("training_set", "test_set")  # of the images themselves
 IN_VAIN = 3  # automatic starts without progress; the next would be no better
@@ -36,7 +36,7 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
         state = (
             checkpoints.load(source)
             if source.is_file()
-            else checkpoints.latest(source, warn, set_aside=own and not opt.testOnly)
+            else checkpoints.load_latest(source, warn, quarantine=own and not opt.testOnly)
         )
     if state is not None:
         state = state | {"settings": _settings_of(state)}
@@ -44,9 +44,9 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
     if state is None and must_exist:
         raise CheckpointError(f"no checkpoint in {source}", "name a run directory that has one")
     # An older checkpoint's later history would be mixed with the new one in the same directory.
-    newest = checkpoints.newest_first(save)[:1]
+    newest = checkpoints.list_checkpoints(save)[:1]
     goes_on = state is not None and source.resolve() in [path.resolve() for path in (save, *newest)]
-    if not goes_on and not opt.testOnly and checkpoints.holds_run(save):
+    if not goes_on and not opt.testOnly and checkpoints.has_checkpoint(save):
         raise UsageError(
             f"{save} already holds a run",
             "add --resume auto to continue it where it stopped, or choose another --save",
@@ -70,7 +70,7 @@ def _settings_of(state: dict) -> dict[str, object]:
         if len(statistics) != 7 or not all(map(math.isfinite, statistics)):
             raise ValueError("mean and std")
     except (KeyError, TypeError, ValueError) as error:
-        what = f"the checkpoint has strange settings or statistics: {error.args[0]}"
+        what = f"the checkpoint has invalid settings or statistics: {error.args[0]}"
         raise CheckpointError(what, "use another checkpoint") from error
     # A flag that a checkpoint does not know yet had the meaning of its default.
     return {name: flag.default for name, flag in flags.items()} | read
@@ -94,20 +94,20 @@ def load(
 
     def read() -> tuple[dict | None, bool]:
         state = find(opt, warn)
-        if state and is_complete(opt, state, directory.status()):
+        if state and is_complete(opt, state, directory.read_status()):
             return state, True
         check_progress(directory, state, world.place.restarted)
         return state, False
 
-    found = world.from_first(read, tensor_files.packed, tensor_files.unpacked)
+    found = world.from_first(read, tensor_files.to_bytes, tensor_files.from_bytes)
     check_seen(Path(opt.save), world.numbers(newest_step(Path(opt.save))))
     return found
 
 
 def newest_step(directory: Path) -> int:
     """The step of the newest checkpoint that can be seen in a directory, -1 for none."""
-    found = checkpoints.newest_first(directory)
-    return checkpoints.step_of(found[0]) if found else -1
+    found = checkpoints.list_checkpoints(directory)
+    return checkpoints.checkpoint_step(found[0]) if found else -1
 
 
 def check_seen(directory: Path, steps: list[int]) -> None:
@@ -208,7 +208,7 @@ def _restarted_epoch(state: dict, warn: Callable[[str], None]) -> dict:
     if not state["step"]:
         return state
     warn(f"epoch {state['epoch']} starts anew, its batches are others now")
-    return checkpoint_schema.at_epoch_start(state)
+    return checkpoint_schema.rewind_to_epoch_start(state)
 
 
 def is_complete(opt: SimpleNamespace, state: dict, status: dict) -> bool:
@@ -230,7 +230,7 @@ def check_progress(directory: RunDirectory, state: dict | None, is_automatic: bo
         PeerError: it is the third; whatever restarts the run would do so for ever.
     """
     step = state["global_step"] if state else 0
-    status = directory.status()
+    status = directory.read_status()
     before = status.get("start", {})
     in_vain = 0
     if is_automatic and before.get("global_step") == step:
@@ -238,7 +238,7 @@ def check_progress(directory: RunDirectory, state: dict | None, is_automatic: bo
     reason = status.get("reason", "it was killed")
     if in_vain > IN_VAIN:  # the last start was refused by this function: the cause is older
         reason = before.get("reason", reason)
-    directory.remember(start={"global_step": step, "in_vain": in_vain, "reason": reason})
+    directory.set_status_fields(start={"global_step": step, "in_vain": in_vain, "reason": reason})
     if is_automatic:  # at once: it may not live until its first status
         directory.write_status("running")
     if in_vain >= IN_VAIN:
@@ -282,10 +282,10 @@ def bring_best(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> No
     theirs = (source if source.is_dir() else source.parent) / mine.name
     if trainer.results.best is None or mine.exists():
         return
-    newest = None if opt.resume == "auto" else checkpoints.latest(theirs.parent, warn, False)
+    newest = None if opt.resume == "auto" else checkpoints.load_latest(theirs.parent, warn, False)
     # Its best may be of an epoch after the checkpoint that was named.
     if newest and newest["best"] == trainer.results.best and theirs.is_file():
-        write_whole(mine, theirs.read_bytes())
+        atomic_write(mine, theirs.read_bytes())
     else:
         warn(f"{mine} is gone: the best result is forgotten and starts anew")
         trainer.results.best = None

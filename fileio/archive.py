@@ -4,10 +4,10 @@ import hashlib
 import io
 import zipfile
 
-SEAL = b"sha256:"  # then 64 digits, as the comment that a zip archive may end with
+DIGEST_PREFIX = b"sha256:"  # then 64 digits, as the comment that a zip archive may end with
 
 
-def seal(archive: io.BytesIO) -> None:
+def append_digest(archive: io.BytesIO) -> None:
     """Give a zip archive its own digest as its comment; in its place, since it may be large.
 
     The CRCs cover what is in the archive; this covers its directory too, which zipfile and torch
@@ -15,16 +15,19 @@ def seal(archive: io.BytesIO) -> None:
     """
     with archive.getbuffer() as data:
         digest = hashlib.sha256(data[:-2]).hexdigest()  # without the length of a comment
-    comment = SEAL + digest.encode()
+    comment = DIGEST_PREFIX + digest.encode()
     archive.seek(-2, io.SEEK_END)
     archive.write(len(comment).to_bytes(2, "little") + comment)
 
 
-def _check_seal(data: bytes) -> None:
-    """Raise ValueError unless a sealed archive is what it was; others are left to their CRCs."""
-    length = len(SEAL) + 64
-    content, seal = memoryview(data)[: -length - 2], data[-length:]
-    if seal.startswith(SEAL) and seal != SEAL + hashlib.sha256(content).hexdigest().encode():
+def _verify_digest(data: bytes) -> None:
+    """Raise ValueError unless an archive matches its digest; one without passes."""
+    length = len(DIGEST_PREFIX) + 64
+    content, comment = memoryview(data)[: -length - 2], data[-length:]
+    if (
+        comment.startswith(DIGEST_PREFIX)
+        and comment != DIGEST_PREFIX + hashlib.sha256(content).hexdigest().encode()
+    ):
         raise ValueError("its digest is another")
 
 
@@ -33,13 +36,13 @@ def is_zip(data: bytes) -> bool:
     return data.startswith(b"PK\x03\x04")
 
 
-def check_bytes(data: bytes) -> None:
+def verify_archive(data: bytes) -> None:
     """Raise an exception of any kind unless a zip archive is what was written."""
-    _check_seal(data)
-    _check_archive(data)
+    _verify_digest(data)
+    _verify_entries(data)
 
 
-def _check_archive(data: bytes) -> None:
+def _verify_entries(data: bytes) -> None:
     """Every entry stored, inside the file, and with the CRC it was written with."""
     end = data.rindex(b"PK\x05\x06") + 22  # of the last record, before the comment
     if int.from_bytes(data[end - 2 : end], "little") != len(data) - end:

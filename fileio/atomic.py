@@ -14,7 +14,7 @@ from errors import StorageError
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash at any moment leaves the old file or the new one.
 
     Temporary file, fsync, rename, fsync of the directory (faults 4, 5 and 11 of docs/faults.md).
@@ -23,12 +23,12 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the disk is full or cannot be written; the temporary file is gone.
     """
-    with whole_file(path, len(data)) as file:
+    with atomic_open(path, len(data)) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
+def atomic_open(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
     """The same for a file that is written little by little: it replaces `path` at the end.
 
     Args:
@@ -58,8 +58,8 @@ def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
     if error.errno in NO_SPACE:
         free = shutil.disk_usage(path.parent).free
         need = f"{path.name} needs {size / 1e6:.1f} MB, has {free / 1e6:.1f} MB"
-        room = os.statvfs(path.parent)
-        if room.f_files and not room.f_favail:  # some file systems count none
+        stats = os.statvfs(path.parent)
+        if stats.f_files and not stats.f_favail:  # some file systems count none
             need = f"{path.name} needs a file, the disk has none left"
         return StorageError(
             f"no space in {path.parent}: {need} ({error.strerror})",

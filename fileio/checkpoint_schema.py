@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LARGEST = 2**53  # a count above it is none
+MAX_COUNT = 2**53  # a count above it is none
 RESULT = ("epoch", "val_loss", "val_top1", "val_top5")
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
@@ -24,16 +24,16 @@ def _is_scalar(value: object) -> bool:
     return value is None or isinstance(value, float | str)
 
 
-def are_facts(value: object) -> bool:
+def is_plain_dict(value: object) -> bool:
     """Plain values by name."""
     return isinstance(value, dict) and all(
-        isinstance(name, str) and is_plain(fact) for name, fact in value.items()
+        isinstance(name, str) and is_plain(item) for name, item in value.items()
     )
 
 
 def is_count(value: object) -> bool:
     """A whole number from 0."""
-    return type(value) is int and 0 <= value < LARGEST
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def is_time(value: object) -> bool:
@@ -69,7 +69,7 @@ def is_result(value: object) -> bool:
     return value is None or (_numbers(value, RESULT) and is_count(value["epoch"]))
 
 
-def are_sums(value: object) -> bool:
+def is_metrics(value: object) -> bool:
     """What has been added up in an epoch so far, None when nothing has."""
     if value is None:
         return True
@@ -84,12 +84,12 @@ def _numbers(value: object, names: tuple[str, ...] | range) -> bool:
     if not isinstance(value, dict) or value.keys() != set(names):
         return False
     return all(
-        isinstance(number, float) or (isinstance(number, int) and abs(number) < LARGEST)
+        isinstance(number, float) or (isinstance(number, int) and abs(number) < MAX_COUNT)
         for number in value.values()
     )
 
 
-ENTRIES: dict[str, Callable[[object], bool]] = {
+FIELDS: dict[str, Callable[[object], bool]] = {
     "model": are_tensors,
     "momentum": are_tensors,
     "scaler": is_scaler,
@@ -100,32 +100,32 @@ ENTRIES: dict[str, Callable[[object], bool]] = {
     "device": lambda value: isinstance(value, str),
     "threads": is_count,
     "replicas": is_count,
-    "sums": are_sums,
+    "sums": is_metrics,
     "time_s": is_time,
     "data_s": is_time,
     "best": is_result,
     "last": is_result,
-    "settings": are_facts,
-    "data": are_facts,
+    "settings": is_plain_dict,
+    "data": is_plain_dict,
     "overrides": lambda value: isinstance(value, list) and is_plain(value),
 }
 
 
-def completed(state: dict) -> dict:
+def with_defaults(state: dict) -> dict:
     """Return a state with what older versions of the program did not write."""
     return state | {"replicas": state.get("replicas", 1)}
 
 
-def at_epoch_start(state: dict) -> dict:
+def rewind_to_epoch_start(state: dict) -> dict:
     """Return a state that is at the beginning of its epoch, whatever has been done of it."""
     return state | {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
 
 
-def problem(state: dict) -> str | None:
+def validate(state: dict) -> str | None:
     """What is wrong with a state, in words; None when nothing is."""
-    missing = sorted(ENTRIES.keys() - state.keys())
+    missing = sorted(FIELDS.keys() - state.keys())
     if missing:
         more = f" and {len(missing) - 3} more entries" if len(missing) > 3 else ""
         return f"lacks {', '.join(missing[:3])}{more}"
-    strange = [name for name, is_right in ENTRIES.items() if not is_right(state[name])]
-    return f"has a strange {', '.join(strange)}" if strange else None
+    invalid = [name for name, is_valid in FIELDS.items() if not is_valid(state[name])]
+    return f"has an invalid {', '.join(invalid)}" if invalid else None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-IN_USE = Path("/proc/self/statm")  # its first number: pages of address space
+STATM = Path("/proc/self/statm")  # its first number: pages of address space
 
 
 @contextmanager
@@ -21,13 +21,13 @@ def time_limit(seconds: float) -> Iterator[None]:
     """
     end = time.thread_time() + seconds
 
-    def stop(number: int, frame: object) -> None:
+    def on_timer(signum: int, frame: object) -> None:
         left = end - time.thread_time()
         if left <= 0:
             raise TimeoutError(f"takes more than {seconds:.0f} s to read")
         signal.setitimer(signal.ITIMER_PROF, left)
 
-    before = signal.signal(signal.SIGPROF, stop)
+    before = signal.signal(signal.SIGPROF, on_timer)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
@@ -44,8 +44,8 @@ def memory_limit(size: int) -> Iterator[None]:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = soft
-    if IN_USE.exists():
-        limit = int(IN_USE.read_text().split()[0]) * resource.getpagesize() + size
+    if STATM.exists():
+        limit = int(STATM.read_text().split()[0]) * resource.getpagesize() + size
         limit = limit if soft == resource.RLIM_INFINITY else min(limit, soft)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
@@ -54,14 +54,14 @@ def memory_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def allow_open_files(more: int) -> None:
-    """Make sure that `more` files can be opened than are now.
+def allow_open_files(count: int) -> None:
+    """Make sure that `count` files can be opened than are now.
 
     Raises:
         OSError: the system does not allow it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/dev/fd")) + more
+    needed = len(os.listdir("/dev/fd")) + count
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise OSError(errno.EMFILE, f"{needed} files may be open at once, the limit is {hard}")
     if soft < needed:

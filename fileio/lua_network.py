@@ -25,7 +25,7 @@ def weights(root: object) -> dict[str, Tensor]:
         root: the network, a table with it under `model`, or either in an nn.DataParallelTable.
 
     Returns:
-        float32 tensors in running order. A name is the module's place in the tree, counted from 1
+        float32 tensors in running order. A name is the module's path in the tree, counted from 1
         as by `model:get(i)`, and the tensor's: "2.1.1.2.weight". A convolution has weight (out, in,
         kh, kw); a batch normalisation weight, bias, running_mean and running_var; a linear layer
         weight (out, in) and bias.
@@ -34,9 +34,9 @@ def weights(root: object) -> dict[str, Tensor]:
         CheckpointError: there is no network in it, or one with something these networks lack.
     """
     found = {}
-    for place, module in _leaves(_network(root)):
-        for name, values in _values(place, module).items():
-            found[f"{place}.{name}"] = torch.from_numpy(np.array(values, np.float32, order="C"))
+    for path, module in _leaves(_network(root)):
+        for name, values in _values(path, module).items():
+            found[f"{path}.{name}"] = torch.from_numpy(np.array(values, np.float32, order="C"))
     return found
 
 
@@ -51,31 +51,31 @@ def _network(root: object) -> Object:
 
 
 def _leaves(root: Object) -> Iterator[tuple[str, Object]]:
-    """Every module without modules, with its place."""
-    rest, seen = [("", root)], set()
-    while rest:  # no recursion: references make any depth possible
-        place, module = rest.pop()
+    """Every module without modules, with its path."""
+    stack, seen = [("", root)], set()
+    while stack:  # no recursion: references make any depth possible
+        path, module = stack.pop()
         if not isinstance(module, Object):
-            raise _unread(place, "is no module")
+            raise _unsupported(path, "is no module")
         if "modules" not in module.fields:
-            yield place[1:], module
+            yield path[1:], module
             continue
         if id(module) in seen:
-            raise _unread(place, f"({module.name[:40]}) stands in the network twice")
+            raise _unsupported(path, f"({module.name[:40]}) stands in the network twice")
         seen.add(id(module))
-        rest += reversed(list(_children(place, module)))
+        stack += reversed(list(_children(path, module)))
 
 
-def _children(place: str, module: Object) -> Iterator[tuple[str, object]]:
+def _children(path: str, module: Object) -> Iterator[tuple[str, object]]:
     """What a container runs, in that order."""
     kind, modules = _kind(module), module.fields["modules"]
     if kind == "gModule":
-        raise _unread(place, "is a graph (nngraph), which is not read")
+        raise _unsupported(path, "is a graph (nngraph), which is not read")
     if not isinstance(modules, dict):
-        raise _unread(place, "has no list of modules")
+        raise _unsupported(path, "has no list of modules")
     count = 1 if kind == "DataParallelTable" else len(modules)  # it holds copies of one
     for i in range(1, count + 1):
-        yield f"{place}.{i}", modules.get(i)
+        yield f"{path}.{i}", modules.get(i)
 
 
 def _kind(module: Object) -> str:
@@ -83,31 +83,31 @@ def _kind(module: Object) -> str:
     return module.name.rpartition(".")[2]
 
 
-def _unread(place: str, what: str) -> CheckpointError:
-    where = place.strip(".")[:80] or "the first"
+def _unsupported(path: str, what: str) -> CheckpointError:
+    where = path.strip(".")[:80] or "the first"
     return CheckpointError(f"Lua module {where} {what}", "use weights of one of these networks")
 
 
-def _values(place: str, module: Object) -> dict[str, np.ndarray]:
+def _values(path: str, module: Object) -> dict[str, np.ndarray]:
     """The weights of a module without modules, none of most."""
-    read = READ.get(_kind(module))
+    read = READERS.get(_kind(module))
     try:
         if read:
             return read(module.fields)
-        if any(_is_full(module.fields.get(name)) for name in ("weight", "bias", "running_mean")):
+        if any(_is_filled(module.fields.get(name)) for name in ("weight", "bias", "running_mean")):
             raise ValueError("has weights, of which nothing is known here")
     except ValueError as error:
-        raise _unread(place, f"({module.name[:40]}) {error}") from error
+        raise _unsupported(path, f"({module.name[:40]}) {error}") from error
     return {}
 
 
-def _is_full(value: object) -> bool:
+def _is_filled(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.size > 0
 
 
 def _numbers(fields: Fields, name: str, dimensions: int) -> np.ndarray:
     values = fields.get(name)
-    if not _is_full(values) or values.dtype.kind != "f":
+    if not _is_filled(values) or values.dtype.kind != "f":
         raise ValueError(f"has no {name}")
     if values.ndim != dimensions:
         raise ValueError(f"has a {name} of {values.ndim} dimensions, not {dimensions}")
@@ -116,7 +116,7 @@ def _numbers(fields: Fields, name: str, dimensions: int) -> np.ndarray:
 
 def _convolution(fields: Fields) -> dict[str, np.ndarray]:
     weight = fields.get("weight")
-    if _is_full(weight) and weight.ndim == 2:  # SpatialConvolutionMM: a row for each output map
+    if _is_filled(weight) and weight.ndim == 2:  # SpatialConvolutionMM: a row for each output map
         _, height, width = shape = [fields.get(name) for name in ("nInputPlane", "kH", "kW")]
         if not all(isinstance(size, float) and size.is_integer() and size > 0 for size in shape):
             raise ValueError("has no size")
@@ -124,7 +124,7 @@ def _convolution(fields: Fields) -> dict[str, np.ndarray]:
             raise ValueError(f"has {weight.shape[1]} weights for each map, not {math.prod(shape)}")
         weight = weight.reshape(len(weight), -1, int(height), int(width))
         fields = fields | {"weight": weight}
-    if _is_full(fields.get("bias")) and fields["bias"].any():
+    if _is_filled(fields.get("bias")) and fields["bias"].any():
         raise ValueError("has a bias, for which there is no place here")
     return {"weight": _numbers(fields, "weight", 4)}
 
@@ -148,7 +148,7 @@ def _linear(fields: Fields) -> dict[str, np.ndarray]:
     return {"weight": _numbers(fields, "weight", 2), "bias": _numbers(fields, "bias", 1)}
 
 
-READ: dict[str, Callable[[Fields], dict[str, np.ndarray]]] = {
+READERS: dict[str, Callable[[Fields], dict[str, np.ndarray]]] = {
     "SpatialConvolution": _convolution,
     "SpatialConvolutionMM": _convolution,
     "SpatialBatchNormalization": _norm,

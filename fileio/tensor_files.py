@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from errors import CheckpointError, DamagedError
 from fileio import limits, lua_network, torch7
-from fileio.archive import check_bytes, is_zip, seal
-from fileio.atomic import write_whole
+from fileio.archive import append_digest, is_zip, verify_archive
+from fileio.atomic import atomic_write
 
 # What the tensors of a checkpoint may be: no subclasses, no complex or quantised numbers.
-KINDS = (Tensor, nn.Parameter)
-TYPES = (
+TENSOR_CLASSES = (Tensor, nn.Parameter)
+DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
@@ -25,12 +25,12 @@ READ_S, READ_RATE = 2, 2**25  # seconds of the processor, and bytes in each more
 READ_BYTES = 2**27  # beyond twice the size of the file
 
 
-def is_sound(path: Path) -> bool:
+def is_valid(path: Path) -> bool:
     """Whether a file has the bytes that were written, by its digest and its CRCs alone."""
     try:
-        data = _bytes_of(path)
+        data = _read_bytes(path)
         with limits.time_limit(READ_S + len(data) / READ_RATE):
-            check_bytes(data)
+            verify_archive(data)
     except Exception:  # damaged bytes can raise anything in a parser
         return False
     return True
@@ -38,15 +38,15 @@ def is_sound(path: Path) -> bool:
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write a plain state dict, loadable by name into torchvision's or timm's DenseNet."""
-    write_whole(path, serialise(weights))
+    atomic_write(path, serialise(weights))
 
 
 def serialise(state: object) -> bytes:
     """Write plain values and tensors as the bytes of a zip archive that ends with its digest."""
-    # To memory first: torch.save to a full disk hides the reason, and what it leaves is a torso.
+    # To memory first: torch.save to a full disk hides the reason, and leaves a partial file.
     buffer = io.BytesIO()
     torch.save(on_cpu(state), buffer)  # noqa: TID251
-    seal(buffer)
+    append_digest(buffer)
     return buffer.getvalue()
 
 
@@ -61,13 +61,13 @@ def on_cpu(value: object) -> object:
     return value
 
 
-def packed(value: object) -> bytes:
+def to_bytes(value: object) -> bytes:
     """Plain values and tensors as bytes, for the other processes of a run."""
     return serialise(value)
 
 
-def unpacked(data: bytes) -> object:
-    """What `packed` was given, every tensor on the CPU."""
+def from_bytes(data: bytes) -> object:
+    """What `to_bytes` was given, every tensor on the CPU."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # noqa: TID251
 
 
@@ -77,30 +77,30 @@ def read(path: Path, with_checksums: bool = False) -> object:
     `torch.load` checks no CRC: of 200 files with one flipped bit it loaded 199. The CRCs that
     torch.save writes are checked here; old files without a zip archive around them have none.
     """
-    data = _bytes_of(path)
+    data = _read_bytes(path)
     try:
         with limits.time_limit(READ_S + len(data) / READ_RATE):
             with limits.memory_limit(READ_BYTES + 2 * len(data)), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch finds odd is refused here
-                state = _parsed(data, with_checksums)
+                state = _parse(data, with_checksums)
             # Not under that limit: torch may start threads here, each with much address space.
             check_tensors(state, 2 * len(data))
     except Exception as error:  # hostile or damaged bytes can raise anything in a parser
-        raise _unreadable(path, data, with_checksums, error) from error
+        raise _read_error(path, data, with_checksums, error) from error
     return state
 
 
-def _parsed(data: bytes, with_checksums: bool) -> object:
+def _parse(data: bytes, with_checksums: bool) -> object:
     if is_zip(data):
-        check_bytes(data)
+        verify_archive(data)
     elif with_checksums:
         raise ValueError("not a zip archive")
-    elif torch7.recognises(data):
+    elif torch7.is_torch7(data):
         return lua_network.weights(torch7.load(data))
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # noqa: TID251
 
 
-def _unreadable(path: Path, data: bytes, with_checksums: bool, error: Exception) -> CheckpointError:
+def _read_error(path: Path, data: bytes, with_checksums: bool, error: Exception) -> CheckpointError:
     """What to report when reading a file failed in whatever way."""
     if isinstance(error, CheckpointError):
         what, fix = error.problems[0]
@@ -111,12 +111,12 @@ def _unreadable(path: Path, data: bytes, with_checksums: bool, error: Exception)
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         fix = "use another checkpoint, or a machine with more memory"
         return CheckpointError(f"{path} takes more memory than there is", fix)
-    was_read = is_zip(data) or (torch7.recognises(data) and not with_checksums)
-    reason = f"damaged ({_first_line(error)})" if was_read else _looks_like(data)
+    was_read = is_zip(data) or (torch7.is_torch7(data) and not with_checksums)
+    reason = f"damaged ({_first_line(error)})" if was_read else _guess_file_type(data)
     return DamagedError(f"{path} is {reason}", "use another checkpoint")
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would never end
             raise OSError(errno.EINVAL, "not a regular file")
@@ -126,32 +126,32 @@ def _bytes_of(path: Path) -> bytes:
         raise CheckpointError(f"cannot read {path}: {reason}", "name a file") from error
 
 
-def check_tensors(state: object, most: float = math.inf) -> None:
+def check_tensors(state: object, max_bytes: float = math.inf) -> None:
     """Refuse tensors that are bigger than what the file holds of them, and values not finite.
 
     Args:
-        most: bytes of all tensors together, which may share what the file holds.
+        max_bytes: bytes of all tensors together, which may share what the file holds.
     """
-    rest, seen = [state], set()
-    while rest:
-        value = rest.pop()
+    stack, seen = [state], set()
+    while stack:
+        value = stack.pop()
         if id(value) in seen:  # lists of one list twice, and so on, would never end
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
             size = value.numel() * value.element_size()
-            most -= size
-            if type(value) not in KINDS or value.dtype not in TYPES:
+            max_bytes -= size
+            if type(value) not in TENSOR_CLASSES or value.dtype not in DTYPES:
                 raise ValueError("a tensor that is no weight")
             strided = value.layout == torch.strided
-            if not strided or size > value.untyped_storage().nbytes() or most < 0:
+            if not strided or size > value.untyped_storage().nbytes() or max_bytes < 0:
                 raise ValueError("a tensor larger than its data")
             if value.is_floating_point() and not _is_finite(value):
                 raise ValueError("a weight that is not finite")
         elif isinstance(value, dict):
-            rest.extend(value.values())
+            stack.extend(value.values())
         elif isinstance(value, list | tuple):
-            rest.extend(value)
+            stack.extend(value)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -159,7 +159,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(map(math.isfinite, torch.aminmax(tensor.detach())))
 
 
-def _looks_like(data: bytes) -> str:
+def _guess_file_type(data: bytes) -> str:
     """What a file that is no checkpoint seems to be."""
     head = data[:200].lstrip().lower()
     if not data:
@@ -168,7 +168,7 @@ def _looks_like(data: bytes) -> str:
         return "a Git LFS pointer, not the file it points to"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, not a checkpoint"
-    if torch7.recognises(data):
+    if torch7.is_torch7(data):
         return "a file of Lua Torch, for --retrain only"
     if b"ustar" in data[257:263]:
         return "a tar archive, not a checkpoint"

@@ -30,7 +30,7 @@ from errors import CheckpointError
 
 NIL, NUMBER, STRING, TABLE, TORCH, BOOLEAN, FUNCTION, OLD_CLOSURE, CLOSURE = range(9)
 # As numpy spells them. The values of a Cuda twin are the same ones.
-VALUES = {
+DTYPES = {
     "Byte": "<u1",
     "Char": "<i1",
     "Short": "<i2",
@@ -41,9 +41,9 @@ VALUES = {
     "Double": "<f8",
 }
 _ARRAY = re.compile(r"torch\.(Cuda)?(\w*?)(Tensor|Storage)")
-ANEW = "save it as binary with Lua Torch on a 64-bit little-endian machine"
-MOST_NESTED = 150  # objects within objects; a network has about 25
-MOST_DIMENSIONS = 32  # numpy's limit
+RESAVE_HINT = "save it as binary with Lua Torch on a 64-bit little-endian machine"
+MAX_DEPTH = 150  # objects within objects; a network has about 25
+MAX_DIMENSIONS = 32  # numpy's limit
 _INT, _DOUBLE = struct.Struct("<i"), struct.Struct("<d")
 
 
@@ -62,17 +62,17 @@ class Storage:
     values: np.ndarray
 
 
-def recognises(data: bytes) -> bool:
+def is_torch7(data: bytes) -> bool:
     """Whether a file begins as one of Lua Torch does, be it of a kind that is not read."""
-    return data[:4] in (b"\3\0\0\0", b"\4\0\0\0") or _foreign(data) is not None
+    return data[:4] in (b"\3\0\0\0", b"\4\0\0\0") or _unsupported(data) is not None
 
 
-def _foreign(data: bytes) -> CheckpointError | None:
+def _unsupported(data: bytes) -> CheckpointError | None:
     """What keeps a file of Lua Torch from being read here, None if nothing does."""
     if data[:4] in (b"\0\0\0\3", b"\0\0\0\4"):
-        return CheckpointError("written on a big-endian machine", ANEW)
+        return CheckpointError("written on a big-endian machine", RESAVE_HINT)
     if re.match(rb"[34]\n\d+\n", data):
-        return CheckpointError("in the ASCII format of Lua Torch", ANEW)
+        return CheckpointError("in the ASCII format of Lua Torch", RESAVE_HINT)
     return None
 
 
@@ -86,20 +86,20 @@ def load(data: bytes) -> object:
         CheckpointError: it is one of another kind of machine, or in ASCII.
         ValueError: it is not such a file, or damaged.
     """
-    foreign = _foreign(data)
-    if foreign:
-        raise foreign
+    unsupported = _unsupported(data)
+    if unsupported:
+        raise unsupported
     try:
-        return _whole(data, "q")
+        return _parse(data, "q")
     except ValueError as error:
         try:
-            _whole(data, "i")
+            _parse(data, "i")
         except ValueError:
             raise error from None
-        raise CheckpointError("written on a 32-bit machine", ANEW) from error
+        raise CheckpointError("written on a 32-bit machine", RESAVE_HINT) from error
 
 
-def _whole(data: bytes, long: str) -> object:
+def _parse(data: bytes, long: str) -> object:
     reader = _Reader(data, long)
     root = reader.read()
     if reader.left:
@@ -111,24 +111,24 @@ class _Reader:
     """Reads one object after the other, where a long is what struct calls `long`."""
 
     def __init__(self, data: bytes, long: str):
-        self._data, self._place, self._depth = data, 0, 0
+        self._data, self._position, self._depth = data, 0, 0
         self._long = struct.Struct(f"<{long}")
         self._objects: dict[int, object] = {}  # by index
 
     @property
     def left(self) -> int:
         """Bytes that have not been read."""
-        return len(self._data) - self._place
+        return len(self._data) - self._position
 
     def _skip(self, size: int) -> int:
         """Where the next `size` bytes begin, which count as read."""
         if not 0 <= size <= self.left:
             raise ValueError(f"cut short: {size} bytes wanted, {self.left} left")
-        self._place += size
-        return self._place - size
+        self._position += size
+        return self._position - size
 
-    def _number(self, form: struct.Struct) -> int | float:
-        (value,) = form.unpack_from(self._data, self._skip(form.size))
+    def _number(self, layout: struct.Struct) -> int | float:
+        (value,) = layout.unpack_from(self._data, self._skip(layout.size))
         return value
 
     def _longs(self, count: int) -> list[int]:
@@ -151,8 +151,8 @@ class _Reader:
         if kind == BOOLEAN:
             return self._number(_INT) == 1
         self._depth += 1
-        if self._depth > MOST_NESTED:
-            raise ValueError(f"objects nested more than {MOST_NESTED} deep")
+        if self._depth > MAX_DEPTH:
+            raise ValueError(f"objects nested more than {MAX_DEPTH} deep")
         value = self._function() if kind == FUNCTION else self._indexed(kind)
         self._depth -= 1
         return value
@@ -190,7 +190,7 @@ class _Reader:
         if re.fullmatch(r"V [\d.]+", name):  # the version of its class
             name = self._string()
         array = _ARRAY.fullmatch(name)
-        values = array and VALUES.get(array[2] or ("Float" if array[1] else ""))
+        values = array and DTYPES.get(array[2] or ("Float" if array[1] else ""))
         if values:  # torch.CudaTensor is one of floats
             read = self._tensor if array[3] == "Tensor" else self._storage
             self._objects[index] = value = read(np.dtype(values))
@@ -211,7 +211,7 @@ class _Reader:
 
     def _tensor(self, kind: np.dtype) -> np.ndarray:
         dimensions = self._number(_INT)
-        if not 0 <= dimensions <= MOST_DIMENSIONS:
+        if not 0 <= dimensions <= MAX_DIMENSIONS:
             raise ValueError(f"a tensor of {dimensions} dimensions")
         sizes, strides = self._longs(dimensions), self._longs(dimensions)
         offset = self._number(self._long) - 1

@@ -105,7 +105,7 @@ def work(argv: list[str]) -> int:
             else:
                 console.say(as_text(path, guesses))
     if output:
-        atomic.write_whole(output, "".join(written).encode("utf-8", "surrogateescape"))
+        atomic.atomic_write(output, "".join(written).encode("utf-8", "surrogateescape"))
     return bad.code
 
 

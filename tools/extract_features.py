@@ -109,7 +109,7 @@ def work(argv: list[str]) -> int:
     folder = Path(operands[0]) if len(operands) == 1 and Path(operands[0]).is_dir() else None
     names, width = [], net.model.classifier.in_features
     with (
-        atomic.whole_file(output) as target,
+        atomic.atomic_open(output) as target,
         tempfile.TemporaryFile(dir=output.parent) as rows,  # how many there are is known at the end
         translate_worker_errors(),  # a lost process is no error of the file
     ):

@@ -66,7 +66,7 @@ def test_a_sound_checkpoint_of_another_version_is_named_and_stays(again):
 
 
 def test_testing_does_not_touch_a_damaged_checkpoint(again):
-    newest, older = checkpoints.newest_first(again)[:2]
+    newest, older = checkpoints.list_checkpoints(again)[:2]
     newest.write_bytes(newest.read_bytes()[:-100])
     before = saved(again)
     result = run(command(testOnly=True, resume=again))
@@ -117,7 +117,7 @@ def test_an_epoch_stopped_on_another_device_starts_anew(tmp_path):
     result = run(command(resume=tmp_path))
     assert result.code == 0
     assert "the run was on cuda, now on cpu" in result.err and "epoch 1 starts anew" in result.err
-    assert checkpoints.latest(tmp_path, print)["global_step"] == 2 + 4
+    assert checkpoints.load_latest(tmp_path, print)["global_step"] == 2 + 4
 
 
 def test_another_batch_size_starts_the_epoch_anew(tmp_path):
@@ -125,7 +125,7 @@ def test_another_batch_size_starts_the_epoch_anew(tmp_path):
     assert stopped.code == 75
     result = run(command(resume=tmp_path, batchSize=16, override=True))
     assert result.code == 0 and "epoch 1 starts anew" in result.err
-    state = checkpoints.latest(tmp_path, print)
+    state = checkpoints.load_latest(tmp_path, print)
     assert state["global_step"] == 3 + 2
     assert state["overrides"] == ["epoch 1 step 3: batchSize 16, was 8"]
 

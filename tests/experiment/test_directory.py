@@ -43,11 +43,11 @@ def path(tmp_path) -> Path:
 
 def write(path: Path, spoil) -> None:
     spoil()
-    atomic.write_whole(path, NEW)
+    atomic.atomic_write(path, NEW)
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(path):
-    atomic.write_whole(path, NEW)
+    atomic.atomic_write(path, NEW)
     assert path.read_bytes() == NEW
     assert sorted(os.listdir(path.parent)) == ["earlier.bin", "file.bin"]
 
@@ -79,7 +79,7 @@ def test_a_write_that_is_killed_leaves_the_old_file_or_the_new_one(path, k):
 
 
 def test_a_plain_write_that_is_killed_leaves_a_torso(path):
-    """What write_whole is for, and that the tests above can fail."""
+    """What atomic_write is for, and that the tests above can fail."""
     spoil = partial(sabotage.on_files, sabotage.kill, path.parent, operation="write")
     assert in_a_process(write_plainly, path, spoil) == -signal.SIGKILL
     assert path.read_bytes() == NEW[: len(NEW) // 2]
@@ -106,7 +106,7 @@ def broken_disk(monkeypatch):
 def test_a_refused_write_changes_nothing_and_says_why(path, broken_disk, function, number):
     broken_disk(function, number)
     with pytest.raises(StorageError) as caught:
-        atomic.write_whole(path, NEW)
+        atomic.atomic_write(path, NEW)
     full = number in (errno.ENOSPC, errno.EDQUOT)
     what = f"no space in {path.parent}: file.bin needs 0.0 MB, has " if full else "cannot write"
     assert caught.value.report().startswith(f"error: {what}")
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_up_while_writing_changes_nothing(path):
 def expect_no_space(path: Path, spoil) -> None:
     spoil()
     with pytest.raises(StorageError, match=r"no space in .*needs .* MB, has .* MB"):
-        atomic.write_whole(path, NEW)
+        atomic.atomic_write(path, NEW)
 
 
 MAY_NOT_MOUNT = 77
@@ -154,9 +154,9 @@ def test_a_full_disk_keeps_what_was_on_it(tmp_path):
 
 def expect_full_disk(directory: Path) -> None:
     half_a_megabyte = bytes(range(256)) * 2048
-    atomic.write_whole(directory / "a", half_a_megabyte)
+    atomic.atomic_write(directory / "a", half_a_megabyte)
     with pytest.raises(StorageError, match=r"no space in .*: a needs 0.8 MB, has 0.5 MB"):
-        atomic.write_whole(directory / "a", bytes(800_000))
+        atomic.atomic_write(directory / "a", bytes(800_000))
     assert (directory / "a").read_bytes() == half_a_megabyte
     assert os.listdir(directory) == ["a"]
 
@@ -281,7 +281,7 @@ def test_a_process_that_is_refused_sweeps_nothing(tmp_path):
 def test_the_status_says_how_a_run_ended(tmp_path, error, state, code):
     with pytest.raises(RunError), RunDirectory(tmp_path) as directory:
         directory.write_status("running", epoch=3, step=4)
-        assert directory.status() == {"state": "running", "code": None, "epoch": 3, "step": 4}
+        assert directory.read_status() == {"state": "running", "code": None, "epoch": 3, "step": 4}
         raise error
     status = json.loads((tmp_path / "status.json").read_text())
     assert status == {"state": state, "code": code, "epoch": 3, "step": 4, "reason": str(error)}
@@ -300,4 +300,4 @@ def test_a_missing_or_damaged_status_is_no_status(tmp_path, text):
     if text is not None:
         (tmp_path / "status.json").write_text(text, encoding="latin-1")
     with RunDirectory(tmp_path) as directory:
-        assert directory.status() == {}
+        assert directory.read_status() == {}

@@ -242,14 +242,14 @@ def test_an_override_is_said_and_recorded(stopped_run, tmp_path):
     assert "note: override: LR 0.01, was 0.05" in result.err
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()).items() >= changes.items()
     overrides = ["epoch 1 step 17: batchSize 16, was 8", "epoch 1 step 17: LR 0.01, was 0.05"]
-    assert checkpoints.latest(tmp_path, pytest.fail)["overrides"] == overrides
+    assert checkpoints.load_latest(tmp_path, pytest.fail)["overrides"] == overrides
     again = tiny(**RUN | changes, resume="auto", save=tmp_path)  # now they are the run's own
     assert run(again, stopped(signal.SIGTERM, 1)).code == 75
-    assert checkpoints.latest(tmp_path, pytest.fail)["overrides"] == overrides
+    assert checkpoints.load_latest(tmp_path, pytest.fail)["overrides"] == overrides
 
 
 def test_a_checkpoint_that_does_not_know_a_flag_yet_goes_on_with_its_default(stopped_run, tmp_path):
-    state = checkpoints.latest(stopped_run, pytest.fail)
+    state = checkpoints.load_latest(stopped_run, pytest.fail)
     del state["settings"]["syncBN"]
     checkpoints.save(tmp_path, state, keep=1)
     same, other = (

@@ -90,8 +90,8 @@ def checkpoint_bytes(draw: random.Random, root: Path) -> Case:
     data = checkpoint_of(root).read_bytes()
     path = root / "bytes.pt"
     if draw.random() < 0.7:
-        sealed = len(fileio.archive.SEAL) + 64
-        data = data[: -sealed - 2] + bytes(2)
+        length = len(fileio.archive.DIGEST_PREFIX) + 64
+        data = data[: -length - 2] + bytes(2)
     path.write_bytes(mutated(data, draw))
     return _reading(path, draw)
 
@@ -144,7 +144,7 @@ def checkpoint_contents(draw: random.Random, root: Path) -> Case:
         if not state:
             break
     path = root / "contents.pt"
-    path.write_bytes(tensor_files.packed(state))
+    path.write_bytes(tensor_files.to_bytes(state))
     flag = draw.choice(("resume", "retrain"))
     flags = TINY | {"nEpochs": 1, flag: path, "save": root / "other", "override": True}
     if flag == "resume" and draw.random() < 0.5:

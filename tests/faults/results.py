@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from fileio.atomic import write_whole
+from fileio.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def record(path: Path, figures: Iterable[Figure]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted(rows.values(), key=lambda row: int(row["goal"].removeprefix("G"))))
-    write_whole(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue().encode())
 
 
 def read(path: Path) -> list[dict[str, str]]:

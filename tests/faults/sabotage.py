@@ -312,9 +312,9 @@ def forget_position() -> None:
 
 def pause_at_end_of(epoch: int, ready: Path, leave: bool = False) -> None:
     """Make `ready` and wait for SIGUSR2 before the end of an epoch is saved; then `leave`."""
-    from checkpoints import Saver
+    from checkpoints import CheckpointSaver
 
-    end_epoch, epochs = Saver.end_epoch, itertools.count(1)
+    on_epoch_end, epochs = CheckpointSaver.on_epoch_end, itertools.count(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     ctypes.CDLL(None).prctl(0x59616D61, -1, 0, 0, 0)  # PR_SET_PTRACER: any process may trace this
 
@@ -323,11 +323,11 @@ def pause_at_end_of(epoch: int, ready: Path, leave: bool = False) -> None:
         if here:
             ready.touch()
             signal.sigwait({signal.SIGUSR2})
-        end_epoch(self)
+        on_epoch_end(self)
         if here and leave:
             os._exit(0)
 
-    Saver.end_epoch = paused
+    CheckpointSaver.on_epoch_end = paused
 
 
 def limit_file_size(size: int) -> None:

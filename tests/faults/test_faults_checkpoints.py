@@ -192,7 +192,7 @@ def test_a_complete_run_goes_on_when_asked_for_more_epochs(complete, tmp_path):
 def test_the_dates_of_the_files_do_not_matter(complete, begun):
     for age, path in enumerate(sorted(begun.glob("checkpoint_*.pt"))):
         os.utime(path, (4e9 - age, 4e9 - age))
-    assert checkpoints.latest(begun, pytest.fail)["global_step"] == 8
+    assert checkpoints.load_latest(begun, pytest.fail)["global_step"] == 8
     assert again(begun).code == 0
     assert outcome(begun) == outcome(complete)
 
@@ -293,7 +293,7 @@ def rewrite(path: Path, **changes: object) -> None:
     """Change entries of a checkpoint, given whole or as a function of what stands there."""
     state = checkpoints.load(path)
     changed = {name: new(state[name]) if callable(new) else new for name, new in changes.items()}
-    path.write_bytes(tensor_files.packed(state | {"format": checkpoints.FORMAT} | changed))
+    path.write_bytes(tensor_files.to_bytes(state | {"format": checkpoints.FORMAT} | changed))
 
 
 def without(name: str, entry: dict) -> dict:
@@ -318,21 +318,21 @@ CONTENTS = [
     ({"momentum": {}}, r"does not fit the network: .* is missing \(\d+ in all\)"),
     ({"momentum": lambda entry: {name: t[..., :1] for name, t in entry.items()}}, "has shape"),
     ({"model": partial(without, "classifier.bias")}, "classifier.bias is missing"),
-    ({"model": partial(having, "classifier.bias", "text")}, "has a strange model"),
+    ({"model": partial(having, "classifier.bias", "text")}, "has an invalid model"),
     ({"model": partial(having, "classifier.bias", torch.zeros(3, dtype=torch.complex64))},
      r"damaged \(a tensor that is no weight\)"),
-    ({"settings": {}}, "strange settings or statistics"),
+    ({"settings": {}}, "invalid settings or statistics"),
     ({"settings": partial(having, "nEpochs", "many")}, "'many' is not a whole number"),
-    ({"settings": partial(having, "depth", [10**400])}, "has a strange settings"),
-    ({"data": partial(having, "mean", [0.0])}, "strange settings or statistics: mean and std"),
-    ({"data": partial(having, "classes", {"a": ["b"]})}, "has a strange data"),
-    ({"rng": {}}, "has a strange rng"),
-    ({"rng": {"cpu": torch.zeros(5056, dtype=torch.uint8)}}, "has a strange rng"),
-    ({"epoch": -1}, "has a strange epoch"),
-    ({"epoch": 2**70, "step": None}, "has a strange epoch, step"),
-    ({"sums": {"totals": [0.0], "count": 8}}, "has a strange sums"),
-    ({"last": {"epoch": 2}}, "has a strange last"),
-    ({"overrides": [[["deep"]]]}, "has a strange overrides"),
+    ({"settings": partial(having, "depth", [10**400])}, "has an invalid settings"),
+    ({"data": partial(having, "mean", [0.0])}, "invalid settings or statistics: mean and std"),
+    ({"data": partial(having, "classes", {"a": ["b"]})}, "has an invalid data"),
+    ({"rng": {}}, "has an invalid rng"),
+    ({"rng": {"cpu": torch.zeros(5056, dtype=torch.uint8)}}, "has an invalid rng"),
+    ({"epoch": -1}, "has an invalid epoch"),
+    ({"epoch": 2**70, "step": None}, "has an invalid epoch, step"),
+    ({"sums": {"totals": [0.0], "count": 8}}, "has an invalid sums"),
+    ({"last": {"epoch": 2}}, "has an invalid last"),
+    ({"overrides": [[["deep"]]]}, "has an invalid overrides"),
 ]  # fmt: skip
 
 

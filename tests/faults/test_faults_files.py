@@ -321,7 +321,7 @@ def test_a_dataset_that_has_changed_is_refused_unless_it_is_overridden(
         refused(result, 4, pattern)
         return
     assert result.code == 0 and "note: override: " in result.err
-    overrides = checkpoints.latest(directory, pytest.fail)["overrides"]
+    overrides = checkpoints.load_latest(directory, pytest.fail)["overrides"]
     assert overrides and all(change.startswith("epoch 2 step 0: data ") for change in overrides)
     assert run([*argv, "--resume=auto"]).code == 0  # now it is the run's own
 

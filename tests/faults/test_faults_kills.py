@@ -79,7 +79,7 @@ def plain_writes() -> None:
         with open(path, "wb") as file:
             file.write(data)
 
-    replace_everywhere(atomic.write_whole, write)
+    replace_everywhere(atomic.atomic_write, write)
 
 
 def test_plain_writes_do_lose_something(tmp_path):
@@ -144,12 +144,12 @@ def write_some(directory: Path, *steps: int, keep: int = 9, **more) -> None:
 
 def steps(directory: Path) -> list[int]:
     """Of which steps there are checkpoints, newest first."""
-    return [int(path.stem.split("_")[1]) for path in checkpoints.newest_first(directory)]
+    return [int(path.stem.split("_")[1]) for path in checkpoints.list_checkpoints(directory)]
 
 
 def damage(directory: Path, *steps: int) -> None:
     """Leave files under the names of checkpoints: cut short, changed, empty, and no archive."""
-    whole = checkpoints.newest_first(directory)[0].read_bytes()
+    whole = checkpoints.list_checkpoints(directory)[0].read_bytes()
     ways = [whole[:-9], whole[:99] + b"?" + whole[100:], b"", b"<!DOCTYPE html>"]
     for step, data in zip(steps, ways, strict=True):
         (directory / f"checkpoint_{step:09d}.pt").write_bytes(data)
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_does_not_push_out_one_that_can_be_resumed(tmp_path
 
 def test_without_the_check_it_would(tmp_path, monkeypatch):
     """The twin of the test above: even the checkpoint just written would be removed."""
-    monkeypatch.setattr(checkpoints, "is_sound", lambda path: True)
+    monkeypatch.setattr(checkpoints, "is_valid", lambda path: True)
     write_some(tmp_path, 2, 4)
     damage(tmp_path, 1, 3, 90, 91)
     write_some(tmp_path, 10, keep=2)
@@ -179,9 +179,9 @@ def test_what_another_process_wrote_is_read_once_and_what_this_one_wrote_never(
 ):
     write_some(tmp_path, 2, 4)
     read, known = [], {}
-    is_sound = checkpoints.is_sound
+    is_valid = checkpoints.is_valid
     monkeypatch.setattr(
-        checkpoints, "is_sound", lambda path: read.append(path.name) or is_sound(path)
+        checkpoints, "is_valid", lambda path: read.append(path.name) or is_valid(path)
     )
     write_some(tmp_path, 6, 8, 10, keep=3, known=known)
     assert sorted(read) == ["checkpoint_000000002.pt", "checkpoint_000000004.pt"]

@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all_before_the_update(
     refused_by_all(results, 5, rf"loss is not finite at epoch {epoch}, step {step}; fix: lower")
     order = permutation(32, "order", 0, epoch).tolist()
     assert status(tmp_path)["batch"] == order[8 * (step - 1) : 8 * step]
-    state = checkpoints.latest(tmp_path, pytest.fail)
+    state = checkpoints.load_latest(tmp_path, pytest.fail)
     assert (state["global_step"] if state else 0) == (k - 1) // 4 * 4
     goes_on(tmp_path, complete)
 

@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(tmp_path, comp
     assert f"epoch {epoch}, step {step}" in verdict["reason"]
     order = permutation(32, "order", 0, epoch).tolist()
     assert verdict["batch"] == order[8 * (step - 1) : 8 * step]
-    state = checkpoints.latest(tmp_path, pytest.fail)
+    state = checkpoints.load_latest(tmp_path, pytest.fail)
     assert (state["global_step"] if state else 0) == k - 1  # the last one is from before
     assert again(tmp_path).code == 0  # the loss was spoilt once only
     assert outcome(tmp_path) == complete
@@ -223,7 +223,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path,
     flags = {**FLAGS, "keep": 1}
     result = run(tiny(**flags, save=tmp_path), partial(nan_gradients, k))
     refused(result, 5, "; fix: lower --LR")
-    assert checkpoints.latest(tmp_path, pytest.fail)["global_step"] == 4
+    assert checkpoints.load_latest(tmp_path, pytest.fail)["global_step"] == 4
     weights = checkpoints.load_weights(tmp_path / "model_best.pt")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
@@ -247,7 +247,7 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path):
     assert result.code in (0, 5)
     assert "Traceback" not in result.err
     assert not (tmp_path / "model_best.pt").exists()
-    assert checkpoints.latest(tmp_path, pytest.fail) or result.code == 5
+    assert checkpoints.load_latest(tmp_path, pytest.fail) or result.code == 5
     assert all(line["val_loss"] is None for line in experiment.log.read_log(tmp_path))
     if result.code == 0:
         assert re.search(r"\(best: none\)", result.out.splitlines()[-1])

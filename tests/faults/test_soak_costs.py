@@ -51,8 +51,8 @@ def parts_of_a_save(trainer: train.Trainer) -> dict[str, list[tuple[object, str]
         "state": [(trainer, "state_dict"), (checkpoints, "on_cpu")],
         "looking whether it is finite": [(checkpoints, "check_tensors")],
         "serialising with CRCs": [(checkpoints, "serialise")],
-        "digest": [(tensor_files, "seal")],
-        "write": [(owner, "write_whole")
+        "digest": [(tensor_files, "append_digest")],
+        "write": [(owner, "atomic_write")
                   for owner in (checkpoints, tensor_files, experiment.directory)],
         "fsync": [(os, "fsync")],
         "rename": [(os, "replace")],
@@ -184,7 +184,7 @@ def test_what_a_checkpoint_costs(name, flags, dataset, limit_ms, tmp_path, all_c
     trainer.metadata = train.Metadata(opts.settings(opt), data.metadata, [])
     stop = SimpleNamespace(number=0)
     with RunDirectory(tmp_path) as directory:
-        saver = checkpoints.Saver(directory, trainer, stop, keep=opt.keep, every_s=600)
+        saver = checkpoints.CheckpointSaver(directory, trainer, stop, keep=opt.keep, every_s=600)
         for turn in range(WARM_UP + SAVES):
             if turn == WARM_UP:
                 watch.seconds.clear()
@@ -193,8 +193,8 @@ def test_what_a_checkpoint_costs(name, flags, dataset, limit_ms, tmp_path, all_c
                 saves.append(clocked(saver.save))
             model_saves.append(clocked(saver.save_models))
     saves, model_saves = saves[WARM_UP:], model_saves[WARM_UP:]
-    kept = checkpoints.newest_first(tmp_path)
-    assert len(kept) == opt.keep and all(map(tensor_files.is_sound, kept))
+    kept = checkpoints.list_checkpoints(tmp_path)
+    assert len(kept) == opt.keep and all(map(tensor_files.is_valid, kept))
     assert not list(tmp_path.glob(".*.tmp"))  # nothing half-written is left
     assert watch.seconds.keys() == parts_of_a_save(trainer).keys()
     assert 0 < sum(watch.seconds.values()) <= sum(saves)
@@ -286,13 +286,13 @@ def test_how_long_a_new_start_takes(name, data, tmp_path, measured):
 
 def until_a_checkpoint(words: list[str], run: Path) -> tuple[int, float]:
     """The step of the first new checkpoint, and the seconds to it; the process is killed then."""
-    before = set(checkpoints.newest_first(run))
+    before = set(checkpoints.list_checkpoints(run))
     start = time.monotonic()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (new := set(checkpoints.newest_first(run)) - before):
+    while not (new := set(checkpoints.list_checkpoints(run)) - before):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.005)
     seconds = time.monotonic() - start
     process.kill()
     process.communicate()
-    return min(map(checkpoints.step_of, new)), seconds
+    return min(map(checkpoints.checkpoint_step, new)), seconds

@@ -109,7 +109,7 @@ def test_the_checkpoint_before_a_damaged_one_is_found_soon(real, tmp_path, measu
     data[len(data) // 2] ^= 1
     paths[1].write_bytes(data)
     since = time.perf_counter()
-    found = checkpoints.latest(tmp_path, lambda line: None)
+    found = checkpoints.load_latest(tmp_path, lambda line: None)
     took_s = time.perf_counter() - since
     what = f"seconds to fall back to the checkpoint before, {paths[0].stat().st_size >> 20} MiB"
     measured("G6", what, took_s, "<= 5")

@@ -142,7 +142,7 @@ def told_to_stop(flags: dict, directory: Path, moment: Moment, action) -> Trial:
     result = running.wait()
     seconds = time.monotonic() - float(clock.read_text())
     done = max((int(step) for step in losses(report)), default=0)
-    newest = checkpoints.newest_first(directory)
+    newest = checkpoints.list_checkpoints(directory)
     saved = checkpoints.load(newest[0])["global_step"] if newest else 0
     return Trial(result.code, seconds, done - saved, result.err)
 
@@ -263,7 +263,7 @@ def test_a_kill_costs_at_most_the_time_between_checkpoints(tmp_path, measured):
         result = run(argv, partial(both, partial(record_losses, report), moment))
         assert result.code == -signal.SIGKILL, result
         times = {int(step): float(at) for step, _, at in map(str.split, report.open())}
-        saved = checkpoints.load(checkpoints.newest_first(directory)[0])["global_step"]
+        saved = checkpoints.load(checkpoints.list_checkpoints(directory)[0])["global_step"]
         lost.append(times[max(times)] - times[saved])
         steps_s += [times[step] - times[step - 1] for step in list(times)[1:]]
     measured("G3", "SIGKILLs with a checkpoint each second", len(lost), "")

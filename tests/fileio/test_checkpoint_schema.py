@@ -13,23 +13,23 @@ RESULT = {"epoch": 3, "val_loss": 0.5, "val_top1": 10.0, "val_top5": 1.0}
 
 
 def test_the_state_of_a_trainer_has_no_problem():
-    assert checkpoint_schema.problem(real_state()) is None
+    assert checkpoint_schema.validate(real_state()) is None
     in_an_epoch = {"sums": {"totals": [1.0, 2.0, 3.0], "count": 8}, "best": RESULT, "last": RESULT}
-    assert checkpoint_schema.problem(real_state() | in_an_epoch) is None
+    assert checkpoint_schema.validate(real_state() | in_an_epoch) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_validation_loss_that_is_not_finite_is_a_result(value):
     """It is never the best, and training went on."""
-    assert checkpoint_schema.problem(real_state() | {"last": RESULT | {"val_loss": value}}) is None
+    assert checkpoint_schema.validate(real_state() | {"last": RESULT | {"val_loss": value}}) is None
 
 
 def test_a_loss_scaler_that_is_on_has_all_its_numbers():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(1))
-    assert checkpoint_schema.problem(real_state() | {"scaler": scaler.state_dict()}) is None
+    assert checkpoint_schema.validate(real_state() | {"scaler": scaler.state_dict()}) is None
     part = {key: value for key, value in scaler.state_dict().items() if key != "scale"}
-    assert checkpoint_schema.problem(real_state() | {"scaler": part}) == "has a strange scaler"
+    assert checkpoint_schema.validate(real_state() | {"scaler": part}) == "has an invalid scaler"
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_a_loss_scaler_that_is_on_has_all_its_numbers():
     ids=lambda value: str(value)[:20],
 )
 def test_a_strange_entry_is_named(name, value):
-    assert checkpoint_schema.problem(real_state() | {name: value}) == f"has a strange {name}"
+    assert checkpoint_schema.validate(real_state() | {name: value}) == f"has an invalid {name}"
 
 
 def test_of_many_missing_entries_three_are_named():
     state = copy.copy(real_state())
     for name in ("best", "data", "epoch", "last", "model"):
         del state[name]
-    assert checkpoint_schema.problem(state) == "lacks best, data, epoch and 2 more entries"
+    assert checkpoint_schema.validate(state) == "lacks best, data, epoch and 2 more entries"

@@ -195,7 +195,7 @@ def test_a_hostile_checkpoint_in_a_run_directory_is_set_aside(tmp_path):
     good = checkpoints.save(tmp_path, real_state(3), keep=2)
     bad = tmp_path / "checkpoint_000000004.pt"
     bad.write_bytes(hostile_files(marker)["zip with os.system"])
-    assert checkpoints.latest(tmp_path, lambda line: None)["global_step"] == 3
+    assert checkpoints.load_latest(tmp_path, lambda line: None)["global_step"] == 3
     assert good.exists() and not bad.exists() and not marker.exists()
 
 
@@ -291,7 +291,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(path)
     with pytest.raises(CheckpointError, match=message):  # whoever wrote it can read it: no damage
-        checkpoints.latest(tmp_path, lambda line: None)
+        checkpoints.load_latest(tmp_path, lambda line: None)
     assert path.exists()
 
 
@@ -322,11 +322,11 @@ def write_steps(directory: Path, *steps: int, keep: int = 9) -> list[Path]:
 def test_the_newest_is_the_one_of_the_last_step_whatever_the_dates(tmp_path):
     for age, path in enumerate(write_steps(tmp_path, 3, 20, 100)):
         os.utime(path, (2e9 - age * 1e6, 2e9 - age * 1e6))  # the last step has the oldest date
-    assert checkpoints.latest(tmp_path, pytest.fail)["global_step"] == 100
+    assert checkpoints.load_latest(tmp_path, pytest.fail)["global_step"] == 100
 
 
 def test_an_empty_directory_has_no_latest(tmp_path):
-    assert checkpoints.latest(tmp_path, pytest.fail) is None
+    assert checkpoints.load_latest(tmp_path, pytest.fail) is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 5000, "cut", "zero tail"])
@@ -336,7 +336,7 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, dama
     ways = {"cut": data[: len(data) // 2], "zero tail": data[:-4096] + bytes(4096)}
     newest.write_bytes(ways.get(damage, damage))
     warnings = []
-    assert checkpoints.latest(tmp_path, warnings.append)["global_step"] == 2
+    assert checkpoints.load_latest(tmp_path, warnings.append)["global_step"] == 2
     assert len(warnings) == 1 and str(newest) in warnings[0]
     assert "set aside as checkpoint_000000003.pt.corrupt" in warnings[0]
     assert not newest.exists() and newest.with_suffix(".pt.corrupt").exists() and before.exists()
@@ -347,7 +347,7 @@ def test_when_all_are_damaged_it_is_an_error_now_and_later(tmp_path):
         path.write_bytes(b"")
     for _ in range(3):
         with pytest.raises(CheckpointError, match="no valid checkpoint among 2") as caught:
-            checkpoints.latest(tmp_path, lambda line: None)
+            checkpoints.load_latest(tmp_path, lambda line: None)
         assert caught.value.code == 4 and "; fix: restore" in caught.value.report()
 
 
@@ -360,22 +360,22 @@ def test_as_many_as_asked_are_kept(tmp_path, keep):
 def test_a_directory_holds_a_run_from_its_first_weights_on(tmp_path):
     (tmp_path / "config.yaml").write_text("depth: 10\n")
     (tmp_path / ".checkpoint_000000001.pt.tmp").write_text("half")
-    assert not checkpoints.holds_run(tmp_path)
+    assert not checkpoints.has_checkpoint(tmp_path)
     write_steps(tmp_path, 1)
-    assert checkpoints.holds_run(tmp_path)
+    assert checkpoints.has_checkpoint(tmp_path)
 
 
 def test_a_directory_with_weights_alone_holds_a_run(tmp_path):
     tensor_files.save_weights(tmp_path / "model_last.pt", {"w": torch.zeros(1)})
-    assert checkpoints.holds_run(tmp_path)
+    assert checkpoints.has_checkpoint(tmp_path)
 
 
 def test_a_directory_of_damaged_checkpoints_still_holds_a_run(tmp_path):
     (path,) = write_steps(tmp_path, 1)
     path.write_bytes(b"")
     with pytest.raises(CheckpointError):
-        checkpoints.latest(tmp_path, lambda line: None)
-    assert checkpoints.holds_run(tmp_path)  # or the next start would silently be a fresh one
+        checkpoints.load_latest(tmp_path, lambda line: None)
+    assert checkpoints.has_checkpoint(tmp_path)  # or the next start would silently be a fresh one
 
 
 def test_writing_replaces_a_link_and_never_its_target(tmp_path):

@@ -131,7 +131,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_one_line(name, tmp_path):
     content = HOSTILE[name]
-    if not torch7.recognises(content):
+    if not torch7.is_torch7(content):
         content = dumps([Raw(content)])
     with pytest.raises(ValueError):
         torch7.load(content)
@@ -139,9 +139,9 @@ def test_a_hostile_file_is_one_line(name, tmp_path):
 
 
 def test_depth_has_a_bound_that_no_network_reaches():
-    assert torch7.load(nested(torch7.MOST_NESTED))
+    assert torch7.load(nested(torch7.MAX_DEPTH))
     with pytest.raises(ValueError, match="nested more than"):
-        torch7.load(nested(torch7.MOST_NESTED + 1))
+        torch7.load(nested(torch7.MAX_DEPTH + 1))
 
 
 def bombs() -> dict[str, object]:

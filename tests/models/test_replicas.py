@@ -182,8 +182,8 @@ def test_another_number_of_processes_goes_on_with_the_same_order_of_images(alone
 
 def blind() -> None:
     """See no checkpoint, as on a machine with a disk of its own."""
-    checkpoints.newest_first = lambda directory: []
-    checkpoints.holds_run = lambda directory: False
+    checkpoints.list_checkpoints = lambda directory: []
+    checkpoints.has_checkpoint = lambda directory: False
 
 
 def test_a_run_directory_that_the_first_process_does_not_share_is_no_fresh_start(pair, tmp_path):

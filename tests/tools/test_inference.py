@@ -69,7 +69,7 @@ def by_hand(run_directory: Path, weights: str = "model_last.pt") -> torch.Tensor
 
 
 def newest(run_directory: Path) -> Path:
-    return checkpoints.newest_first(run_directory)[0]
+    return checkpoints.list_checkpoints(run_directory)[0]
 
 
 @pytest.mark.parametrize("place", ["run", "checkpoint", "renamed", "last", "alone"])
@@ -90,12 +90,12 @@ def test_a_network_is_the_same_from_every_place_its_weights_lie_in(trained_run, 
     found, wanted = logits(net, images_of(trained_run)), by_hand(trained_run)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
     # The network of the epoch before is another one.
-    before = network.load(checkpoints.newest_first(trained_run)[1])
+    before = network.load(checkpoints.list_checkpoints(trained_run)[1])
     assert not torch.allclose(logits(before, images_of(trained_run)), wanted, rtol=0, atol=1e-3)
 
 
 def test_the_newest_valid_checkpoint_is_taken_and_nothing_is_touched(copied, trained_run, capsys):
-    last, before = checkpoints.newest_first(copied)
+    last, before = checkpoints.list_checkpoints(copied)
     damaged = bytearray(last.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     last.write_bytes(damaged)
@@ -112,7 +112,7 @@ def test_the_newest_valid_checkpoint_is_taken_and_nothing_is_touched(copied, tra
 
 
 def test_a_run_whose_checkpoints_are_gone_names_its_model_file(copied):
-    for path in checkpoints.newest_first(copied):
+    for path in checkpoints.list_checkpoints(copied):
         path.unlink()
     with pytest.raises(CheckpointError) as error:
         network.load(copied)

@@ -357,7 +357,7 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[list[dict], Path 
     rows: list[dict] = []
     for rows in measure(request, device, say):
         if path:
-            atomic.write_whole(path, results.as_csv(rows))  # whatever happens to the rest
+            atomic.atomic_write(path, results.as_csv(rows))  # whatever happens to the rest
     return rows, path
 
 

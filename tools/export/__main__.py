@@ -243,7 +243,7 @@ def work(argv: list[str]) -> int:
     if own.to == "onnx":
         content = onnx_io.as_onnx(net.model, net.opt.imageSize, metadata(net))
         code = check_onnx(net, content, paths) if own.check else 0
-        atomic.write_whole(output, content)  # an image that cannot be read says nothing of it
+        atomic.atomic_write(output, content)  # an image that cannot be read says nothing of it
         print(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
         return code
 

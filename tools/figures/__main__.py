@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 from cli.flag_types import Flag, nearest, text
 from datasets.registry import DATASETS
 from errors import CheckpointError, DataError, RunError, StorageError, UsageError
-from fileio.atomic import write_whole
+from fileio.atomic import atomic_write
 from tools import cli
 from tools.figures import layer_usage
 from tools.figures.series import (
@@ -192,7 +192,7 @@ def work(argv: list[str]) -> None:
         what = f"cannot make {directory}: {error.strerror}"
         raise StorageError(what, "name another directory with --output") from error
     if table:
-        write_whole(directory / "figure5.csv", table)
+        atomic_write(directory / "figure5.csv", table)
         print(directory / "figure5.csv")
     for name, figure in made.items():
         for path in plots.save(figure, directory, name):

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from fileio.atomic import write_whole
+from fileio.atomic import atomic_write
 from tools.figures.layer_usage import SCALES, Block, scaled
 
 WIDTH = 8.0  # inches; shown 800 pixels wide a point of the fonts is 1.4 pixels
@@ -86,7 +86,7 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     paths = []
     for suffix, data in files(figure).items():
         paths.append(directory / f"{name}.{suffix}")
-        write_whole(paths[-1], data)
+        atomic_write(paths[-1], data)
     return paths
 
 

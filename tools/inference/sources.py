@@ -118,7 +118,7 @@ def _from_onnx(path: Path) -> Source:
             config.flush()
             return Source(weights, read_settings(Path(config.name)), facts)
     except (KeyError, ValueError, RecursionError, UsageError) as error:
-        what = f"{path} has strange metadata: {str(error)[:100]}"
+        what = f"{path} has invalid metadata: {str(error)[:100]}"
         raise CheckpointError(what, "use another file") from error
 
 
@@ -191,7 +191,7 @@ def as_facts(data: object, path: Path) -> Facts:
     """The classes and statistics among the facts that a run writes down about its data.
 
     Raises:
-        UsageError: they are not there, or strange.
+        UsageError: they are not there, or invalid.
     """
     try:
         classes, mean, std = (list(data[name]) for name in ("classes", "mean", "std"))

@@ -18,7 +18,7 @@ from pathlib import Path
 from cli.flag_types import POSITIVE, Flag, number, text
 from datasets import registry
 from errors import UsageError, printable
-from fileio.atomic import write_whole
+from fileio.atomic import atomic_write
 from tools import cli
 from tools.report.rows import (
     CSV_COLUMNS,
@@ -392,9 +392,9 @@ def work(argv: list[str]) -> None:
     for note in report.notes:
         match.remark(note)
     if own.csv:
-        write_whole(Path(own.csv), report.csv.encode())
+        atomic_write(Path(own.csv), report.csv.encode())
     if own.output:
-        write_whole(Path(own.output), report.markdown.encode())
+        atomic_write(Path(own.output), report.markdown.encode())
     else:
         print(report.markdown, end="")
 

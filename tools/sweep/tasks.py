@@ -175,8 +175,8 @@ def refusal(task: Task) -> RunError | None:
 
     config = task.save / "config.yaml"
     status = read_json(task.save / "status.json")
-    holds_run = checkpoints.holds_run(task.save) or status.get("state") == DONE
-    if not (config.is_file() and holds_run):
+    has_checkpoint = checkpoints.has_checkpoint(task.save) or status.get("state") == DONE
+    if not (config.is_file() and has_checkpoint):
         return None
     try:
         theirs = opts.settings(opts.parse(["--config", str(config)]))
