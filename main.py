@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     stop = Stop(place.launched, speaks=place.is_first).install()
     opt = world = None
     try:
-        path_checks.check_here()
+        path_checks.check_working_directory()
         opt = opts.parse(argv, place.size if place.launched else 0)
         if opt.printConfig:
             if place.is_first:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         if opt.replicas > 1 and not place.launched:
             return lifecycle.start_replicas(opt, partial(main, argv))
         world, device = lifecycle.meet(opt, place)
-        world.agree(opts.procedure(opt))
+        world.agree(opts.shared_settings(opt))
         done = evaluate(opt, world, device) if opt.testOnly else run(opt, stop, world, device)
         return lifecycle.leave(done, world)
     except RunError as error:
@@ -81,7 +81,7 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
             console.say(console.finished_line(state["last"], state["best"]))
             return 0
         # What is written down has `auto` as it was given: another machine may decide otherwise.
-        config, settings = opts.as_yaml(opt, without=opts.OF_ONE_CALL), opts.settings(opt)
+        config, settings = opts.as_yaml(opt, exclude=opts.NOT_SAVED), opts.settings(opt)
 
         data = create_data(opt, world, device)
         opt, advice = decide_level(opt, len(data.classes), device, ops, world, console.warn)
@@ -232,7 +232,7 @@ def finish(opt: Settings, directory: RunDirectory | None, data, trainer, saver) 
         tested = trainer.test(data.test, saver.raise_if_stopping, phase="test")
         console.say(console.tested_line(tested, f"{which} model, epoch {result['epoch']}"))
     if directory:
-        trainer.log.close(opts.experiment(opt), results.flat() | tested)
+        trainer.log.close(opts.training_settings(opt), results.flat() | tested)
         position = trainer.position | {"epoch": opt.nEpochs}  # the last, not the one after it
         directory.write_status("done", 0, **position, **results.flat(), **tested)
     console.say(console.finished_line(results.last, results.best))

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cli import network_settings
-from cli.flag_reader import Reader
+from cli.flag_reader import FlagParser
 from cli.flag_types import (
-    AT_LEAST_0,
     AT_LEAST_1,
+    NON_NEGATIVE,
     POSITIVE,
     Flag,
     Problem,
@@ -39,20 +39,20 @@ GROUPS: dict[str, list[Flag]] = {
     "General options": [
         Flag("data", text, "data", "root directory of the dataset"),
         Flag("dataset", text, "cifar10", "what to train on", choices=tuple(DATASETS),
-             role="course"),
+             role="training"),
         Flag("manualSeed", integer, 0, "seed of initial weights, order, augmentation and dropout",
-             range=Range(0, 2**63 - 1), role="course"),
+             range=Range(0, 2**63 - 1), role="training"),
         Flag("nGPU", integer, None, "GPUs of this machine, a process for each; 0 is the CPU; "
-             "torchrun has its own count", "1 where CUDA is present, else 0", range=AT_LEAST_0),
+             "torchrun has its own count", "1 where CUDA is present, else 0", range=NON_NEGATIVE),
         Flag("backend", text, "cudnn", "accepted for Lua command lines; no effect"),
         Flag("cudnn", text, "fastest",
              "fastest tries algorithms; deterministic repeats bit for bit",
              choices=("fastest", "default", "deterministic")),
         Flag("gen", text, "gen", "accepted for Lua command lines; no effect"),
         Flag("precision", text, "single", "arithmetic; half (loss scaling) and bf16 are mixed",
-             choices=("single", "double", "half", "bf16"), role="course"),
+             choices=("single", "double", "half", "bf16"), role="training"),
         Flag("tf32", boolean, False, "TensorFloat-32 products in precision single (CUDA)",
-             role="course"),
+             role="training"),
         Flag("kernels", text, "auto", "what runs optMemory 2 to 4; auto: triton on CUDA else torch",
              choices=("auto", "triton", "torch")),
         Flag("cudaGraph", text, "auto",
@@ -61,34 +61,35 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("timeout", number, 50.0, "seconds that one of several processes waits for the others",
              range=POSITIVE),
         Flag("config", text, "none", "YAML file of flags; the command line wins over it"),
-        Flag("printConfig", boolean, False, "print all settings as YAML and exit", bare="true"),
+        Flag("printConfig", boolean, False, "print all settings as YAML and exit", const="true"),
         Flag("debug", boolean, False, "show the traceback of every error"),
     ],
     "Data options": [
         Flag("nThreads", integer, 2, "loader processes per split, for images read from files",
-             range=AT_LEAST_0),
+             range=NON_NEGATIVE),
         Flag("augment", boolean, None, "random crop and flip: the + of the paper's tables",
-             "true; false on svhn and digits", role="course"),
+             "true; false on svhn and digits", role="training"),
         Flag("validSize", integer, None,
              "training images held out for validation; the test set is then used once, at the end",
-             "0; 6000 on svhn", range=AT_LEAST_0, role="course"),
+             "0; 6000 on svhn", range=NON_NEGATIVE, role="training"),
         Flag("imageSize", integer, None, "height and width of the network's input in pixels; up to "
              "64 it has the CIFAR shape and the data stays in memory",
-             "32 CIFAR, SVHN, synthetic; 8 digits; else 224", range=Range(8, 4096), role="course"),
+             "32 CIFAR, SVHN, synthetic; 8 digits; else 224", range=Range(8, 4096),
+             role="training"),
         Flag("nImages", integer, 10000, "training images of the synthetic dataset",
-             range=AT_LEAST_1, role="course"),
+             range=AT_LEAST_1, role="training"),
         Flag("onBadImage", text, "error",
              "an image that cannot be read: stop, or skip it (up to 0.1 % of the images)",
-             choices=("error", "skip"), role="course"),
+             choices=("error", "skip"), role="training"),
     ],
     "Training options": [
         Flag("nEpochs", integer, None, "epochs to train",
              "300 CIFAR, 164 with resnets; 40 SVHN; 90 ImageNet, 100 for DenseNet-161",
-             range=Range(1, 1_000_000), role="length"),
+             range=Range(1, 1_000_000), role="duration"),
         Flag("epochNumber", integer, 1, "number of the first epoch", range=AT_LEAST_1),
         Flag("batchSize", integer, None, "images per step, over all GPUs together",
              "64 CIFAR and SVHN; 256 ImageNet, 128 for DenseNet-161", range=AT_LEAST_1,
-             role="course"),
+             role="training"),
         Flag("testOnly", boolean, False, "only evaluate the weights of --resume or --retrain"),
         Flag("tenCrop", boolean, False, "evaluate on ten crops of each image (above 64 pixels)"),
     ],
@@ -103,16 +104,16 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("override", boolean, False, "resume although settings differ from the checkpoint's"),
     ],
     "Optimization options": [
-        Flag("LR", number, 0.1, "initial learning rate", range=POSITIVE, role="course"),
+        Flag("LR", number, 0.1, "initial learning rate", range=POSITIVE, role="training"),
         Flag("momentum", number, 0.9, "Nesterov momentum", range=Range(0, 1, high_open=True),
-             role="course"),
-        Flag("weightDecay", number, 1e-4, "weight decay, on every parameter", range=AT_LEAST_0,
-             role="course"),
+             role="training"),
+        Flag("weightDecay", number, 1e-4, "weight decay, on every parameter", range=NON_NEGATIVE,
+             role="training"),
         Flag("lrShape", text, "multistep", "a tenth at each milestone, or a cosine from LR to 0",
-             choices=("multistep", "cosine"), role="course"),
+             choices=("multistep", "cosine"), role="training"),
         Flag("milestones", integers, None, "epochs from which the rate is a tenth of what it was",
              "50 % and 75 % of nEpochs, with resnets 81 and 122 of 164; ImageNet: 31, 61, 91",
-             range=AT_LEAST_1, role="course"),
+             range=AT_LEAST_1, role="training"),
     ],
     "Model options": [
         Flag("netType", text, "densenet", "network", choices=tuple(ARCHITECTURES), role="model"),
@@ -124,7 +125,7 @@ GROUPS: dict[str, list[Flag]] = {
              "convolution; C a convolution in every block", "A; B ImageNet",
              choices=("A", "B", "C"), role="model"),
         Flag("syncBN", boolean, False, "one set of batch statistics for all GPUs, not one for each",
-             role="course"),
+             role="training"),
         Flag("retrain", text, "none", "weights to start from: a checkpoint of this program, a "
              "torchvision or timm state dict, or a .t7 file of Lua"),
         Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
@@ -144,14 +145,14 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("reduction", number, 0.5, "share of the maps that a transition keeps (DenseNet-C)",
              range=Range(0, 1, low_open=True), role="model"),
         Flag("dropRate", number, None, "dropout after each convolution but the first",
-             "0; 0.2 without augmentation", range=Range(0, 1, high_open=True), role="course"),
+             "0; 0.2 without augmentation", range=Range(0, 1, high_open=True), role="training"),
         Flag("optMemory", level, 2, "what backward finds kept: 0 everything, each level up less; "
              "2 is the fastest, 4 the smallest; auto: the fastest that fits the GPU",
              choices=(*MEMORY_LEVELS, "auto")),
         Flag("initChannels", integer, None, "feature maps of the first convolution",
              "2k; 16 at CIFAR size without bottleneck", range=AT_LEAST_1, role="model"),
         *(Flag(f"d{i}", integer, 0, f"layers of block {i}, ImageNet shape with a depth of your own",
-               range=AT_LEAST_0, role="model") for i in (1, 2, 3, 4)),
+               range=NON_NEGATIVE, role="model") for i in (1, 2, 3, 4)),
     ],
 }
 # fmt: on
@@ -163,19 +164,19 @@ Train a DenseNet as in `Densely Connected Convolutional Networks` (CVPR 2017), o
 Every flag takes one value, as -flag VALUE or --flag VALUE; booleans are true or false.
 Examples and the run directory: README.md. The original's rules: docs/parity.md."""
 # Read by the Lua code's parser and by nothing after it.
-WITHOUT_EFFECT = ("backend", "gen", "optimState")
+IGNORED_FLAGS = ("backend", "gen", "optimState")
 # Lua command lines have it with any network: it is noted and no error.
-LUA_GIVES_ALWAYS = ("shortcutType",)
+TOLERATED_FLAGS = ("shortcutType",)
 # Three names of one setting.
-MEMORY_NAMES = ("optMemory", "shareGradInput", "optnet")
+MEMORY_ALIASES = ("optMemory", "shareGradInput", "optnet")
 # Facts of one call, not of the experiment: left out of a run's config.yaml.
-OF_ONE_CALL = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
+NOT_SAVED = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
 
 
 # ------------------------------------------------------------------------------------- resolving
 
 
-def resolve(given: dict[str, object]) -> Settings:
+def apply_defaults(given: dict[str, object]) -> Settings:
     """All settings: those given, then the defaults that depend on the dataset and on each other.
 
     Also sets two that are derived and no flags: `imagenetShape` and `stages`, the layers per
@@ -191,7 +192,7 @@ def resolve(given: dict[str, object]) -> Settings:
 
     default("imageSize", dataset.image_size)
     opt.imagenetShape = opt.imageSize > SMALL_IMAGE
-    network_settings.resolve(opt)
+    network_settings.apply_defaults(opt)
 
     course = network.course(opt.imagenetShape, opt.depth)
     own_epochs = None if opt.imagenetShape else dataset.num_epochs
@@ -229,16 +230,16 @@ def run_name(opt: Settings) -> str:
         data += f"-{os.path.basename(os.path.abspath(opt.data))}"
     plus = "+" if opt.augment and dataset.marks_augmentation else ""
     cosine = "-cosine" if opt.lrShape == "cosine" else ""
-    return f"{data}{plus}-{network_settings.name(opt)}{cosine}-seed{opt.manualSeed}"
+    return f"{data}{plus}-{network_settings.network_name(opt)}{cosine}-seed{opt.manualSeed}"
 
 
 # -------------------------------------------------------------------------------------- checking
 
 
-def check(opt: Settings, given: dict[str, object]) -> list[Problem]:
+def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
     """What is impossible about settings that are valid one by one."""
     return [
-        *_network_problems(opt, given),
+        *_unused_flag_problems(opt, given),
         *network_settings.problems(opt),
         *_image_problems(opt),
         *_epoch_problems(opt),
@@ -248,16 +249,18 @@ def check(opt: Settings, given: dict[str, object]) -> list[Problem]:
     ]
 
 
-def _network_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
+def _unused_flag_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
     """Flags that describe another kind of network than the one that is built."""
     for name, value in ARCHITECTURES[opt.netType].not_read.items():
-        has_role = FLAGS[name].role and name not in LUA_GIVES_ALWAYS
+        has_role = FLAGS[name].role and name not in TOLERATED_FLAGS
         if has_role and given.get(name) not in (None, value, FLAGS[name].default):
             what = f"{name} {as_text(given[name])} has no effect on a {opt.netType}"
             yield what, "leave it out, or use --netType densenet"
-    wish = given.get("bottleneck", opt.bottleneck)
-    if wish != opt.bottleneck and ARCHITECTURES[opt.netType].reads("bottleneck"):
-        what = f"bottleneck {as_text(wish)} has no effect on a {opt.netType} of depth {opt.depth}"
+    requested = given.get("bottleneck", opt.bottleneck)
+    if requested != opt.bottleneck and ARCHITECTURES[opt.netType].reads("bottleneck"):
+        what = (
+            f"bottleneck {as_text(requested)} has no effect on a {opt.netType} of depth {opt.depth}"
+        )
         yield what, "leave it out: above 64 pixels the depth decides"
 
 
@@ -287,7 +290,7 @@ def _epoch_problems(opt: Settings) -> Iterator[Problem]:
 
 def _weight_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
     """What backward keeps, and the weights to start from."""
-    names = [name for name in MEMORY_NAMES if given.get(name, False) is not False]
+    names = [name for name in MEMORY_ALIASES if given.get(name, False) is not False]
     if len(names) > 1:
         yield f"{' and '.join(names)} exclude each other", "keep one, or use --optMemory"
     if opt.resetClassifier and opt.retrain == "none":
@@ -335,7 +338,7 @@ def notes(opt: Settings, given: dict[str, object]) -> list[str]:
 def _notes_of_flags(opt: Settings, given: dict[str, object]) -> Iterator[str]:
     """Flags that were given and have no effect, or another name here."""
     network = ARCHITECTURES[opt.netType]
-    for name in WITHOUT_EFFECT:
+    for name in IGNORED_FLAGS:
         if name in given:
             yield f"{name} has no effect here"
     for name in network.not_read:
@@ -357,7 +360,7 @@ def _notes_of_training(opt: Settings) -> Iterator[str]:
 # ------------------------------------------------------------------------------------ public face
 
 
-def parse(argv: list[str], launched: int = 0) -> Settings:
+def parse(argv: list[str], world_size: int = 0) -> Settings:
     """The settings of one call: command line over `--config` over defaults.
 
     Also sets `replicas`, which is derived and no flag.
@@ -367,7 +370,7 @@ def parse(argv: list[str], launched: int = 0) -> Settings:
     `opt.given` the flags that were given.
 
     Args:
-        launched: processes that a launcher has started for the run, on all machines; 0: none has.
+        world_size: processes that a launcher has started for the run, on all machines; 0: none has.
 
     Raises:
         UsageError: every problem of the flags at once.
@@ -375,87 +378,87 @@ def parse(argv: list[str], launched: int = 0) -> Settings:
     if {"-h", "-help", "--help"} & set(argv):
         print(help_text(USAGE, GROUPS))
         sys.exit(0)
-    reader = Reader(FLAGS)
-    reader.add(reader.command_line(argv))
-    if reader.values.get("config", "none") != "none":
-        _add_file(reader, Path(reader.values["config"]))
-    _add_resumed(reader)
-    opt = resolve(reader.values)
-    opt.replicas = launched or max(opt.nGPU or 1, 1)
-    problems = reader.problems
+    parser = FlagParser(FLAGS)
+    parser.add(parser.parse_argv(argv))
+    if parser.values.get("config", "none") != "none":
+        _add_file(parser, Path(parser.values["config"]))
+    _add_resumed(parser)
+    opt = apply_defaults(parser.values)
+    opt.replicas = world_size or max(opt.nGPU or 1, 1)
+    problems = parser.problems
     # With one of these misread, every rule about depth or size would be judged on a default.
-    if not reader.unread & {"dataset", "imageSize", "netType", "bottleneck"}:
-        problems = problems + check(opt, reader.values)
+    if not parser.unparsed & {"dataset", "imageSize", "netType", "bottleneck"}:
+        problems = problems + validate(opt, parser.values)
     if problems:
         raise UsageError.of(problems)
-    opt.notes = notes(opt, reader.values)
-    opt.given = frozenset(reader.values)
+    opt.notes = notes(opt, parser.values)
+    opt.given = frozenset(parser.values)
     return opt
 
 
-def _add_file(reader: Reader, path: Path, without: tuple[str, ...] = ()) -> None:
+def _add_file(parser: FlagParser, path: Path, exclude: tuple[str, ...] = ()) -> None:
     """Add the settings of a YAML file below those given so far."""
-    written = reader.yaml_file(path)
-    for name, _, source in written:
+    raw = parser.parse_yaml(path)
+    for name, _, source in raw:
         if name == "config":
             what = f"config: a config file cannot name another ({source})"
-            reader.problems.append((what, "put its lines here"))
-    if reader.values.keys() & set(MEMORY_NAMES):  # whichever name was used: it wins
-        without += MEMORY_NAMES
-    reader.add([line for line in written if line[0] not in without])
+            parser.problems.append((what, "put its lines here"))
+    if parser.values.keys() & set(MEMORY_ALIASES):  # whichever name was used: it wins
+        exclude += MEMORY_ALIASES
+    parser.add([line for line in raw if line[0] not in exclude])
 
 
-def _add_resumed(reader: Reader) -> None:
+def _add_resumed(parser: FlagParser) -> None:
     """Continue a run by its directory alone: its config.yaml is the base, and it goes on there."""
-    resume = reader.values.get("resume", "none")
+    resume = parser.values.get("resume", "none")
     if resume in ("none", "auto"):
         return
     directory = Path(resume) if os.path.isdir(resume) else Path(resume).parent
     if os.path.isfile(directory / "config.yaml"):
         # The checkpoint knows the epoch; milestones belong to a shape that may be another now.
-        replaced = ("milestones",) if "lrShape" in reader.values else ()
-        _add_file(reader, directory / "config.yaml", without=("epochNumber", *replaced))
-        reader.values.setdefault("save", str(directory))
+        replaced = ("milestones",) if "lrShape" in parser.values else ()
+        _add_file(parser, directory / "config.yaml", exclude=("epochNumber", *replaced))
+        parser.values.setdefault("save", str(directory))
 
 
 def settings(opt: Settings) -> dict[str, object]:
     """The settings that mean something here, as plain values in the order of the table."""
     network = ARCHITECTURES[opt.netType]
-    silent = {*WITHOUT_EFFECT, "optnet", "shareGradInput", *network.not_read}
+    unused = {*IGNORED_FLAGS, "optnet", "shareGradInput", *network.not_read}
     if opt.imagenetShape and network.basic_depths is not None:
-        silent.add("bottleneck")  # the depth decides
-    values = {name: getattr(opt, name) for name in FLAGS if name not in silent}
+        unused.add("bottleneck")  # the depth decides
+    values = {name: getattr(opt, name) for name in FLAGS if name not in unused}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def experiment(opt: Settings) -> dict[str, object]:
+def training_settings(opt: Settings) -> dict[str, object]:
     """The settings that decide what is learnt, without those of mere procedure."""
     return {name: value for name, value in settings(opt).items() if FLAGS[name].role}
 
 
-def procedure(opt: Settings) -> dict[str, object]:
+def shared_settings(opt: Settings) -> dict[str, object]:
     """The settings that all processes of a run must share: those that are of no one machine."""
-    of_a_machine = ("data", "nGPU", "nThreads", "config", "debug")
-    return {name: value for name, value in settings(opt).items() if name not in of_a_machine}
+    per_machine = ("data", "nGPU", "nThreads", "config", "debug")
+    return {name: value for name, value in settings(opt).items() if name not in per_machine}
 
 
-def as_yaml(opt: Settings, without: tuple[str, ...] = ("config", "printConfig")) -> str:
+def as_yaml(opt: Settings, exclude: tuple[str, ...] = ("config", "printConfig")) -> str:
     """The settings as a config file that `--config` accepts."""
     import yaml
 
     if "save" not in opt.given:  # it follows from the others, also when they are changed
-        without += ("save",)
-    plain = {name: value for name, value in settings(opt).items() if name not in without}
+        exclude += ("save",)
+    plain = {name: value for name, value in settings(opt).items() if name not in exclude}
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=1000)
 
 
-def differences(mine: dict, theirs: dict, role: str) -> list[tuple[str, str, str]]:
-    """Flags of `role` on which two `settings` disagree: (flag, mine, theirs).
+def differences(current: dict, saved: dict, role: str) -> list[tuple[str, str, str]]:
+    """Flags of `role` on which two `settings` disagree: (flag, current, saved).
 
-    Flags that my network does not read are left out: what theirs makes of them is no difference.
+    Flags that the current network does not read are left out.
     """
-    network = ARCHITECTURES[mine["netType"]]
-    read = [flag for flag in FLAGS.values() if network.reads(flag.name)]
-    names = [flag.name for flag in read if flag.role == role]
-    pairs = [(name, as_text(mine.get(name)), as_text(theirs.get(name))) for name in names]
+    network = ARCHITECTURES[current["netType"]]
+    used = [flag for flag in FLAGS.values() if network.reads(flag.name)]
+    names = [flag.name for flag in used if flag.role == role]
+    pairs = [(name, as_text(current.get(name)), as_text(saved.get(name))) for name in names]
     return [pair for pair in pairs if pair[1] != pair[2]]

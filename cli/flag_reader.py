@@ -9,29 +9,29 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli.flag_types import Flag, Problem, integers, nearest
+from cli.flag_types import Flag, Problem, closest_match, integers
 
-MAX_CONFIG = 2**14  # bytes; one with every flag has a tenth of it
+MAX_CONFIG_BYTES = 2**14  # bytes; one with every flag has a tenth of it
 
 
 @dataclass
-class Reader:
+class FlagParser:
     """The settings given so far and everything found wrong with them."""
 
     flags: dict[str, Flag]
     values: dict[str, object] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    unread: set[str] = field(default_factory=set)  # flags whose value is not what was meant
+    unparsed: set[str] = field(default_factory=set)  # flags whose value is not what was meant
 
-    def add(self, written: list[tuple[str, str, str]]) -> None:
+    def add(self, raw: list[tuple[str, str, str]]) -> None:
         """Add the (flag, text, source) of one origin; what an earlier origin gave stays."""
         earlier = set(self.values)
         seen: dict[str, str] = {}
-        for name, value, source in written:
+        for name, value, source in raw:
             if name not in self.flags:
-                near = nearest(name, list(self.flags))
-                self.unread |= {near} - {None}
-                fix = f"did you mean {near}?" if near else "see --help"
+                close = closest_match(name, list(self.flags))
+                self.unparsed |= {close} - {None}
+                fix = f"did you mean {close}?" if close else "see --help"
                 self.problems.append((f"unknown flag {name} ({source})", fix))
             elif name in seen:
                 self.problems.append(
@@ -41,31 +41,31 @@ class Reader:
                 self._set(self.flags[name], value, source)
             seen.setdefault(name, source)
 
-    def _set(self, flag: Flag, written: str, source: str) -> None:
+    def _set(self, flag: Flag, raw: str, source: str) -> None:
         try:
-            self.values[flag.name] = flag.read(written)
+            self.values[flag.name] = flag.parse(raw)
         except ValueError as error:
             what, fix, *meant = error.args
             if meant:  # so that the rules between flags are judged on what was meant
                 self.values[flag.name] = meant[0]
             else:
-                self.unread.add(flag.name)
+                self.unparsed.add(flag.name)
             self.problems.append((f"{flag.name}: {what} ({source})", fix))
 
-    def command_line(
-        self, argv: list[str], operands: list[str] | None = None
+    def parse_argv(
+        self, argv: list[str], positionals: list[str] | None = None
     ) -> list[tuple[str, str, str]]:
         """`-name value`, `--name value` and `--name=value` as (name, value, source).
 
         Args:
-            operands: gets what is no flag and no flag's value; None: that is a problem.
+            positionals: gets what is no flag and no flag's value; None: that is a problem.
         """
-        written, rest = [], list(argv)
+        raw, rest = [], list(argv)
         while rest:
             token = rest.pop(0)
             match = re.fullmatch(r"--?([A-Za-z]\w*)(?:=(.*))?", token, re.DOTALL)
-            if not match and operands is not None and not token.startswith("-"):
-                operands.append(token)
+            if not match and positionals is not None and not token.startswith("-"):
+                positionals.append(token)
                 continue
             if not match:
                 fix = "write --flag VALUE; see --help"
@@ -73,16 +73,16 @@ class Reader:
                 continue
             name, value = match.groups()
             if value is None:
-                bare = self.flags[name].bare if name in self.flags else None
+                const = self.flags[name].const if name in self.flags else None
                 takes_next = bool(rest) and _is_value(rest[0])
-                if takes_next and (bare is None or rest[0] in ("true", "false")):
+                if takes_next and (const is None or rest[0] in ("true", "false")):
                     value = rest.pop(0)
                 else:
-                    value = bare or ""
-            written.append((name, value, "command line"))
-        return written
+                    value = const or ""
+            raw.append((name, value, "command line"))
+        return raw
 
-    def yaml_file(self, path: Path) -> list[tuple[str, str, str]]:
+    def parse_yaml(self, path: Path) -> list[tuple[str, str, str]]:
         """The flags of a YAML file, each scalar as the very text that was written.
 
         The file is composed and never constructed: no tag is acted on, `1e-4` stays `1e-4`, and
@@ -93,49 +93,51 @@ class Reader:
         example = "write one `flag: value` a line"
         try:
             with open(path, "rb") as file:
-                content = file.read(MAX_CONFIG + 1)
-            if len(content) > MAX_CONFIG:
-                raise OSError(errno.EFBIG, f"more than {MAX_CONFIG} bytes")
+                content = file.read(MAX_CONFIG_BYTES + 1)
+            if len(content) > MAX_CONFIG_BYTES:
+                raise OSError(errno.EFBIG, f"more than {MAX_CONFIG_BYTES} bytes")
             root = yaml.compose(content.decode("utf-8-sig"), yaml.BaseLoader)
         except OSError as error:
             what = f"cannot read config {path}: {error.strerror}"
             self.problems.append((what, "name a readable YAML file"))
-            self.unread |= self.flags.keys()
+            self.unparsed |= self.flags.keys()
             return []
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}, line {mark.line + 1}" if mark else str(path)
             reason = getattr(error, "problem", None) or type(error).__name__
             self.problems.append((f"not YAML: {reason} ({where})", example))
-            self.unread |= self.flags.keys()
+            self.unparsed |= self.flags.keys()
             return []
         if not isinstance(root, yaml.MappingNode) or root.tag != "tag:yaml.org,2002:map":
             self.problems.append((f"config {path} holds no settings", example))
             return []
-        written = []
+        raw = []
         for key, value in root.value:
             source = f"{path}, line {key.start_mark.line + 1}"
             if key.value == "paper":  # the claim that the run is to reproduce; no flag
                 continue
-            if not _is_plain(key):
+            if not _is_plain_scalar(key):
                 self.problems.append((f"a key that is no flag ({source})", example))
                 continue
             flag = self.flags.get(key.value)
-            scalars = value.value if flag and flag.kind is integers and _is_list(value) else [value]
-            if flag and not all(map(_is_plain, scalars)):
+            scalars = (
+                value.value if flag and flag.type is integers and _is_plain_list(value) else [value]
+            )
+            if flag and not all(map(_is_plain_scalar, scalars)):
                 self.problems.append((f"{key.value} has no plain value ({source})", example))
                 continue
             listed = ",".join(str(node.value) for node in scalars) if flag and scalars else "[]"
-            written.append((key.value, listed, source))
-        return written
+            raw.append((key.value, listed, source))
+        return raw
 
 
-def _is_plain(node) -> bool:
+def _is_plain_scalar(node) -> bool:
     """Whether a YAML node is a scalar without a tag of its own."""
     return isinstance(node.value, str) and node.tag == "tag:yaml.org,2002:str"
 
 
-def _is_list(node) -> bool:
+def _is_plain_list(node) -> bool:
     """Whether a YAML node is a list without a tag of its own."""
     return isinstance(node.value, list) and node.tag == "tag:yaml.org,2002:seq"
 

@@ -12,35 +12,35 @@ Problem = tuple[str, str]  # (what is wrong, how to mend it)
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A type of value: what it is called in a message, and how its text is read."""
+class FlagType:
+    """A type of value: its description in messages, and how its text is converted."""
 
-    called: str
+    description: str
     convert: Callable[[str], object]
 
 
-def _whole(text: str) -> int:
+def _parse_int(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,40}", text):
         raise ValueError
     return int(text)
 
 
-def _whole_list(text: str) -> list[int]:
-    return [] if text == "[]" else [_whole(part.strip()) for part in text.split(",")]
+def _parse_int_list(text: str) -> list[int]:
+    return [] if text == "[]" else [_parse_int(part.strip()) for part in text.split(",")]
 
 
-def _fraction(text: str) -> float:
+def _parse_float(text: str) -> float:
     if "_" in text or not text.isascii() or text != text.strip():  # which float() would take
         raise ValueError
     return float(text)
 
 
-text = Kind("text", str)
-integer = Kind("a whole number", _whole)
-integers = Kind("whole numbers with commas between", _whole_list)
-number = Kind("a number", _fraction)
-level = Kind("a level or auto", lambda text: text if text == "auto" else _whole(text))
-boolean = Kind("true or false", {"true": True, "false": False}.__getitem__)
+text = FlagType("text", str)
+integer = FlagType("a whole number", _parse_int)
+integers = FlagType("whole numbers with commas between", _parse_int_list)
+number = FlagType("a number", _parse_float)
+level = FlagType("a level or auto", lambda text: text if text == "auto" else _parse_int(text))
+boolean = FlagType("true or false", {"true": True, "false": False}.__getitem__)
 
 
 class Settings(SimpleNamespace):
@@ -71,7 +71,7 @@ class Range:
         return " and ".join([low] * (self.low > -math.inf) + [high] * (self.high < math.inf))
 
 
-AT_LEAST_0 = Range(low=0)
+NON_NEGATIVE = Range(low=0)
 AT_LEAST_1 = Range(low=1)
 POSITIVE = Range(low=0, low_open=True)
 
@@ -81,59 +81,59 @@ class Flag:
     """One option.
 
     Args:
-        default: None means that the dataset or another flag decides; `note` then says how.
-        role: what resuming makes of a difference: "model" is another network (an error), "course"
-            another course of training (an error unless --override true), "length" longer or
-            shorter training (an error if shorter), "" no matter.
-        bare: the value when the flag stands alone on a command line.
+        default: None means that the dataset or another flag decides; `default_note` then says how.
+        role: what resuming makes of a difference: "model" is another network (an error),
+            "training" another course of training (an error unless --override true), "duration"
+            longer or shorter training (an error if shorter), "" no matter.
+        const: the value when the flag stands alone on a command line.
     """
 
     name: str
-    kind: Kind
+    type: FlagType
     default: object
     help: str
-    note: str = ""
+    default_note: str = ""
     choices: tuple = ()
     range: Range | None = None
     role: str = ""
-    bare: str | None = None
+    const: str | None = None
 
-    def read(self, written: str) -> object:
+    def parse(self, raw: str) -> object:
         """The value of a text.
 
         Raises:
             ValueError: what is wrong, what to do, and the choice that was probably meant if any.
         """
-        if not written:
+        if not raw:
             raise ValueError("has no value", f"give {self._expected()}")
-        shown = repr(written) if len(written) <= 60 else repr(written[:60]) + "..."
+        shown = repr(raw) if len(raw) <= 60 else repr(raw[:60]) + "..."
         try:
-            value = self.kind.convert(written)
+            value = self.type.convert(raw)
         except (ValueError, KeyError):
             raise ValueError(
-                f"{shown} is not {self.kind.called}", f"use {self._expected()}"
+                f"{shown} is not {self.type.description}", f"use {self._expected()}"
             ) from None
         if self.choices and value not in self.choices:
-            known, near = ", ".join(map(str, self.choices)), self._nearest_choice(value)
-            raise ValueError(f"{shown} is not one of {known}", f"use {near}", near)
+            known, close = ", ".join(map(str, self.choices)), self._closest_choice(value)
+            raise ValueError(f"{shown} is not one of {known}", f"use {close}", close)
         for item in value if isinstance(value, list) else [value]:
             if self.range and item not in self.range:
                 raise ValueError(f"{shown} is out of range", f"use {self._expected()}")
         return value
 
-    def _nearest_choice(self, value: object) -> object:
+    def _closest_choice(self, value: object) -> object:
         if isinstance(value, str):
-            return nearest(value, self.choices) or self.choices[0]
+            return closest_match(value, self.choices) or self.choices[0]
         numbers = [choice for choice in self.choices if not isinstance(choice, str)]
         return min(numbers, key=lambda choice: abs(choice - value))
 
     def _expected(self) -> str:
         if self.choices:
             return " or ".join(map(str, self.choices))
-        return f"{self.kind.called} {self.range}" if self.range else self.kind.called
+        return f"{self.type.description} {self.range}" if self.range else self.type.description
 
 
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str | None:
+def closest_match(name: str, known: list[str] | tuple[str, ...]) -> str | None:
     """The member of `known` that is spelt most like `name`, None when nothing is like it."""
     folded = {word.lower(): word for word in known}
     found = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
@@ -156,7 +156,7 @@ def help_text(usage: str, groups: dict[str, list[Flag]]) -> str:
         lines += ["", f"{title}:"]
         for flag in flags:
             choices = f" ({' | '.join(map(str, flag.choices))})" if flag.choices else ""
-            meaning = f"{flag.help}{choices} [{flag.note or as_text(flag.default)}]"
+            meaning = f"{flag.help}{choices} [{flag.default_note or as_text(flag.default)}]"
             first, *more = textwrap.wrap(meaning, 78)
             lines += [f"  --{flag.name:<16} {first}", *(f"{'':21}{line}" for line in more)]
     return "\n".join(lines)

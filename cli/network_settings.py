@@ -1,7 +1,7 @@
 """Depth arithmetic: the depths that each network can have, the blocks that they give, its widths.
 
 The functions read the resolved settings, `opt`, as far as they stand when they are called. Only
-`resolve`, which is called while they are made, writes into them.
+`apply_defaults`, which is called while they are made, writes into them.
 """
 
 import math
@@ -16,7 +16,7 @@ def architecture(opt: SimpleNamespace) -> Architecture:
     return ARCHITECTURES[opt.netType]
 
 
-def resolve(opt: SimpleNamespace) -> None:
+def apply_defaults(opt: SimpleNamespace) -> None:
     """Give `opt` the depth and widths that are not given, and `stages`, the blocks of each stage.
 
     A stage of a DenseNet is a dense block, and what is counted are its layers. Flags that the
@@ -26,22 +26,22 @@ def resolve(opt: SimpleNamespace) -> None:
     vars(opt).update(network.not_read)
     if network.shortcuts and opt.shortcutType is None:
         opt.shortcutType = network.shortcuts[is_imagenet]
-    own = _own_stages(opt)
+    custom = _custom_stages(opt)
     if opt.depth is None:
-        opt.depth = _counted(opt, own) if any(own) else network.depths[is_imagenet]
+        opt.depth = _depth_of(opt, custom) if any(custom) else network.depths[is_imagenet]
     if is_imagenet and network.basic_depths is not None:
         opt.bottleneck = opt.depth not in network.basic_depths
     elif not network.reads("bottleneck"):
         opt.bottleneck = False
     if is_imagenet:
-        opt.stages = own if any(own) else network.imagenet_stages.get(opt.depth, ())
+        opt.stages = custom if any(custom) else network.imagenet_stages.get(opt.depth, ())
     else:
-        opt.stages = ((opt.depth - network.layers_outside) // _step(opt),) * 3
+        opt.stages = ((opt.depth - network.layers_outside) // _depth_step(opt),) * 3
     if network.reads("growthRate"):
-        _resolve_widths(opt, network)
+        _apply_width_defaults(opt, network)
 
 
-def _resolve_widths(opt: SimpleNamespace, network: Architecture) -> None:
+def _apply_width_defaults(opt: SimpleNamespace, network: Architecture) -> None:
     if opt.growthRate is None:
         is_wide = opt.depth in network.wide_depths
         opt.growthRate = (48 if is_wide else 32) if opt.imagenetShape else 12
@@ -50,29 +50,29 @@ def _resolve_widths(opt: SimpleNamespace, network: Architecture) -> None:
         opt.initChannels = 2 * opt.growthRate if wide else 16
 
 
-def name(opt: SimpleNamespace) -> str:
+def network_name(opt: SimpleNamespace) -> str:
     """The network in a run's name: `densenet-BC-L100-k12`, `resnet-L110`, `preresnet-L164-B`."""
     network = architecture(opt)
     if network.shortcuts:
-        usual = network.shortcuts[opt.imagenetShape]
-        shortcut = "" if opt.shortcutType == usual else f"-{opt.shortcutType}"
+        default_shortcut = network.shortcuts[opt.imagenetShape]
+        shortcut = "" if opt.shortcutType == default_shortcut else f"-{opt.shortcutType}"
         is_basic = network.reads("bottleneck") and not opt.imagenetShape and not opt.bottleneck
         return f"{opt.netType}-L{opt.depth}{shortcut}{'-basic' if is_basic else ''}"
-    form = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
-    return f"{opt.netType}{form.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
+    variant = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
+    return f"{opt.netType}{variant.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
 
 
 def problems(opt: SimpleNamespace) -> list[Problem]:
-    """What is impossible about the depth or the widths of resolved settings."""
-    found = _check_large(opt) if opt.imagenetShape else _check_small(opt)
+    """What is impossible about the depth or the widths of settings with their defaults."""
+    found = _check_imagenet(opt) if opt.imagenetShape else _check_cifar(opt)
     return found or _check_widths(opt)
 
 
 def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
     """What the user should know about the network, though it stops nothing."""
     found, network = [], architecture(opt)
-    is_usual = opt.depth == network.depths[opt.imagenetShape]
-    if _is_basic_elsewhere(opt) and "bottleneck" not in given and not is_usual:
+    is_default_depth = opt.depth == network.depths[opt.imagenetShape]
+    if _is_basic_in_lua(opt) and "bottleneck" not in given and not is_default_depth:
         basic_blocks = (opt.depth - network.layers_outside) // network.layers_per_block[False]
         found.append(
             f"{opt.netType} of depth {opt.depth} has {sum(opt.stages)} bottlenecks; "
@@ -86,42 +86,42 @@ def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
     return found
 
 
-def _own_stages(opt: SimpleNamespace) -> tuple[int, ...]:
-    """The stages of one's own; all 0 where there are none, or none that would count."""
-    own = opt.imagenetShape and architecture(opt).reads("d1")
-    return (opt.d1, opt.d2, opt.d3, opt.d4) if own else (0, 0, 0, 0)
+def _custom_stages(opt: SimpleNamespace) -> tuple[int, ...]:
+    """The stages that --d1 to --d4 give; all 0 without them, or where they do not count."""
+    custom = opt.imagenetShape and architecture(opt).reads("d1")
+    return (opt.d1, opt.d2, opt.d3, opt.d4) if custom else (0, 0, 0, 0)
 
 
-def _counted(opt: SimpleNamespace, stages: tuple[int, ...]) -> int:
+def _depth_of(opt: SimpleNamespace, stages: tuple[int, ...]) -> int:
     """The layers of a DenseNet with these stages at the ImageNet shape."""
     return architecture(opt).layers_per_block[opt.bottleneck] * sum(stages) + 5
 
 
-def _step(opt: SimpleNamespace) -> int:
+def _depth_step(opt: SimpleNamespace) -> int:
     """The layers that one more block in each of three stages adds."""
     return 3 * architecture(opt).layers_per_block[opt.bottleneck]
 
 
-def _check_small(opt: SimpleNamespace) -> list[Problem]:
+def _check_cifar(opt: SimpleNamespace) -> list[Problem]:
     """The CIFAR shape: three stages of equal length."""
     network, found = architecture(opt), []
-    step, outside = _step(opt), network.layers_outside
+    step, outside = _depth_step(opt), network.layers_outside
     n, rest = divmod(opt.depth - outside, step)
     if any((opt.d1, opt.d2, opt.d3, opt.d4)):
         what = f"d1 to d4 have no effect at {opt.imageSize} pixels"
         found = [(what, "use --depth, or an imageSize above 64")]
     if rest or n < 1:
         low = step * max(n, 1) + outside
-        near = f"{low}" if n < 1 else f"{low} or {low + step}"
-        form = "with bottleneck" if opt.bottleneck else "without bottleneck"
-        form = form if network.reads("bottleneck") else opt.netType
-        what = f"depth: {opt.depth} is not {step}n + {outside} ({form})"
-        basic = ", or --bottleneck false" if _is_basic_elsewhere(opt) else ""
-        found.append((what, f"use {near}{basic}"))
+        close = f"{low}" if n < 1 else f"{low} or {low + step}"
+        variant = "with bottleneck" if opt.bottleneck else "without bottleneck"
+        variant = variant if network.reads("bottleneck") else opt.netType
+        what = f"depth: {opt.depth} is not {step}n + {outside} ({variant})"
+        basic = ", or --bottleneck false" if _is_basic_in_lua(opt) else ""
+        found.append((what, f"use {close}{basic}"))
     return found
 
 
-def _is_basic_elsewhere(opt: SimpleNamespace) -> bool:
+def _is_basic_in_lua(opt: SimpleNamespace) -> bool:
     """Whether fb.resnet.torch would build a residual network of basic blocks at this depth."""
     network = architecture(opt)
     if not network.shortcuts or opt.imagenetShape or not opt.bottleneck:
@@ -130,21 +130,21 @@ def _is_basic_elsewhere(opt: SimpleNamespace) -> bool:
     return inside > 0 and inside % (3 * network.layers_per_block[False]) == 0
 
 
-def _check_large(opt: SimpleNamespace) -> list[Problem]:
+def _check_imagenet(opt: SimpleNamespace) -> list[Problem]:
     """The ImageNet shape: one of the known depths, or stages of one's own."""
-    own, network = _own_stages(opt), architecture(opt)
+    custom, network = _custom_stages(opt), architecture(opt)
     known = network.imagenet_stages
-    if any(own):
-        if not all(own):
+    if any(custom):
+        if not all(custom):
             return [("d1 to d4: not all four are given", "give layers for all four blocks")]
-        named = known.get(opt.depth, opt.stages)
-        if named != opt.stages and opt.depth != _counted(opt, opt.stages):
-            stages = f"{as_text(named)}, d1 to d4 say {as_text(opt.stages)}"
+        standard = known.get(opt.depth, opt.stages)
+        if standard != opt.stages and opt.depth != _depth_of(opt, opt.stages):
+            stages = f"{as_text(standard)}, d1 to d4 say {as_text(opt.stages)}"
             return [(f"depth {opt.depth} has blocks of {stages}", "leave out depth or d1 to d4")]
     elif opt.depth not in known:
-        near = min(known, key=lambda depth: abs(depth - opt.depth))
+        close = min(known, key=lambda depth: abs(depth - opt.depth))
         what = f"depth: {opt.depth} is not one of {', '.join(map(str, known))}"
-        fix = f"use {near}, or give d1 to d4" if network.reads("d1") else f"use {near}"
+        fix = f"use {close}, or give d1 to d4" if network.reads("d1") else f"use {close}"
         return [(what, fix)]
     return []
 

@@ -8,7 +8,7 @@ from datasets.registry import DATASETS
 from errors import CheckpointError, DataError, StorageError
 
 
-def check_here() -> None:
+def check_working_directory() -> None:
     """Raise StorageError when the current directory is gone: MKL cannot be loaded in such a one."""
     try:
         os.getcwd()

@@ -65,7 +65,7 @@ def _settings_of(state: dict) -> dict[str, object]:
     flags, given = opts.FLAGS, state["settings"]
     try:
         known = [flag for flag in flags.values() if flag.name in given]
-        read = {flag.name: flag.read(opts.as_text(given[flag.name])) for flag in known}
+        read = {flag.name: flag.parse(opts.as_text(given[flag.name])) for flag in known}
         statistics = [*state["data"]["mean"], *state["data"]["std"], read["nEpochs"]]
         if len(statistics) != 7 or not all(map(math.isfinite, statistics)):
             raise ValueError("mean and std")
@@ -161,7 +161,7 @@ def check(opt: Settings, state: dict, warn: Callable[[str], None]) -> Continued:
     check_network(opt, state)
     theirs = state["settings"]
     opt = opt.replace(**_of_the_start(opt, theirs, warn), **_schedule_to_keep(opt, theirs, warn))
-    changed = opts.differences(opts.settings(opt), theirs, "course")
+    changed = opts.differences(opts.settings(opt), theirs, "training")
     if opt.nEpochs < theirs["nEpochs"]:
         changed.append(("nEpochs", str(opt.nEpochs), str(theirs["nEpochs"])))
     words = [f"{name} {now}, was {before or 'not set'}" for name, now, before in changed]

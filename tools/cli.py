@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flag_reader import Reader
+from cli.flag_reader import FlagParser
 from cli.flag_types import Flag, help_text
 from errors import RunError, UsageError
 
@@ -51,17 +51,17 @@ def read(
         UsageError: every problem of the flags at once.
     """
     others = opts.FLAGS.keys() - flags.keys() if network else set()
-    reader = Reader(flags | {name: opts.FLAGS[name] for name in others})
+    parser = FlagParser(flags | {name: opts.FLAGS[name] for name in others})
     found: list[str] | None = [] if operands else None
-    written = reader.command_line(argv, found)
-    reader.add([flag for flag in written if flag[0] not in others])
-    problems = reader.problems
+    raw = parser.parse_argv(argv, found)
+    parser.add([flag for flag in raw if flag[0] not in others])
+    problems = parser.problems
     if operands and len(found) < least:
         problems.insert(0, (f"no {operands}", f"name at least one {operands}"))
     if problems:
         raise UsageError.of(problems)
-    values = {name: flag.default for name, flag in flags.items()} | reader.values
-    passed_on = [f"--{name}={value}" for name, value, _ in written if name in others]
+    values = {name: flag.default for name, flag in flags.items()} | parser.values
+    passed_on = [f"--{name}={value}" for name, value, _ in raw if name in others]
     return Command(SimpleNamespace(**values), found or [], passed_on)
 
 

@@ -6,18 +6,18 @@ import tracemalloc
 import pytest
 import yaml
 
-from cli.flag_reader import Reader
+from cli.flag_reader import FlagParser
 from cli.flag_types import (
-    AT_LEAST_0,
     AT_LEAST_1,
+    NON_NEGATIVE,
     POSITIVE,
     Flag,
     Range,
     as_text,
     boolean,
+    closest_match,
     integer,
     integers,
-    nearest,
     number,
     text,
 )
@@ -34,7 +34,7 @@ FLAGS = {
         Flag("shape", text, "multistep", "", choices=("multistep", "cosine")),
         Flag("level", integer, 0, "", choices=(0, 1)),
         Flag("cuts", integers, None, "", range=AT_LEAST_1),
-        Flag("show", boolean, False, "", bare="true"),
+        Flag("show", boolean, False, "", const="true"),
     )
 }
 # Scalars that YAML's own rules, or Python's, would turn into something else.
@@ -44,22 +44,22 @@ TRICKY = (
 )
 
 
-def from_line(*argv: str) -> Reader:
-    reader = Reader(FLAGS)
-    reader.add(reader.command_line(list(argv)))
-    return reader
+def from_line(*argv: str) -> FlagParser:
+    parser = FlagParser(FLAGS)
+    parser.add(parser.parse_argv(list(argv)))
+    return parser
 
 
 @pytest.fixture
 def from_yaml(tmp_path):
-    def read(content: str | bytes) -> Reader:
+    def read(content: str | bytes) -> FlagParser:
         path = tmp_path / "c.yaml"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        reader = Reader(FLAGS)
-        reader.add(reader.yaml_file(path))
-        for what, fix in reader.problems:
+        parser = FlagParser(FLAGS)
+        parser.add(parser.parse_yaml(path))
+        for what, fix in parser.problems:
             assert what and fix
-        return reader
+        return parser
 
     return read
 
@@ -78,9 +78,9 @@ def from_yaml(tmp_path):
     ],
 )
 def test_every_spelling_gives_the_same_values(argv):
-    reader = from_line(*argv)
-    assert reader.values == {"depth": 40, "on": False}
-    assert reader.problems == []
+    parser = from_line(*argv)
+    assert parser.values == {"depth": 40, "on": False}
+    assert parser.problems == []
 
 
 @pytest.mark.parametrize("value", ["-0.1", "-1", "-.5", "-inf", "-nan"])
@@ -91,9 +91,9 @@ def test_a_negative_number_is_a_value_and_not_the_next_flag(value):
 
 
 def test_a_flag_that_another_flag_follows_has_no_value():
-    reader = from_line("--on", "--depth", "3", "--rate=", "-name")
-    assert reader.values == {"depth": 3}
-    assert reader.problems == [
+    parser = from_line("--on", "--depth", "3", "--rate=", "-name")
+    assert parser.values == {"depth": 3}
+    assert parser.problems == [
         ("on: has no value (command line)", "give true or false"),
         ("rate: has no value (command line)", "give a number above 0"),
         ("name: has no value (command line)", "give text"),
@@ -111,9 +111,9 @@ def test_a_flag_that_another_flag_follows_has_no_value():
     ],
 )
 def test_a_flag_may_stand_alone_only_where_the_table_says_so(argv, shown):
-    reader = from_line(*argv)
-    assert reader.values["show"] is shown
-    assert reader.problems == []
+    parser = from_line(*argv)
+    assert parser.values["show"] is shown
+    assert parser.problems == []
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_values_keep_every_character():
 
 
 @pytest.mark.parametrize(
-    ("written", "fix"),
+    ("raw", "fix"),
     [
         ("dept", "did you mean depth?"),
         ("DEPTH", "did you mean depth?"),
@@ -139,29 +139,29 @@ def test_values_keep_every_character():
         ("qqqqqq", "see --help"),
     ],
 )
-def test_an_unknown_or_shortened_flag_names_the_nearest(written, fix):
-    reader = from_line(f"--{written}", "3")
-    assert reader.values == {}
-    assert reader.problems == [(f"unknown flag {written} (command line)", fix)]
+def test_an_unknown_or_shortened_flag_names_the_nearest(raw, fix):
+    parser = from_line(f"--{raw}", "3")
+    assert parser.values == {}
+    assert parser.problems == [(f"unknown flag {raw} (command line)", fix)]
 
 
 def test_a_flag_given_twice_is_refused_even_with_equal_values():
-    reader = from_line("-depth", "3", "--depth=3")
-    assert reader.problems == [("depth is given twice (command line; command line)", "keep one")]
+    parser = from_line("-depth", "3", "--depth=3")
+    assert parser.problems == [("depth is given twice (command line; command line)", "keep one")]
 
 
 def test_what_an_earlier_origin_gave_stays():
-    reader = from_line("--depth", "3")
-    reader.add([("depth", "5", "later"), ("rate", "2", "later")])
-    assert reader.values == {"depth": 3, "rate": 2.0}
-    assert reader.problems == []
+    parser = from_line("--depth", "3")
+    parser.add([("depth", "5", "later"), ("rate", "2", "later")])
+    assert parser.values == {"depth": 3, "rate": 2.0}
+    assert parser.problems == []
 
 
 # --------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
-    ("flag", "written", "value"),
+    ("flag", "raw", "value"),
     [
         ("depth", "40", 40),
         ("depth", "+40", 40),
@@ -181,14 +181,14 @@ def test_what_an_earlier_origin_gave_stays():
         ("cuts", "[]", []),
     ],
 )
-def test_a_text_is_read_as_its_flags_type(flag, written, value):
-    read = FLAGS[flag].read(written)
+def test_a_text_is_read_as_its_flags_type(flag, raw, value):
+    read = FLAGS[flag].parse(raw)
     assert read == value
     assert type(read) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("flag", "written", "what", "fix"),
+    ("flag", "raw", "what", "fix"),
     [
         ("depth", "4.0", "'4.0' is not a whole number", "use a whole number of at least 1"),
         ("depth", "1e2", "'1e2' is not a whole number", "use a whole number of at least 1"),
@@ -211,31 +211,31 @@ def test_a_text_is_read_as_its_flags_type(flag, written, value):
         ("cuts", "5,0", "'5,0' is out of range", "of at least 1"),
     ],
 )
-def test_a_wrong_value_is_shown_with_what_would_be_right(flag, written, what, fix):
+def test_a_wrong_value_is_shown_with_what_would_be_right(flag, raw, what, fix):
     with pytest.raises(ValueError) as caught:
-        FLAGS[flag].read(written)
+        FLAGS[flag].parse(raw)
     assert what in caught.value.args[0]
     assert fix in caught.value.args[1]
 
 
-@pytest.mark.parametrize("written", ["1_0", " 1", "1 ", "\u0661", "1\n"])
-def test_numbers_are_plain_digits_for_fractions_as_for_whole_numbers(written):
+@pytest.mark.parametrize("raw", ["1_0", " 1", "1 ", "\u0661", "1\n"])
+def test_numbers_are_plain_digits_for_fractions_as_for_whole_numbers(raw):
     for flag in ("depth", "rate"):
         with pytest.raises(ValueError) as caught:
-            FLAGS[flag].read(written)
+            FLAGS[flag].parse(raw)
         assert "is not a" in caught.value.args[0], flag
 
 
 def test_a_long_value_is_cut_in_its_message():
     with pytest.raises(ValueError) as caught:
-        FLAGS["depth"].read("x" * 10_000)
+        FLAGS["depth"].parse("x" * 10_000)
     assert len(caught.value.args[0]) < 100
 
 
 @pytest.mark.parametrize(
     ("interval", "inside", "outside", "words"),
     [
-        (AT_LEAST_0, [0, 5], [-1, float("inf"), float("nan")], "of at least 0"),
+        (NON_NEGATIVE, [0, 5], [-1, float("inf"), float("nan")], "of at least 0"),
         (POSITIVE, [1e-300], [0, -1], "above 0"),
         (Range(0, 1, low_open=True), [1e-9, 1], [0, 1.5], "above 0 and of at most 1"),
         (Range(0, 1, high_open=True), [0, 0.99], [1, -0.1], "of at least 0 and below 1"),
@@ -253,7 +253,7 @@ def test_a_range_says_what_it_holds(interval, inside, outside, words):
     [("growthrate", "growthRate"), ("lr", "LR"), ("netype", "netType"), ("zzz", None), ("", None)],
 )
 def test_nearest_ignores_case_and_forgives_a_slip(name, found):
-    assert nearest(name, ["growthRate", "LR", "netType"]) == found
+    assert closest_match(name, ["growthRate", "LR", "netType"]) == found
 
 
 @pytest.mark.parametrize(
@@ -261,16 +261,16 @@ def test_nearest_ignores_case_and_forgives_a_slip(name, found):
     [("depth", 3), ("rate", 1e-4), ("on", False), ("cuts", [1, 2]), ("cuts", []), ("name", "x")],
 )
 def test_a_setting_as_text_reads_as_itself(flag, value):
-    assert FLAGS[flag].read(as_text(value)) == value
+    assert FLAGS[flag].parse(as_text(value)) == value
 
 
 # ------------------------------------------------------------------------------------------ YAML
 
 
-@pytest.mark.parametrize("written", TRICKY.split())
-def test_yaml_means_what_the_command_line_means(written, from_yaml):
+@pytest.mark.parametrize("raw", TRICKY.split())
+def test_yaml_means_what_the_command_line_means(raw, from_yaml):
     for flag in FLAGS:
-        line, file = from_line(f"--{flag}={written}"), from_yaml(f"{flag}: {written}\n")
+        line, file = from_line(f"--{flag}={raw}"), from_yaml(f"{flag}: {raw}\n")
         assert file.values == line.values, flag
         without_source = [[what.split(" (")[0] for what, _ in r.problems] for r in (line, file)]
         assert without_source[0] == without_source[1]
@@ -298,9 +298,9 @@ def test_yaml_alone_would_have_meant_something_else():
     ],
 )
 def test_a_yaml_file_is_read(content, values, from_yaml):
-    reader = from_yaml(content)
-    assert reader.values == values
-    assert reader.problems == []
+    parser = from_yaml(content)
+    assert parser.values == values
+    assert parser.problems == []
 
 
 def test_a_key_given_twice_is_shown_with_both_lines(from_yaml, tmp_path):
@@ -351,20 +351,20 @@ def test_every_problem_of_a_file_is_found(from_yaml):
     ids=lambda value: repr(value)[:24],
 )
 def test_a_file_that_holds_no_settings_is_one_problem(content, what, from_yaml):
-    reader = from_yaml(content)
-    ((found, fix),) = reader.problems
+    parser = from_yaml(content)
+    ((found, fix),) = parser.problems
     assert what in found
     assert "c.yaml" in found
     assert fix == "write one `flag: value` a line"
-    assert reader.values == {}
+    assert parser.values == {}
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", ".", "x" * 300, "c.yaml/c.yaml"])
 def test_a_file_that_cannot_be_read_is_one_problem(name, tmp_path):
     (tmp_path / "c.yaml").touch()
-    reader = Reader(FLAGS)
-    assert reader.yaml_file(tmp_path / name) == []
-    ((what, fix),) = reader.problems
+    parser = FlagParser(FLAGS)
+    assert parser.parse_yaml(tmp_path / name) == []
+    ((what, fix),) = parser.problems
     assert what.startswith(f"cannot read config {tmp_path / name}: ")
     assert fix == "name a readable YAML file"
 
@@ -382,9 +382,9 @@ def test_a_file_that_cannot_be_read_is_one_problem(name, tmp_path):
     ],
 )
 def test_a_structure_where_one_value_belongs_is_refused(content, from_yaml):
-    reader = from_yaml(content)
-    assert reader.values == {}
-    assert len(reader.problems) == 1
+    parser = from_yaml(content)
+    assert parser.values == {}
+    assert len(parser.problems) == 1
 
 
 @pytest.mark.parametrize(
@@ -402,10 +402,10 @@ def test_a_structure_where_one_value_belongs_is_refused(content, from_yaml):
 def test_a_python_tag_is_refused_and_runs_nothing(payload, from_yaml, tmp_path):
     marker = tmp_path / "marker"
     payload = payload.format(marker=marker)
-    reader = from_yaml(payload)
+    parser = from_yaml(payload)
     assert not marker.exists()
-    assert len(reader.problems) == 1
-    assert reader.values == {}
+    assert len(parser.problems) == 1
+    assert parser.values == {}
     # The twin: a reader that trusts tags does run this payload.
     with contextlib.suppress(yaml.YAMLError):
         yaml.unsafe_load(payload)
@@ -424,12 +424,12 @@ def test_an_alias_bomb_costs_no_memory(last, from_yaml):
     bomb = "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 15))
     tracemalloc.start()
     try:
-        reader = from_yaml(f"a0: &a0 [x, x]\n{bomb}{last}\n")
+        parser = from_yaml(f"a0: &a0 [x, x]\n{bomb}{last}\n")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert reader.values == {}
-    assert len(reader.problems) == 16
+    assert parser.values == {}
+    assert len(parser.problems) == 16
     assert peak < 2**20
 
 

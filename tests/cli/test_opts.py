@@ -271,9 +271,9 @@ def test_the_lua_command_line_runs_as_it_stands():
 def test_a_default_is_a_value_that_its_flag_takes(name):
     flag = opts.FLAGS[name]
     if flag.default is None:
-        assert flag.note  # or --help could not say what it is
+        assert flag.default_note  # or --help could not say what it is
     else:
-        assert flag.read(as_text(flag.default)) == flag.default
+        assert flag.parse(as_text(flag.default)) == flag.default
 
 
 # ----------------------------------------------------------------------------------- precedence
@@ -305,7 +305,7 @@ def test_resuming_a_directory_goes_on_there_with_the_settings_it_has(tmp_path):
 
 def test_the_same_lua_line_resumes_the_run_it_started(tmp_path):
     line = "-depth 40 -optnet true -dataset cifar10"
-    (tmp_path / "config.yaml").write_text(opts.as_yaml(parse(line), without=opts.OF_ONE_CALL))
+    (tmp_path / "config.yaml").write_text(opts.as_yaml(parse(line), exclude=opts.NOT_SAVED))
     assert parse(f"{line} --resume {tmp_path}").optMemory == 1
 
 
@@ -775,8 +775,8 @@ def test_only_the_first_process_needs_the_files_that_it_reads_for_all(tmp_path):
 def test_two_settings_are_compared_by_what_a_difference_means():
     mine, theirs = (opts.settings(parse(line)) for line in ("--LR 1", "--depth 40 --nThreads 7"))
     assert opts.differences(mine, theirs, "model") == [("depth", "100", "40")]
-    assert opts.differences(mine, theirs, "course") == [("LR", "1.0", "0.1")]
-    assert opts.differences(mine, mine, "course") == []
+    assert opts.differences(mine, theirs, "training") == [("LR", "1.0", "0.1")]
+    assert opts.differences(mine, mine, "training") == []
 
 
 def test_settings_of_an_older_densenet_are_no_difference_and_those_of_a_resnet_are():
@@ -802,9 +802,9 @@ def test_settings_of_an_older_densenet_are_no_difference_and_those_of_a_resnet_a
 
 
 def test_an_experiment_is_its_settings_without_the_procedure():
-    one, other = (opts.experiment(parse(f"--{name} 7")) for name in ("nThreads", "keep"))
+    one, other = (opts.training_settings(parse(f"--{name} 7")) for name in ("nThreads", "keep"))
     assert one == other
-    assert one != opts.experiment(parse("--manualSeed 7"))
+    assert one != opts.training_settings(parse("--manualSeed 7"))
 
 
 # ---------------------------------------------------------------------------- printConfig, --help
@@ -856,10 +856,10 @@ def test_printed_paths_read_back_whatever_they_hold(value, tmp_path):
 
 def test_a_runs_config_leaves_out_what_belongs_to_one_call():
     line = "--resume auto --debug true --override true --save s --depth 40"
-    written = opts.as_yaml(parse(line), without=opts.OF_ONE_CALL)
+    written = opts.as_yaml(parse(line), exclude=opts.NOT_SAVED)
     keys = [row.split(":")[0] for row in written.splitlines()]
     assert "depth" in keys
-    assert not set(opts.OF_ONE_CALL) & set(keys)
+    assert not set(opts.NOT_SAVED) & set(keys)
 
 
 def test_help_names_every_flag_in_its_group_with_its_meaning_and_default():
@@ -872,7 +872,7 @@ def test_help_names_every_flag_in_its_group_with_its_meaning_and_default():
         for flag, entry in zip(flags, entries, strict=True):
             words = " ".join(entry.split())
             assert flag.help in words
-            assert words.endswith(f"[{flag.note or as_text(flag.default)}]")
+            assert words.endswith(f"[{flag.default_note or as_text(flag.default)}]")
             assert all(str(choice) in words for choice in flag.choices)
 
 

@@ -20,7 +20,7 @@ HERE = Path()
 
 
 def create(*flags: str, rank: int = 0, size: int = 1) -> DataSplits:
-    opt = opts.parse([*flags, "--nThreads", "0"], launched=size)
+    opt = opts.parse([*flags, "--nThreads", "0"], world_size=size)
     return create_data(opt, process=Place(rank, size))
 
 

@@ -278,7 +278,7 @@ def test_hostile_configs_cost_little(tmp_path, measured):
 
 def cut(make) -> bytes:
     """As much of it as is read."""
-    return make()[: flag_reader.MAX_CONFIG]
+    return make()[: flag_reader.MAX_CONFIG_BYTES]
 
 
 def parse(path: Path) -> None:

@@ -34,7 +34,7 @@ def write_run(
     """
     path.mkdir(parents=True)
     opt = opts.parse(flags.split())
-    (path / "config.yaml").write_text(opts.as_yaml(opt, without=opts.OF_ONE_CALL))
+    (path / "config.yaml").write_text(opts.as_yaml(opt, exclude=opts.NOT_SAVED))
     records = [
         record(epoch, error, _rate(opt, epoch), **more)
         for epoch, error in enumerate(errors, start=1)

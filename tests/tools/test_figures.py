@@ -200,7 +200,7 @@ def write_run(root: Path, seed: int, error: float, name: str = "digits/densenet-
     settings = opts.parse(["--config", f"{ROOT}/configs/{name}.yaml", "--manualSeed", str(seed)])
     directory = root / f"{Path(name).name}-seed{seed}"
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(opts.as_yaml(settings, opts.OF_ONE_CALL))
+    (directory / "config.yaml").write_text(opts.as_yaml(settings, opts.NOT_SAVED))
     epochs = range(1, settings.nEpochs + 1)
     drops = [sum(epoch >= first for first in settings.milestones) for epoch in epochs]
     records = [record(epoch, 0.1 / 10**drop) for epoch, drop in zip(epochs, drops, strict=True)]

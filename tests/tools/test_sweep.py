@@ -149,7 +149,7 @@ def test_data_that_is_not_there_is_noticed_before_the_first_run(tmp_path, monkey
 
 def test_a_run_of_other_settings_is_not_started_and_counts_as_failed(table, fake, tmp_path):
     write_run(table[0], {"state": "done", "code": 0, "epoch": 3}, epochs(3))
-    theirs = opts.as_yaml(opts.parse([*table[0].flags, "--LR=0.3"]), without=opts.OF_ONE_CALL)
+    theirs = opts.as_yaml(opts.parse([*table[0].flags, "--LR=0.3"]), exclude=opts.NOT_SAVED)
     (table[0].save / "config.yaml").write_text(theirs)
     done = fake.sweep(table)
     assert len(done.ends) == 3 == len(fake.started())

@@ -25,8 +25,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flag_reader import Reader
-from cli.flag_types import AT_LEAST_0, AT_LEAST_1, Flag, Range, Settings, boolean, integer, integers
+from cli.flag_reader import FlagParser
+from cli.flag_types import (
+    AT_LEAST_1,
+    NON_NEGATIVE,
+    Flag,
+    Range,
+    Settings,
+    boolean,
+    integer,
+    integers,
+)
 from cli.flag_types import text as plain_text
 from errors import UsageError
 from fileio import atomic
@@ -46,11 +55,11 @@ FLAGS = {flag.name: flag for flag in (
     Flag("turns", integer, None, "turns of each contestant that count: one step on the CPU, five "
          "on CUDA", "30 on CUDA, else 5", range=Range(low=2)),
     Flag("warmUp", integer, None, "turns before them that do not", "10 on CUDA, else 2",
-         range=AT_LEAST_0),
+         range=NON_NEGATIVE),
     Flag("compile", boolean, True, "take torch.compile in, which needs minutes and a C++ compiler"),
     Flag("rss", boolean, True, "on the CPU: peak memory of a process of its own per contestant"),
     Flag("trainer", boolean, False, "beside each channels-last, eager contestant of this project: "
-         "main.py's trainer with the same network, which also loads and augments", bare="true"),
+         "main.py's trainer with the same network, which also loads and augments", const="true"),
     Flag("depths", integers, None, "instead: how time and memory grow over these depths, eager and "
          "channels-last", "one depth", range=AT_LEAST_1),
     Flag("csv", plain_text, None, "file to write, or none",
@@ -88,12 +97,12 @@ def parse(argv: list[str]) -> Request:
     Raises:
         UsageError: every problem of the flags at once.
     """
-    reader = Reader(opts.FLAGS | FLAGS)
-    written = reader.command_line(argv)
-    reader.add([flag for flag in written if flag[0] not in opts.FLAGS])
-    own = SimpleNamespace(**{name: flag.default for name, flag in FLAGS.items()} | reader.values)
-    rest = [f"--{name}={value}" for name, value, _ in written if name in opts.FLAGS]
-    problems = reader.problems
+    parser = FlagParser(opts.FLAGS | FLAGS)
+    raw = parser.parse_argv(argv)
+    parser.add([flag for flag in raw if flag[0] not in opts.FLAGS])
+    own = SimpleNamespace(**{name: flag.default for name, flag in FLAGS.items()} | parser.values)
+    rest = [f"--{name}={value}" for name, value, _ in raw if name in opts.FLAGS]
+    problems = parser.problems
     if own.depths and any(flag.startswith("--depth=") for flag in rest):
         problems.append(("depth and depths exclude each other", "keep one"))
         own.depths = None

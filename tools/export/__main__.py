@@ -180,7 +180,7 @@ def random_images(size: int) -> list["torch.Tensor"]:
 def metadata(net: network.Trained) -> dict[str, str]:
     """What an ONNX file says of its network: main.py's flags, and what it was trained on."""
     facts = {"classes": net.classes, "mean": net.mean, "std": net.std}
-    settings = opts.as_yaml(net.opt, without=PRIVATE)
+    settings = opts.as_yaml(net.opt, exclude=PRIVATE)
     return {"settings": settings, "data": json.dumps(facts)}
 
 

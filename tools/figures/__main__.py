@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from cli.flag_types import Flag, nearest, text
+from cli.flag_types import Flag, closest_match, text
 from datasets.registry import DATASETS
 from errors import CheckpointError, DataError, RunError, StorageError, UsageError
 from fileio.atomic import atomic_write
@@ -155,7 +155,7 @@ def _misfits(asked: SimpleNamespace) -> list[tuple[str, str]]:
     problems = []
     for name in asked.only:
         if name not in NAMES:
-            fix = f"use {nearest(name, NAMES) or NAMES[0]}"
+            fix = f"use {closest_match(name, NAMES) or NAMES[0]}"
             problems.append((f"only: {name!r} is not one of {', '.join(NAMES)}", fix))
         elif name not in _can_be_drawn(asked):
             need = "--weights CHECKPOINT" if name == "figure5" else "a run directory"

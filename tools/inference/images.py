@@ -7,7 +7,7 @@ from pathlib import Path
 from cli.flag_types import Flag, boolean
 from errors import DataError, StorageError, UsageError
 
-OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that is there", bare="true")
+OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that is there", const="true")
 
 
 class Unreadable:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import opts
-from cli.flag_reader import Reader
+from cli.flag_reader import FlagParser
 from cli.flag_types import Flag, Settings, as_text, text
 from errors import CheckpointError, UsageError
 
@@ -25,7 +25,7 @@ CLASSES = Flag(
 )
 MODEL_FILES = ("model_last.pt", "model_best.pt")
 # Settings of a run that say nothing about what its network computes, or only on that machine.
-OF_THE_RUN = (*opts.OF_ONE_CALL, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
+OF_THE_RUN = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ def read_settings(path: Path) -> dict[str, str]:
     Raises:
         UsageError: it cannot be read, or has other flags than main.py.
     """
-    reader = Reader(opts.FLAGS)
-    written = reader.yaml_file(path)
-    reader.add(written)  # so that what is wrong is said with its line
-    if reader.problems:
-        raise UsageError.of(reader.problems)
-    return {name: value for name, value, _ in written}
+    parser = FlagParser(opts.FLAGS)
+    raw = parser.parse_yaml(path)
+    parser.add(raw)  # so that what is wrong is said with its line
+    if parser.problems:
+        raise UsageError.of(parser.problems)
+    return {name: value for name, value, _ in raw}
 
 
 def count_classes(weights: dict, wanted: int | None) -> int:

@@ -108,5 +108,5 @@ def split_name(opt: Settings) -> str:
 
 def compared(opt: Settings) -> dict[str, str]:
     """The settings that must agree for two runs to be repetitions but for the seed, as texts."""
-    settings = opts.experiment(opt) | {name: getattr(opt, name) for name in ALSO_COMPARED}
+    settings = opts.training_settings(opt) | {name: getattr(opt, name) for name in ALSO_COMPARED}
     return {name: as_text(value) for name, value in settings.items() if name != "manualSeed"}

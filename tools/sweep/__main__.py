@@ -18,7 +18,7 @@ from pathlib import Path
 
 import experiment.directory
 from cli import path_checks
-from cli.flag_types import AT_LEAST_0, Flag, as_text, boolean, integer, integers, text
+from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, integer, integers, text
 from distributed import signals
 from errors import BusyError, Preempted, RunError, UsageError
 from fileio import atomic
@@ -33,14 +33,14 @@ POLL_S, SHOW_EVERY_S = 0.2, 60.0
 # fmt: off
 FLAGS = {flag.name: flag for flag in (
     Flag("seeds", integers, [0], "with commas between; each config is trained with each",
-         range=AT_LEAST_0),
+         range=NON_NEGATIVE),
     Flag("runs", text, "runs", "directory of the run directories"),
     Flag("gpus", integer, None, "GPUs to use, one for a run; 0: the CPU",
-         "all that are visible, else the CPU", range=AT_LEAST_0),
+         "all that are visible, else the CPU", range=NON_NEGATIVE),
     Flag("slurm", boolean, False, "print the command for a Slurm array of the runs that are left, "
-         "and start nothing", bare="true"),
+         "and start nothing", const="true"),
     Flag("dryRun", boolean, False, "list the runs and how far they are, and start nothing",
-         bare="true"),
+         const="true"),
 )}
 # fmt: on
 # Flags of main.py that a sweep sets itself, or that are no training.

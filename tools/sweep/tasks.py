@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import opts
-from cli.flag_types import Settings, nearest
+from cli.flag_types import Settings, closest_match
 from errors import RunError, UsageError, printable
 from fileio.atomic import read_json
 
@@ -115,7 +115,7 @@ def configs_of(name: str) -> list[str]:
         if path.is_file():
             return [_from_here(path)]
     known = [*TABLES, *(path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir())]
-    near = nearest(name, known)
+    near = closest_match(name, known)
     fix = f"did you mean {near}?" if near else f"use {', '.join(known)}, or a config file"
     raise UsageError(f"no table or config {name}", fix)
 
