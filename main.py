@@ -84,7 +84,7 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
         config, settings = opts.as_yaml(opt, exclude=opts.NOT_SAVED), opts.settings(opt)
 
         data = create_data(opt, world, device)
-        opt, advice = decide_level(opt, len(data.classes), device, ops, world, console.warn)
+        opt, suggestion = decide_level(opt, len(data.classes), device, ops, world, console.warn)
         trainer = create_trainer(opt, data, world, device, ops, directory)
         if state:
             overrides += resume.restore(trainer, state, data.metadata, console.warn, opt.override)
@@ -102,7 +102,7 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
 
         stop.arm()
         for _ in range(trainer.epoch, opt.nEpochs + 1):
-            with memory_errors(opt, advice):
+            with memory_errors(opt, suggestion):
                 train_epoch(data, trainer, saver)
         with memory_errors(opt, lambda: "use a smaller --batchSize, with --override true"):
             finish(opt, directory, data, trainer, saver)
@@ -152,8 +152,8 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
     share = Share(world, device) if world.size > 1 else None
     model = models.factory.create(opt, len(data.classes), ops, share)
     log = RunLog(directory.path if directory else None)
-    recorder = cuda_graph.recorder(opt.cudaGraph, device, data.is_resident)
-    return train.create(opt, model, device, log, world, share, recorder)
+    capturer = cuda_graph.make_capturer(opt.cudaGraph, device, data.is_resident)
+    return train.create_trainer(opt, model, device, log, world, share, capturer)
 
 
 def read_weights(opt: Settings, world) -> dict:
@@ -205,12 +205,12 @@ def train_epoch(data, trainer, saver) -> None:
 
     trained = trainer.train(data.train, saver.on_step_end)
     since = time.perf_counter()
-    tested = trainer.test(data.val, saver.on_step_end)
+    tested = trainer.evaluate(data.val, saver.on_step_end)
     val_time_s = time.perf_counter() - since
     record = EpochRecord(
         **trainer.finish_epoch(trained, tested),
         val_time_s=val_time_s,
-        **engine.device.facts(trainer.device, trainer.world.size),
+        **engine.device.log_fields(trainer.device, trainer.world.size),
     )
     if trainer.world.is_first:
         trainer.log.epoch(record, trainer.results.is_best)
@@ -229,7 +229,7 @@ def finish(opt: Settings, directory: RunDirectory | None, data, trainer, saver) 
         if directory:  # the other processes take theirs from this one
             weights = checkpoints.load_weights(directory.path / f"model_{which}.pt")
             trainer.model.load_state_dict(weights)
-        tested = trainer.test(data.test, saver.raise_if_stopping, phase="test")
+        tested = trainer.evaluate(data.test, saver.raise_if_stopping, phase="test")
         console.say(console.tested_line(tested, f"{which} model, epoch {result['epoch']}"))
     if directory:
         trainer.log.close(opts.training_settings(opt), results.flat() | tested)
@@ -265,10 +265,10 @@ def evaluate(opt: Settings, world, device) -> int:
         if opt.optMemory == "auto":
             opt = opt.replace(optMemory=opts.FLAGS["optMemory"].default)  # it is about training
         model = models.factory.create(opt, len(data.classes), ops)
-        trainer = train.create(opt, model, device, RunLog(None), world)
+        trainer = train.create_trainer(opt, model, device, RunLog(None), world)
         models.state_dicts.load_weights(model, weights)  # now that it has the precision of the run
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
-            tested = trainer.test(data.test or data.val, lambda: None, phase="test")
+            tested = trainer.evaluate(data.test or data.val, lambda: None, phase="test")
     console.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
     return 0
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from distributed.world import Share, World
 from engine import optimizer
-from engine.cuda_graph import Recorder, StepRunner
-from engine.gradients import Gradients
-from engine.metrics import Results, Sums
+from engine.cuda_graph import Capturer, StepRunner
+from engine.gradients import GradientReducer
+from engine.metrics import Metrics, Results
 from engine.nonfinite import NonFiniteGuard
 from engine.precision import PRECISIONS, autocast
-from engine.schedule import Schedule
+from engine.schedule import LRSchedule
 from errors import NonFiniteError
 from experiment.log import RunLog
 
@@ -46,8 +46,8 @@ class Trainer:
         precision: single, double, half or bf16.
         num_crops: evaluate the mean of this many consecutive outputs per image.
         world: the replicas of the network, this one alone or one of several.
-        share: what this replica has of each batch; None for one replica.
-        recorder: records steps over resident data, see engine/cuda_graph.py; None: all run eagerly.
+        shard: what this replica has of each batch; None for one replica.
+        capturer: captures steps over resident data, see engine/cuda_graph.py; None: all eager.
 
     Attributes:
         metadata: of the run, which `state_dict` holds as well.
@@ -56,7 +56,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        schedule: Schedule,
+        schedule: LRSchedule,
         *,
         make_optimizer: Callable[[nn.Module, float | Tensor], torch.optim.Optimizer],
         precision: str,
@@ -64,42 +64,42 @@ class Trainer:
         log: RunLog,
         num_crops: int = 1,
         world: World | None = None,
-        share: Share | None = None,
-        recorder: Recorder | None = None,
+        shard: Share | None = None,
+        capturer: Capturer | None = None,
     ):
-        self.world, self.share = world or World(), share
-        self.precision, kind = precision, PRECISIONS[precision]
-        self.device, self.dtype, self.num_crops = device, kind.dtype, num_crops
+        self.world, self.shard = world or World(), shard
+        self.precision, mode = precision, PRECISIONS[precision]
+        self.device, self.dtype, self.num_crops = device, mode.dtype, num_crops
         self.model = model.to(device, self.dtype, memory_format=torch.channels_last)
         self.schedule, self.log = schedule, log
-        # A recorded step cannot see a Python number change, so the rate lies in device memory; on
-        # every GPU, so that recorded or not makes no difference (there it is rounded to float32).
-        on_device = device.type == "cuda" or recorder is not None
-        lr = torch.tensor(schedule.base, device=device) if on_device else schedule.base
+        # A captured step cannot see a Python number change, so the LR lies in device memory; on
+        # every GPU, so that captured or not makes no difference (there it is rounded to float32).
+        on_device = device.type == "cuda" or capturer is not None
+        lr = torch.tensor(schedule.base_lr, device=device) if on_device else schedule.base_lr
         self.optimizer = make_optimizer(self.model, lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=kind.scales_loss)
-        self._gradients = Gradients(list(model.parameters()), self.world)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=mode.scales_loss)
+        self._reducer = GradientReducer(list(model.parameters()), self.world)
         self._guard = NonFiniteGuard(device)
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = self._guard.found_inf
-        self._runner = StepRunner(self.world, share, recorder, log.warn_once)
+        self._runner = StepRunner(self.world, shard, capturer, log.warn_once)
 
         self.metadata = Metadata({}, {}, [])
         self.epoch, self.step, self.global_step = 1, 0, 0  # step: done in this epoch
         self.results = Results()
-        self.sums, self._test_sums = Sums(device), Sums(device)
+        self.metrics, self._eval_metrics = Metrics(device), Metrics(device)
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self.sums.reset()
+        self.metrics.reset()
         self.time_s = self.data_s = 0.0
 
-    def train(self, loader, after_step: Callable[[], None]) -> dict[str, float]:
+    def train(self, loader, on_step_end: Callable[[], None]) -> dict[str, float]:
         """Finish the current epoch from wherever it stands; its means, rate and speed.
 
         Args:
             loader: `batches(epoch, start)` yields (images, targets) on the device.
-            after_step: called after each step; may save, may raise to stop.
+            on_step_end: called after each step; may save, may raise to stop.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights are from before that step.
@@ -107,62 +107,64 @@ class Trainer:
         self.model.train()
         steps = len(loader.sampler)
         self._guard.start(self.global_step)
-        progress = self.log.phase("train", self.epoch, steps, self.step, self.sums)
-        with progress, _naming_images(self.epoch, loader.sampler):
+        progress = self.log.phase("train", self.epoch, steps, self.step, self.metrics)
+        with progress, _name_batch_on_error(self.epoch, loader.sampler):
             begin = partial(self._begin_step, steps)
-            for done in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
-                self.data_s += done.data_s
-                self.time_s += done.time_s
+            for stats in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
+                self.data_s += stats.data_s
+                self.time_s += stats.time_s
                 # Before the device is read, which waits for ever for a peer that is lost.
-                after_step()
+                on_step_end()
                 # On the CPU reading costs nothing; a GPU is read when something is shown.
                 if self.device.type == "cpu" or progress.is_due():
-                    self._check_finite_in_time()
-                progress.update(done.num_images, done.data_s, self._rate(steps))
-            self._check_finite_in_time()  # waits for the steps that are still on their way
-            sums = self.sums.over_all(self.world.sum_)
-            progress.finish(sums, self._rate(steps))
+                    self._timed_check_finite()
+                progress.update(stats.num_images, stats.data_s, self._current_lr(steps))
+            self._timed_check_finite()  # waits for the steps that are still on their way
+            metrics = self.metrics.all_reduced(self.world.sum_)
+            progress.finish(metrics, self._current_lr(steps))
         return {
-            "lr": self._rate(steps),
-            **{f"train_{name}": value for name, value in sums.read().items()},
-            "images_per_s": sums.count / self.time_s if self.time_s else 0.0,
+            "lr": self._current_lr(steps),
+            **{f"train_{name}": value for name, value in metrics.compute().items()},
+            "images_per_s": metrics.count / self.time_s if self.time_s else 0.0,
             "data_wait": self.data_s / self.time_s if self.time_s else 0.0,
             "time_s": self.time_s,
         }
 
-    def _rate(self, steps: int) -> float:
+    def _current_lr(self, steps: int) -> float:
         """The learning rate of the step that was begun last."""
-        return self.schedule.rate(self.epoch, max(self.step, 1), steps)
+        return self.schedule.lr(self.epoch, max(self.step, 1), steps)
 
     def _begin_step(self, steps: int) -> None:
         """What of a step is not captured: count it, and set its rate."""
         self.step += 1
         self.global_step += 1
-        optimizer.set_rate(self.optimizer, self._rate(steps))
+        optimizer.set_lr(self.optimizer, self._current_lr(steps))
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         self._guard.next_step()
-        if not (self.share.total if self.share else len(targets)):
+        if not (self.shard.total if self.shard else len(targets)):
             return  # every image of it was skipped
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
             logits, loss = self._loss(images, targets)
-        weighted = loss * self.share.weight if self.share else loss
-        scaled = self.scaler.is_enabled()
-        if scaled:
+        weighted = loss * self.shard.weight if self.shard else loss
+        scales_loss = self.scaler.is_enabled()
+        if scales_loss:
             # Loss scaling skips a step by its gradients alone: once a loss was bad, dividing by
             # zero spoils them; until then dividing by one changes nothing.
-            self._guard.mark(~torch.isfinite(loss.detach()))
+            self._guard.record_nonfinite(~torch.isfinite(loss.detach()))
             weighted = self.scaler.scale(weighted / (1 - self._guard.found_inf))
         weighted.backward()
-        finite_loss, finite_gradients = self._gradients.finish(loss)
+        finite_loss, finite_gradients = self._reducer.reduce(loss)
         self._guard.check_loss(finite_loss)
         # Gradients that overflow are usual with loss scaling, which then lowers its scale.
-        self._guard.mark(~finite_loss if scaled else ~(finite_loss & finite_gradients))
+        self._guard.record_nonfinite(
+            ~finite_loss if scales_loss else ~(finite_loss & finite_gradients)
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if len(targets):
-            self.sums.add(loss, logits.detach(), targets)
+            self.metrics.add(loss, logits.detach(), targets)
 
     def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and their mean loss; of one empty image and 0 where there are none."""
@@ -175,48 +177,50 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if a loss or gradient was not finite yet (waits for the device)."""
-        found = self._guard.first_bad_step()
+        found = self._guard.first_nonfinite_step()
         if found:
-            bad_step, what = found
-            step = self.step - (self.global_step - bad_step)
+            nonfinite_step, what = found
+            step = self.step - (self.global_step - nonfinite_step)
             raise NonFiniteError(
                 f"{what} is not finite at epoch {self.epoch}, step {step}",
                 "lower --LR, or --precision single; the last checkpoint is from before",
                 step=step,
             )
 
-    def _check_finite_in_time(self) -> None:
+    def _timed_check_finite(self) -> None:
         """The same as a part of the epoch's time."""
         since = time.perf_counter()
         self.check_finite()
         self.time_s += time.perf_counter() - since
 
     @torch.no_grad()
-    def test(self, loader, after_batch: Callable[[], None], phase: str = "val") -> dict[str, float]:
+    def evaluate(
+        self, loader, on_batch_end: Callable[[], None], phase: str = "val"
+    ) -> dict[str, float]:
         """Loss and errors of the network over every image of `loader`, each counted once.
 
         Of the first replica's network, whose running statistics are the ones that are saved.
         """
         self.world.take_from_first([*self.model.parameters(), *self.model.buffers()])
         self.model.eval()
-        sums = self._test_sums
-        sums.reset()
-        with self.log.phase(phase, self.epoch, len(loader.sampler), 0, sums) as progress:
-            for done in self._runner.run(self._test_step, loader, self.epoch):
-                after_batch()
-                progress.update(done.num_images, done.data_s)
-            sums = sums.over_all(self.world.sum_)
-            progress.finish(sums)
-        return {f"{phase}_{name}": value for name, value in sums.read().items()}
+        metrics = self._eval_metrics
+        metrics.reset()
+        with self.log.phase(phase, self.epoch, len(loader.sampler), 0, metrics) as progress:
+            for stats in self._runner.run(self._eval_step, loader, self.epoch):
+                on_batch_end()
+                progress.update(stats.num_images, stats.data_s)
+            metrics = metrics.all_reduced(self.world.sum_)
+            progress.finish(metrics)
+        return {f"{phase}_{name}": value for name, value in metrics.compute().items()}
 
-    def _test_step(self, images: Tensor, targets: Tensor) -> None:
+    def _eval_step(self, images: Tensor, targets: Tensor) -> None:
         if not len(targets):
             return
         with autocast(self.device, self.precision):
             logits = self.model(images).to(self.dtype)  # (N * crops, C)
             logits = mean_over_crops(logits, self.num_crops)  # (N, C)
             loss = F.cross_entropy(logits, targets)
-        self._test_sums.add(loss, logits, targets)
+        self._eval_metrics.add(loss, logits, targets)
 
     # ------------------------------------------------------------------------- results and state
 
@@ -256,7 +260,7 @@ class Trainer:
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "replicas": self.world.size,
-            "sums": self.sums.over_all(self.world.sum_).state_dict(),
+            "sums": self.metrics.all_reduced(self.world.sum_).state_dict(),
             "time_s": self.time_s,
             "data_s": self.data_s,
             "best": self.results.best,
@@ -275,14 +279,14 @@ class Trainer:
         for name in ("epoch", "step", "global_step", "time_s", "data_s"):
             setattr(self, name, state[name])
         if state["sums"] and self.world.is_first:  # they are those of all replicas
-            self.sums.load_state_dict(state["sums"])
+            self.metrics.load_state_dict(state["sums"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
 
 @contextmanager
-def _naming_images(epoch: int, sampler) -> Iterator[None]:
+def _name_batch_on_error(epoch: int, sampler) -> Iterator[None]:
     """Let the error about a step that is not finite name the images of its batch."""
     try:
         yield
@@ -298,27 +302,27 @@ def mean_over_crops(logits: Tensor, num_crops: int) -> Tensor:
     return logits.unflatten(0, (-1, num_crops)).mean(dim=1)
 
 
-def create(
+def create_trainer(
     opt: SimpleNamespace,
     model: nn.Module,
     device: torch.device,
     log: RunLog,
     world: World | None = None,
-    share: Share | None = None,
-    recorder: Recorder | None = None,
+    shard: Share | None = None,
+    capturer: Capturer | None = None,
 ) -> Trainer:
     """The trainer that the settings describe, at the run's first epoch."""
     trainer = Trainer(
         model,
-        Schedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones),
+        LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones),
         make_optimizer=partial(optimizer.create, opt),
         precision=opt.precision,
         device=device,
         log=log,
         num_crops=10 if opt.tenCrop else 1,
         world=world,
-        share=share,
-        recorder=recorder,
+        shard=shard,
+        capturer=capturer,
     )
     trainer.epoch = opt.epochNumber
     return trainer

@@ -226,7 +226,7 @@ def _is_of_a_peer(error: RuntimeError) -> bool:
     # A loader process that dies is raised by a signal handler: anywhere.
     if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
         return False
-    # What cannot be recorded runs eagerly, see engine/cuda_graph.py.
+    # What cannot be captured runs eagerly, see engine/cuda_graph.py.
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 

@@ -67,7 +67,7 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def facts(device: torch.device, replicas: int) -> dict[str, object]:
+def log_fields(device: torch.device, replicas: int) -> dict[str, object]:
     """What an epoch's record says of where it ran; a run may go on elsewhere."""
     return {
         "memory_mb": peak_memory_mb(device),

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from distributed.world import World
 
 
-class Gradients:
+class GradientReducer:
     """The gradients of some parameters, which all have one type.
 
     With several replicas they share one buffer together with the loss, so that one reduction
@@ -18,18 +18,18 @@ class Gradients:
 
     def __init__(self, parameters: list[nn.Parameter], world: World):
         self._parameters, self._world = parameters, world
-        self._flat = None
+        self._bucket = None
         if world.size > 1:
             count = sum(parameter.numel() for parameter in parameters)
-            self._flat = parameters[0].new_zeros(count + 1)  # the last one is the loss
-            parts = self._flat[:-1].split([parameter.numel() for parameter in parameters])
+            self._bucket = parameters[0].new_zeros(count + 1)  # the last one is the loss
+            parts = self._bucket[:-1].split([parameter.numel() for parameter in parameters])
             # In the memory format of each parameter: the optimizer reads both linearly.
             self._views = [
                 part.as_strided(parameter.shape, parameter.stride())
                 for part, parameter in zip(parts, parameters, strict=True)
             ]
 
-    def finish(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """After backward: average over the replicas; whether loss and gradients are finite.
 
         Args:
@@ -39,16 +39,16 @@ class Gradients:
             Two scalars, bool on the device: of the loss of all replicas, and of the gradients.
         """
         loss = loss.detach()
-        if self._flat is None:
+        if self._bucket is None:
             gradients = [parameter.grad for parameter in self._parameters]
             return torch.isfinite(loss), _are_finite(gradients)
         torch._foreach_copy_(self._views, [parameter.grad for parameter in self._parameters])
-        self._flat[-1] = loss
-        self._world.sum_(self._flat)
-        self._flat /= self._world.size
+        self._bucket[-1] = loss
+        self._world.sum_(self._bucket)
+        self._bucket /= self._world.size
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
-        return torch.isfinite(self._flat[-1]), _are_finite([self._flat[:-1]])
+        return torch.isfinite(self._bucket[-1]), _are_finite([self._bucket[:-1]])
 
 
 def _are_finite(tensors: list[Tensor]) -> Tensor:

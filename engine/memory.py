@@ -1,6 +1,6 @@
 """How much memory a training step needs, found by running it on tensors that have none.
 
-`Estimate.peak_bytes` runs a step on fake tensors, which have shape and type and no numbers, and
+`MemoryEstimate.peak_bytes` runs a step on fake tensors, which have shape and type but no data, and
 adds up what they would hold. So every network, level, precision and backend is counted by its own
 code, in seconds and on any machine.
 
@@ -38,15 +38,15 @@ from errors import OutOfMemoryError
 from kernels import reference
 from kernels.backend import Backend
 
-BY_SPEED = (2, 3, 4)  # memory levels, the fastest first; 0 and 1 are no faster than 2
+LEVELS_BY_SPEED = (2, 3, 4)  # memory levels, the fastest first; 0 and 1 are no faster than 2
 TOLERANCE = 1.15  # what is measured is at most this many times what is estimated
-MOST_TRIES = 8  # of batches, to find the largest that fits
+MAX_TRIES = 8  # of batches, to find the largest that fits
 BLOCK_BYTES = 512  # the CUDA allocator rounds up to multiples of it
 # The workspace of a cuBLAS handle, from PyTorch's CublasHandlePool.cpp: before Hopper, and since.
 # The forward and the backward thread have a handle each.
 CUBLAS_BYTES = {False: (2 * 4096 + 8 * 16) * 1024, True: 8 * 4096 * 1024}
 # How the errors begin or what they contain that mean: no memory left.
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -54,7 +54,7 @@ OUT_OF_MEMORY = (
 )
 
 
-class Estimate:
+class MemoryEstimate:
     """What the training steps of a run need.
 
     Args:
@@ -66,8 +66,8 @@ class Estimate:
     def __init__(self, opt: Settings, num_classes: int, device: torch.device, ops: Backend):
         self.opt, self.num_classes, self.device, self.ops = opt, num_classes, device, ops
         # A network without dense blocks has no levels, and optMemory None.
-        self.levels = BY_SPEED if opt.optMemory is not None else ()
-        self._known: dict[tuple[int, int], int] = {}
+        self.levels = LEVELS_BY_SPEED if opt.optMemory is not None else ()
+        self._peak_cache: dict[tuple[int, int], int] = {}
 
     def peak_bytes(self, level: int | None = None, batch: int | None = None) -> int:
         """The most memory that is in use at one moment of a step.
@@ -78,13 +78,13 @@ class Estimate:
             level, batch: instead of the run's own optMemory (which may be auto) and batchSize.
         """
         key = (self.opt.optMemory if level is None else level, batch or self.opt.batchSize)
-        if key not in self._known:
+        if key not in self._peak_cache:
             level, batch = key
-            share = -(-batch // self.opt.replicas)  # what one of several replicas has of it
-            opt = self.opt.replace(optMemory=level, batchSize=share)
+            local_batch = -(-batch // self.opt.replicas)  # of one of several processes
+            opt = self.opt.replace(optMemory=level, batchSize=local_batch)
             simulated = _simulate(opt, self.num_classes, self.device, self.ops)
-            self._known[key] = simulated + workspace_bytes(self.device)
-        return self._known[key]
+            self._peak_cache[key] = simulated + workspace_bytes(self.device)
+        return self._peak_cache[key]
 
     def choose_level(self, free_bytes: int | None) -> tuple[int, str | None]:
         """The level for `--optMemory auto`, and a remark where it is not the fastest.
@@ -95,17 +95,17 @@ class Estimate:
             free_bytes: None if it is not known, as on the CPU.
         """
         if free_bytes is None:
-            return BY_SPEED[0], None
-        for level in BY_SPEED:
+            return LEVELS_BY_SPEED[0], None
+        for level in LEVELS_BY_SPEED:
             if self._fits(free_bytes, level):
-                if level == BY_SPEED[0]:
+                if level == LEVELS_BY_SPEED[0]:
                     return level, None
-                why = f"level {BY_SPEED[0]} needs {self._text(BY_SPEED[0])}"
+                why = f"level {LEVELS_BY_SPEED[0]} needs {self._format_need(LEVELS_BY_SPEED[0])}"
                 return level, f"optMemory auto: {level}, since {why} of {_mb(free_bytes)} free"
-        level = self._smallest()
+        level = self._smallest_level()
         batch = self.largest_batch(free_bytes, level)
         fix = f"--batchSize {batch} would fit" if batch else "no batch would fit"
-        need = f"it needs {self._text(level)} and {_mb(free_bytes)} are free"
+        need = f"it needs {self._format_need(level)} and {_mb(free_bytes)} are free"
         return level, f"optMemory auto: {level}, the smallest, though {need}; {fix}"
 
     def largest_batch(self, limit_bytes: float, level: int | None) -> int:
@@ -113,10 +113,10 @@ class Estimate:
         if self._fits(limit_bytes, level):
             return self.opt.batchSize
         fits, fails = 0, self.opt.batchSize
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             if fails - fits <= max(1, fits // 16):
                 break
-            batch = self._between(fits, fails, limit_bytes, level)
+            batch = self._interpolate(fits, fails, limit_bytes, level)
             if self._fits(limit_bytes, level, batch):
                 fits = batch
             else:
@@ -124,50 +124,52 @@ class Estimate:
         step = self.opt.replicas * (8 if fits > 16 * self.opt.replicas else 1)
         return fits // step * step
 
-    def _between(self, fits: int, fails: int, limit_bytes: float, level: int | None) -> int:
+    def _interpolate(self, fits: int, fails: int, limit_bytes: float, level: int | None) -> int:
         """Where the limit is, were memory a straight line in the batch, which it nearly is."""
         if not fits:
             return max(1, fails // 4)
         low, high = self.peak_bytes(level, fits), self.peak_bytes(level, fails)
-        share = (limit_bytes / TOLERANCE - low) / (high - low)
-        return min(max(fits + 1, int(fits + share * (fails - fits))), fails - 1)
+        fraction = (limit_bytes / TOLERANCE - low) / (high - low)
+        return min(max(fits + 1, int(fits + fraction * (fails - fits))), fails - 1)
 
-    def advice(self, free_bytes: int | None) -> str:
+    def suggestion(self, free_bytes: int | None) -> str:
         """What to change after a step that ran out of memory.
 
         Args:
             free_bytes: that the run had to begin with; None if it is not known, as on the CPU.
         """
         try:
-            return self._advice(free_bytes)
+            return self._suggestion(free_bytes)
         except MemoryError:  # the simulation needs a little as well
             return "use a smaller --batchSize" + (", or --optMemory 4" if self.levels else "")
 
-    def _advice(self, free_bytes: int | None) -> str:
-        now = self.peak_bytes()
+    def _suggestion(self, free_bytes: int | None) -> str:
+        current = self.peak_bytes()
         # Whatever is free: what failed does not fit.
-        limit = now if free_bytes is None else min(now, free_bytes)
+        limit = current if free_bytes is None else min(current, free_bytes)
         for level in self.levels:
             if self._fits(limit, level):
-                return f"use --optMemory {level}, {self._text(level)} instead of {_mb(now)}"
-        level = self._smallest()
-        batch = self.largest_batch(now / 2 if free_bytes is None else limit, level)
+                return (
+                    f"use --optMemory {level}, {self._format_need(level)} instead of {_mb(current)}"
+                )
+        level = self._smallest_level()
+        batch = self.largest_batch(current / 2 if free_bytes is None else limit, level)
         if not batch:
-            least = self.opt.replicas
-            need = self._text(level, least)
-            flags = (f"--optMemory {level} " if self.levels else "") + f"--batchSize {least}"
+            min_batch = self.opt.replicas
+            need = self._format_need(level, min_batch)
+            flags = (f"--optMemory {level} " if self.levels else "") + f"--batchSize {min_batch}"
             return f"use a larger device: {flags} needs {need}"
         also = "" if level == self.opt.optMemory else f" --optMemory {level}"
-        need = self._text(level, batch)
-        return f"use --batchSize {batch}{also}, {need} instead of {_mb(now)}"
+        need = self._format_need(level, batch)
+        return f"use --batchSize {batch}{also}, {need} instead of {_mb(current)}"
 
     def _fits(self, limit_bytes: float, level: int | None, batch: int | None = None) -> bool:
         return TOLERANCE * self.peak_bytes(level, batch) <= limit_bytes
 
-    def _smallest(self) -> int | None:
+    def _smallest_level(self) -> int | None:
         return min(self.levels, key=self.peak_bytes, default=None)
 
-    def _text(self, level: int | None, batch: int | None = None) -> str:
+    def _format_need(self, level: int | None, batch: int | None = None) -> str:
         return f"about {_mb(self.peak_bytes(level, batch))}"
 
 
@@ -175,11 +177,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that no memory was left, on the GPU or in this process."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in OUT_OF_MEMORY_MESSAGES
+    )
 
 
 @contextmanager
-def memory_errors(opt: SimpleNamespace, advice: Callable[[], str]) -> Iterator[None]:
+def memory_errors(opt: SimpleNamespace, suggestion: Callable[[], str]) -> Iterator[None]:
     """Say what would fit when there is no memory left.
 
     Raises:
@@ -192,7 +196,7 @@ def memory_errors(opt: SimpleNamespace, advice: Callable[[], str]) -> Iterator[N
             raise
         level = "" if opt.optMemory is None else f" --optMemory {opt.optMemory}"
         what = f"out of memory with --batchSize {opt.batchSize}{level}"
-        raise OutOfMemoryError(what, advice()) from error
+        raise OutOfMemoryError(what, suggestion()) from error
 
 
 def decide_level(
@@ -208,7 +212,7 @@ def decide_level(
     Returns:
         The settings with the level, and what to advise when a step runs out of memory.
     """
-    estimate = Estimate(opt, num_classes, device, ops)
+    estimate = MemoryEstimate(opt, num_classes, device, ops)
     free_bytes = engine.device.free_bytes(device)
     if free_bytes is not None:
         free_bytes = min(world.numbers(free_bytes))
@@ -218,8 +222,8 @@ def decide_level(
         if remark:
             warn(remark)
         opt = opt.replace(optMemory=level)
-        estimate = Estimate(opt, num_classes, device, ops)
-    return opt, partial(estimate.advice, free_bytes)
+        estimate = MemoryEstimate(opt, num_classes, device, ops)
+    return opt, partial(estimate.suggestion, free_bytes)
 
 
 def workspace_bytes(device: torch.device) -> int:
@@ -241,13 +245,13 @@ def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops:
     dtype = PRECISIONS[opt.precision].dtype
     with torch.device("meta"):
         model = models.factory.create(opt, num_classes, ops).to(dtype)
-    meter = _Meter(unfolds=device.type == "cpu")
-    with _tiles_of(device), FakeTensorMode(), meter:
-        _step(model, opt, dtype)
-    return meter.peak
+    tracker = _MemoryTracker(uses_im2col=device.type == "cpu")
+    with _tiling_for(device), FakeTensorMode(), tracker:
+        _training_step(model, opt, dtype)
+    return tracker.peak
 
 
-def _step(model: nn.Module, opt: SimpleNamespace, dtype: torch.dtype) -> None:
+def _training_step(model: nn.Module, opt: SimpleNamespace, dtype: torch.dtype) -> None:
     """Forward and backward as in train.py; the optimizer works in place and adds nothing."""
     # On fake CPU tensors for a GPU as well: autograd switches to the device, which must be there.
     state = {
@@ -255,13 +259,13 @@ def _step(model: nn.Module, opt: SimpleNamespace, dtype: torch.dtype) -> None:
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
     parameters = [tensor for tensor in state.values() if tensor.requires_grad]
-    kept = [optimizer.new_state(opt, tensor) for tensor in parameters]
+    optimizer_state = [optimizer.initial_state(opt, tensor) for tensor in parameters]
     images = _empty((opt.batchSize, 3, opt.imageSize, opt.imageSize), dtype)
     targets = torch.empty(opt.batchSize, dtype=torch.int64)
     with autocast(torch.device("cpu"), opt.precision):
         loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
     loss.backward()
-    del kept  # alive all the time
+    del optimizer_state  # alive all the time
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -271,7 +275,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _tiles_of(device: torch.device) -> Iterator[None]:
+def _tiling_for(device: torch.device) -> Iterator[None]:
     """Let kernels.reference cut a batch as on that device, though every fake tensor is on the CPU.
 
     On the CPU two tiles stand for all: the next one takes the place of the one before.
@@ -287,17 +291,17 @@ def _tiles_of(device: torch.device) -> Iterator[None]:
         reference._tiles = tiles
 
 
-class _Meter(TorchDispatchMode):
+class _MemoryTracker(TorchDispatchMode):
     """Adds up the memory that tensors hold, as they come and go.
 
     Args:
-        unfolds: convolutions run on the CPU, see `_unfolded_bytes`.
+        uses_im2col: convolutions run on the CPU, see `_im2col_bytes`.
     """
 
-    def __init__(self, unfolds: bool):
+    def __init__(self, uses_im2col: bool):
         super().__init__()
-        self.unfolds = unfolds
-        self.now = self.peak = 0
+        self.uses_im2col = uses_im2col
+        self.current = self.peak = 0
         self._alive: dict[int, weakref.ref] = {}  # by the address of a storage
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -305,44 +309,44 @@ class _Meter(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._hold(leaf.untyped_storage())
-        if self.unfolds:  # freed before the operation returns, so that no tensor shows it
-            self.peak = max(self.peak, self.now + _unfolded_bytes(op.overloadpacket, args, out))
+                self._track(leaf.untyped_storage())
+        if self.uses_im2col:  # freed before the operation returns, so that no tensor shows it
+            self.peak = max(self.peak, self.current + _im2col_bytes(op.overloadpacket, args, out))
         return out
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._alive:
             return
         size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
 
         def release(_: weakref.ref) -> None:
-            self.now -= size
+            self.current -= size
             del self._alive[key]
 
         self._alive[key] = weakref.ref(storage, release)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.current += size
+        self.peak = max(self.peak, self.current)
 
 
-def _unfolded_bytes(op: torch._ops.OpOverloadPacket, args: tuple, out: Tensor | tuple) -> int:
+def _im2col_bytes(op: torch._ops.OpOverloadPacket, args: tuple, out: Tensor | tuple) -> int:
     """What a convolution unfolds its input to: (N, C * kh * kw, H, W), with H and W of its output.
 
     PyTorch's own convolution on the CPU does, and it runs for the types that oneDNN does not have.
     """
     if op is torch.ops.aten.convolution:
-        source, weight, maps = args[0], args[1], out
+        source, weight, output = args[0], args[1], out
     elif op is torch.ops.aten.convolution_backward and args[-1][1]:  # for the weight's gradient
-        maps, source, weight = args[:3]
+        output, source, weight = args[:3]
     else:
         return 0
-    if weight.shape[2:] == (1, 1) or _in_onednn(source.dtype):
+    if weight.shape[2:] == (1, 1) or _has_onednn_conv(source.dtype):
         return 0
-    rows = maps.shape[0] * maps.shape[2] * maps.shape[3]
+    rows = output.shape[0] * output.shape[2] * output.shape[3]
     return rows * weight[0].numel() * source.element_size()
 
 
-def _in_onednn(dtype: torch.dtype) -> bool:
+def _has_onednn_conv(dtype: torch.dtype) -> bool:
     """Whether oneDNN has a convolution of this type on this machine."""
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -10,7 +10,7 @@ from torch import Tensor
 TOP_K = 5
 
 
-class Sums:
+class Metrics:
     """Running sums over images, kept on the device and read only when something is shown.
 
     Args:
@@ -36,27 +36,27 @@ class Sums:
         count = len(targets)
         k = min(TOP_K, logits.shape[1])
         hits = logits.topk(k, dim=1).indices == targets[:, None]  # (N, k)
-        right = torch.stack([hits[:, 0].sum(), hits.sum()])
+        correct = torch.stack([hits[:, 0].sum(), hits.sum()])
         self._totals[0] += loss.detach().double() * count
-        self._totals[1:3] += count - right
+        self._totals[1:3] += count - correct
         self._totals[3] += count
 
-    def read(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         """Mean loss and top-1 and top-5 errors in per cent (waits for the device)."""
         loss, wrong1, wrong5, count = self._totals.tolist()
         count = max(count, 1)
         return {"loss": loss / count, "top1": 100 * wrong1 / count, "top5": 100 * wrong5 / count}
 
-    def over_all(self, sum_: Callable[[Tensor], None]) -> "Sums":
+    def all_reduced(self, all_reduce_: Callable[[Tensor], None]) -> "Metrics":
         """The sums over all replicas, for every one of them.
 
         Args:
-            sum_: replaces a tensor by its sum over the replicas.
+            all_reduce_: replaces a tensor by its sum over the replicas.
         """
-        everything = Sums(self._totals.device)
-        everything._totals.copy_(self._totals)
-        sum_(everything._totals)
-        return everything
+        reduced = Metrics(self._totals.device)
+        reduced._totals.copy_(self._totals)
+        all_reduce_(reduced._totals)
+        return reduced
 
     @property
     def count(self) -> int:

@@ -16,35 +16,35 @@ class NonFiniteGuard:
 
     def __init__(self, device: torch.device):
         self.found_inf = torch.zeros((), device=device)
-        self._step = torch.zeros((), dtype=torch.int64, device=device)  # global_step, over there
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._is_loss = torch.zeros((), dtype=torch.bool, device=device)
+        self._step_counter = torch.zeros((), dtype=torch.int64, device=device)  # global_step
+        self._nonfinite_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._loss_is_nonfinite = torch.zeros((), dtype=torch.bool, device=device)
 
     def start(self, global_step: int) -> None:
         """Count steps from here on."""
-        self._step.fill_(global_step)
+        self._step_counter.fill_(global_step)
 
     def next_step(self) -> None:
         """Count a step; on the device, so that a captured step counts as well."""
-        self._step += 1
+        self._step_counter += 1
 
     def check_loss(self, finite: Tensor) -> None:
         """Note whether the loss of this step is finite, a scalar bool.
 
         A loss that is not is the cause wherever gradients are not finite either.
         """
-        is_first = (self._bad_step < 0) | (self._bad_step == self._step)
-        self._is_loss |= ~finite & is_first  # what came later is its consequence
+        is_first = (self._nonfinite_step < 0) | (self._nonfinite_step == self._step_counter)
+        self._loss_is_nonfinite |= ~finite & is_first  # what came later is its consequence
 
-    def mark(self, bad: Tensor) -> None:
+    def record_nonfinite(self, nonfinite: Tensor) -> None:
         """Keep this step's number if it is the first bad one, and stop updates, a scalar bool."""
-        first = bad & (self._bad_step < 0)
-        torch.where(first, self._step, self._bad_step, out=self._bad_step)
-        self.found_inf.masked_fill_(bad, 1.0)
+        first = nonfinite & (self._nonfinite_step < 0)
+        torch.where(first, self._step_counter, self._nonfinite_step, out=self._nonfinite_step)
+        self.found_inf.masked_fill_(nonfinite, 1.0)
 
-    def first_bad_step(self) -> tuple[int, str] | None:
+    def first_nonfinite_step(self) -> tuple[int, str] | None:
         """Return the first bad step and what of it was not finite (waits for the device)."""
-        bad_step = self._bad_step.item()
-        if bad_step < 0:
+        nonfinite_step = self._nonfinite_step.item()
+        if nonfinite_step < 0:
             return None
-        return bad_step, "loss" if self._is_loss.item() else "a gradient"
+        return nonfinite_step, "loss" if self._loss_is_nonfinite.item() else "a gradient"

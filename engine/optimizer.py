@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-BUFFER = "momentum_buffer"  # torch.optim.SGD's name of it
+MOMENTUM_BUFFER = "momentum_buffer"  # torch.optim.SGD's name of it
 
 
 def create(opt: SimpleNamespace, model: nn.Module, lr: float | Tensor) -> torch.optim.SGD:
@@ -25,37 +25,37 @@ def create(opt: SimpleNamespace, model: nn.Module, lr: float | Tensor) -> torch.
         fused=True,
     )
     for parameter in model.parameters():
-        if state := new_state(opt, parameter):
+        if state := initial_state(opt, parameter):
             optimizer.state[parameter] = state
     return optimizer
 
 
-def new_state(opt: SimpleNamespace, parameter: Tensor) -> dict[str, Tensor]:
+def initial_state(opt: SimpleNamespace, parameter: Tensor) -> dict[str, Tensor]:
     """Return what the optimizer keeps for a parameter before its first step."""
     # In the memory format of the parameter: the fused kernel reads both linearly, and leaves a
     # buffer of its own undefined if it skips the first step.
-    return {BUFFER: torch.zeros_like(parameter)} if opt.momentum > 0 else {}
+    return {MOMENTUM_BUFFER: torch.zeros_like(parameter)} if opt.momentum > 0 else {}
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)  # in its place: a captured step reads it there
+            group["lr"].fill_(lr)  # in its place: a captured step reads it there
         else:
-            group["lr"] = rate
+            group["lr"] = lr
 
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Return the momentum of each parameter by its name; {} without momentum."""
     return {
-        name: optimizer.state[parameter][BUFFER]
+        name: optimizer.state[parameter][MOMENTUM_BUFFER]
         for name, parameter in model.named_parameters()
-        if BUFFER in optimizer.state[parameter]
+        if MOMENTUM_BUFFER in optimizer.state[parameter]
     }
 
 
-def saved_like(settings: dict[str, object], model: nn.Module) -> dict[str, Tensor]:
+def expected_state(settings: dict[str, object], model: nn.Module) -> dict[str, Tensor]:
     """Return tensors with the names and shapes of `state_by_name` in a run with some settings."""
     return dict(model.named_parameters()) if settings["momentum"] > 0 else {}
 

@@ -41,11 +41,12 @@ class Progress:
     Args:
         name: train, val or test.
         steps, done: of the pass, and of these done before.
-        sums: of the pass so far, see engine/metrics.py.
+        metrics: of the pass so far, see engine/metrics.py.
     """
 
-    def __init__(self, name: str, epoch: int, steps: int, done: int, sums):
-        self.name, self.epoch, self.steps, self.done, self.sums = name, epoch, steps, done, sums
+    def __init__(self, name: str, epoch: int, steps: int, done: int, metrics):
+        self.name, self.epoch, self.metrics = name, epoch, metrics
+        self.steps, self.done = steps, done
         self._bar = None
         self._shown_at = time.monotonic()
         self._fresh_steps = self._fresh_images = 0
@@ -85,16 +86,16 @@ class Progress:
         if self._bar is not None:
             self._bar.update(1)
         if due:
-            self._show(self.sums, rate)
+            self._show(self.metrics, rate)
 
-    def finish(self, sums, rate: float | None = None) -> None:
+    def finish(self, metrics, rate: float | None = None) -> None:
         """Show the result of the whole pass."""
         if self._fresh_steps and not _muted:
-            self._show(sums, rate)
+            self._show(metrics, rate)
 
-    def _show(self, sums, rate: float | None) -> None:
+    def _show(self, metrics, rate: float | None) -> None:
         seconds = max(time.monotonic() - self._shown_at, 1e-9)
-        means = sums.read()
+        means = metrics.compute()
         if self._bar is not None:
             speed = f"{self._fresh_images / seconds:.0f}"
             shown = {"loss": f"{means['loss']:.4f}", "error": f"{means['top1']:.2f}%"}

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cli.flag_types import as_text
-from engine.metrics import Sums
+from engine.metrics import Metrics
 from experiment.console import Progress, say, warn
 from fileio.atomic import atomic_write
 
@@ -140,9 +140,9 @@ class RunLog:
 
     # ---------------------------------------------------------------------------------- console
 
-    def phase(self, name: str, epoch: int, steps: int, done: int, sums: Sums) -> "Progress":
+    def phase(self, name: str, epoch: int, steps: int, done: int, metrics: Metrics) -> "Progress":
         """The progress of one pass over a split; use as a context manager."""
-        return Progress(name, epoch, steps, done, sums)
+        return Progress(name, epoch, steps, done, metrics)
 
 
 def read_log(directory: Path) -> list[dict]:

@@ -317,7 +317,7 @@ def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
 
 def _check_shapes(model: nn.Module, state: dict) -> None:
     problems = models.state_dicts.state_dict_mismatches(state["model"], model.state_dict())
-    wanted = optimizer.saved_like(state["settings"], model)
+    wanted = optimizer.expected_state(state["settings"], model)
     problems += models.state_dicts.state_dict_mismatches(state["momentum"], wanted)
     if problems:
         raise CheckpointError(

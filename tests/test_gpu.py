@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import datasets.factory
 import kernels.backend
 import opts
-from engine.gradients import Gradients
-from engine.memory import Estimate
+from engine.gradients import GradientReducer
+from engine.memory import MemoryEstimate
 from helpers.tiny_networks import (
     FORMS,
     Results,
@@ -187,10 +187,10 @@ def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(network, tm
 def test_one_number_of_a_gradient_that_is_not_finite_is_seen(size, value):
     parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 70_000)]
     world = SimpleNamespace(size=size, sum_=lambda tensor: tensor.mul_(size))
-    gradients = Gradients(parameters, world)
+    reducer = GradientReducer(parameters, world)
 
     def finite() -> list[bool]:
-        return [one.item() for one in gradients.finish(torch.ones((), device="cuda"))]
+        return [one.item() for one in reducer.reduce(torch.ones((), device="cuda"))]
 
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -207,7 +207,7 @@ def test_memory_is_what_was_estimated(level, precision):
     device = torch.device("cuda", 0)
     ops = kernels.backend.select("auto", device, precision)[0]
     measured = peak_of_a_run(opt, ops, device)
-    estimate = Estimate(opt, 10, device, ops)
+    estimate = MemoryEstimate(opt, 10, device, ops)
     assert measured == pytest.approx(estimate.peak_bytes(), rel=0.15)
     assert measured != pytest.approx(estimate.peak_bytes(batch=128), rel=0.15)
 
@@ -220,7 +220,7 @@ def peak_of_a_run(opt, ops, device: torch.device) -> int:
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
-    trainer = train.create(opt, models.factory.create(opt, 10, ops), device, RunLog(None))
+    trainer = train.create_trainer(opt, models.factory.create(opt, 10, ops), device, RunLog(None))
     images = torch.randn(opt.batchSize, 3, 32, 32, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(opt.batchSize, dtype=torch.int64, device=device)

@@ -132,7 +132,7 @@ def memory(opt: Settings) -> Iterator[str]:
     """
     import engine.device
     import kernels.backend
-    from engine.memory import Estimate
+    from engine.memory import MemoryEstimate
 
     device = engine.device.select(opt.nGPU)
     estimates = {}
@@ -141,7 +141,7 @@ def memory(opt: Settings) -> Iterator[str]:
         wish = "torch" if opt.kernels == "torch" else "auto"
         ops, _ = kernels.backend.select(wish, device, precision)
         changed = opt.replace(precision=precision)
-        estimates[precision] = Estimate(changed, num_classes(opt), device, ops)
+        estimates[precision] = MemoryEstimate(changed, num_classes(opt), device, ops)
 
     where = engine.device.describe(device)
     yield f"memory of a training step at batch {opt.batchSize} on {where}, in MB"

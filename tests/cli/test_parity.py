@@ -9,7 +9,7 @@ import torch
 
 import opts
 from distributed.rendezvous import source_files
-from engine.schedule import Schedule, cosine_rate, multistep_rate
+from engine.schedule import LRSchedule, cosine_lr, multistep_lr
 from helpers.run_main import ROOT
 
 # opts.lua of the released code, in its order.
@@ -100,7 +100,7 @@ def test_a_flag_that_is_only_set_or_named_would_be_found():
 def rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[float]:
     """The rate of each epoch by the defaults of the program."""
     milestones = opts.default_milestones(num_epochs, imagenet, net_type)
-    return [multistep_rate(0.1, milestones, epoch) for epoch in range(1, num_epochs + 1)]
+    return [multistep_lr(0.1, milestones, epoch) for epoch in range(1, num_epochs + 1)]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[f
 )
 def test_the_default_rates_are_those_of_the_table(line, spans):
     opt = opts.parse(line.split())
-    schedule = Schedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
+    schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
     expected = [rate for rate, count in spans.items() for _ in range(count)]
     for step in (1, 7):  # the same all through an epoch
-        found = [schedule.rate(epoch, step, 7) for epoch in range(1, opt.nEpochs + 1)]
+        found = [schedule.lr(epoch, step, 7) for epoch in range(1, opt.nEpochs + 1)]
         assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -176,9 +176,9 @@ def test_a_scheduler_stepped_after_each_epoch_is_one_late():
 
 def test_the_cosine_ends_at_zero_and_counts_steps_from_one():
     epochs, steps, base = 4, 5, 0.3
-    schedule = Schedule("cosine", base, epochs, None)
+    schedule = LRSchedule("cosine", base, epochs, None)
     places = [(epoch, step) for epoch in range(1, epochs + 1) for step in range(1, steps + 1)]
-    found = [schedule.rate(*place, steps) for place in places]
+    found = [schedule.lr(*place, steps) for place in places]
     # 0.5 (1 + cos 2x) is cos^2 x.
     total = epochs * steps
     expected = [base * math.cos(math.pi * t / total / 2) ** 2 for t in range(1, total + 1)]
@@ -186,16 +186,16 @@ def test_the_cosine_ends_at_zero_and_counts_steps_from_one():
     assert found[-1] == 0
     assert found == sorted(found, reverse=True)
     # The twin: counted from 0 the run begins at the full rate and never comes to rest.
-    from_zero = [cosine_rate(base, epoch, step - 1, epochs, steps) for epoch, step in places]
+    from_zero = [cosine_lr(base, epoch, step - 1, epochs, steps) for epoch, step in places]
     assert from_zero[0] == base
     assert from_zero[-1] > 0
     assert from_zero != pytest.approx(expected, abs=1e-4)
 
 
 def test_the_cosine_does_not_depend_on_how_a_run_is_cut_into_epochs():
-    halves = [Schedule("cosine", 1, 2, None).rate(epoch, step, 6)
+    halves = [LRSchedule("cosine", 1, 2, None).lr(epoch, step, 6)
               for epoch in (1, 2) for step in range(1, 7)]  # fmt: skip
-    thirds = [Schedule("cosine", 1, 3, None).rate(epoch, step, 4)
+    thirds = [LRSchedule("cosine", 1, 3, None).lr(epoch, step, 4)
               for epoch in (1, 2, 3) for step in range(1, 5)]  # fmt: skip
     assert halves == thirds
-    assert halves != [Schedule("cosine", 1, 3, None).rate(1, step, 12) for step in range(1, 13)]
+    assert halves != [LRSchedule("cosine", 1, 3, None).lr(1, step, 12) for step in range(1, 13)]

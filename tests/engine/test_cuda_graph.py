@@ -58,8 +58,8 @@ def _tensors(results) -> list[torch.Tensor]:
     return [one for one in listed if isinstance(one, torch.Tensor)]
 
 
-class Recorder:
-    """A stand-in for cuda_graph.record on the CPU.
+class Capturer:
+    """A stand-in for cuda_graph.capture on the CPU.
 
     Args:
         state: gives the tensors that a step changes; recording does a step, so it is undone.
@@ -69,12 +69,12 @@ class Recorder:
         self.state: Callable[[], list[torch.Tensor]] = list
         self.replays = 0
 
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, fn: Callable[[], None]) -> Callable[[], None]:
         recording = Recording()
         before = [(tensor, tensor.clone()) for tensor in self.state()]
         rng = torch.get_rng_state()
         with recording:
-            work()
+            fn()
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
@@ -88,19 +88,19 @@ class Recorder:
         return replay
 
 
-def eagerly(work: Callable[[], None]) -> Callable[[], None]:
-    """A recorder that does not record."""
-    return work
+def eagerly(fn: Callable[[], None]) -> Callable[[], None]:
+    """A capturer that does not capture."""
+    return fn
 
 
-def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, DataSplits]:
+def trainer_of(line: str, capturer, data=None) -> tuple[train.Trainer, DataSplits]:
     network = "" if "--netType" in line else DENSENET
     opt = opts.parse([*SMALL.split(), *network.split(), *line.split()])
     data = data or create_data(opt)
     model = models.factory.create(opt, len(data.classes))
-    trainer = train.create(opt, model, CPU, RunLog(None), recorder=recorder)
-    if isinstance(recorder, Recorder):
-        recorder.state = lambda: [
+    trainer = train.create_trainer(opt, model, CPU, RunLog(None), capturer=capturer)
+    if isinstance(capturer, Capturer):
+        capturer.state = lambda: [
             *trainer.model.state_dict().values(),
             *(state["momentum_buffer"] for state in trainer.optimizer.state.values()),
             *vars(trainer._guard).values(),
@@ -109,8 +109,8 @@ def trainer_of(line: str, recorder, data=None) -> tuple[train.Trainer, DataSplit
                 for group in trainer.optimizer.param_groups
                 if isinstance(lr := group["lr"], torch.Tensor)
             ),
-            *(sums._totals for sums in (trainer.sums, trainer._test_sums)),
-            *(replayed._first for replayed in trainer._runner._replayed.values()),
+            *(metrics._totals for metrics in (trainer.metrics, trainer._eval_metrics)),
+            *(replayed._batch_start for replayed in trainer._runner._graphed_steps.values()),
         ]
     return trainer, data
 
@@ -120,7 +120,7 @@ def epochs(trainer: train.Trainer, data: DataSplits, count: int = 2) -> dict:
     results = []
     for _ in range(count):
         trained = trainer.train(data.train, lambda: None)
-        tested = trainer.test(data.val, lambda: None)
+        tested = trainer.evaluate(data.val, lambda: None)
         record = trainer.finish_epoch(trained, tested)
         results.append({name: record[name] for name in record if name not in OF_CLOCKS})
     return {"results": results, **trainer.model.state_dict()}
@@ -146,32 +146,32 @@ def equal(mine: dict, theirs: dict) -> bool:
     ],
 )
 def test_replayed_steps_train_as_eager_steps_do(line):
-    recorder = Recorder()
-    replayed = epochs(*trainer_of(line, recorder))
+    capturer = Capturer()
+    replayed = epochs(*trainer_of(line, capturer))
     # 84 images are 10 full batches and one of 4; the first steps of each kind are eager.
     train_steps, test_steps = 2 * 10, 2 * (trainer_of(line, None)[1].val.sampler.num_images // 8)
-    assert recorder.replays == train_steps + test_steps - 2 * cuda_graph.WARM_UP
+    assert capturer.replays == train_steps + test_steps - 2 * cuda_graph.WARMUP_STEPS
     assert equal(replayed, epochs(*trainer_of(line, eagerly)))
     assert not equal(replayed, epochs(*trainer_of(f"{line} --manualSeed 1", eagerly)))
 
 
 def test_a_rate_that_python_keeps_would_be_replayed_as_it_was(monkeypatch):
     # The twin: what a recording cannot see change makes another course of training.
-    line, recorder = "--lrShape cosine", Recorder()
-    trainer, data = trainer_of(line, recorder)
+    line, capturer = "--lrShape cosine", Capturer()
+    trainer, data = trainer_of(line, capturer)
     wanted = epochs(*trainer_of(line, eagerly))
 
     def keep(optimizer, rate: float) -> None:
         optimizer.param_groups[0]["lr"] = rate
 
-    monkeypatch.setattr(engine.optimizer, "set_rate", keep)
+    monkeypatch.setattr(engine.optimizer, "set_lr", keep)
     assert not equal(epochs(trainer, data), wanted)
 
 
 def test_an_epoch_is_continued_in_the_middle():
-    whole, data = trainer_of("", Recorder())
+    whole, data = trainer_of("", Capturer())
     wanted = epochs(whole, data, count=1)
-    first, _ = trainer_of("", Recorder(), data)
+    first, _ = trainer_of("", Capturer(), data)
 
     def stop() -> None:
         if first.step == 5:
@@ -179,7 +179,7 @@ def test_an_epoch_is_continued_in_the_middle():
 
     with pytest.raises(KeyboardInterrupt):
         first.train(data.train, stop)
-    second, _ = trainer_of("", Recorder(), data)
+    second, _ = trainer_of("", Capturer(), data)
     second.load_state_dict(first.state_dict())
     assert second.step == 5
     assert equal(epochs(second, data, count=1), wanted)
@@ -199,7 +199,7 @@ def test_a_replica_replays_its_own_images(split):
 
         count = batches.sampler.full_steps - 1
         if replay:
-            step = cuda_graph.ReplayedStep(batches, keep, eagerly, pytest.fail)
+            step = cuda_graph.GraphedStep(batches, keep, eagerly, pytest.fail)
             step.seek(epoch=2, step=1)
             for _ in range(count):
                 step()
@@ -216,7 +216,7 @@ def test_a_replica_replays_its_own_images(split):
 
 
 def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once(capsys):
-    def refuse(work):
+    def refuse(fn):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     assert equal(epochs(*trainer_of("", refuse)), epochs(*trainer_of("", eagerly)))
@@ -225,7 +225,7 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once(capsys):
 
 
 def test_a_loss_that_is_not_finite_is_reported_at_its_step_in_a_replay():
-    trainer, data = trainer_of("", Recorder())
+    trainer, data = trainer_of("", Capturer())
 
     def spoil() -> None:
         if trainer.step == 7:  # replayed by then: the change is seen in memory only
@@ -244,9 +244,9 @@ def test_a_recording_refuses_to_read_from_the_device():
 # --------------------------------------------------------------------------------- --cudaGraph
 
 
-@pytest.mark.parametrize("wish", ["auto", "false"])
-def test_without_a_gpu_steps_run_eagerly(wish):
-    assert cuda_graph.recorder(wish, CPU, resident=True) is None
+@pytest.mark.parametrize("requested", ["auto", "false"])
+def test_without_a_gpu_steps_run_eagerly(requested):
+    assert cuda_graph.make_capturer(requested, CPU, resident=True) is None
 
 
 @pytest.mark.parametrize(
@@ -255,6 +255,6 @@ def test_without_a_gpu_steps_run_eagerly(wish):
 )
 def test_a_graph_that_is_asked_for_where_there_can_be_none_is_an_error(device, resident, why):
     with pytest.raises(UsageError) as error:
-        cuda_graph.recorder("true", torch.device(device), resident)
+        cuda_graph.make_capturer("true", torch.device(device), resident)
     assert why in error.value.report() and "; fix: use --cudaGraph auto" in error.value.report()
-    assert cuda_graph.recorder("auto", torch.device(device), resident) is None
+    assert cuda_graph.make_capturer("auto", torch.device(device), resident) is None

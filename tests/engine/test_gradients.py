@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.gradients import Gradients
+from engine.gradients import GradientReducer
 
 TIMEOUT_S = 60
 SIZES = pytest.mark.parametrize("size", [2, 3, 5])
@@ -23,7 +23,7 @@ Spoil = Callable[[int, Tensor, list[Tensor]], Tensor]
 
 
 class Exchange(NamedTuple):
-    """What `Gradients` needs of a world."""
+    """What `GradientReducer` needs of a world."""
 
     size: int
     sum_: Callable[[Tensor], None]
@@ -45,8 +45,8 @@ class Replicas:
         self.targets = torch.randint(5, (size, 7))
         self.sums = 0  # reductions so far
         self._barrier, self._slots = threading.Barrier(size), [None] * size
-        self.gradients = [
-            Gradients(list(model.parameters()), Exchange(size, self._sum_of(rank)))
+        self.reducers = [
+            GradientReducer(list(model.parameters()), Exchange(size, self._sum_of(rank)))
             for rank, model in enumerate(self.models)
         ]
 
@@ -73,7 +73,7 @@ class Replicas:
         return found
 
     def together(self, spoil: Spoil | None = None) -> list[tuple[bool, bool]]:
-        """Backward in each replica, then `Gradients.finish`: what that says to each.
+        """Backward in each replica, then `GradientReducer.reduce`: what that says to each.
 
         Args:
             spoil: given a rank, its loss and its gradients, changes these and returns the loss.
@@ -86,7 +86,7 @@ class Replicas:
             loss.backward()
             if spoil:
                 loss = spoil(rank, loss.detach(), [p.grad for p in model.parameters()])
-            finite_loss, finite_gradients = self.gradients[rank].finish(loss)
+            finite_loss, finite_gradients = self.reducers[rank].reduce(loss)
             assert finite_loss.dtype == finite_gradients.dtype == torch.bool
             return finite_loss.item(), finite_gradients.item()
 
@@ -208,8 +208,8 @@ def alone(spoil: Callable[[list[Tensor]], None] = lambda gradients: None) -> lis
     loss.backward()
     spoil([p.grad for p in model.parameters()])
     before = [(p.grad, p.grad.clone()) for p in model.parameters()]
-    gradients = Gradients(list(model.parameters()), Exchange(1, pytest.fail))
-    finite = [one.item() for one in gradients.finish(loss)]
+    reducer = GradientReducer(list(model.parameters()), Exchange(1, pytest.fail))
+    finite = [one.item() for one in reducer.reduce(loss)]
     for parameter, (gradient, values) in zip(model.parameters(), before, strict=True):
         assert parameter.grad is gradient
         assert torch.equal(gradient.nan_to_num(9), values.nan_to_num(9))
@@ -233,7 +233,7 @@ def test_one_replica_hears_of_its_own_number_that_is_not_finite(parameter, value
 def test_one_replica_hears_of_its_own_loss(value):
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
-    finite_loss, finite_gradients = Gradients([parameter], Exchange(1, pytest.fail)).finish(
+    finite_loss, finite_gradients = GradientReducer([parameter], Exchange(1, pytest.fail)).reduce(
         torch.tensor(value)
     )
     assert (finite_loss.item(), finite_gradients.item()) == (False, True)

@@ -8,7 +8,7 @@ import engine.memory
 import models.factory
 import opts
 import train
-from engine.memory import BY_SPEED, TOLERANCE, Estimate
+from engine.memory import LEVELS_BY_SPEED, TOLERANCE, MemoryEstimate
 from experiment.log import RunLog
 from helpers.sample_data import create_data
 from kernels import reference
@@ -33,8 +33,8 @@ def settings(flags: str, level: int | str = 2, precision: str = "single"):
     return opts.parse(text.split())
 
 
-def estimate(flags: str, level: int | str = 2, precision: str = "single") -> Estimate:
-    return Estimate(settings(flags, level, precision), NUM_CLASSES, CPU, REFERENCE)
+def estimate(flags: str, level: int | str = 2, precision: str = "single") -> MemoryEstimate:
+    return MemoryEstimate(settings(flags, level, precision), NUM_CLASSES, CPU, REFERENCE)
 
 
 def measured(opt) -> int:
@@ -43,7 +43,9 @@ def measured(opt) -> int:
     data = create_data(opt)
     activities = [ProfilerActivity.CPU]
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        trainer = train.create(opt, models.factory.create(opt, NUM_CLASSES), CPU, RunLog(None))
+        trainer = train.create_trainer(
+            opt, models.factory.create(opt, NUM_CLASSES), CPU, RunLog(None)
+        )
         trainer.train(data.train, lambda: None)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
@@ -93,8 +95,8 @@ def test_weights_momentum_and_gradients_are_counted():
     weights = 4 * sum(
         parameter.numel() for parameter in models.factory.create(opt, 10).parameters()
     )
-    predicted = Estimate(opt, NUM_CLASSES, CPU, REFERENCE).peak_bytes()
-    without = Estimate(opt.replace(momentum=0.0), NUM_CLASSES, CPU, REFERENCE).peak_bytes()
+    predicted = MemoryEstimate(opt, NUM_CLASSES, CPU, REFERENCE).peak_bytes()
+    without = MemoryEstimate(opt.replace(momentum=0.0), NUM_CLASSES, CPU, REFERENCE).peak_bytes()
     assert 3 * weights < predicted < 3.5 * weights
     assert predicted - without == pytest.approx(weights, rel=0.05)
 
@@ -102,7 +104,9 @@ def test_weights_momentum_and_gradients_are_counted():
 def test_each_of_several_replicas_needs_what_its_share_of_the_batch_does():
     together = settings(SMALL.replace("--batchSize 4", "--batchSize 16"))
     four, one = (
-        Estimate(together.replace(replicas=replicas), NUM_CLASSES, CPU, REFERENCE).peak_bytes()
+        MemoryEstimate(
+            together.replace(replicas=replicas), NUM_CLASSES, CPU, REFERENCE
+        ).peak_bytes()
         for replicas in (4, 1)
     )
     assert four == estimate(SMALL).peak_bytes() < one
@@ -120,7 +124,7 @@ def test_the_estimate_leaves_the_kernels_as_they_were():
 def test_on_a_gpu_a_batch_is_one_tile():
     opt = settings("--depth 10 --growthRate 24 --imageSize 64 --batchSize 24", level=3)
     on_gpu, on_cpu = (
-        Estimate(opt, NUM_CLASSES, device, REFERENCE).peak_bytes() for device in (GPU, CPU)
+        MemoryEstimate(opt, NUM_CLASSES, device, REFERENCE).peak_bytes() for device in (GPU, CPU)
     )
     # What backward of the widest layer has in flight besides the buffers: 96 maps of each pixel.
     one_tensor = 24 * 64 * 64 * 96 * 4
@@ -134,8 +138,8 @@ def test_triton_needs_little_besides_the_buffers(precision):
     module = pytest.importorskip("kernels.triton_ops", reason="Triton is not installed")
     fused = Backend.from_module(module)
     opt = settings("--depth 22 --batchSize 64", precision=precision)
-    peaks = [Estimate(opt, NUM_CLASSES, GPU, fused).peak_bytes(level) for level in (0, 2, 3)]
-    plainly = Estimate(opt, NUM_CLASSES, GPU, REFERENCE).peak_bytes(3)
+    peaks = [MemoryEstimate(opt, NUM_CLASSES, GPU, fused).peak_bytes(level) for level in (0, 2, 3)]
+    plainly = MemoryEstimate(opt, NUM_CLASSES, GPU, REFERENCE).peak_bytes(3)
     # The buffer of the first block and its gradient, twice the bottleneck maps of a layer, the
     # gradient of the images' maps, for each of 64 * 32 * 32 pixels.
     size = {"single": 4, "bf16": 2}[precision]
@@ -147,7 +151,7 @@ def test_triton_needs_little_besides_the_buffers(precision):
 # -------------------------------------------------------------------------------- what to change
 
 
-class Straight(Estimate):
+class Straight(MemoryEstimate):
     """10 MB, and so many MB per image: numbers to reckon with."""
 
     def peak_bytes(self, level=None, batch=None) -> int:
@@ -191,8 +195,8 @@ def test_auto_is_the_fastest_where_free_memory_is_not_known():
 
 
 def test_auto_on_a_real_network():
-    auto = Estimate(settings(SMALL, "auto"), NUM_CLASSES, GPU, REFERENCE)
-    need = {level: auto.peak_bytes(level) for level in BY_SPEED}
+    auto = MemoryEstimate(settings(SMALL, "auto"), NUM_CLASSES, GPU, REFERENCE)
+    need = {level: auto.peak_bytes(level) for level in LEVELS_BY_SPEED}
     assert auto.choose_level(round(TOLERANCE * need[2]) + 1)[0] == 2
     assert auto.choose_level(round(TOLERANCE * min(need.values())) - 1)[1].count("smallest") == 1
 
@@ -215,7 +219,7 @@ def test_the_largest_batch_of_three_replicas_can_be_shared_by_them(megabytes, ba
 def test_the_largest_batch_of_a_real_network_fits_and_a_larger_one_does_not():
     # On the CPU memory is no straight line: small batches are one tile, larger ones are cut.
     opt = settings("--depth 10 --growthRate 8 --imageSize 32 --batchSize 200")
-    estimates = Estimate(opt, NUM_CLASSES, CPU, REFERENCE)
+    estimates = MemoryEstimate(opt, NUM_CLASSES, CPU, REFERENCE)
     limit = 0.4 * estimates.peak_bytes()
     batch = estimates.largest_batch(limit, level=2)
     assert TOLERANCE * estimates.peak_bytes(batch=batch) <= limit
@@ -227,24 +231,26 @@ def test_no_batch_fits_where_one_image_does_not():
 
 
 def test_out_of_memory_names_the_level_that_fits():
-    assert straight(0).advice(None) == "use --optMemory 2, about 1,010 MB instead of 4,010 MB"
-    assert straight(0).advice(room_for(310)).startswith("use --optMemory 3, about 310 MB")
-    assert straight(2).advice(room_for(210)).startswith("use --optMemory 4, about 210 MB")
+    assert straight(0).suggestion(None) == "use --optMemory 2, about 1,010 MB instead of 4,010 MB"
+    assert straight(0).suggestion(room_for(310)).startswith("use --optMemory 3, about 310 MB")
+    assert straight(2).suggestion(room_for(210)).startswith("use --optMemory 4, about 210 MB")
 
 
 def test_out_of_memory_names_the_batch_that_fits_where_no_level_does():
-    advice = straight(4).advice(room_for(110))
-    assert advice == "use --batchSize 48, about 106 MB instead of 210 MB"
-    assert straight(2).advice(room_for(110)).startswith("use --batchSize 48 --optMemory 4, about")
-    assert straight(4).advice(room_for(9)) == (
+    suggestion = straight(4).suggestion(room_for(110))
+    assert suggestion == "use --batchSize 48, about 106 MB instead of 210 MB"
+    assert (
+        straight(2).suggestion(room_for(110)).startswith("use --batchSize 48 --optMemory 4, about")
+    )
+    assert straight(4).suggestion(room_for(9)) == (
         "use a larger device: --optMemory 4 --batchSize 1 needs about 12 MB"
     )
 
 
 def test_out_of_memory_never_advises_what_has_just_failed():
     # However much is free: in pieces too small, or taken by another process since.
-    assert straight(4).advice(10**12) == "use --batchSize 80, about 170 MB instead of 210 MB"
-    assert straight(4).advice(None) == "use --batchSize 40, about 90 MB instead of 210 MB"
+    assert straight(4).suggestion(10**12) == "use --batchSize 80, about 170 MB instead of 210 MB"
+    assert straight(4).suggestion(None) == "use --batchSize 40, about 90 MB instead of 210 MB"
 
 
 def test_out_of_memory_is_reported_even_where_nothing_is_left_to_simulate(monkeypatch):
@@ -252,7 +258,7 @@ def test_out_of_memory_is_reported_even_where_nothing_is_left_to_simulate(monkey
         raise MemoryError
 
     monkeypatch.setattr(engine.memory, "_simulate", fail)
-    assert estimate(SMALL).advice(None) == "use a smaller --batchSize, or --optMemory 4"
+    assert estimate(SMALL).suggestion(None) == "use a smaller --batchSize, or --optMemory 4"
 
 
 def test_out_of_memory_is_told_from_other_errors():

@@ -22,7 +22,7 @@ import train
 from datasets.batch_sampler import BatchSampler
 from datasets.factory import DataSplits
 from engine import cuda_graph
-from engine.schedule import Schedule
+from engine.schedule import LRSchedule
 from errors import NonFiniteError
 from experiment.log import RunLog
 from helpers.sample_data import create_data
@@ -51,7 +51,7 @@ def build(**changed: object) -> tuple[Trainer, DataSplits]:
     opt = settings(**changed)
     data = create_data(opt)
     model = models.factory.create(opt, len(data.classes))
-    return train.create(opt, model, CPU, RunLog(None)), data
+    return train.create_trainer(opt, model, CPU, RunLog(None)), data
 
 
 @dataclass
@@ -82,7 +82,7 @@ def nothing() -> None:
 def epoch(trainer: Trainer, data: DataSplits, after_step: Callable[[], None] = nothing) -> dict:
     """One whole epoch as main.py runs it."""
     trained = trainer.train(data.train, after_step)
-    return trainer.finish_epoch(trained, trainer.test(data.val, nothing))
+    return trainer.finish_epoch(trained, trainer.evaluate(data.val, nothing))
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -252,15 +252,15 @@ def stated_rates(*spans: tuple[int, int, float]) -> dict[int, float]:
 )
 def test_the_rate_of_every_epoch_is_the_papers(line, want):
     opt = opts.parse(line.split())
-    schedule = Schedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
-    rates = {n: schedule.rate(n, 1, 782) for n in range(1, opt.nEpochs + 1)}
+    schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
+    rates = {n: schedule.lr(n, 1, 782) for n in range(1, opt.nEpochs + 1)}
     assert rates == pytest.approx(want, rel=1e-12)
-    assert all(schedule.rate(n, 782, 782) == rates[n] for n in rates)  # the same all epoch long
+    assert all(schedule.lr(n, 782, 782) == rates[n] for n in rates)  # the same all epoch long
 
 
 def test_a_cosine_ends_at_zero_and_never_rises():
-    schedule = Schedule("cosine", 0.1, 3, None)
-    rates = [schedule.rate(n, step, 7) for n in (1, 2, 3) for step in range(1, 8)]
+    schedule = LRSchedule("cosine", 0.1, 3, None)
+    rates = [schedule.lr(n, step, 7) for n in (1, 2, 3) for step in range(1, 8)]
     assert rates == pytest.approx([stated_cosine(t, 21) for t in range(1, 22)], abs=1e-15)
     assert rates[-1] == 0
     assert all(a > b for a, b in itertools.pairwise(rates))
@@ -285,7 +285,7 @@ def rest_of_run(
     steps, records = [], []
 
     def note() -> None:
-        steps.append(trainer.sums.state_dict())
+        steps.append(trainer.metrics.state_dict())
         after_step(steps)
 
     while trainer.epoch <= 3:
@@ -485,7 +485,7 @@ def spoilt(precision: str, spoiler: str) -> tuple[Trainer, Listed, Callable[[], 
     """
     trainer, _ = build(precision=precision)
     batches = listed([8] * 5, torch.float64 if precision == "double" else torch.float32)
-    trainer.finish_epoch(trainer.train(batches, nothing), trainer.test(batches, nothing))
+    trainer.finish_epoch(trainer.train(batches, nothing), trainer.evaluate(batches, nothing))
     if precision == "half":
         # Where long runs are: a higher scale overflows by itself and hides what is tested here.
         trainer.scaler.update(1024.0)
@@ -578,12 +578,12 @@ def stated_errors(logits: Tensor, targets: Tensor) -> dict[str, float]:
 def test_evaluation_counts_every_image_once(precision, tolerance):
     trainer, _ = build(precision=precision)
     batches = listed([8, 8, 3], torch.float64 if precision == "double" else torch.float32)
-    got = trainer.test(batches, nothing)
+    got = trainer.evaluate(batches, nothing)
     want = stated_errors(*whole_set(trainer, batches))
     assert got == pytest.approx(want, abs=tolerance)
     assert got["val_top1"] == want["val_top1"]
 
-    each = [trainer.test(Listed([pair]), nothing)["val_loss"] for pair in batches.pairs]
+    each = [trainer.evaluate(Listed([pair]), nothing)["val_loss"] for pair in batches.pairs]
     assert abs(sum(each) / 3 - want["val_loss"]) > 1e-4  # a mean of means would show
 
 
@@ -592,17 +592,17 @@ def test_evaluation_changes_nothing_and_repeats(precision):
     trainer, data = build(precision=precision, dropRate=0.5)
     trainer.train(data.train, nothing)
     before, state = weights_of(trainer), copy.deepcopy(trainer.model.state_dict())
-    position, sums = trainer.position, trainer.sums.state_dict()
-    first = trainer.test(data.val, nothing)
+    position, metrics = trainer.position, trainer.metrics.state_dict()
+    first = trainer.evaluate(data.val, nothing)
     assert same(weights_of(trainer), before)
     assert same(trainer.model.state_dict(), state)
-    assert (trainer.position, trainer.sums.state_dict()) == (position, sums)
-    assert trainer.test(data.val, nothing) == first
+    assert (trainer.position, trainer.metrics.state_dict()) == (position, metrics)
+    assert trainer.evaluate(data.val, nothing) == first
 
 
 def test_training_after_an_evaluation_uses_batch_statistics_again():
     trainer, data = build()
-    trainer.test(data.val, nothing)
+    trainer.evaluate(data.val, nothing)
     before = trainer.model.features.norm5.running_mean.clone()
     trainer.train(data.train, nothing)
     assert not torch.equal(trainer.model.features.norm5.running_mean, before)
@@ -611,7 +611,7 @@ def test_training_after_an_evaluation_uses_batch_statistics_again():
 def test_evaluation_calls_back_after_each_batch_and_names_its_phase():
     trainer, _ = build()
     calls = []
-    got = trainer.test(listed([4, 4, 1]), lambda: calls.append(1), phase="test")
+    got = trainer.evaluate(listed([4, 4, 1]), lambda: calls.append(1), phase="test")
     assert len(calls) == 3
     assert got.keys() == {"test_loss", "test_top1", "test_top5"}
 
@@ -623,7 +623,7 @@ def test_evaluation_with_crops_is_of_their_mean():
     crops = Listed([(torch.randn(10 * n, 3, 8, 8), torch.randint(10, (n,))) for n in sizes])
     logits, targets = whole_set(trainer, crops)
     want = stated_errors(logits.view(5, 10, 10).mean(dim=1), targets)
-    assert trainer.test(crops, nothing) == pytest.approx(want, abs=1e-5)
+    assert trainer.evaluate(crops, nothing) == pytest.approx(want, abs=1e-5)
     # The crops of an image follow each other; taken every fifth they belong to others.
     mixed = stated_errors(logits.view(10, 5, 10).mean(dim=0), targets)
     assert abs(mixed["val_loss"] - want["val_loss"]) > 1e-3
@@ -694,14 +694,14 @@ def test_an_epoch_ends_with_its_record_and_a_fresh_start():
     )
     assert set(names.split()) <= record.keys()
     assert trainer.position == {"epoch": 2, "step": 0, "global_step": 3}
-    assert trainer.sums.count == 0
+    assert trainer.metrics.count == 0
     assert trainer.is_between_epochs
     assert (trainer.time_s, trainer.data_s) == (0, 0)
     assert record["images_per_s"] == pytest.approx(40 / record["time_s"])
     assert 0 <= record["data_wait"] <= 1
 
     after_each = []
-    trainer.train(data.train, lambda: after_each.append((trainer.position, trainer.sums.count)))
+    trainer.train(data.train, lambda: after_each.append((trainer.position, trainer.metrics.count)))
     assert [position["global_step"] for position, _ in after_each] == [4, 5, 6]
     assert [position["step"] for position, _ in after_each] == [1, 2, 3]
     assert [count for _, count in after_each] == [16, 32, 40]
@@ -731,7 +731,7 @@ def test_training_sums_are_those_of_the_losses_that_were_trained_on():
         losses.append(F.cross_entropy(model(images), targets).item() * len(targets))
     got = trainer.train(batches, nothing)
     assert got["train_loss"] == pytest.approx(sum(losses) / 19, abs=1e-5)
-    assert trainer.sums.count == 19
+    assert trainer.metrics.count == 19
 
 
 # ---------------------------------------------------------------------------------- memory, console

@@ -15,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine.device
-from engine.metrics import Sums
+from engine.metrics import Metrics
 from experiment import console
 from experiment.log import EpochRecord, RunLog, read_log
 from faults import sabotage
@@ -248,14 +248,14 @@ def test_a_full_disk_for_tensorboard_stops_nothing(tmp_path):
 
 
 def progress(steps: int, capsys, name: str = "train", rate: float | None = 0.1) -> str:
-    sums = Sums(torch.device("cpu"))
-    with RunLog(None).phase(name, 7, steps, 0, sums) as shown:
+    metrics = Metrics(torch.device("cpu"))
+    with RunLog(None).phase(name, 7, steps, 0, metrics) as shown:
         for _ in range(steps):
-            sums.add(
+            metrics.add(
                 torch.tensor(0.5), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
             )
             shown.update(2, 0.0, rate)
-        shown.finish(sums, rate)
+        shown.finish(metrics, rate)
     return capsys.readouterr().out
 
 
@@ -281,7 +281,7 @@ def test_a_line_is_printed_when_it_is_due(capsys, monkeypatch):
 
 
 def test_the_last_line_of_a_pass_is_of_all_replicas(capsys):
-    own, of_all = Sums(torch.device("cpu")), Sums(torch.device("cpu"))
+    own, of_all = Metrics(torch.device("cpu")), Metrics(torch.device("cpu"))
     logits, targets = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
     own.add(torch.tensor(0.5), logits, targets)
     of_all.add(torch.tensor(0.25), logits[:1], targets[:1])

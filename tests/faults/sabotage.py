@@ -92,7 +92,7 @@ def at_batch(action: Callable[[], None], k: int = 1, phase: str = "train") -> No
 
     from engine import metrics
 
-    add, batches = metrics.Sums.add, itertools.count(1)
+    add, batches = metrics.Metrics.add, itertools.count(1)
 
     def add_and_act(self, *args) -> None:
         now = "train" if torch.is_grad_enabled() else "val"
@@ -100,7 +100,7 @@ def at_batch(action: Callable[[], None], k: int = 1, phase: str = "train") -> No
             action()
         add(self, *args)
 
-    metrics.Sums.add = add_and_act
+    metrics.Metrics.add = add_and_act
 
 
 def before_call(action: Callable[[], None], function: Callable, k: int = 1) -> None:
@@ -190,11 +190,11 @@ def record_losses(report: Path) -> None:
             last[0] = loss.item()
         return loss
 
-    def recorded(self, loader, after_step):
+    def recorded(self, loader, on_step_end):
         def after() -> None:
             line = f"{self.global_step} {last[0].hex()} {time.monotonic()!r}\n"
             os.write(descriptor, line.encode())
-            after_step()
+            on_step_end()
 
         return train(self, loader, after)
 

@@ -84,14 +84,14 @@ def stop_before_the_sum() -> None:
     """Hang with the gradients computed, while the others wait for them."""
     from engine import gradients
 
-    finish, steps = gradients.Gradients.finish, iter(range(1, 10**6))
+    reduce, steps = gradients.GradientReducer.reduce, iter(range(1, 10**6))
 
-    def stop_and_finish(self, loss):
+    def stop_and_reduce(self, loss):
         if next(steps) == 7:
             send(signal.SIGSTOP)
-        return finish(self, loss)
+        return reduce(self, loss)
 
-    gradients.Gradients.finish = stop_and_finish
+    gradients.GradientReducer.reduce = stop_and_reduce
 
 
 def test_a_process_that_hangs_within_a_step_is_not_waited_for_longer_than_asked(tmp_path):
@@ -102,19 +102,19 @@ def test_a_process_that_hangs_within_a_step_is_not_waited_for_longer_than_asked(
 
 
 def record_steps_but(rank: int) -> None:
-    """A recorder of CUDA graphs, of which that of one process breaks off."""
+    """A capturer of CUDA graphs, of which that of one process breaks off."""
     from distributed import launcher
     from engine import cuda_graph
 
-    def recorder(*_):
-        def record(work):
+    def capturer(*_):
+        def capture(fn):
             if launcher.here().rank == rank:
                 raise RuntimeError("operation not permitted when stream is capturing")
-            return work
+            return fn
 
-        return record
+        return capture
 
-    cuda_graph.recorder = recorder
+    cuda_graph.make_capturer = capturer
 
 
 @pytest.mark.parametrize("rank", BOTH)

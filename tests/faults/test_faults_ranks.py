@@ -414,13 +414,13 @@ def test_a_process_whose_launcher_was_killed_saves_and_ends(tmp_path, complete):
 def on_every_batch(action) -> None:
     from engine import metrics
 
-    add = metrics.Sums.add
+    add = metrics.Metrics.add
 
     def add_and_act(self, *args) -> None:
         action()
         add(self, *args)
 
-    metrics.Sums.add = add_and_act
+    metrics.Metrics.add = add_and_act
 
 
 def note_return(report: Path) -> None:

@@ -65,8 +65,8 @@ def looks(trainer: train.Trainer) -> dict[tuple[object, str], Callable]:
     yes = torch.tensor(True)
     return {
         (trainer, "check_finite"): lambda: None,
-        (trainer._guard, "mark"): lambda bad: None,
-        (trainer._gradients, "finish"): lambda loss: (yes, yes),
+        (trainer._guard, "record_nonfinite"): lambda nonfinite: None,
+        (trainer._reducer, "reduce"): lambda loss: (yes, yes),
     }
 
 
@@ -147,7 +147,7 @@ def prepared(flags: dict[str, object], steps: int):
     engine.device.configure(opt.cudnn, opt.tf32)
     data = datasets.factory.create(opt, device, console.warn)
     model = models.factory.create(opt, len(data.classes))
-    return opt, data, train.create(opt, model, device, RunLog(None))
+    return opt, data, train.create_trainer(opt, model, device, RunLog(None))
 
 
 def timed_steps(trainer, data, before_step: Callable[[int], None]) -> list[float]:

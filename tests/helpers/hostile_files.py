@@ -21,14 +21,14 @@ from torch import nn
 
 from cli.flag_types import Settings
 from engine import optimizer
-from engine.schedule import Schedule
+from engine.schedule import LRSchedule
 from experiment.log import RunLog
 from faults.costs import archive
 from train import Trainer
 
 
 def trainer() -> Trainer:
-    schedule = Schedule("multistep", 0.1, 2, [])
+    schedule = LRSchedule("multistep", 0.1, 2, [])
     device = torch.device("cpu")
     opt = Settings(momentum=0.9, weightDecay=0)
     return Trainer(nn.Linear(3, 2), schedule, make_optimizer=partial(optimizer.create, opt),

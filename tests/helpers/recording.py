@@ -21,7 +21,7 @@ def record_steps(directory: Path) -> None:
     from engine import metrics
 
     add, make_batch, train_step = (
-        metrics.Sums.add,
+        metrics.Metrics.add,
         MemoryLoader.make_batch,
         train.Trainer._train_step,
     )
@@ -46,7 +46,7 @@ def record_steps(directory: Path) -> None:
         if (directory / SLOW).exists():
             time.sleep(SLOWER_S)
 
-    MemoryLoader.make_batch, metrics.Sums.add = make_batch_and_keep, add_and_keep
+    MemoryLoader.make_batch, metrics.Metrics.add = make_batch_and_keep, add_and_keep
     train.Trainer._train_step = step_and_write
 
 

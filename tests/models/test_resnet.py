@@ -15,7 +15,7 @@ import models.state_dicts
 import opts
 import train
 from distributed.world import Share, World
-from engine.memory import Estimate
+from engine.memory import MemoryEstimate
 from errors import CheckpointError
 from experiment.log import RunLog
 from helpers.networks import network, one_step, photographs, same_state, scramble
@@ -411,7 +411,7 @@ def test_every_precision_trains_in_channels_last_memory(name, precision):
     opt = opts.parse(line.split())
     data = create_data(opt)
     model = models.factory.create(opt, 10)
-    trainer = train.create(opt, model, CPU, RunLog(None))
+    trainer = train.create_trainer(opt, model, CPU, RunLog(None))
     before = model.fc.weight.clone()
     seen = []
     model.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
@@ -437,9 +437,9 @@ def test_replicas_share_every_batch_normalisation_when_asked_to(name, line):
         assert {norm.share for norm in norms} == {share if sync == "true" else None}
 
 
-def estimate(line: str) -> Estimate:
+def estimate(line: str) -> MemoryEstimate:
     opt = opts.parse(f"{LOOP} {line}".split())
-    return Estimate(opt, 10, CPU, REFERENCE)
+    return MemoryEstimate(opt, 10, CPU, REFERENCE)
 
 
 @pytest.mark.parametrize("network", ["resnet --depth 8", "preresnet --depth 11"])
@@ -447,13 +447,13 @@ def test_advice_about_memory_is_about_the_batch_alone(network):
     found = estimate(f"--netType {network} --batchSize 64")
     now = found.peak_bytes()
     assert now > estimate(f"--netType {network} --batchSize 16").peak_bytes()
-    advice = found.advice(now // 2)
-    assert advice.startswith("use --batchSize ") and "optMemory" not in advice
-    assert found.advice(1000).startswith("use a larger device: --batchSize 1 needs about ")
+    suggestion = found.suggestion(now // 2)
+    assert suggestion.startswith("use --batchSize ") and "optMemory" not in suggestion
+    assert found.suggestion(1000).startswith("use a larger device: --batchSize 1 needs about ")
 
 
 def test_advice_about_a_densenet_does_speak_of_levels():
-    assert "--optMemory" in estimate("--depth 10 --optMemory 0 --batchSize 64").advice(None)
+    assert "--optMemory" in estimate("--depth 10 --optMemory 0 --batchSize 64").suggestion(None)
 
 
 @pytest.mark.parametrize("line", ["--optMemory auto", "--optMemory 4 --kernels triton"])

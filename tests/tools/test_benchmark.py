@@ -265,7 +265,7 @@ def test_contestants_take_turns_in_an_order_that_is_random_but_the_same_every_ti
 
 def test_the_trainer_and_the_bare_step_take_turns_on_the_same_network(monkeypatch):
     calls = []
-    create, bare = train.create, runner("level-1")
+    create, bare = train.create_trainer, runner("level-1")
     step = bare.run
 
     def watched(*args):
@@ -277,7 +277,7 @@ def test_the_trainer_and_the_bare_step_take_turns_on_the_same_network(monkeypatc
 
     start = {name: weight.clone() for name, weight in bare.network.named_parameters()}
     bare.run = lambda: (calls.append("bare"), step())
-    monkeypatch.setattr(train, "create", watched)
+    monkeypatch.setattr(train, "create_trainer", watched)
     times = measure.beside_the_trainer(bare, settings(TINY), 10, 1, 3)
     assert calls == ["trainer", "bare"] * 4
     assert len(times) == 3 and all(alone > 0 and trained > 0 for alone, trained in times)
@@ -304,7 +304,7 @@ def test_the_time_of_a_turn_is_of_its_own_steps(monkeypatch):
                 tick(100)
                 after_step()
 
-    monkeypatch.setattr(train, "create", lambda *_: Trainer())
+    monkeypatch.setattr(train, "create_trainer", lambda *_: Trainer())
     assert measure.beside_the_trainer(bare, settings(TINY), 10, 1, 3) == [(10.5, 100.5)] * 3
 
 
@@ -489,7 +489,7 @@ def test_the_trainer_has_a_row_beside_each_contestant_that_steps_as_it_does(tmp_
 
 def test_a_trainer_that_breaks_says_why(tmp_path, monkeypatch):
     path = tmp_path / "trainer.csv"
-    monkeypatch.setattr(train, "create", lambda *_: 1 / 0)
+    monkeypatch.setattr(train, "create_trainer", lambda *_: 1 / 0)
     flags = ["--only", "level-0/fp32/channels", "--precision", "single", "--csv", str(path)]
     assert benchmark.main(["--trainer", *flags, *QUICK]) == 0
     bare, trained = csv.DictReader(path.open())
@@ -526,7 +526,7 @@ def test_a_captured_step_trains_as_the_eager_one(who):
             if mode == "graph":
                 trained.capture(torch.cuda.graph_pool_handle())
             else:
-                for _ in range(cuda_graph.WARM_UP):
+                for _ in range(cuda_graph.WARMUP_STEPS):
                     trained.run()
             for _ in range(2):
                 trained.run()

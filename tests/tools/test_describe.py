@@ -5,7 +5,7 @@ import torch
 
 import datasets.factory
 import opts
-from engine.memory import Estimate
+from engine.memory import MemoryEstimate
 from kernels.backend import REFERENCE
 from tools import describe
 
@@ -91,7 +91,7 @@ def test_describe_predicts_memory_per_level_and_precision_for_a_batch(capsys, mo
     assert [row[0] for row in rows] == [*"01234"]
     for level, column, precision in ((0, 1, "single"), (2, 1, "single"), (4, 2, "double")):
         opt = opts.parse(f"{TINY} --batchSize 200 --precision {precision}".split())
-        estimate = Estimate(opt, 10, torch.device("cpu"), REFERENCE)
+        estimate = MemoryEstimate(opt, 10, torch.device("cpu"), REFERENCE)
         assert rows[level][column] == f"{estimate.peak_bytes(level) / 1e6:.1f}"
     assert rows[0][1] != rows[2][1] != rows[2][2]
     assert lines[-1].startswith("optMemory auto: 2, the fastest")

@@ -352,7 +352,7 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[list[dict], Path 
     opt = request.networks[0]
     device = engine.device.select(opt.nGPU)
     on_cuda = device.type == "cuda"
-    cuda_graph.recorder(opt.cudaGraph, device, resident=True)  # from here on: a stream to record
+    cuda_graph.make_capturer(opt.cudaGraph, device, resident=True)  # a stream to capture on
     if opt.tf32 and not on_cuda:
         raise UsageError("tf32 has no effect on the CPU", "leave it out")
     kernels.backend.select(opt.kernels, device, "single")  # its errors come before the work

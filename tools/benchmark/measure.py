@@ -160,10 +160,10 @@ class Runner:
                 so they may be replayed in any order.
         """
         self.run = self.step  # lets go of an earlier graph
-        for _ in range(cuda_graph.WARM_UP):
+        for _ in range(cuda_graph.WARMUP_STEPS):
             self.step()
         self._optimizer.zero_grad(set_to_none=True)  # so that the gradients are the graph's own
-        self.run = cuda_graph.record(self.step, pool)
+        self.run = cuda_graph.capture(self.step, pool)
 
 
 def enter(
@@ -347,7 +347,7 @@ def beside_the_trainer(
     )
     data = datasets.factory.create(opt, device, console.warn)
     network = build(bare.contestant, opt, num_classes, device)
-    trainer = train.create(opt, network, device, RunLog(None))
+    trainer = train.create_trainer(opt, network, device, RunLog(None))
 
     def clock() -> float:
         _wait(device)

@@ -112,13 +112,13 @@ class Run:
     @functools.cached_property
     def changes(self) -> list[str]:
         """How it was not trained by its last settings from beginning to end, in words."""
-        from engine.schedule import Schedule
+        from engine.schedule import LRSchedule
 
         opt = self.opt
-        schedule = Schedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
+        schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
         found = ["settings changed on the way by --override"] * bool(self.status.get("overrides"))
         for record in self.records:
-            logged, due = number(record, "lr"), schedule.rate(record["epoch"], 1, 1)
+            logged, due = number(record, "lr"), schedule.lr(record["epoch"], 1, 1)
             # A run that was made longer on the way began by the milestones of a shorter one.
             if logged is not None and not math.isclose(logged, due, rel_tol=1e-6, abs_tol=1e-12):
                 found.append(f"rate {logged:g} in epoch {record['epoch']}, not {due:g}")
