@@ -194,10 +194,10 @@ def apply_defaults(given: dict[str, object]) -> Settings:
     opt.imagenetShape = opt.imageSize > SMALL_IMAGE
     network_settings.apply_defaults(opt)
 
-    course = network.course(opt.imagenetShape, opt.depth)
+    training_defaults = network.defaults_for(opt.imagenetShape, opt.depth)
     own_epochs = None if opt.imagenetShape else dataset.num_epochs
-    default("nEpochs", own_epochs or course.num_epochs)
-    default("batchSize", course.batch_size)
+    default("nEpochs", own_epochs or training_defaults.num_epochs)
+    default("batchSize", training_defaults.batch_size)
     default("augment", dataset.augment)
     default("validSize", dataset.valid_size)
     default("dropRate", 0.0 if opt.augment else 0.2)
@@ -251,13 +251,13 @@ def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
 
 def _unused_flag_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
     """Flags that describe another kind of network than the one that is built."""
-    for name, value in ARCHITECTURES[opt.netType].not_read.items():
+    for name, value in ARCHITECTURES[opt.netType].unused_flags.items():
         has_role = FLAGS[name].role and name not in TOLERATED_FLAGS
         if has_role and given.get(name) not in (None, value, FLAGS[name].default):
             what = f"{name} {as_text(given[name])} has no effect on a {opt.netType}"
             yield what, "leave it out, or use --netType densenet"
     requested = given.get("bottleneck", opt.bottleneck)
-    if requested != opt.bottleneck and ARCHITECTURES[opt.netType].reads("bottleneck"):
+    if requested != opt.bottleneck and ARCHITECTURES[opt.netType].uses("bottleneck"):
         what = (
             f"bottleneck {as_text(requested)} has no effect on a {opt.netType} of depth {opt.depth}"
         )
@@ -341,11 +341,11 @@ def _notes_of_flags(opt: Settings, given: dict[str, object]) -> Iterator[str]:
     for name in IGNORED_FLAGS:
         if name in given:
             yield f"{name} has no effect here"
-    for name in network.not_read:
+    for name in network.unused_flags:
         if given.get(name, False) is not False:
             yield f"{name} has no effect on a {opt.netType}"
     for name in ("shareGradInput", "optnet"):
-        if given.get(name) and network.reads(name):
+        if given.get(name) and network.uses(name):
             yield f"{name} is optMemory {opt.optMemory} here"
 
 
@@ -424,7 +424,7 @@ def _add_resumed(parser: FlagParser) -> None:
 def settings(opt: Settings) -> dict[str, object]:
     """The settings that mean something here, as plain values in the order of the table."""
     network = ARCHITECTURES[opt.netType]
-    unused = {*IGNORED_FLAGS, "optnet", "shareGradInput", *network.not_read}
+    unused = {*IGNORED_FLAGS, "optnet", "shareGradInput", *network.unused_flags}
     if opt.imagenetShape and network.basic_depths is not None:
         unused.add("bottleneck")  # the depth decides
     values = {name: getattr(opt, name) for name in FLAGS if name not in unused}
@@ -458,7 +458,7 @@ def differences(current: dict, saved: dict, role: str) -> list[tuple[str, str, s
     Flags that the current network does not read are left out.
     """
     network = ARCHITECTURES[current["netType"]]
-    used = [flag for flag in FLAGS.values() if network.reads(flag.name)]
+    used = [flag for flag in FLAGS.values() if network.uses(flag.name)]
     names = [flag.name for flag in used if flag.role == role]
     pairs = [(name, as_text(current.get(name)), as_text(saved.get(name))) for name in names]
     return [pair for pair in pairs if pair[1] != pair[2]]

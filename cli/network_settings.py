@@ -23,7 +23,7 @@ def apply_defaults(opt: SimpleNamespace) -> None:
     network does not read, or that its depth decides about, get the values that they have for it.
     """
     network, is_imagenet = architecture(opt), opt.imagenetShape
-    vars(opt).update(network.not_read)
+    vars(opt).update(network.unused_flags)
     if network.shortcuts and opt.shortcutType is None:
         opt.shortcutType = network.shortcuts[is_imagenet]
     custom = _custom_stages(opt)
@@ -31,13 +31,13 @@ def apply_defaults(opt: SimpleNamespace) -> None:
         opt.depth = _depth_of(opt, custom) if any(custom) else network.depths[is_imagenet]
     if is_imagenet and network.basic_depths is not None:
         opt.bottleneck = opt.depth not in network.basic_depths
-    elif not network.reads("bottleneck"):
+    elif not network.uses("bottleneck"):
         opt.bottleneck = False
     if is_imagenet:
         opt.stages = custom if any(custom) else network.imagenet_stages.get(opt.depth, ())
     else:
-        opt.stages = ((opt.depth - network.layers_outside) // _depth_step(opt),) * 3
-    if network.reads("growthRate"):
+        opt.stages = ((opt.depth - network.extra_layers) // _depth_step(opt),) * 3
+    if network.uses("growthRate"):
         _apply_width_defaults(opt, network)
 
 
@@ -56,7 +56,7 @@ def network_name(opt: SimpleNamespace) -> str:
     if network.shortcuts:
         default_shortcut = network.shortcuts[opt.imagenetShape]
         shortcut = "" if opt.shortcutType == default_shortcut else f"-{opt.shortcutType}"
-        is_basic = network.reads("bottleneck") and not opt.imagenetShape and not opt.bottleneck
+        is_basic = network.uses("bottleneck") and not opt.imagenetShape and not opt.bottleneck
         return f"{opt.netType}-L{opt.depth}{shortcut}{'-basic' if is_basic else ''}"
     variant = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
     return f"{opt.netType}{variant.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
@@ -73,12 +73,12 @@ def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
     found, network = [], architecture(opt)
     is_default_depth = opt.depth == network.depths[opt.imagenetShape]
     if _is_basic_in_lua(opt) and "bottleneck" not in given and not is_default_depth:
-        basic_blocks = (opt.depth - network.layers_outside) // network.layers_per_block[False]
+        basic_blocks = (opt.depth - network.extra_layers) // network.layers_per_block[False]
         found.append(
             f"{opt.netType} of depth {opt.depth} has {sum(opt.stages)} bottlenecks; "
             f"fb.resnet.torch's has {basic_blocks} basic blocks: --bottleneck false"
         )
-    if network.reads("reduction") and not opt.bottleneck and opt.reduction < 1:
+    if network.uses("reduction") and not opt.bottleneck and opt.reduction < 1:
         found.append(
             f"bottleneck false with reduction {opt.reduction:g} is a DenseNet-C; "
             "the paper's basic DenseNet has --reduction 1"
@@ -88,7 +88,7 @@ def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
 
 def _custom_stages(opt: SimpleNamespace) -> tuple[int, ...]:
     """The stages that --d1 to --d4 give; all 0 without them, or where they do not count."""
-    custom = opt.imagenetShape and architecture(opt).reads("d1")
+    custom = opt.imagenetShape and architecture(opt).uses("d1")
     return (opt.d1, opt.d2, opt.d3, opt.d4) if custom else (0, 0, 0, 0)
 
 
@@ -105,17 +105,17 @@ def _depth_step(opt: SimpleNamespace) -> int:
 def _check_cifar(opt: SimpleNamespace) -> list[Problem]:
     """The CIFAR shape: three stages of equal length."""
     network, found = architecture(opt), []
-    step, outside = _depth_step(opt), network.layers_outside
-    n, rest = divmod(opt.depth - outside, step)
+    step, extra_layers = _depth_step(opt), network.extra_layers
+    n, rest = divmod(opt.depth - extra_layers, step)
     if any((opt.d1, opt.d2, opt.d3, opt.d4)):
         what = f"d1 to d4 have no effect at {opt.imageSize} pixels"
         found = [(what, "use --depth, or an imageSize above 64")]
     if rest or n < 1:
-        low = step * max(n, 1) + outside
+        low = step * max(n, 1) + extra_layers
         close = f"{low}" if n < 1 else f"{low} or {low + step}"
         variant = "with bottleneck" if opt.bottleneck else "without bottleneck"
-        variant = variant if network.reads("bottleneck") else opt.netType
-        what = f"depth: {opt.depth} is not {step}n + {outside} ({variant})"
+        variant = variant if network.uses("bottleneck") else opt.netType
+        what = f"depth: {opt.depth} is not {step}n + {extra_layers} ({variant})"
         basic = ", or --bottleneck false" if _is_basic_in_lua(opt) else ""
         found.append((what, f"use {close}{basic}"))
     return found
@@ -126,7 +126,7 @@ def _is_basic_in_lua(opt: SimpleNamespace) -> bool:
     network = architecture(opt)
     if not network.shortcuts or opt.imagenetShape or not opt.bottleneck:
         return False
-    inside = opt.depth - network.layers_outside
+    inside = opt.depth - network.extra_layers
     return inside > 0 and inside % (3 * network.layers_per_block[False]) == 0
 
 
@@ -144,14 +144,14 @@ def _check_imagenet(opt: SimpleNamespace) -> list[Problem]:
     elif opt.depth not in known:
         close = min(known, key=lambda depth: abs(depth - opt.depth))
         what = f"depth: {opt.depth} is not one of {', '.join(map(str, known))}"
-        fix = f"use {close}, or give d1 to d4" if network.reads("d1") else f"use {close}"
+        fix = f"use {close}, or give d1 to d4" if network.uses("d1") else f"use {close}"
         return [(what, fix)]
     return []
 
 
 def _check_widths(opt: SimpleNamespace) -> list[Problem]:
     """Each transition of a DenseNet must leave a map."""
-    if not architecture(opt).reads("growthRate"):
+    if not architecture(opt).uses("growthRate"):
         return []
     channels = opt.initChannels
     for i, num_layers in enumerate(opt.stages[:-1], start=1):

@@ -24,7 +24,7 @@ def create(
     torch.manual_seed(opt.manualSeed)
     architecture = ARCHITECTURES[opt.netType]
     arguments = architecture.arguments(opt)
-    if architecture.reads("kernels"):
+    if architecture.uses("kernels"):
         arguments["ops"] = ops
     model = architecture.import_network()(num_classes=num_classes, **arguments)
     if share is not None:

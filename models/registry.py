@@ -25,7 +25,7 @@ RESNET_STAGES = {
     200: (3, 24, 36, 3),
 }
 # The flags of dense blocks, with the values that they have for a network without any.
-OF_DENSE_BLOCKS = {
+DENSE_BLOCK_FLAGS = {
     "optMemory": None,
     "shareGradInput": False,
     "optnet": False,
@@ -39,7 +39,7 @@ OF_DENSE_BLOCKS = {
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingDefaults:
     """How long and in what batches a network trains unless told otherwise."""
 
     num_epochs: int
@@ -57,12 +57,12 @@ class Architecture:
             get that read `--kernels`.
         depths: defaults of `--depth`.
         imagenet_stages: layers or blocks of each stage of the ImageNet shape, by depth.
-        layers_outside: layers of the CIFAR shape that are in none of its three stages.
+        extra_layers: layers of the CIFAR shape that are in none of its three stages.
         layers_per_block: in the CIFAR shape (without, with) a bottleneck.
-        courses: defaults of `--nEpochs` and `--batchSize`.
-        large_courses: at the ImageNet shape, those of depths that have their own.
+        training_defaults: defaults of `--nEpochs` and `--batchSize`.
+        large_training_defaults: at the ImageNet shape, those of depths that have their own.
         milestones: of the CIFAR shape, parts of all epochs as (numerator, denominator).
-        not_read: the flags that it does not read, with the values that they then have.
+        unused_flags: the flags that it does not read, with the values that they then have.
         wide_depths: at the ImageNet shape, the DenseNets of growth rate 48 instead of 32.
         basic_depths: at the ImageNet shape, where the depth decides about bottlenecks: the depths
             that have none. None: `--bottleneck` decides.
@@ -75,29 +75,29 @@ class Architecture:
     arguments: Callable[[SimpleNamespace], dict[str, object]]
     depths: tuple[int, int]
     imagenet_stages: dict[int, tuple[int, ...]]
-    layers_outside: int
+    extra_layers: int
     layers_per_block: tuple[int, int]
-    courses: tuple[Course, Course]
+    training_defaults: tuple[TrainingDefaults, TrainingDefaults]
     milestones: tuple[tuple[int, int], ...]
-    not_read: dict[str, object]
-    large_courses: dict[int, Course] = field(default_factory=dict)
+    unused_flags: dict[str, object]
+    large_training_defaults: dict[int, TrainingDefaults] = field(default_factory=dict)
     wide_depths: tuple[int, ...] = ()
     basic_depths: tuple[int, ...] | None = None
     shortcuts: tuple[str, str] | None = None
 
-    def reads(self, flag: str) -> bool:
+    def uses(self, flag: str) -> bool:
         """Tell whether a flag has an effect on this network."""
-        return flag not in self.not_read
+        return flag not in self.unused_flags
 
     def import_network(self) -> Callable:
         """Import the class, and PyTorch with it."""
         module, name = self.network.split(":")
         return getattr(importlib.import_module(f"models.{module}"), name)
 
-    def course(self, is_imagenet: bool, depth: int) -> Course:
+    def defaults_for(self, is_imagenet: bool, depth: int) -> TrainingDefaults:
         """Return how the network of this shape and depth trains unless told otherwise."""
-        own = self.large_courses if is_imagenet else {}
-        return own.get(depth, self.courses[is_imagenet])
+        own = self.large_training_defaults if is_imagenet else {}
+        return own.get(depth, self.training_defaults[is_imagenet])
 
 
 def _densenet(opt: SimpleNamespace) -> dict[str, object]:
@@ -127,7 +127,7 @@ def _preresnet(opt: SimpleNamespace) -> dict[str, object]:
 
 
 def _residual(
-    name: str, title: str, arguments: Callable, depth: int, not_read: dict[str, object]
+    name: str, title: str, arguments: Callable, depth: int, unused_flags: dict[str, object]
 ) -> Architecture:
     """Return a residual network of fb.resnet.torch, whose schedule and stages both kinds share."""
     return Architecture(
@@ -137,11 +137,11 @@ def _residual(
         arguments,
         depths=(depth, 50),
         imagenet_stages=RESNET_STAGES,
-        layers_outside=2,
+        extra_layers=2,
         layers_per_block=(2, 3),
-        courses=(Course(164, 64), Course(90, 256)),
+        training_defaults=(TrainingDefaults(164, 64), TrainingDefaults(90, 256)),
         milestones=((81, 164), (122, 164)),
-        not_read=not_read,
+        unused_flags=unused_flags,
         basic_depths=(18, 34),
         shortcuts=("A", "B"),
     )
@@ -157,16 +157,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             _densenet,
             depths=(100, 121),
             imagenet_stages=DENSENET_STAGES,
-            layers_outside=4,
+            extra_layers=4,
             layers_per_block=(1, 2),
-            courses=(Course(300, 64), Course(90, 256)),
+            training_defaults=(TrainingDefaults(300, 64), TrainingDefaults(90, 256)),
             # The paper, section 4.2: smaller batches, for ten epochs more.
-            large_courses={161: Course(100, 128)},
+            large_training_defaults={161: TrainingDefaults(100, 128)},
             milestones=((1, 2), (3, 4)),
-            not_read={"shortcutType": None},
+            unused_flags={"shortcutType": None},
             wide_depths=(161, 232),
         ),
-        _residual("resnet", "ResNet", _resnet, 110, {"bottleneck": None} | OF_DENSE_BLOCKS),
-        _residual("preresnet", "pre-activation ResNet", _preresnet, 164, OF_DENSE_BLOCKS),
+        _residual("resnet", "ResNet", _resnet, 110, {"bottleneck": None} | DENSE_BLOCK_FLAGS),
+        _residual("preresnet", "pre-activation ResNet", _preresnet, 164, DENSE_BLOCK_FLAGS),
     )
 }

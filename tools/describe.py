@@ -100,7 +100,7 @@ def render(opt: Settings, model, layers: list[Layer]) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = sum(layer.macs for layer in layers)
     activations = sum(layer.activations for layer in layers)
-    if ARCHITECTURES[opt.netType].reads("growthRate"):
+    if ARCHITECTURES[opt.netType].uses("growthRate"):
         form, parts = f"k={opt.growthRate}", "layers per block"
     else:
         form, parts = f"shortcut {opt.shortcutType}", "blocks per stage"

@@ -791,7 +791,7 @@ def test_settings_of_an_older_densenet_are_no_difference_and_those_of_a_resnet_a
     ]
 
     mine = opts.settings(parse("--netType resnet"))
-    assert not set(ARCHITECTURES["resnet"].not_read) & set(mine)
+    assert not set(ARCHITECTURES["resnet"].unused_flags) & set(mine)
     theirs = {name: flag.default for name, flag in opts.FLAGS.items()} | mine
     assert opts.differences(mine, theirs, "model") == []
     assert opts.differences(mine, theirs | {"shortcutType": "B"}, "model") == [

@@ -81,7 +81,7 @@ def kind(opt: Settings) -> str:
 
 def network(opt: Settings) -> str:
     """The network within its family: its depth and, of a DenseNet, the growth rate."""
-    if ARCHITECTURES[opt.netType].reads("growthRate"):
+    if ARCHITECTURES[opt.netType].uses("growthRate"):
         return f"L={opt.depth} k={opt.growthRate}"
     return f"{opt.depth}"
 
