@@ -169,7 +169,7 @@ class CheckpointSaver:
     Args:
         directory: the run directory, locked by this process; None in all but the first.
         trainer: the one to save, see train.Trainer.
-        stop: its `number` is set once this process is asked to stop.
+        stop: its `signum` is set once this process is asked to stop.
         every_s: seconds between checkpoints within an epoch.
     """
 
@@ -199,25 +199,25 @@ class CheckpointSaver:
 
     def _on_rank0(self, fn: Callable[[], None]) -> None:
         """Do `fn` in the first process; the others fail as it does."""
-        self.trainer.world.from_first(lambda: fn() or b"")
+        self.trainer.world.broadcast_result(lambda: fn() or b"")
 
     def on_step_end(self) -> None:
         """Save if it is time; when any process is asked to stop, save and raise Preempted."""
         due = time.monotonic() - self._saved_at >= self.every_s
-        number, due = self.trainer.world.maximum(self.stop.number, int(due))
-        if number or due:
+        signum, due = self.trainer.world.all_reduce_max(self.stop.signum, int(due))
+        if signum or due:
             self.save()
-        if number:
-            raise self._preempted(number)
+        if signum:
+            raise self._preempted(signum)
 
     def raise_if_stopping(self) -> None:
         """Raise Preempted when asked to stop; all there is to save has been saved."""
-        (number,) = self.trainer.world.maximum(self.stop.number)
-        if number:
-            raise self._preempted(number)
+        (signum,) = self.trainer.world.all_reduce_max(self.stop.signum)
+        if signum:
+            raise self._preempted(signum)
 
-    def _preempted(self, number: int) -> Preempted:
-        name = signal.Signals(number).name
+    def _preempted(self, signum: int) -> Preempted:
+        name = signal.Signals(signum).name
         directory = self.trainer.metadata.settings["save"]
         alone = self.trainer.world.size == 1
         fix = f"python main.py --resume {directory}" if alone else "run it again with --resume auto"

@@ -12,7 +12,7 @@ import opts
 from cli import path_checks
 from cli.flag_types import Settings
 from distributed import launcher, signals
-from distributed.signals import Stop, kill_children
+from distributed.signals import SignalHandler, kill_children
 from errors import PeerError, Preempted, RunError
 from experiment import lifecycle
 from experiment.directory import RunDirectory, check_writable
@@ -21,44 +21,44 @@ from fileio import atomic
 
 def main(argv: list[str]) -> int:
     """Run one command line; the exit code is 0, or that of an error class in errors.py."""
-    signals.hold_standard_files()
-    place = launcher.here()
-    stop = Stop(place.launched, speaks=place.is_first).install()
+    signals.reserve_std_fds()
+    process = launcher.from_env()
+    handler = SignalHandler(process.has_launcher, verbose=process.is_rank0).install()
     opt = world = None
     try:
         path_checks.check_working_directory()
-        opt = opts.parse(argv, place.size if place.launched else 0)
+        opt = opts.parse(argv, process.size if process.has_launcher else 0)
         if opt.printConfig:
-            if place.is_first:
+            if process.is_rank0:
                 print(opts.as_yaml(opt), end="")
             return 0
-        path_checks.check(opt, place.is_first)
-        if place.is_first and not opt.testOnly:
+        path_checks.check(opt, process.is_rank0)
+        if process.is_rank0 and not opt.testOnly:
             check_writable(Path(opt.save))
-        if opt.replicas > 1 and not place.launched:
+        if opt.replicas > 1 and not process.has_launcher:
             return lifecycle.start_replicas(opt, partial(main, argv))
-        world, device = lifecycle.meet(opt, place)
-        world.agree(opts.shared_settings(opt))
-        done = evaluate(opt, world, device) if opt.testOnly else run(opt, stop, world, device)
+        world, device = lifecycle.meet(opt, process)
+        world.check_equal(opts.shared_settings(opt))
+        done = evaluate(opt, world, device) if opt.testOnly else run(opt, handler, world, device)
         return lifecycle.leave(done, world)
     except RunError as error:
-        if isinstance(error, PeerError) and stop.was_early:  # so was the one that is gone
-            os._exit(Preempted.code)
+        if isinstance(error, PeerError) and handler.stopped_before_saving:
+            os._exit(Preempted.code)  # the lost process was stopped too
         if opt and opt.debug and not isinstance(error, Preempted):
             traceback.print_exc()
-        return lifecycle.end(error, opt, place, world)
+        return lifecycle.end(error, opt, process, world)
     except Exception as error:
-        if not place.launched:
+        if not process.has_launcher:
             kill_children()
             raise
         traceback.print_exc()
-        return lifecycle.end(error, opt, place, world)
+        return lifecycle.end(error, opt, process, world)
 
 
 # What is heavy is imported where it is used, so that a mistyped flag is answered at once.
 
 
-def run(opt: Settings, stop: Stop, world, device) -> int:
+def run(opt: Settings, handler: SignalHandler, world, device) -> int:
     """Start or continue a run and bring it to its end."""
     import checkpoints
     import models.state_dicts
@@ -69,9 +69,9 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
 
     ops = select_kernels(opt, device)
     # Only the first process has the directory; what the others need of it, it tells them.
-    own = RunDirectory(Path(opt.save)) if world.is_first else contextlib.nullcontext()
+    own = RunDirectory(Path(opt.save)) if world.is_rank0 else contextlib.nullcontext()
     with own as directory, translate_worker_errors():
-        world.monitor.watch(partial(lifecycle.end_stuck, world, directory))
+        world.monitor.set_abort_handler(partial(lifecycle.end_stuck, world, directory))
         state, is_complete = resume.load(opt, directory, world, console.warn)
         overrides = []
         if state:
@@ -93,14 +93,14 @@ def run(opt: Settings, stop: Stop, world, device) -> int:
             models.state_dicts.load_weights(trainer.model, weights, opt.resetClassifier)
         trainer.metadata = train.Metadata(settings, data.metadata, overrides)
         saver = checkpoints.CheckpointSaver(
-            directory, trainer, stop, keep=opt.keep, every_s=60 * opt.saveEvery
+            directory, trainer, handler, keep=opt.keep, every_s=60 * opt.saveEvery
         )
         if directory:
             begin(config, directory, data, trainer)
         if state:
             continue_files(opt, directory, trainer, saver)
 
-        stop.arm()
+        handler.enable_saving()
         for _ in range(trainer.epoch, opt.nEpochs + 1):
             with memory_errors(opt, suggestion):
                 train_epoch(data, trainer, saver)
@@ -127,17 +127,17 @@ def create_data(opt: Settings, world, device, statistics=None):
     from engine.precision import PRECISIONS
     from experiment import console
 
-    with world.first_on_machine():
+    with world.local_rank0_first():
         data = datasets.factory.create(
             opt,
             device,
             console.warn,
             dtype=PRECISIONS[opt.precision].dtype,
             statistics=statistics,
-            process=world.place,
-            all_gather=world.everyone,
+            process=world.process,
+            all_gather=world.all_gather_json,
         )
-    world.agree(data.metadata | rendezvous.versions())
+    world.check_equal(data.metadata | rendezvous.code_version())
     return data
 
 
@@ -145,15 +145,15 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
     """The network on the device, with its optimizer and its log."""
     import models.factory
     import train
-    from distributed.world import Share
+    from distributed.world import BatchShard
     from engine import cuda_graph
     from experiment.log import RunLog
 
-    share = Share(world, device) if world.size > 1 else None
-    model = models.factory.create(opt, len(data.classes), ops, share)
+    shard = BatchShard(world, device) if world.size > 1 else None
+    model = models.factory.create(opt, len(data.classes), ops, shard)
     log = RunLog(directory.path if directory else None)
     capturer = cuda_graph.make_capturer(opt.cudaGraph, device, data.is_resident)
-    return train.create_trainer(opt, model, device, log, world, share, capturer)
+    return train.create_trainer(opt, model, device, log, world, shard, capturer)
 
 
 def read_weights(opt: Settings, world) -> dict:
@@ -161,7 +161,7 @@ def read_weights(opt: Settings, world) -> dict:
     import checkpoints
     from fileio import tensor_files
 
-    return world.from_first(
+    return world.broadcast_result(
         lambda: checkpoints.load_weights(Path(opt.retrain)),
         tensor_files.to_bytes,
         tensor_files.from_bytes,
@@ -194,7 +194,7 @@ def continue_files(opt: Settings, directory: RunDirectory | None, trainer, saver
     if directory:
         resume.bring_best(opt, trainer, console.warn)
         elsewhere = not checkpoints.list_checkpoints(directory.path)
-    if any(trainer.world.maximum(elsewhere)):  # it goes on in a directory of its own
+    if any(trainer.world.all_reduce_max(elsewhere)):  # it goes on in a directory of its own
         saver.save()
 
 
@@ -212,7 +212,7 @@ def train_epoch(data, trainer, saver) -> None:
         val_time_s=val_time_s,
         **engine.device.log_fields(trainer.device, trainer.world.size),
     )
-    if trainer.world.is_first:
+    if trainer.world.is_rank0:
         trainer.log.epoch(record, trainer.results.is_best)
     saver.on_epoch_end()
 
@@ -249,9 +249,9 @@ def evaluate(opt: Settings, world, device) -> int:
     from experiment.log import RunLog
     from fileio import tensor_files
 
-    world.monitor.watch(partial(lifecycle.end_stuck, world, None))
+    world.monitor.set_abort_handler(partial(lifecycle.end_stuck, world, None))
     ops = select_kernels(opt, device)
-    state = world.from_first(
+    state = world.broadcast_result(
         lambda: resume.find(opt, console.warn), tensor_files.to_bytes, tensor_files.from_bytes
     )
     if state:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed.world import Share, World
+from distributed.world import BatchShard, World
 from engine import optimizer
 from engine.cuda_graph import Capturer, StepRunner
 from engine.gradients import GradientReducer
@@ -46,7 +46,7 @@ class Trainer:
         precision: single, double, half or bf16.
         num_crops: evaluate the mean of this many consecutive outputs per image.
         world: the replicas of the network, this one alone or one of several.
-        shard: what this replica has of each batch; None for one replica.
+        shard: this replica's part of each batch; None for one replica.
         capturer: captures steps over resident data, see engine/cuda_graph.py; None: all eager.
 
     Attributes:
@@ -64,7 +64,7 @@ class Trainer:
         log: RunLog,
         num_crops: int = 1,
         world: World | None = None,
-        shard: Share | None = None,
+        shard: BatchShard | None = None,
         capturer: Capturer | None = None,
     ):
         self.world, self.shard = world or World(), shard
@@ -120,7 +120,7 @@ class Trainer:
                     self._timed_check_finite()
                 progress.update(stats.num_images, stats.data_s, self._current_lr(steps))
             self._timed_check_finite()  # waits for the steps that are still on their way
-            metrics = self.metrics.all_reduced(self.world.sum_)
+            metrics = self.metrics.all_reduced(self.world.all_reduce_)
             progress.finish(metrics, self._current_lr(steps))
         return {
             "lr": self._current_lr(steps),
@@ -142,12 +142,12 @@ class Trainer:
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         self._guard.next_step()
-        if not (self.shard.total if self.shard else len(targets)):
+        if not (self.shard.global_size if self.shard else len(targets)):
             return  # every image of it was skipped
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
             logits, loss = self._loss(images, targets)
-        weighted = loss * self.shard.weight if self.shard else loss
+        weighted = loss * self.shard.loss_weight if self.shard else loss
         scales_loss = self.scaler.is_enabled()
         if scales_loss:
             # Loss scaling skips a step by its gradients alone: once a loss was bad, dividing by
@@ -201,7 +201,7 @@ class Trainer:
 
         Of the first replica's network, whose running statistics are the ones that are saved.
         """
-        self.world.take_from_first([*self.model.parameters(), *self.model.buffers()])
+        self.world.broadcast_([*self.model.parameters(), *self.model.buffers()])
         self.model.eval()
         metrics = self._eval_metrics
         metrics.reset()
@@ -209,7 +209,7 @@ class Trainer:
             for stats in self._runner.run(self._eval_step, loader, self.epoch):
                 on_batch_end()
                 progress.update(stats.num_images, stats.data_s)
-            metrics = metrics.all_reduced(self.world.sum_)
+            metrics = metrics.all_reduced(self.world.all_reduce_)
             progress.finish(metrics)
         return {f"{phase}_{name}": value for name, value in metrics.compute().items()}
 
@@ -260,7 +260,7 @@ class Trainer:
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "replicas": self.world.size,
-            "sums": self.metrics.all_reduced(self.world.sum_).state_dict(),
+            "sums": self.metrics.all_reduced(self.world.all_reduce_).state_dict(),
             "time_s": self.time_s,
             "data_s": self.data_s,
             "best": self.results.best,
@@ -278,7 +278,7 @@ class Trainer:
         self.results = Results(state["last"], state["best"])
         for name in ("epoch", "step", "global_step", "time_s", "data_s"):
             setattr(self, name, state[name])
-        if state["sums"] and self.world.is_first:  # they are those of all replicas
+        if state["sums"] and self.world.is_rank0:  # they are those of all replicas
             self.metrics.load_state_dict(state["sums"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
@@ -308,7 +308,7 @@ def create_trainer(
     device: torch.device,
     log: RunLog,
     world: World | None = None,
-    shard: Share | None = None,
+    shard: BatchShard | None = None,
     capturer: Capturer | None = None,
 ) -> Trainer:
     """The trainer that the settings describe, at the run's first epoch."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datasets.rng import permutation
-from distributed.launcher import ALONE, Place
+from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from errors import DataError
 
 
@@ -29,7 +29,7 @@ class BatchSampler:
     indices: Tensor
     batch_size: int
     seed: int | None = None
-    process: Place = ALONE
+    process: ProcessInfo = SINGLE_PROCESS
     whole_batches: bool = False
 
     def to(self, device: torch.device) -> "BatchSampler":

@@ -20,7 +20,7 @@ from datasets.memory_loader import (
     normalise_pixels,
 )
 from datasets.registry import DATASETS, Statistics
-from distributed.launcher import ALONE, Place
+from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from errors import DataError
 from fileio import limits
 
@@ -60,7 +60,7 @@ def create(
     *,
     dtype: torch.dtype = torch.float32,
     statistics: Statistics | None = None,
-    process: Place = ALONE,
+    process: ProcessInfo = SINGLE_PROCESS,
     all_gather: AllGather = lambda found: [found],
 ) -> DataSplits:
     """Read, check and split the dataset that the settings name.
@@ -70,7 +70,7 @@ def create(
         dtype: of normalised images.
         statistics: mean and std that a trained network expects, instead of the data's.
         process: the process that the batches are for.
-        all_gather: exchanges plain values between all processes; `World.everyone`.
+        all_gather: exchanges plain values between all processes; `World.all_gather_json`.
 
     Raises:
         DataError: it is missing, damaged or not as the settings say.
@@ -117,7 +117,7 @@ def evaluation_loader(
         statistics: mean and std that the network was trained with.
         unreadable: told of the images that cannot be read.
     """
-    loaders = _LoaderFactory(opt, device, dtype, ALONE, statistics)
+    loaders = _LoaderFactory(opt, device, dtype, SINGLE_PROCESS, statistics)
     return loaders.file_loader(samples, torch.arange(len(samples)), unreadable)
 
 
@@ -137,7 +137,7 @@ class _LoaderFactory:
     opt: SimpleNamespace
     device: torch.device
     dtype: torch.dtype
-    process: Place
+    process: ProcessInfo
     statistics: Statistics | None
 
     def memory_loader(

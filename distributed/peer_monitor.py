@@ -1,9 +1,9 @@
 """Whether all processes of a run are there, and what ended the one that is not.
 
-Who fails leaves a notice in the store before it ends. Its connections close, the others find that
-out at their next exchange, read the notice and end in the same way; where there is no notice, a
-roll call finds who is missing. A thread of each process asks all others once a second whether they
-are there: a main thread may be waiting for longer than anybody may be lost.
+A process that fails leaves a failure record in the store before it ends. Its connections close,
+the others find that out at their next exchange, read the record and end in the same way; without a
+record each checks in, which shows who is missing. A thread of each process asks all others once a
+second whether they are there: a main thread may be waiting for longer than anybody may be lost.
 """
 
 import json
@@ -19,209 +19,215 @@ from pathlib import Path
 import torch
 import torch.distributed as dist  # noqa: TID251
 
-from distributed.launcher import Place
+from distributed.launcher import ProcessInfo
 from errors import PeerError, RunError
 
-ROLL_CALL_S = 3.0  # to answer, once a peer is missing
-FAREWELL_S = 6.0  # to end by itself once one is lost or has failed; then a process is ended
-BEAT_S = 1.0  # between two questions whether all are there
-NOTICE = "notice"
-AGAIN = "run it again with --resume auto; its own messages say more"
+MISSING_RANKS_TIMEOUT_S = 3.0  # to answer, once a peer is missing
+ABORT_GRACE_S = 6.0  # to end by itself once one is lost or has failed; then a process is ended
+HEARTBEAT_S = 1.0  # between two questions whether all are there
+FAILURE_KEY = "notice"
+RERUN_HINT = "run it again with --resume auto; its own messages say more"
 
 
 class PeerMonitor:
     """What one process knows of the others of its run; nothing to do for a single process.
 
     Args:
-        place: of this process.
+        process: this process.
         store: that the processes share; None for one process.
-        pulse: group of gloo, to ask whether all are there; None for one process.
+        heartbeat_group: group of gloo, to ask whether all are there; None for one process.
         timeout_s: longest time without an exchange, and longest wait for an answer.
     """
 
-    def __init__(self, place: Place, store=None, pulse=None, timeout_s: float = 0.0):
-        self._place, self._store, self._pulse, self._timeout_s = place, store, pulse, timeout_s
-        self._lost: list[int] = []
-        self._heard: RunError | None = None  # what the run ends with, once this process knows
+    def __init__(
+        self, process: ProcessInfo, store=None, heartbeat_group=None, timeout_s: float = 0.0
+    ):
+        self._process, self._store = process, store
+        self._heartbeat_group, self._timeout_s = heartbeat_group, timeout_s
+        self._lost_ranks: list[int] = []
+        self._failure: RunError | None = None  # what the run ends with, once this process knows
         # When the last exchange ended that has a limit; None while there is none.
-        self._exchanged_at: float | None = None
-        self._has_failed = self._is_leaving = False
+        self._last_collective_at: float | None = None
+        self._has_failed = self._is_shutting_down = False
         self._wake = threading.Event()
-        self._end = lambda error: os._exit(error.code)
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        if pulse:
+        self._abort = lambda error: os._exit(error.code)
+        self._thread = threading.Thread(target=self._heartbeat_loop, daemon=True)
+        if heartbeat_group:
             self._thread.start()
 
-    def exchange_began(self) -> None:
-        """Stop the clock of `exchange_ended`: this process waits for the others, or works alone."""
-        self._exchanged_at = None
+    def collective_started(self) -> None:
+        """Stop the clock of `collective_finished`: it waits for the others, or works alone."""
+        self._last_collective_at = None
 
-    def exchange_ended(self) -> None:
+    def collective_finished(self) -> None:
         """Expect the next exchange within `timeout_s`: if none comes, all may be waiting."""
-        self._exchanged_at = time.monotonic()
+        self._last_collective_at = time.monotonic()
 
     @contextmanager
-    def lost_peers(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """Turn what torch raises about a peer into the error that all processes end with."""
         try:
             yield
         except RuntimeError as error:
-            if not _is_of_a_peer(error):
+            if not _is_peer_error(error):
                 raise
-            raise self._reason(error) from error
+            raise self._find_failure(error) from error
 
-    def fail(self, error: Exception) -> Exception:
+    def report_failure(self, error: Exception) -> Exception:
         """Tell the others what ends this process; what all end with, that of who was first."""
-        if self._place.size == 1 or self._heard:
-            return self._heard or error
+        if self._process.size == 1 or self._failure:
+            return self._failure or error
         with suppress(RuntimeError):  # the store is lost, which the others find out as well
-            error = self._post(error)
+            error = self._store_failure(error)
             self._has_failed = True
             self._wake.set()
-            self._thread.join(ROLL_CALL_S)  # all have read it: the store may end with this one
+            # Until all have read it: the store may end with this process.
+            self._thread.join(MISSING_RANKS_TIMEOUT_S)
         return error
 
     @property
-    def speaks(self) -> bool:
+    def is_reporter(self) -> bool:
         """Whether it is for this process to say how the run ended: the first that is left."""
-        return self._place.rank == min(set(range(self._place.size)) - set(self._lost), default=0)
+        return self._process.rank == min(
+            set(range(self._process.size)) - set(self._lost_ranks), default=0
+        )
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """End together: nobody's peers are gone while it still needs them."""
-        if self._place.size > 1:
-            self._is_leaving = True
+        if self._process.size > 1:
+            self._is_shutting_down = True
             self._wake.set()
             self._thread.join()
-            if self._heard:
-                raise self._heard
+            if self._failure:
+                raise self._failure
 
-    def watch(self, end: Callable[[RunError], None]) -> None:
-        """Call `end` if this process has to end and its main thread does not.
+    def set_abort_handler(self, abort: Callable[[RunError], None]) -> None:
+        """Call `abort` if this process has to end and its main thread does not.
 
         It may be waiting for a GPU whose kernel waits for a peer that is gone.
         """
-        self._end = end
+        self._abort = abort
 
-    # -------------------------------------------------------------------------------- notices
+    # -------------------------------------------------------------------------------- failures
 
-    def _post(self, error: Exception) -> Exception:
-        """Leave a notice of what ends this process; the error of who was first to leave one."""
+    def _store_failure(self, error: Exception) -> Exception:
+        """Record what ends this process, unless another was first: the error that was recorded."""
         if isinstance(error, RunError):
             (what, fix), details = error.problems[0], error.details
         else:
-            what = f"a bug in process {self._place.rank}: {type(error).__name__}: {error}"
+            what = f"a bug in process {self._process.rank}: {type(error).__name__}: {error}"
             fix, details = "report it with its traceback", {}
-        notice = json.dumps([type(error).__name__, what, fix, details]).encode()
-        first = self._store.compare_set(NOTICE, b"", notice)
-        return error if first == notice else notice_error(first)
+        record = json.dumps([type(error).__name__, what, fix, details]).encode()
+        first = self._store.compare_set(FAILURE_KEY, b"", record)
+        return error if first == record else parse_failure(first)
 
-    def _reason(self, error: RuntimeError) -> RunError:
+    def _find_failure(self, error: RuntimeError) -> RunError:
         """The error of the process that failed first; else that one is lost, and which."""
-        if not self._heard:
+        if not self._failure:
             try:
-                if not self._store.check([NOTICE]):
-                    self._post(self._lost_error(error, self._missing()))
-                self._read_notice()
+                if not self._store.check([FAILURE_KEY]):
+                    self._store_failure(self._lost_error(error, self._missing_ranks()))
+                self._read_failure()
             except RuntimeError:  # the store as well
-                self._heard = self._store_lost(error)
-        return self._heard
+                self._failure = self._store_lost_error(error)
+        return self._failure
 
-    def _read_notice(self) -> None:
-        error = notice_error(self._store.get(NOTICE))
-        self._lost, self._heard = error.details.get("lost", []), error  # as all see it
+    def _read_failure(self) -> None:
+        error = parse_failure(self._store.get(FAILURE_KEY))
+        self._lost_ranks, self._failure = error.details.get("lost", []), error  # as all see it
 
-    def _store_lost(self, error: RuntimeError | None) -> PeerError:
-        self._lost = [] if self._place.is_first else [0]
-        what = f"the process that held the run together is lost ({symptom(error)})"
-        return PeerError(what, AGAIN, lost=self._lost)
+    def _store_lost_error(self, error: RuntimeError | None) -> PeerError:
+        self._lost_ranks = [] if self._process.is_rank0 else [0]
+        what = f"the process that held the run together is lost ({first_line(error)})"
+        return PeerError(what, RERUN_HINT, lost=self._lost_ranks)
 
     def _lost_error(self, error: RuntimeError, lost: list[int]) -> PeerError:
-        names = ", ".join(map(self._who, lost))
+        names = ", ".join(map(self._describe_rank, lost))
         what = {
             0: "the exchange with the others broke",
             1: f"process {names} is lost",
         }.get(len(lost), f"processes {names} are lost")
-        return PeerError(f"{what} ({symptom(error)})", AGAIN, lost=lost)
+        return PeerError(f"{what} ({first_line(error)})", RERUN_HINT, lost=lost)
 
-    # ------------------------------------------------------------------------------ roll call
+    # -------------------------------------------------------------------------- missing ranks
 
-    def _who(self, rank: int) -> str:
-        return "{} (host {}, {})".format(rank, *self._address(rank))
+    def _describe_rank(self, rank: int) -> str:
+        return "{} (host {}, {})".format(rank, *self._host_and_pid(rank))
 
-    def _address(self, rank: int) -> tuple[str, int]:
+    def _host_and_pid(self, rank: int) -> tuple[str, int]:
         return tuple(json.loads(self._store.get(f"who/{rank}")))
 
-    def _is_gone(self, rank: int) -> bool:
+    def _has_exited(self, rank: int) -> bool:
         """Whether a process of this machine has ended; False for those of others."""
-        host, pid = self._address(rank)
+        host, pid = self._host_and_pid(rank)
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return host == socket.gethostname() and Path("/proc/self").exists()
         return host == socket.gethostname() and state in "ZX"
 
-    def _missing(self) -> list[int]:
-        """Roll call: those who do not answer. All others soon do: their exchange broke too."""
-        self._store.set(f"here/{self._place.rank}", "")
-        end = time.monotonic() + ROLL_CALL_S
+    def _missing_ranks(self) -> list[int]:
+        """The ranks that do not answer. All others soon do: their exchange broke too."""
+        self._store.set(f"here/{self._process.rank}", "")
+        end = time.monotonic() + MISSING_RANKS_TIMEOUT_S
         while True:
-            ranks = range(self._place.size)
+            ranks = range(self._process.size)
             absent = [rank for rank in ranks if not self._store.check([f"here/{rank}"])]
-            gone = [rank for rank in absent if self._is_gone(rank)]
-            if gone or not absent or time.monotonic() > end or self._store.check([NOTICE]):
+            gone = [rank for rank in absent if self._has_exited(rank)]
+            if gone or not absent or time.monotonic() > end or self._store.check([FAILURE_KEY]):
                 return gone or absent  # who is only slow is not lost
             time.sleep(0.05)
 
     # ------------------------------------------------------------------------------ heartbeat
 
-    def _ask(self) -> None:
+    def _heartbeat_loop(self) -> None:
         """Once a second: are all there, has one failed, are all ready to leave?"""
         try:
             while True:
-                self._end_a_long_silence()
-                failed, leaving = self._states()
+                self._check_stall()
+                failed, shutting_down = self._exchange_heartbeat()
                 if failed:
-                    self._end_soon()
-                    self._read_notice()
-                    self._states()  # all have read it
+                    self._abort_after_grace()
+                    self._read_failure()
+                    self._exchange_heartbeat()  # all have read it
                     return
-                if leaving == self._place.size:
+                if shutting_down == self._process.size:
                     return
-                self._wake.wait(BEAT_S)
+                self._wake.wait(HEARTBEAT_S)
         except RuntimeError as error:
-            self._end_soon(error)
-            self._reason(error)
+            self._abort_after_grace(error)
+            self._find_failure(error)
 
-    def _states(self) -> list[int]:
+    def _exchange_heartbeat(self) -> list[int]:
         """How many processes have failed, and how many are leaving."""
-        states = torch.tensor([self._has_failed, self._is_leaving], dtype=torch.int64)
-        asked = dist.all_reduce(states, group=self._pulse, async_op=True)
-        asked.wait(timedelta(seconds=self._timeout_s))
+        states = torch.tensor([self._has_failed, self._is_shutting_down], dtype=torch.int64)
+        work = dist.all_reduce(states, group=self._heartbeat_group, async_op=True)
+        work.wait(timedelta(seconds=self._timeout_s))
         return states.tolist()
 
-    def _end_a_long_silence(self) -> None:
+    def _check_stall(self) -> None:
         """Fail when the main thread comes to no exchange: all others may be waiting likewise."""
-        since = self._exchanged_at
+        since = self._last_collective_at
         if since is not None and time.monotonic() - since > self._timeout_s:
-            what = f"process {self._place.rank} waits for its device, and has not met the others"
-            self._post(PeerError(f"{what} for {self._timeout_s:g} s", AGAIN))
+            what = f"process {self._process.rank} waits for its device, and has not met the others"
+            self._store_failure(PeerError(f"{what} for {self._timeout_s:g} s", RERUN_HINT))
             self._has_failed = True
 
-    def _end_soon(self, error: RuntimeError | None = None) -> None:
+    def _abort_after_grace(self, error: RuntimeError | None = None) -> None:
         """Leave the main thread some seconds to end by itself, even if the store never answers."""
         timer = threading.Timer(
-            FAREWELL_S, lambda: self._end(self._heard or self._store_lost(error))
+            ABORT_GRACE_S, lambda: self._abort(self._failure or self._store_lost_error(error))
         )
         timer.daemon = True
         timer.start()
 
 
-def symptom(error: RuntimeError | None) -> str:
+def first_line(error: RuntimeError | None) -> str:
     """What torch says, without the place in its source that it begins with."""
     return str(error).partition("\n")[0].rpartition("] ")[2]
 
 
-def _is_of_a_peer(error: RuntimeError) -> bool:
+def _is_peer_error(error: RuntimeError) -> bool:
     """Whether an error during an exchange is the exchange's own."""
     # A loader process that dies is raised by a signal handler: anywhere.
     if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
@@ -230,8 +236,8 @@ def _is_of_a_peer(error: RuntimeError) -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def notice_error(notice: bytes) -> RunError:
-    """The error that a notice tells of."""
-    name, what, fix, details = json.loads(notice)
-    kinds = {kind.__name__: kind for kind in RunError.__subclasses__()}
-    return kinds.get(name, RunError)(what, fix, **details)
+def parse_failure(record: bytes) -> RunError:
+    """Return the error that a failure record describes."""
+    name, what, fix, details = json.loads(record)
+    classes = {kind.__name__: kind for kind in RunError.__subclasses__()}
+    return classes.get(name, RunError)(what, fix, **details)

@@ -1,4 +1,4 @@
-"""How the processes of a run meet, and make sure that they run the same code."""
+"""The rendezvous of a run's processes: how they meet, and make sure that they run the same code."""
 
 import hashlib
 import json
@@ -11,50 +11,58 @@ from pathlib import Path
 import torch
 import torch.distributed as dist  # noqa: TID251
 
-from distributed.launcher import Place
-from distributed.peer_monitor import AGAIN, PeerMonitor, symptom
-from distributed.world import PATIENCE_S, World
+from distributed.launcher import ProcessInfo
+from distributed.peer_monitor import RERUN_HINT, PeerMonitor, first_line
+from distributed.world import LONG_TIMEOUT_S, World
 from errors import PeerError, UsageError
 
-MEETING_S = 300  # for all processes to be there
+RENDEZVOUS_TIMEOUT_S = 300  # for all processes to be there
 
 
-def join(place: Place, device: torch.device, timeout_s: float) -> World:
+def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: float) -> World:
     """Meet the other processes of the run.
 
     Args:
-        timeout_s: longest wait for them within the run; the meeting itself may take longer.
+        timeout_s: longest wait for them within the run; the rendezvous itself may take longer.
 
     Raises:
         PeerError: they do not come.
     """
-    if place.size == 1:
-        return World(place)
-    patience = timedelta(seconds=PATIENCE_S)  # `World` is faster
+    if process.size == 1:
+        return World(process)
+    timeout = timedelta(seconds=LONG_TIMEOUT_S)  # `World` is faster
     try:
-        meeting, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
-        store = dist.PrefixStore(_name_of_start(meeting, place), meeting)
+        base_store, _, _ = next(
+            dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
+        )
+        store = dist.PrefixStore(_attempt_id(base_store, process), base_store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
-            rank=place.rank,
-            world_size=place.size,
-            timeout=patience,
+            rank=process.rank,
+            world_size=process.size,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-        host, pulse = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
+        host_group, heartbeat_group = (
+            dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)
+        )
     except (RuntimeError, ValueError) as error:
-        reason = symptom(error)
+        reason = first_line(error)
         if "EADDRINUSE" in reason:
             port = reason.partition("port: ")[2].partition(",")[0]
             fix = "end the program that has it, or choose another MASTER_PORT"
             raise UsageError(f"port {port} is in use", fix) from error
-        raise PeerError(f"the {place.size} processes do not meet: {reason}", AGAIN) from error
-    store.set(f"who/{place.rank}", json.dumps([socket.gethostname(), os.getpid()]))
-    return World(place, host, PeerMonitor(place, store, pulse, timeout_s), timeout_s)
+        raise PeerError(
+            f"the {process.size} processes do not meet: {reason}", RERUN_HINT
+        ) from error
+    store.set(f"who/{process.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+    return World(
+        process, host_group, PeerMonitor(process, store, heartbeat_group, timeout_s), timeout_s
+    )
 
 
-def _name_of_start(meeting: dist.Store, place: Place) -> str:
+def _attempt_id(base_store: dist.Store, process: ProcessInfo) -> str:
     """A name that only this start of the processes has, agreed through the store.
 
     torchrun keeps one store from restart to restart. In it lie the addresses of processes that are
@@ -64,25 +72,25 @@ def _name_of_start(meeting: dist.Store, place: Place) -> str:
     Raises:
         RuntimeError: not all of them come.
     """
-    word = os.urandom(8).hex()
-    if not place.is_first:
-        meeting.set(f"ask/{place.rank}", word)
-        name = meeting.get(f"answer/{word}").decode()
-        meeting.set(f"{name}/{place.rank}", "")
+    token = os.urandom(8).hex()
+    if not process.is_rank0:
+        base_store.set(f"ask/{process.rank}", token)
+        name = base_store.get(f"answer/{token}").decode()
+        base_store.set(f"{name}/{process.rank}", "")
         return name
-    absent, end = list(range(1, place.size)), time.monotonic() + MEETING_S
+    absent, end = list(range(1, process.size)), time.monotonic() + RENDEZVOUS_TIMEOUT_S
     while absent:
         for rank in absent:
-            if meeting.check([f"ask/{rank}"]):  # perhaps by a process that is gone
-                meeting.set(f"answer/{meeting.get(f'ask/{rank}').decode()}", word)
-        absent = [rank for rank in absent if not meeting.check([f"{word}/{rank}"])]
+            if base_store.check([f"ask/{rank}"]):  # perhaps by a process that is gone
+                base_store.set(f"answer/{base_store.get(f'ask/{rank}').decode()}", token)
+        absent = [rank for rank in absent if not base_store.check([f"{token}/{rank}"])]
         if time.monotonic() > end:
             raise RuntimeError(f"no word of process {absent[0]}")
         time.sleep(0.02)
-    return word
+    return token
 
 
-def versions() -> dict[str, str]:
+def code_version() -> dict[str, str]:
     """What of this program and of PyTorch has to be the same in every process."""
     digest = hashlib.sha256()
     for path in source_files(Path(__file__).resolve().parents[1]):
@@ -96,7 +104,7 @@ def source_files(root: Path) -> list[Path]:
     return sorted([*root.glob("*.py"), *(file for each in packages for file in each.rglob("*.py"))])
 
 
-def is_first_to_say(place: Place, line: str) -> bool:
+def claim_report(process: ProcessInfo, line: str) -> bool:
     """Whether no other process of the run has claimed to say `line`, which all may have to say."""
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distributed.world import Share, World
+from distributed.world import BatchShard, World
 from errors import UsageError
 
 WARMUP_STEPS = 3  # eager steps before capture: libraries choose algorithms, allocate and compile
@@ -143,7 +143,7 @@ class StepRunner:
 
     Args:
         world: the replicas of the network, this one alone or one of several.
-        shard: what this replica has of each batch; None for one replica.
+        shard: this replica's part of each batch; None for one replica.
         capturer: captures steps over resident data; None runs every step eagerly.
         warn: called with a remark if a step cannot be captured.
     """
@@ -151,7 +151,7 @@ class StepRunner:
     def __init__(
         self,
         world: World,
-        shard: Share | None,
+        shard: BatchShard | None,
         capturer: Capturer | None,
         warn: Callable[[str], None],
     ):
@@ -186,7 +186,7 @@ class StepRunner:
             return
         since = time.perf_counter()
         for images, targets in loader.batches(epoch, start):
-            counts = self._world.numbers(len(targets))
+            counts = self._world.all_gather_int(len(targets))
             self._set_shard(counts)
             ready = time.perf_counter()
             before_step()
@@ -228,8 +228,8 @@ class StepRunner:
     def _count_warmup(self, step: Step, times: int) -> None:
         """Count steps: after the first few they take as long in every process."""
         self._warmup_steps[step.__name__] += times
-        self._world.is_patient = self._warmup_steps[step.__name__] <= WARMUP_STEPS + 1
+        self._world.in_warmup = self._warmup_steps[step.__name__] <= WARMUP_STEPS + 1
 
     def _set_shard(self, counts: list[int]) -> None:
         if self._shard:
-            self._shard.set(counts)
+            self._shard.set_sizes(counts)

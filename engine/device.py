@@ -7,13 +7,13 @@ import sys
 
 import torch
 
-from distributed.launcher import ALONE, Place
+from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from errors import UsageError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def select(num_gpus: int | None, place: Place = ALONE) -> torch.device:
+def select(num_gpus: int | None, process: ProcessInfo = SINGLE_PROCESS) -> torch.device:
     """The device of this process for `--nGPU`: None takes a GPU where there is one, 0 the CPU.
 
     Raises:
@@ -23,17 +23,17 @@ def select(num_gpus: int | None, place: Place = ALONE) -> torch.device:
     if num_gpus is None:
         num_gpus = min(present, 1)
     found = f"{present or 'no'} CUDA device{'s' * (present > 1)}"
-    if not place.launched and num_gpus > present:
+    if not process.has_launcher and num_gpus > present:
         raise UsageError(f"nGPU={num_gpus} but {found}", f"--nGPU {present}")
     if not num_gpus:
         return torch.device("cpu")
-    if place.local_rank >= present:
-        what = f"{place.local_size} processes on this machine but {found}"
+    if process.local_rank >= present:
+        what = f"{process.local_size} processes on this machine but {found}"
         fix = f"torchrun --nproc-per-node {present}, or " if present else ""
         raise UsageError(what, f"{fix}--nGPU 0 for CPUs")
-    if place.launched:
-        torch.cuda.set_device(place.local_rank)
-    return torch.device("cuda", place.local_rank)
+    if process.has_launcher:
+        torch.cuda.set_device(process.local_rank)
+    return torch.device("cuda", process.local_rank)
 
 
 def configure(cudnn: str, tf32: bool) -> None:

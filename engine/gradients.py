@@ -13,7 +13,7 @@ class GradientReducer:
     averages them and tells every replica of a loss that is not finite on any.
 
     Args:
-        world: the replicas; its `size` and `sum_` are used.
+        world: the replicas; its `size` and `all_reduce_` are used.
     """
 
     def __init__(self, parameters: list[nn.Parameter], world: World):
@@ -44,7 +44,7 @@ class GradientReducer:
             return torch.isfinite(loss), _are_finite(gradients)
         torch._foreach_copy_(self._views, [parameter.grad for parameter in self._parameters])
         self._bucket[-1] = loss
-        self._world.sum_(self._bucket)
+        self._world.all_reduce_(self._bucket)
         self._bucket /= self._world.size
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view

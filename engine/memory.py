@@ -215,10 +215,10 @@ def decide_level(
     estimate = MemoryEstimate(opt, num_classes, device, ops)
     free_bytes = engine.device.free_bytes(device)
     if free_bytes is not None:
-        free_bytes = min(world.numbers(free_bytes))
+        free_bytes = min(world.all_gather_int(free_bytes))
     if opt.optMemory == "auto":
         level, remark = estimate.choose_level(free_bytes)
-        level = max(world.numbers(level))  # the GPUs may be of different kinds
+        level = max(world.all_gather_int(level))  # the GPUs may be of different kinds
         if remark:
             warn(remark)
         opt = opt.replace(optMemory=level)

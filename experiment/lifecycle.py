@@ -21,26 +21,26 @@ def start_replicas(opt: SimpleNamespace, work: Callable[[], int]) -> int:
     import engine.device
 
     engine.device.select(opt.nGPU)  # all of them are there
-    return launcher.replicas(opt.nGPU, work)
+    return launcher.spawn(opt.nGPU, work)
 
 
-def meet(opt: SimpleNamespace, place: launcher.Place):
+def meet(opt: SimpleNamespace, process: launcher.ProcessInfo):
     """Meet the other processes of the run, if any: the `World`, and the device of this one."""
-    if place.launched:
+    if process.has_launcher:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded
 
     import engine.device
     from distributed import rendezvous
     from experiment import console
 
-    device = engine.device.select(opt.nGPU, place)
+    device = engine.device.select(opt.nGPU, process)
     engine.device.configure(opt.cudnn, opt.tf32)
-    if not place.is_first:
+    if not process.is_rank0:
         console.mute()
-    world = rendezvous.join(place, device, opt.timeout)
+    world = rendezvous.init_process_group(process, device, opt.timeout)
     notes = list(opt.notes)
-    if place.launched and opt.nGPU not in (None, 0, place.local_size):
-        started = f"{place.local_size} processes were started on this machine"
+    if process.has_launcher and opt.nGPU not in (None, 0, process.local_size):
+        started = f"{process.local_size} processes were started on this machine"
         notes.append(f"nGPU {opt.nGPU} has no effect: {started}")
     for note in notes:
         console.warn(note)
@@ -50,7 +50,7 @@ def meet(opt: SimpleNamespace, place: launcher.Place):
 def leave(code: int, world) -> int:
     """End a run that is done together with the others; the exit code."""
     with contextlib.suppress(RunError):  # whatever becomes of the others
-        world.monitor.leave()
+        world.monitor.shutdown()
     if world.size > 1:
         kill_children()
         _exit(code)
@@ -69,34 +69,36 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
-def end(error: Exception, opt: SimpleNamespace | None, place: launcher.Place, world) -> int:
+def end(error: Exception, opt: SimpleNamespace | None, process: launcher.ProcessInfo, world) -> int:
     """Say on standard error how the run ended, once for all its processes; the exit code."""
     if isinstance(error, Preempted):
         with contextlib.suppress(RunError):  # it is saved, whatever becomes of the others
-            world.monitor.leave()
+            world.monitor.shutdown()
     else:
         kill_children()
         if world:
-            error = world.monitor.fail(error)  # or what another process has failed with before
+            error = world.monitor.report_failure(
+                error
+            )  # or what another process has failed with before
     code = error.code if isinstance(error, RunError) else 1
-    if isinstance(error, RunError) and _is_speaker(error, place, world):
+    if isinstance(error, RunError) and _is_speaker(error, process, world):
         say(error)
-        if world and not place.is_first:  # which is lost
+        if world and not process.is_rank0:  # which is lost
             write_outcome_for_lost_rank(Path(opt.save), error)
     if world and world.size > 1:
         _exit(code)
     return code
 
 
-def _is_speaker(error: RunError, place: launcher.Place, world) -> bool:
+def _is_speaker(error: RunError, process: launcher.ProcessInfo, world) -> bool:
     """Whether this is the process that says how the run ended."""
     if world:
-        return world.monitor.speaks
-    if not place.launched:
+        return world.monitor.is_reporter
+    if not process.has_launcher:
         return True
     from distributed import rendezvous
 
-    return rendezvous.is_first_to_say(place, error.report())
+    return rendezvous.claim_report(process, error.report())
 
 
 def say(error: RunError) -> None:
@@ -109,6 +111,6 @@ def end_stuck(world, directory: RunDirectory | None, error: RunError) -> None:
     """End a process whose main thread waits for what will never come."""
     if directory:
         directory.write_outcome(error)
-    if world.monitor.speaks:
+    if world.monitor.is_reporter:
         say(error)
     os._exit(error.code)

@@ -96,11 +96,11 @@ def load(
         state = find(opt, warn)
         if state and is_complete(opt, state, directory.read_status()):
             return state, True
-        check_progress(directory, state, world.place.restarted)
+        check_progress(directory, state, world.process.restarted)
         return state, False
 
-    found = world.from_first(read, tensor_files.to_bytes, tensor_files.from_bytes)
-    check_seen(Path(opt.save), world.numbers(newest_step(Path(opt.save))))
+    found = world.broadcast_result(read, tensor_files.to_bytes, tensor_files.from_bytes)
+    check_seen(Path(opt.save), world.all_gather_int(newest_step(Path(opt.save))))
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed.world import Share
+from distributed.world import BatchShard
 from kernels.dropout import DropoutSpec, draw_seed
 from models.sync_batchnorm import BatchNorm, sample_offset
 
@@ -66,10 +66,10 @@ class DenseBlock(nn.ModuleDict):
     Attributes:
         channels, out_channels: maps of the input and of the output.
         width: maps of each layer's bottleneck; 0 without.
-        share: of the batch, for one of several replicas.
+        shard: this replica's part of the batch; None for one replica.
     """
 
-    share: Share | None = None
+    shard: BatchShard | None = None
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class DenseBlock(nn.ModuleDict):
         """The dropouts after the two convolutions of layer i."""
         if seed is None:
             return None
-        offset = sample_offset(self.share)
+        offset = sample_offset(self.shard)
         return tuple(DropoutSpec(self.drop_rate, seed, 2 * i + j, offset) for j in (0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,9 +141,9 @@ def _recompute_concat(concat: Tensor, parts: tuple[Tensor, ...]) -> AbstractCont
 
 
 class Dropout(nn.Module):
-    """Dropout of a tensor (N, C, H, W) in training; `share` as in `DenseBlock`."""
+    """Dropout of a tensor (N, C, H, W) in training; `shard` as in `DenseBlock`."""
 
-    share: Share | None = None
+    shard: BatchShard | None = None
 
     def __init__(self, rate: float):
         super().__init__()
@@ -157,7 +157,7 @@ class Dropout(nn.Module):
         """The dropout of this step; None where nothing is dropped."""
         if not self.training or self.rate == 0:
             return None
-        return DropoutSpec(self.rate, draw_seed(device), 0, sample_offset(self.share))
+        return DropoutSpec(self.rate, draw_seed(device), 0, sample_offset(self.shard))
 
 
 class DropoutAvgPool(torch.autograd.Function):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from distributed.world import Share
+from distributed.world import BatchShard
 from kernels.backend import REFERENCE, Backend
 from models.dense_block import DenseBlock, Dropout
 from models.registry import ARCHITECTURES
@@ -13,13 +13,16 @@ from models.sync_batchnorm import BatchNorm
 
 
 def create(
-    opt: SimpleNamespace, num_classes: int, ops: Backend = REFERENCE, share: Share | None = None
+    opt: SimpleNamespace,
+    num_classes: int,
+    ops: Backend = REFERENCE,
+    shard: BatchShard | None = None,
 ) -> nn.Module:
     """The network that the settings describe, with the initial weights of `manualSeed`.
 
     Args:
         ops: what runs its dense blocks.
-        share: of the batch, for one of several replicas.
+        shard: this replica's part of the batch; None for one replica.
     """
     torch.manual_seed(opt.manualSeed)
     architecture = ARCHITECTURES[opt.netType]
@@ -27,12 +30,12 @@ def create(
     if architecture.uses("kernels"):
         arguments["ops"] = ops
     model = architecture.import_network()(num_classes=num_classes, **arguments)
-    if share is not None:
-        attach_shard(model, share, opt.syncBN)
+    if shard is not None:
+        attach_shard(model, shard, opt.syncBN)
     return model
 
 
-def attach_shard(model: nn.Module, share: Share, sync_norms: bool) -> None:
+def attach_shard(model: nn.Module, shard: BatchShard, sync_norms: bool) -> None:
     """Make a network one of several replicas.
 
     Args:
@@ -41,4 +44,4 @@ def attach_shard(model: nn.Module, share: Share, sync_norms: bool) -> None:
     sharded = (DenseBlock, Dropout, BatchNorm) if sync_norms else (DenseBlock, Dropout)
     for module in model.modules():
         if isinstance(module, sharded):
-            module.share = share
+            module.shard = shard

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distributed.world import Share
+from distributed.world import BatchShard
 from kernels.backend import Backend
 from kernels.dropout import DropoutSpec
 from kernels.feature_maps import FeatureMaps, NormParams
@@ -55,7 +55,7 @@ class _BlockSpec:
         eps: of every batch normalisation.
         window: of the epilogue.
         dtype: of the maps.
-        share: of a replica whose batch normalisations take the moments of all replicas, else None.
+        shard: of a replica whose batch normalisations take the moments of all replicas, else None.
             They are exchanged as soon as they are written, and what completes the gradient of maps
             when its last reader has been through: each number once, in the same order everywhere.
     """
@@ -66,7 +66,7 @@ class _BlockSpec:
     eps: float
     window: tuple[int, int] | None
     dtype: torch.dtype
-    share: Share | None
+    shard: BatchShard | None
 
     def new_buffer(self, channels: int, x: Tensor) -> Tensor:
         """Uninitialised maps for images such as x."""
@@ -80,19 +80,19 @@ class _BlockSpec:
 
     def all_reduce_stats(self, features: FeatureMaps) -> None:
         """Turn the moments that an operation has written into those of all replicas."""
-        if self.share is None or features.var is None:  # or it has not: they are known
+        if self.shard is None or features.var is None:  # or it has not: they are known
             return
-        mean, var = all_reduced_stats(self.share, features.mean, features.var)
+        mean, var = all_reduced_stats(self.shard, features.mean, features.var)
         features.mean.copy_(mean)
         features.var.copy_(var)
         features.rstd.copy_((var + features.eps).rsqrt_())
 
     def all_reduce_corrections(self, features: FeatureMaps) -> None:
         """Let the gradient of maps be complete over all replicas."""
-        if self.share is None:
+        if self.shard is None:
             return
         mean_correction, var_correction = all_reduced_corrections(
-            self.share, features.mean_correction, features.var_correction
+            self.shard, features.mean_correction, features.var_correction
         )
         features.mean_correction.copy_(mean_correction)
         features.var_correction.copy_(var_correction)
@@ -147,9 +147,9 @@ def can_run(block: DenseBlock, reader: nn.Module) -> bool:
     if any(type(norm) is not BatchNorm for norm in norms) or reader.momentum is None:
         return False
     # The block's mode decides about its dropout.
-    wanted = (reader.eps, reader.momentum, reader.share, block.training)
+    wanted = (reader.eps, reader.momentum, reader.shard, block.training)
     return (block.training or not torch.is_grad_enabled()) and all(
-        (norm.eps, norm.momentum, norm.share, norm.training) == wanted
+        (norm.eps, norm.momentum, norm.shard, norm.training) == wanted
         and norm.affine
         and norm.track_running_stats
         and norm.running_mean is not None
@@ -172,9 +172,9 @@ def run_dense_block(
         ValueError: training on one value per channel, which has no variance.
     """
     norms = [*block.norms, epilogue.norm]
-    share = norms[0].share
+    shard = norms[0].shard
     spec = _BlockSpec(
-        ops, level, block, epilogue.norm.eps, epilogue.window, _features_dtype(x), share
+        ops, level, block, epilogue.norm.eps, epilogue.window, _features_dtype(x), shard
     )
     last = _LayerParams(
         epilogue.norm.weight, epilogue.norm.bias, epilogue.conv and epilogue.conv.weight
@@ -183,7 +183,7 @@ def run_dense_block(
     with torch.autocast(x.device.type, enabled=False):
         if not block.training:
             return _nchw(_evaluate(spec, _nhwc(x), layers, norms))
-        images = len(x) if share is None else share.total
+        images = len(x) if shard is None else shard.global_size
         count = images * x.shape[2] * x.shape[3]
         if count == 1:
             raise ValueError("batch normalisation of one value per channel has no variance")

@@ -186,7 +186,7 @@ def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(network, tm
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_number_of_a_gradient_that_is_not_finite_is_seen(size, value):
     parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 70_000)]
-    world = SimpleNamespace(size=size, sum_=lambda tensor: tensor.mul_(size))
+    world = SimpleNamespace(size=size, all_reduce_=lambda tensor: tensor.mul_(size))
     reducer = GradientReducer(parameters, world)
 
     def finite() -> list[bool]:

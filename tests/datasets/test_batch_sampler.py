@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datasets.batch_sampler import BatchSampler, split_indices
-from distributed.launcher import Place
+from distributed.launcher import ProcessInfo
 from errors import DataError
 
 SIZES = range(1, 6)
@@ -20,7 +20,9 @@ def samplers(
 ) -> list[BatchSampler]:
     """The sampler of each replica, over images that are not simply numbered from 0."""
     indices = 3 * torch.arange(n) + 1
-    return [BatchSampler(indices, batch, seed, Place(rank, size), whole) for rank in range(size)]
+    return [
+        BatchSampler(indices, batch, seed, ProcessInfo(rank, size), whole) for rank in range(size)
+    ]
 
 
 def split(replicas: list[BatchSampler], epoch: int = 1) -> list[list[list[int]]]:
@@ -146,8 +148,8 @@ def test_the_order_belongs_to_seed_and_epoch_and_to_nothing_else():
     assert sorted(wanted) == list(range(40)) != wanted
     for more in (
         {"batch_size": 9},
-        {"process": Place(1, 2)},
-        {"process": Place(2, 3), "whole_batches": True},
+        {"process": ProcessInfo(1, 2)},
+        {"process": ProcessInfo(2, 3), "whole_batches": True},
     ):
         assert order(7, 3, **more) == wanted
     assert len({tuple(order(seed, epoch)) for seed in (7, 8) for epoch in (3, 4)}) == 4
@@ -155,7 +157,7 @@ def test_the_order_belongs_to_seed_and_epoch_and_to_nothing_else():
 
 
 def test_a_deal_on_another_device_is_the_same_deal():
-    sampler = BatchSampler(torch.arange(9), 4, seed=1, process=Place(1, 2))
+    sampler = BatchSampler(torch.arange(9), 4, seed=1, process=ProcessInfo(1, 2))
     moved = sampler.to(torch.device("meta"))
     assert moved.indices.is_meta and not sampler.indices.is_meta
     for name in ("batch_size", "seed", "process", "whole_batches", "num_images", "full_steps"):

@@ -12,7 +12,7 @@ from datasets.digits import digits
 from datasets.factory import DataSplits
 from datasets.registry import DATASETS
 from datasets.synthetic import synthetic
-from distributed.launcher import Place
+from distributed.launcher import ProcessInfo
 from errors import DataError
 from helpers.sample_data import create_data, noise, write_cifar, write_folder, write_svhn
 
@@ -21,7 +21,7 @@ HERE = Path()
 
 def create(*flags: str, rank: int = 0, size: int = 1) -> DataSplits:
     opt = opts.parse([*flags, "--nThreads", "0"], world_size=size)
-    return create_data(opt, process=Place(rank, size))
+    return create_data(opt, process=ProcessInfo(rank, size))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distributed import launcher
-from distributed.launcher import Place, here, verdict
+from distributed.launcher import ProcessInfo, combined_exit_code, from_env
 from faults.contract import outcome, refused, status, tiny
 from faults.sabotage import at_batch, both, kill, own_group, send
 from helpers.run_main import run, run_ranks, start
@@ -32,7 +32,7 @@ def cpus_for_gpus() -> None:
 
 
 def on_rank(rank: int, action) -> None:
-    if launcher.here().rank == rank and launcher.here().launched:
+    if launcher.from_env().rank == rank and launcher.from_env().has_launcher:
         action()
 
 
@@ -147,25 +147,25 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
     ],
 )
 def test_one_exit_code_stands_for_all(codes, code):
-    assert verdict(codes) == code
+    assert combined_exit_code(codes) == code
 
 
 @pytest.mark.parametrize(
     ("given", "want"),
     [
-        ({}, Place()),
-        ({"RANK": "3"}, Place()),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place(launched=True)),
+        ({}, ProcessInfo()),
+        ({"RANK": "3"}, ProcessInfo()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ProcessInfo(has_launcher=True)),
         (
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-            Place(5, 8, 1, 4, launched=True),
+            ProcessInfo(5, 8, 1, 4, has_launcher=True),
         ),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"},
-            Place(0, 2, launched=True, restarted=True),
+            ProcessInfo(0, 2, has_launcher=True, restarted=True),
         ),
-        ({"SLURM_RESTART_COUNT": "2"}, Place(restarted=True)),
-        ({"SLURM_RESTART_COUNT": "0"}, Place()),
+        ({"SLURM_RESTART_COUNT": "2"}, ProcessInfo(restarted=True)),
+        ({"SLURM_RESTART_COUNT": "0"}, ProcessInfo()),
     ],
 )
 def test_a_process_knows_its_place_from_what_its_launcher_says(monkeypatch, given, want):
@@ -174,4 +174,4 @@ def test_a_process_knows_its_place_from_what_its_launcher_says(monkeypatch, give
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert here() == want
+    assert from_env() == want

@@ -12,7 +12,7 @@ import models.factory
 import opts
 import train
 from datasets.factory import DataSplits
-from distributed.launcher import Place
+from distributed.launcher import ProcessInfo
 from engine import cuda_graph
 from errors import NonFiniteError, UsageError
 from experiment.log import RunLog
@@ -191,7 +191,7 @@ def test_a_replica_replays_its_own_images(split):
     opt = opts.parse(f"{SMALL} {DENSENET}".replace("84", "200").split())
 
     def images_of(rank: int, replay: bool) -> list[torch.Tensor]:
-        data = create_data(opt, process=Place(rank, 2))
+        data = create_data(opt, process=ProcessInfo(rank, 2))
         batches, seen = getattr(data, split), []
 
         def keep(images: torch.Tensor, targets: torch.Tensor) -> None:

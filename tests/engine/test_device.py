@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import engine.device
-from distributed.launcher import Place
+from distributed.launcher import ProcessInfo
 from errors import UsageError
 
 
@@ -77,8 +77,8 @@ def test_each_process_that_a_launcher_starts_has_a_gpu_of_its_own(
 ):
     current = present(count)
     # The second of two machines: the place in the run is not the place on the machine.
-    place = Place(4 + local_rank, 8, local_rank, 4, launched=True)
-    assert str(engine.device.select(num_gpus, place)) == device
+    process = ProcessInfo(4 + local_rank, 8, local_rank, 4, has_launcher=True)
+    assert str(engine.device.select(num_gpus, process)) == device
     assert current == [local_rank] * (device != "cpu")
 
 
@@ -93,12 +93,12 @@ def test_more_processes_than_gpus_are_refused_by_those_without_one(
     present, num_gpus, count, found, fix
 ):
     present(count)
-    places = [Place(rank, 4, rank, 4, launched=True) for rank in range(4)]
-    for place in places[:count]:
-        assert engine.device.select(num_gpus, place).index == place.rank
-    for place in places[count:]:
+    processes = [ProcessInfo(rank, 4, rank, 4, has_launcher=True) for rank in range(4)]
+    for process in processes[:count]:
+        assert engine.device.select(num_gpus, process).index == process.rank
+    for process in processes[count:]:
         with pytest.raises(UsageError) as caught:
-            engine.device.select(num_gpus, place)
+            engine.device.select(num_gpus, process)
         report = caught.value.report()
         assert report.startswith(f"error: 4 processes on this machine but {found}; fix: {fix}")
 

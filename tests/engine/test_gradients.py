@@ -26,7 +26,7 @@ class Exchange(NamedTuple):
     """What `GradientReducer` needs of a world."""
 
     size: int
-    sum_: Callable[[Tensor], None]
+    all_reduce_: Callable[[Tensor], None]
 
 
 class Replicas:
@@ -51,7 +51,7 @@ class Replicas:
         ]
 
     def _sum_of(self, rank: int) -> Callable[[Tensor], None]:
-        def sum_(tensor: Tensor) -> None:
+        def all_reduce_(tensor: Tensor) -> None:
             assert tensor.is_contiguous()
             self._slots[rank] = tensor.clone()
             self._barrier.wait(TIMEOUT_S)
@@ -59,7 +59,7 @@ class Replicas:
             self.sums += rank == 0
             self._barrier.wait(TIMEOUT_S)
 
-        return sum_
+        return all_reduce_
 
     def loss(self, rank: int, model: nn.Module) -> Tensor:
         return F.cross_entropy(model(self.images[rank]), self.targets[rank])

@@ -95,11 +95,11 @@ def test_sums_over_replicas_are_those_of_one_process_and_change_nothing():
     parts = [metrics_of(drawn[:1]), metrics_of(drawn[1:3]), metrics_of(drawn[3:]), Metrics(CPU)]
     before = [part.state_dict() for part in parts]
 
-    def sum_(totals: torch.Tensor) -> None:
+    def all_reduce_(totals: torch.Tensor) -> None:
         totals.copy_(sum(part._totals for part in parts))
 
     for part in parts:
-        together = part.all_reduced(sum_)
+        together = part.all_reduced(all_reduce_)
         assert together.compute() == pytest.approx(plain(drawn), abs=1e-5)
         assert together.count == 27
         assert part.compute() != pytest.approx(plain(drawn), abs=1e-2)

@@ -108,7 +108,7 @@ def record_steps_but(rank: int) -> None:
 
     def capturer(*_):
         def capture(fn):
-            if launcher.here().rank == rank:
+            if launcher.from_env().rank == rank:
                 raise RuntimeError("operation not permitted when stream is capturing")
             return fn
 
@@ -156,7 +156,7 @@ def slow_data(seconds: float) -> None:
     import datasets.factory
     from distributed import signals
 
-    signals.START_UP_S = 1
+    signals.STARTUP_TIMEOUT_S = 1
     create = datasets.factory.create
 
     def create_slowly(*args, **more):

@@ -104,7 +104,7 @@ def test_who_waits_while_the_first_reads_a_checkpoint_notices_that_it_hangs(tmp_
 
 def test_the_first_does_not_work_on_for_others_that_are_lost(tmp_path):
     works = partial(both, impatient, partial(before_call, sleep, resume.find))
-    lost = partial(before_call, kill, World.from_first)
+    lost = partial(before_call, kill, World.broadcast_result)
     results = run_ranks(tiny(**FLAGS, save=tmp_path), 2, {0: works, 1: lost}, timeout_s=30)
     refused(results[0], 8, r"process 1 \(host .*\) is lost")
 
@@ -120,7 +120,7 @@ def test_processes_that_do_not_come_are_not_waited_for_for_ever(tmp_path):
 
 def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):
     """Row 62."""
-    told = partial(before_call, partial(wait_and, signal.SIGTERM), rendezvous._name_of_start)
+    told = partial(before_call, partial(wait_and, signal.SIGTERM), rendezvous._attempt_id)
     sabotages = {0: partial(both, impatient, told), 1: partial(os._exit, 0)}
     results = run_ranks(tiny(**FLAGS, save=tmp_path / "run"), 2, sabotages, timeout_s=30)
     assert results[0].code == 75
@@ -130,7 +130,7 @@ def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):
 def wait_and(number: int) -> None:
     from distributed import rendezvous
 
-    rendezvous.MEETING_S = 60  # longer than after a signal
+    rendezvous.RENDEZVOUS_TIMEOUT_S = 60  # longer than after a signal
     send(number)
 
 

@@ -102,7 +102,7 @@ def impatiently(number: int) -> None:
     """A second signal, after the time within which it would be a repetition."""
     from distributed import signals
 
-    signals.SAME_REQUEST_S = 0
+    signals.DUPLICATE_SIGNAL_S = 0
     both_now(number)
 
 
@@ -118,14 +118,14 @@ def at_start(number: int) -> None:
     """A signal while the processes have not met yet."""
     from distributed import signals
 
-    install = signals.Stop.install
+    install = signals.SignalHandler.install
 
     def install_and_send(self):
         installed = install(self)
         send(number)
         return installed
 
-    signals.Stop.install = install_and_send
+    signals.SignalHandler.install = install_and_send
 
 
 @pytest.mark.parametrize("rank", BOTH)
@@ -197,7 +197,7 @@ def impatient() -> None:
     """Do not leave this process long to meet others, or to end by itself."""
     from distributed import peer_monitor, rendezvous, signals
 
-    peer_monitor.FAREWELL_S = rendezvous.MEETING_S = signals.START_UP_S = 1
+    peer_monitor.ABORT_GRACE_S = rendezvous.RENDEZVOUS_TIMEOUT_S = signals.STARTUP_TIMEOUT_S = 1
 
 
 def stop_oneself() -> None:
@@ -340,7 +340,7 @@ def other_data() -> None:
 def other_torch() -> None:
     from distributed import rendezvous
 
-    rendezvous.versions = lambda: {"torch": "1.0", "code": "old"}
+    rendezvous.code_version = lambda: {"torch": "1.0", "code": "old"}
 
 
 @pytest.mark.parametrize(

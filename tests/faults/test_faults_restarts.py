@@ -32,7 +32,7 @@ def start(tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(type(end)), RunDirectory(tmp_path) as directory:
             state = {"global_step": step} if step else None
-            resume.check_progress(directory, state, launcher.here().restarted)
+            resume.check_progress(directory, state, launcher.from_env().restarted)
             directory.write_status("running", global_step=step)
             raise end
 
@@ -103,6 +103,6 @@ def test_an_automatic_start_is_counted_before_it_can_die(tmp_path, monkeypatch):
     for count, written in (("0", False), ("1", True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         with pytest.raises(DataError), RunDirectory(Path(tmp_path)) as directory:
-            resume.check_progress(directory, None, launcher.here().restarted)
+            resume.check_progress(directory, None, launcher.from_env().restarted)
             raise CAUSE
         assert (tmp_path / "status.json").exists() == written

@@ -182,7 +182,7 @@ def test_what_a_checkpoint_costs(name, flags, dataset, limit_ms, tmp_path, all_c
     epoch_s = min(timed_steps(trainer, data, lambda step: None)) * images / opt.batchSize
     watch, saves, model_saves = Stopwatch(), [], []
     trainer.metadata = train.Metadata(opts.settings(opt), data.metadata, [])
-    stop = SimpleNamespace(number=0)
+    stop = SimpleNamespace(signum=0)
     with RunDirectory(tmp_path) as directory:
         saver = checkpoints.CheckpointSaver(directory, trainer, stop, keep=opt.keep, every_s=600)
         for turn in range(WARM_UP + SAVES):

@@ -101,9 +101,9 @@ class Ranks:
         port = self._store.port
         if first_has_store:
             self._store = None  # and its port is free
-        place = partial(_as_rank, size=size, port=port, store=not first_has_store)
+        as_rank = partial(_as_rank, size=size, port=port, store=not first_has_store)
         self.ranks = [
-            start(argv, partial(place, rank=rank, sabotage=sabotages.get(rank)))
+            start(argv, partial(as_rank, rank=rank, sabotage=sabotages.get(rank)))
             for rank in range(size)
         ]
 
@@ -138,7 +138,7 @@ def _as_rank(*, rank: int, size: int, port: int, store: bool, sabotage: Callable
     }
     from distributed import peer_monitor
 
-    peer_monitor.ROLL_CALL_S, peer_monitor.BEAT_S = 0.5, 0.1  # nobody is far away
+    peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1  # nobody is far away
     if sabotage:
         sabotage()
 

@@ -139,7 +139,7 @@ def test_a_network_takes_its_masks_from_where_its_share_of_the_batch_begins():
         masks = {}
         for name, part, first in (("all", x, None), ("last two", x[3:], 3), ("wrong", x[3:], 2)):
             if first is not None:
-                models.factory.attach_shard(module, SimpleNamespace(first=first), sync_norms=False)
+                models.factory.attach_shard(module, SimpleNamespace(offset=first), sync_norms=False)
             torch.manual_seed(7)
             out = run(part)
             masks[name] = (out.detach(), torch.autograd.grad(out.sum(), x)[0][-2:])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import models.factory
-from distributed.world import Share, World
+from distributed.world import BatchShard, World
 from helpers.tiny_networks import largest_difference, network, norms, one_step, pictures
 from models import memory_efficient
 from models.densenet import DenseNet
@@ -162,10 +162,10 @@ def test_the_modes_of_blocks_and_gradients_decide(ran):
 
 def test_normalisations_of_different_replicas_do_not_run_together():
     block, last = network(2).features.denseblock2, network(2).features.norm5
-    share = Share(World(), torch.device("cpu"))
-    models.factory.attach_shard(block, share, sync_norms=True)
+    shard = BatchShard(World(), torch.device("cpu"))
+    models.factory.attach_shard(block, shard, sync_norms=True)
     assert not memory_efficient.can_run(block, last)
-    models.factory.attach_shard(last, share, sync_norms=True)
+    models.factory.attach_shard(last, shard, sync_norms=True)
     assert memory_efficient.can_run(block, last)
 
 

@@ -107,7 +107,7 @@ def record_result(path: Path) -> None:
 
     def test_and_write(self, *args, **kwargs):
         result = test(self, *args, **kwargs)
-        if self.world.is_first:
+        if self.world.is_rank0:
             path.write_text(json.dumps({name: value.hex() for name, value in result.items()}))
         return result
 

@@ -14,7 +14,7 @@ import models.factory
 import models.state_dicts
 import opts
 import train
-from distributed.world import Share, World
+from distributed.world import BatchShard, World
 from engine.memory import MemoryEstimate
 from errors import CheckpointError
 from experiment.log import RunLog
@@ -427,14 +427,14 @@ def test_every_precision_trains_in_channels_last_memory(name, precision):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("line", ["--depth 20 --shortcutType B", "--dataset imagenet --depth 18"])
 def test_replicas_share_every_batch_normalisation_when_asked_to(name, line):
-    share = Share(World(), CPU)
+    shard = BatchShard(World(), CPU)
     for sync in ("true", "false"):
         opt = opts.parse(f"--netType {name} {line} --nGPU 2 --syncBN {sync}".split())
         with torch.device("meta"):
-            model = models.factory.create(opt, 10, share=share)
+            model = models.factory.create(opt, 10, shard=shard)
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         assert len(norms) > 15
-        assert {norm.share for norm in norms} == {share if sync == "true" else None}
+        assert {norm.shard for norm in norms} == {shard if sync == "true" else None}
 
 
 def estimate(line: str) -> MemoryEstimate:

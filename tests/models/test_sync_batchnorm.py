@@ -31,7 +31,7 @@ TIMEOUT_S = 60
 LEVELS = pytest.mark.parametrize("level", range(5))
 
 
-class Meeting:
+class ThreadGroup:
     """Where the replicas of one batch exchange tensors; `log` has the shape of each."""
 
     def __init__(self, size: int):
@@ -58,26 +58,26 @@ class Meeting:
 
 @dataclass(eq=False)
 class Part:
-    """A replica's share of a batch: see distributed.world.Share."""
+    """A replica's part of a batch: see distributed.world.BatchShard."""
 
-    first: int
-    total: int
+    offset: int
+    global_size: int
     rank: int
     weights: Tensor
-    meeting: Meeting
+    group: ThreadGroup
 
-    def sum_(self, tensor: Tensor) -> None:
-        tensor.copy_(self.meeting.exchange(self.rank, "sum", tensor).sum(0))
+    def all_reduce_(self, tensor: Tensor) -> None:
+        tensor.copy_(self.group.exchange(self.rank, "sum", tensor).sum(0))
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        return self.meeting.exchange(self.rank, "gather", tensor)
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self.group.exchange(self.rank, "gather", tensor)
 
 
 def parts_of(sizes: tuple[int, ...]) -> list[Part]:
-    """The shares of replicas that have so many images each."""
-    meeting, total = Meeting(len(sizes)), sum(sizes)
+    """The shards of replicas that have so many images each."""
+    group, total = ThreadGroup(len(sizes)), sum(sizes)
     weights = torch.tensor(sizes, dtype=torch.float64) / total
-    return [Part(sum(sizes[:i]), total, i, weights, meeting) for i in range(len(sizes))]
+    return [Part(sum(sizes[:i]), total, i, weights, group) for i in range(len(sizes))]
 
 
 def replicas_of(level: int, parts: list[Part], sync: bool = True, form="BC", **changes):
@@ -95,7 +95,7 @@ def on_each(work: Callable[[nn.Module, Part], Results], made: list, parts: list[
         try:
             return work(model, part)
         except BaseException:
-            part.meeting.abort()
+            part.group.abort()
             raise
 
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -143,7 +143,7 @@ def together(level, form, sizes, generators, *, sync=True, alter=lambda part: No
     parts = parts_of(sizes)
 
     def work(model: DenseNet, part: Part) -> Results:
-        own = slice(part.first, part.first + sizes[part.rank])
+        own = slice(part.offset, part.offset + sizes[part.rank])
         mine = images[own], targets[own]
         if not sizes[part.rank]:
             mine = torch.zeros_like(images[:1]), torch.zeros_like(targets[:1])
@@ -205,13 +205,13 @@ def test_without_synchronisation_each_replica_has_moments_of_its_own(level, gene
 @pytest.mark.parametrize(
     "alter",
     [
-        lambda part: setattr(part, "first", 0),
-        lambda part: setattr(part, "total", part.total + 1),
+        lambda part: setattr(part, "offset", 0),
+        lambda part: setattr(part, "global_size", part.global_size + 1),
         lambda part: setattr(part, "weights", part.weights.flip(0)),
     ],
-    ids=["first", "total", "weights"],
+    ids=["offset", "global_size", "weights"],
 )
-def test_a_wrong_share_shows(level, alter, generators):
+def test_a_wrong_shard_shows(level, alter, generators):
     got = together(level, "BC, dropout", (3, 2), generators, alter=alter)
     assert largest_difference(got, alone("BC, dropout", 5, generators)) > 1e-4
 
@@ -240,7 +240,7 @@ def test_each_normalisation_exchanges_once_forward_and_once_backward(level):
 
     model, _ = made = replicas_of(level, parts)
     on_each(work, made, parts)
-    num_norms, log = len(norms(model)), parts[0].meeting.log
+    num_norms, log = len(norms(model)), parts[0].group.log
     assert [what for what, _ in log] == ["gather"] * num_norms + ["sum"] * num_norms
     assert {len(shape) for _, shape in log} == {2} == {shape[0] for _, shape in log}
     numbers = sum(shape[1] for _, shape in log[:num_norms])
@@ -264,7 +264,7 @@ def test_evaluation_exchanges_nothing(level):
     assert torch.equal(model(images), want)  # else it would wait for the other replica
     with torch.no_grad():
         assert torch.equal(model(images), network(level).eval()(images))
-    assert not parts[0].meeting.log
+    assert not parts[0].group.log
 
 
 @pytest.mark.parametrize("level", [0, 2])
@@ -289,7 +289,7 @@ def test_lower_precision_is_as_near_as_one_process_is(level, low, generators):
 
     def train(sizes: tuple[int, ...], low: torch.dtype | None) -> Tensor:
         def work(model: DenseNet, part: Part) -> Tensor:
-            own = slice(part.first, part.first + sizes[part.rank])
+            own = slice(part.offset, part.offset + sizes[part.rank])
             model.float()
             with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
                 loss = F.cross_entropy(model(images[own].float()), targets[own])
@@ -326,7 +326,7 @@ def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Re
 
     def replica(norm: sync_batchnorm.BatchNorm, part: Part) -> Results:
         models.factory.attach_shard(norm, part, True)
-        own = slice(part.first, part.first + sizes[part.rank])
+        own = slice(part.offset, part.offset + sizes[part.rank])
         return work(norm, x[own], upstream[own])
 
     parts = parts_of(sizes)
@@ -375,11 +375,11 @@ def test_means_far_from_zero_leave_single_precision_its_digits():
 def test_the_settings_decide_whether_normalisations_are_synchronised(sync):
     line = "--dataset cifar10 --depth 10 --growthRate 4 --dropRate 0.1"
     opt = SimpleNamespace(**vars(opts.parse(line.split())) | {"syncBN": sync})
-    share = parts_of((1, 1))[1]
-    model, single = models.factory.create(opt, 10, share=share), models.factory.create(opt, 10)
+    shard = parts_of((1, 1))[1]
+    model, single = models.factory.create(opt, 10, shard=shard), models.factory.create(opt, 10)
     dropping = [*blocks(model), *(m for m in model.modules() if type(m) is dense_block.Dropout)]
     assert len(dropping) == 5
-    assert all(module.share is share for module in dropping)
-    assert {norm.share for norm in norms(model)} == ({share} if sync else {None})
-    assert {getattr(module, "share", None) for module in single.modules()} == {None}
+    assert all(module.shard is shard for module in dropping)
+    assert {norm.shard for norm in norms(model)} == ({shard} if sync else {None})
+    assert {getattr(module, "shard", None) for module in single.modules()} == {None}
     assert largest_difference(model.state_dict(), single.state_dict()) == 0

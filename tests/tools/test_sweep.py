@@ -86,12 +86,12 @@ def fake(tmp_path, monkeypatch):
         table, where=(None,), stop_at="never", meanwhile=lambda: None, **plan
     ) -> SimpleNamespace:
         monkeypatch.setenv("FAKE_PLAN", json.dumps(plan))
-        lines, stop = [], SimpleNamespace(number=0)
+        lines, stop = [], SimpleNamespace(signum=0)
 
         def say(line: str) -> None:
             lines.append(line)
             if stop_at in line:
-                stop.number = signal.SIGTERM
+                stop.signum = signal.SIGTERM
 
         states = {task: tasks.state_of(task) for task in table}
         meanwhile()
@@ -139,7 +139,7 @@ def test_data_that_is_not_there_is_noticed_before_the_first_run(tmp_path, monkey
     asked = sweep.parse(["small", "--data", str(tmp_path / "no"), "--runs", str(tmp_path)])
     monkeypatch.setattr(sweep, "Workers", None)
     with pytest.raises(DataError) as error:
-        sweep.train(asked, signals.Stop(), "again")
+        sweep.train(asked, signals.SignalHandler(), "again")
     (problem,) = error.value.problems  # the same for all of them
     assert problem[0] == f"no directory {tmp_path / 'no'}"
 

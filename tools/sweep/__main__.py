@@ -155,7 +155,7 @@ def start(task: Task, place: str | None, program: tuple[str, ...]) -> Job:
     environment = os.environ | ({} if place is None else {"CUDA_VISIBLE_DEVICES": place})
     with open(output, "ab") as file:
         begin = file.tell()
-        # A signal waits until the run can handle it: signals.Stop lets it through.
+        # A signal waits until the run can handle it: signals.SignalHandler lets it through.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
         try:
             process = subprocess.Popen(
@@ -165,7 +165,7 @@ def start(task: Task, place: str | None, program: tuple[str, ...]) -> Job:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=signals.end_with_parent,
+                preexec_fn=signals.die_with_parent,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -212,15 +212,15 @@ class Workers:
         self.ends: list[End] = []
         self.was_stopped = False
 
-    def run(self, stop: signals.Stop) -> None:
+    def run(self, handler: signals.SignalHandler) -> None:
         """All of them; after a signal those in progress are told to save and no other begins."""
         shown_at = time.monotonic()
         while self._waiting or self._jobs:
-            if stop.number and not self.was_stopped:
+            if handler.signum and not self.was_stopped:
                 self.was_stopped = True
                 self._waiting.clear()
                 for job in self._jobs:
-                    job.process.send_signal(stop.number)
+                    job.process.send_signal(handler.signum)
             changed = self._end_those_that_have()
             while self._waiting and self._free:
                 self._begin(self._waiting.popleft())
@@ -397,7 +397,7 @@ def states_of(asked: cli.Command) -> dict[Task, State]:
     return {task: tasks.state_of(task) for task in table}
 
 
-def train(asked: cli.Command, stop: signals.Stop, again: str) -> None:
+def train(asked: cli.Command, handler: signals.SignalHandler, again: str) -> None:
     """Train what is left of a table on the GPUs at hand.
 
     Raises:
@@ -412,11 +412,11 @@ def train(asked: cli.Command, stop: signals.Stop, again: str) -> None:
                for task, state in states.items() if state.word == tasks.OTHER]  # fmt: skip
     for end in refused:
         console.say(f"=> {end.task.name}: {tasks.OTHER}: {end.reason}")
-    stop.arm()
-    here.run(stop)
+    handler.enable_saving()
+    here.run(handler)
     if not here.ends:  # else it has been said
         console.say(f"=> {here.progress()}")
-    signalled = signal.Signals(stop.number).name if here.was_stopped else ""
+    signalled = signal.Signals(handler.signum).name if here.was_stopped else ""
     conclude(refused + here.ends, len(states), signalled, again)
 
 
@@ -430,7 +430,7 @@ def sweep(argv: list[str]) -> None:
         print(tasks.listing(states))
         print(workers(asked, states).progress())
     else:
-        train(asked, signals.Stop().install(), f"python -m tools.sweep {shlex.join(argv)}")
+        train(asked, signals.SignalHandler().install(), f"python -m tools.sweep {shlex.join(argv)}")
 
 
 def main(argv: list[str]) -> int:
