@@ -29,7 +29,7 @@ class UsageError(RunError):
     code = 2
 
     @classmethod
-    def of(cls, problems: list[tuple[str, str]]) -> "UsageError":
+    def from_problems(cls, problems: list[tuple[str, str]]) -> "UsageError":
         """All problems of a command line at once: (what, fix) pairs."""
         error = cls(*problems[0])
         error.problems = list(problems)

@@ -36,23 +36,23 @@ def main(argv: list[str]) -> int:
         if process.is_rank0 and not opt.testOnly:
             check_writable(Path(opt.save))
         if opt.replicas > 1 and not process.has_launcher:
-            return lifecycle.start_replicas(opt, partial(main, argv))
-        world, device = lifecycle.meet(opt, process)
+            return lifecycle.spawn_processes(opt, partial(main, argv))
+        world, device = lifecycle.init_processes(opt, process)
         world.check_equal(opts.shared_settings(opt))
-        done = evaluate(opt, world, device) if opt.testOnly else run(opt, handler, world, device)
-        return lifecycle.leave(done, world)
+        code = evaluate(opt, world, device) if opt.testOnly else run(opt, handler, world, device)
+        return lifecycle.exit_with_code(code, world)
     except RunError as error:
         if isinstance(error, PeerError) and handler.stopped_before_saving:
             os._exit(Preempted.code)  # the lost process was stopped too
         if opt and opt.debug and not isinstance(error, Preempted):
             traceback.print_exc()
-        return lifecycle.end(error, opt, process, world)
+        return lifecycle.exit_with_error(error, opt, process, world)
     except Exception as error:
         if not process.has_launcher:
             kill_children()
             raise
         traceback.print_exc()
-        return lifecycle.end(error, opt, process, world)
+        return lifecycle.exit_with_error(error, opt, process, world)
 
 
 # What is heavy is imported where it is used, so that a mistyped flag is answered at once.
@@ -69,16 +69,16 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
 
     ops = select_kernels(opt, device)
     # Only the first process has the directory; what the others need of it, it tells them.
-    own = RunDirectory(Path(opt.save)) if world.is_rank0 else contextlib.nullcontext()
-    with own as directory, translate_worker_errors():
-        world.monitor.set_abort_handler(partial(lifecycle.end_stuck, world, directory))
-        state, is_complete = resume.load(opt, directory, world, console.warn)
+    lock = RunDirectory(Path(opt.save)) if world.is_rank0 else contextlib.nullcontext()
+    with lock as directory, translate_worker_errors():
+        world.monitor.set_abort_handler(partial(lifecycle.abort, world, directory))
+        state, is_complete = resume.load_checkpoint(opt, directory, world, console.warn)
         overrides = []
         if state:
-            opt, state, overrides = resume.check(opt, state, console.warn)
+            opt, state, overrides = resume.merge_settings(opt, state, console.warn)
         if is_complete:
-            console.say(f"=> {opt.save} is already complete")
-            console.say(console.finished_line(state["last"], state["best"]))
+            console.info(f"=> {opt.save} is already complete")
+            console.info(console.format_final(state["last"], state["best"]))
             return 0
         # What is written down has `auto` as it was given: another machine may decide otherwise.
         config, settings = opts.as_yaml(opt, exclude=opts.NOT_SAVED), opts.settings(opt)
@@ -96,16 +96,16 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             directory, trainer, handler, keep=opt.keep, every_s=60 * opt.saveEvery
         )
         if directory:
-            begin(config, directory, data, trainer)
+            write_run_files(config, directory, data, trainer)
         if state:
-            continue_files(opt, directory, trainer, saver)
+            sync_run_files(opt, directory, trainer, saver)
 
         handler.enable_saving()
         for _ in range(trainer.epoch, opt.nEpochs + 1):
             with memory_errors(opt, suggestion):
                 train_epoch(data, trainer, saver)
         with memory_errors(opt, lambda: "use a smaller --batchSize, with --override true"):
-            finish(opt, directory, data, trainer, saver)
+            finalize(opt, directory, data, trainer, saver)
     return 0
 
 
@@ -114,9 +114,9 @@ def select_kernels(opt: Settings, device):
     import kernels.backend
     from experiment import console
 
-    ops, remark = kernels.backend.select(opt.kernels, device, opt.precision)
-    if remark:
-        console.warn(remark)
+    ops, warning = kernels.backend.select(opt.kernels, device, opt.precision)
+    if warning:
+        console.warn(warning)
     return ops
 
 
@@ -168,7 +168,7 @@ def read_weights(opt: Settings, world) -> dict:
     )
 
 
-def begin(config: str, directory: RunDirectory, data, trainer) -> None:
+def write_run_files(config: str, directory: RunDirectory, data, trainer) -> None:
     """Write what a run is before it starts: its settings, its data, its first images."""
     import engine.device
 
@@ -178,23 +178,23 @@ def begin(config: str, directory: RunDirectory, data, trainer) -> None:
     directory.write_json("data.json", data.metadata)
     directory.write_status("running", **trainer.position)
     trainer.log.open(next_epoch=trainer.epoch)
-    trainer.log.texts(config=config, device=engine.device.describe(trainer.device))
+    trainer.log.add_text(config=config, device=engine.device.describe(trainer.device))
     if trainer.global_step == 0:
-        trainer.log.images(next(iter(data.train.batches(trainer.epoch)))[0])
+        trainer.log.add_images(next(iter(data.train.batches(trainer.epoch)))[0])
 
 
-def continue_files(opt: Settings, directory: RunDirectory | None, trainer, saver) -> None:
+def sync_run_files(opt: Settings, directory: RunDirectory | None, trainer, saver) -> None:
     """Bring the files of a resumed run up to its checkpoint."""
     import checkpoints
     from experiment import console, resume
 
     if trainer.is_between_epochs:
         saver.save_models()  # the process that wrote the checkpoint may have died before this
-    elsewhere = False
+    is_new_directory = False
     if directory:
-        resume.bring_best(opt, trainer, console.warn)
-        elsewhere = not checkpoints.list_checkpoints(directory.path)
-    if any(trainer.world.all_reduce_max(elsewhere)):  # it goes on in a directory of its own
+        resume.copy_best_model(opt, trainer, console.warn)
+        is_new_directory = not checkpoints.list_checkpoints(directory.path)
+    if any(trainer.world.all_reduce_max(is_new_directory)):  # it goes on in a directory of its own
         saver.save()
 
 
@@ -217,7 +217,7 @@ def train_epoch(data, trainer, saver) -> None:
     saver.on_epoch_end()
 
 
-def finish(opt: Settings, directory: RunDirectory | None, data, trainer, saver) -> None:
+def finalize(opt: Settings, directory: RunDirectory | None, data, trainer, saver) -> None:
     """Measure the test set if it was kept for the end, and say how the run ended."""
     import checkpoints
     from experiment import console
@@ -225,17 +225,17 @@ def finish(opt: Settings, directory: RunDirectory | None, data, trainer, saver) 
     tested, results = {}, trainer.results
     if data.test is not None:
         # The paper's choice on SVHN: the model with the lowest validation error is the one tested.
-        which, result = ("best", results.best) if results.best else ("last", results.last)
+        kind, result = ("best", results.best) if results.best else ("last", results.last)
         if directory:  # the other processes take theirs from this one
-            weights = checkpoints.load_weights(directory.path / f"model_{which}.pt")
+            weights = checkpoints.load_weights(directory.path / f"model_{kind}.pt")
             trainer.model.load_state_dict(weights)
         tested = trainer.evaluate(data.test, saver.raise_if_stopping, phase="test")
-        console.say(console.tested_line(tested, f"{which} model, epoch {result['epoch']}"))
+        console.info(console.format_test(tested, f"{kind} model, epoch {result['epoch']}"))
     if directory:
         trainer.log.close(opts.training_settings(opt), results.flat() | tested)
         position = trainer.position | {"epoch": opt.nEpochs}  # the last, not the one after it
         directory.write_status("done", 0, **position, **results.flat(), **tested)
-    console.say(console.finished_line(results.last, results.best))
+    console.info(console.format_final(results.last, results.best))
 
 
 def evaluate(opt: Settings, world, device) -> int:
@@ -249,10 +249,12 @@ def evaluate(opt: Settings, world, device) -> int:
     from experiment.log import RunLog
     from fileio import tensor_files
 
-    world.monitor.set_abort_handler(partial(lifecycle.end_stuck, world, None))
+    world.monitor.set_abort_handler(partial(lifecycle.abort, world, None))
     ops = select_kernels(opt, device)
     state = world.broadcast_result(
-        lambda: resume.find(opt, console.warn), tensor_files.to_bytes, tensor_files.from_bytes
+        lambda: resume.find_checkpoint(opt, console.warn),
+        tensor_files.to_bytes,
+        tensor_files.from_bytes,
     )
     if state:
         resume.check_network(opt, state)
@@ -269,7 +271,7 @@ def evaluate(opt: Settings, world, device) -> int:
         models.state_dicts.load_weights(model, weights)  # now that it has the precision of the run
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.evaluate(data.test or data.val, lambda: None, phase="test")
-    console.say(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
+    console.info(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
     return 0
 
 

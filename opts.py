@@ -390,7 +390,7 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
     if not parser.unparsed & {"dataset", "imageSize", "netType", "bottleneck"}:
         problems = problems + validate(opt, parser.values)
     if problems:
-        raise UsageError.of(problems)
+        raise UsageError.from_problems(problems)
     opt.notes = notes(opt, parser.values)
     opt.given = frozenset(parser.values)
     return opt

@@ -107,7 +107,7 @@ class Trainer:
         self.model.train()
         steps = len(loader.sampler)
         self._guard.start(self.global_step)
-        progress = self.log.phase("train", self.epoch, steps, self.step, self.metrics)
+        progress = self.log.progress("train", self.epoch, steps, self.step, self.metrics)
         with progress, _name_batch_on_error(self.epoch, loader.sampler):
             begin = partial(self._begin_step, steps)
             for stats in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
@@ -116,7 +116,7 @@ class Trainer:
                 # Before the device is read, which waits for ever for a peer that is lost.
                 on_step_end()
                 # On the CPU reading costs nothing; a GPU is read when something is shown.
-                if self.device.type == "cpu" or progress.is_due():
+                if self.device.type == "cpu" or progress.should_display():
                     self._timed_check_finite()
                 progress.update(stats.num_images, stats.data_s, self._current_lr(steps))
             self._timed_check_finite()  # waits for the steps that are still on their way
@@ -205,7 +205,7 @@ class Trainer:
         self.model.eval()
         metrics = self._eval_metrics
         metrics.reset()
-        with self.log.phase(phase, self.epoch, len(loader.sampler), 0, metrics) as progress:
+        with self.log.progress(phase, self.epoch, len(loader.sampler), 0, metrics) as progress:
             for stats in self._runner.run(self._eval_step, loader, self.epoch):
                 on_batch_end()
                 progress.update(stats.num_images, stats.data_s)

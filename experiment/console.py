@@ -8,19 +8,19 @@ import time
 from errors import printable
 
 SHOW_EVERY_S = {True: 1.0, False: 60.0}  # on a terminal, elsewhere
-_muted = False  # only the first process of a run speaks
+_silenced = False  # only the first process of a run prints
 
 
-def mute() -> None:
+def silence() -> None:
     """Print nothing from now on: another process of the run does."""
-    global _muted
-    _muted = True
+    global _silenced
+    _silenced = True
 
 
-def say(line: str) -> None:
+def info(line: str) -> None:
     """Print a line; a closed standard output must not end a run of days."""
     try:
-        if not _muted:
+        if not _silenced:
             # A path may hold what the encoding of the output does not have.
             encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -31,7 +31,7 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Print a remark to standard error, which may be closed as well."""
     with contextlib.suppress(OSError):
-        if not _muted:
+        if not _silenced:
             print(f"note: {printable(line)}", file=sys.stderr, flush=True)
 
 
@@ -48,12 +48,12 @@ class Progress:
         self.name, self.epoch, self.metrics = name, epoch, metrics
         self.steps, self.done = steps, done
         self._bar = None
-        self._shown_at = time.monotonic()
-        self._fresh_steps = self._fresh_images = 0
-        self._fresh_data_s = 0.0
+        self._displayed_at = time.monotonic()
+        self._interval_steps = self._interval_images = 0
+        self._interval_data_s = 0.0
 
     def __enter__(self) -> "Progress":
-        if not _muted and _has_bar():
+        if not _silenced and _supports_bar():
             from tqdm import tqdm
 
             title = f"epoch {self.epoch} {self.name}"
@@ -62,70 +62,71 @@ class Progress:
                 leave=False, dynamic_ncols=True, mininterval=1.0,
             )  # fmt: skip
         elif self.name == "train":
-            say(f"=> Training epoch # {self.epoch}")
+            info(f"=> Training epoch # {self.epoch}")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def is_due(self) -> bool:
+    def should_display(self) -> bool:
         """Whether the next `update` shows something, and so reads the device."""
-        pause = SHOW_EVERY_S[self._bar is not None]
-        if _muted or self.done + 1 >= self.steps:  # `finish` shows the last step
+        interval_s = SHOW_EVERY_S[self._bar is not None]
+        if _silenced or self.done + 1 >= self.steps:  # `finish` displays the last step
             return False
-        return time.monotonic() - self._shown_at >= pause
+        return time.monotonic() - self._displayed_at >= interval_s
 
-    def update(self, num_images: int, data_s: float, rate: float | None = None) -> None:
+    def update(self, num_images: int, data_s: float, lr: float | None = None) -> None:
         """Count one step of `num_images` that waited `data_s` seconds for its batch."""
-        due = self.is_due()
+        display = self.should_display()
         self.done += 1
-        self._fresh_steps += 1
-        self._fresh_images += num_images
-        self._fresh_data_s += data_s
+        self._interval_steps += 1
+        self._interval_images += num_images
+        self._interval_data_s += data_s
         if self._bar is not None:
             self._bar.update(1)
-        if due:
-            self._show(self.metrics, rate)
+        if display:
+            self._display(self.metrics, lr)
 
-    def finish(self, metrics, rate: float | None = None) -> None:
+    def finish(self, metrics, lr: float | None = None) -> None:
         """Show the result of the whole pass."""
-        if self._fresh_steps and not _muted:
-            self._show(metrics, rate)
+        if self._interval_steps and not _silenced:
+            self._display(metrics, lr)
 
-    def _show(self, metrics, rate: float | None) -> None:
-        seconds = max(time.monotonic() - self._shown_at, 1e-9)
+    def _display(self, metrics, lr: float | None) -> None:
+        seconds = max(time.monotonic() - self._displayed_at, 1e-9)
         means = metrics.compute()
         if self._bar is not None:
-            speed = f"{self._fresh_images / seconds:.0f}"
-            shown = {"loss": f"{means['loss']:.4f}", "error": f"{means['top1']:.2f}%"}
-            self._bar.set_postfix({**shown, "images/s": speed})
+            speed = f"{self._interval_images / seconds:.0f}"
+            postfix = {"loss": f"{means['loss']:.4f}", "error": f"{means['top1']:.2f}%"}
+            self._bar.set_postfix({**postfix, "images/s": speed})
         else:
             title = "Epoch" if self.name == "train" else "Test"
             line = (
                 f" | {title}: [{self.epoch}][{self.done}/{self.steps}]    "
-                f"Time {seconds / self._fresh_steps:.3f}  "
-                f"Data {self._fresh_data_s / self._fresh_steps:.3f}  Err {means['loss']:1.4f}  "
+                f"Time {seconds / self._interval_steps:.3f}  "
+                f"Data {self._interval_data_s / self._interval_steps:.3f}  "
+                f"Err {means['loss']:1.4f}  "
                 f"top1 {means['top1']:7.3f}  top5 {means['top5']:7.3f}"
             )
-            say(line + (f"  LR {rate:.6g}" if rate is not None else ""))
-        self._shown_at = time.monotonic()
-        self._fresh_steps = self._fresh_images = 0
-        self._fresh_data_s = 0.0
+            info(line + (f"  LR {lr:.6g}" if lr is not None else ""))
+        self._displayed_at = time.monotonic()
+        self._interval_steps = self._interval_images = 0
+        self._interval_data_s = 0.0
 
 
-def _has_bar() -> bool:
+def _supports_bar() -> bool:
     """Whether standard error is a terminal that can draw a line anew."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return is_terminal and os.environ.get("TERM") != "dumb"
 
 
-def tested_line(tested: dict, model: str) -> str:
+def format_test(tested: dict, model: str) -> str:
     """The result on a test set that was kept for the end."""
     return f" * Test top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}  ({model})"
 
 
-def finished_line(last: dict | None, best: dict | None) -> str:
+def format_final(last: dict | None, best: dict | None) -> str:
     """The last line of a run: the errors of its last epoch and of its best, each labelled."""
 
     def labelled(which: str, result: dict | None) -> str:

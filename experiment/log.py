@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cli.flag_types import as_text
 from engine.metrics import Metrics
-from experiment.console import Progress, say, warn
+from experiment.console import Progress, info, warn
 from fileio.atomic import atomic_write
 
 LOG = "log.jsonl"
@@ -63,7 +63,7 @@ class RunLog:
 
     def __init__(self, directory: Path | None):
         self.directory = directory
-        self._board = None
+        self._writer = None
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------------------------ files
@@ -73,35 +73,37 @@ class RunLog:
         kept = [line for line in read_log(self.directory) if line["epoch"] < next_epoch]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
         atomic_write(self.directory / LOG, lines.encode())
-        self._board = _open_board(self.directory / "tensorboard", next_epoch)
+        self._writer = _open_tensorboard(self.directory / "tensorboard", next_epoch)
 
     def epoch(self, record: EpochRecord, is_best: bool) -> None:
         """Add one epoch's record to log.jsonl and TensorBoard, and print its result."""
         values = asdict(record)
         # NaN is no JSON: a number that is not finite is written as null.
-        plain = {key: value if _is_finite(value) else None for key, value in values.items()}
+        jsonable = {key: value if _is_finite(value) else None for key, value in values.items()}
         try:
-            _append(self.directory / LOG, json.dumps(plain) + "\n")
+            _append(self.directory / LOG, json.dumps(jsonable) + "\n")
         except OSError as error:
             self.warn_once(f"cannot write {self.directory / LOG}: {error.strerror}")
 
-        def scalars(board) -> None:
+        def scalars(writer) -> None:
             for key in values.keys() - {"epoch"}:
                 if not isinstance(values[key], str):
-                    board.add_scalar(_board_name(key), values[key], record.epoch)
-            board.flush()
+                    writer.add_scalar(_tensorboard_tag(key), values[key], record.epoch)
+            writer.flush()
 
-        self._on_board(scalars)
+        self._with_tensorboard(scalars)
         errors = f"top1: {record.val_top1:7.3f}  top5: {record.val_top5:7.3f}"
         best = "  (best so far)" if is_best else ""
-        say(f" * Finished epoch # {record.epoch}     {errors}{best}\n")
+        info(f" * Finished epoch # {record.epoch}     {errors}{best}\n")
 
-    def texts(self, **texts: str) -> None:
+    def add_text(self, **texts: str) -> None:
         """Show texts, such as the config, in TensorBoard."""
         for name, text in texts.items():
-            self._on_board(lambda board, n=name, t=text: board.add_text(n, f"```\n{t}\n```", 0))
+            self._with_tensorboard(
+                lambda writer, n=name, t=text: writer.add_text(n, f"```\n{t}\n```", 0)
+            )
 
-    def images(self, images: Tensor) -> None:
+    def add_images(self, images: Tensor) -> None:
         """Show a grid of up to 64 images (N, 3, H, W) as the network gets them in TensorBoard."""
         from torchvision.utils import make_grid
 
@@ -110,26 +112,28 @@ class RunLog:
         shown = images[:64].float().cpu()
         low, high = shown.min(), shown.max()
         grid = make_grid((shown - low) / (high - low).clamp(min=1e-6), nrow=8)
-        self._on_board(lambda board: board.add_image("augmented training images", grid, 0))
+        self._with_tensorboard(
+            lambda writer: writer.add_image("augmented training images", grid, 0)
+        )
 
     def close(self, settings: dict[str, object], results: dict[str, float]) -> None:
         """End the files of a complete run: TensorBoard gets its settings and final errors."""
-        plain = {
+        jsonable = {
             name: as_text(value) if isinstance(value, list) else value
             for name, value in settings.items()
         }
         errors = {f"final/{name}": value for name, value in results.items() if "top" in name}
-        self._on_board(lambda board: board.add_hparams(plain, errors, run_name="."))
-        self._on_board(lambda board: board.close())
-        self._board = None
+        self._with_tensorboard(lambda writer: writer.add_hparams(jsonable, errors, run_name="."))
+        self._with_tensorboard(lambda writer: writer.close())
+        self._writer = None
 
-    def _on_board(self, write: Callable) -> None:
+    def _with_tensorboard(self, write: Callable) -> None:
         """Let `write` add to TensorBoard; training never ends because curves cannot be kept."""
-        if self._board:
+        if self._writer:
             try:
-                write(self._board)
+                write(self._writer)
             except Exception as error:  # of a thread that TensorBoard writes in: any kind
-                self._board = None
+                self._writer = None
                 self.warn_once(f"no TensorBoard from here on: {error}")
 
     def warn_once(self, line: str) -> None:
@@ -140,7 +144,9 @@ class RunLog:
 
     # ---------------------------------------------------------------------------------- console
 
-    def phase(self, name: str, epoch: int, steps: int, done: int, metrics: Metrics) -> "Progress":
+    def progress(
+        self, name: str, epoch: int, steps: int, done: int, metrics: Metrics
+    ) -> "Progress":
         """The progress of one pass over a split; use as a context manager."""
         return Progress(name, epoch, steps, done, metrics)
 
@@ -177,7 +183,7 @@ def _is_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _board_name(key: str) -> str:
+def _tensorboard_tag(key: str) -> str:
     """train_top1 -> error_top1/train, so that TensorBoard draws the splits together."""
     split, _, name = key.partition("_")
     if split in ("train", "val"):
@@ -185,19 +191,19 @@ def _board_name(key: str) -> str:
     return f"run/{key}"
 
 
-def _open_board(directory: Path, next_epoch: int):
+def _open_tensorboard(directory: Path, next_epoch: int):
     """A TensorBoard writer that hides what a killed process wrote of `next_epoch` and later."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        threading.excepthook = _other_threads
+        threading.excepthook = _thread_excepthook
         return SummaryWriter(str(directory), purge_step=next_epoch)
     except Exception as error:  # of an installation that does not fit together: any kind
         warn(f"no TensorBoard: {error}; training goes on")
         return None
 
 
-def _other_threads(failure) -> None:
+def _thread_excepthook(failure) -> None:
     """Print what ended a thread, except TensorBoard's: that is raised again at the next write."""
     if "tensorboard" not in type(failure.thread).__module__:
         threading.__excepthook__(failure)

@@ -19,11 +19,11 @@ from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, tensor_files
 from fileio.atomic import atomic_write
 
-DIGESTS = ("training_set", "test_set")  # of the images themselves
-IN_VAIN = 3  # automatic starts without progress; the next would be no better
+DATA_FINGERPRINTS = ("training_set", "test_set")  # of the images themselves
+MAX_FRUITLESS_RESTARTS = 3  # automatic starts without progress; the next would be no better
 
 
-def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
+def find_checkpoint(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
     """The checkpoint that `--resume` names, None to start afresh.
 
     Raises:
@@ -31,22 +31,24 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
         UsageError: starting afresh would overwrite a run.
     """
     save, source = Path(opt.save), Path(opt.save if opt.resume == "auto" else opt.resume)
-    own, state = source.resolve() == save.resolve(), None
+    is_own, state = source.resolve() == save.resolve(), None
     if opt.resume != "none":
         state = (
             checkpoints.load(source)
             if source.is_file()
-            else checkpoints.load_latest(source, warn, quarantine=own and not opt.testOnly)
+            else checkpoints.load_latest(source, warn, quarantine=is_own and not opt.testOnly)
         )
     if state is not None:
-        state = state | {"settings": _settings_of(state)}
+        state = state | {"settings": _parse_saved_settings(state)}
     must_exist = opt.resume != "none" if opt.testOnly else opt.resume not in ("none", "auto")
     if state is None and must_exist:
         raise CheckpointError(f"no checkpoint in {source}", "name a run directory that has one")
     # An older checkpoint's later history would be mixed with the new one in the same directory.
     newest = checkpoints.list_checkpoints(save)[:1]
-    goes_on = state is not None and source.resolve() in [path.resolve() for path in (save, *newest)]
-    if not goes_on and not opt.testOnly and checkpoints.has_checkpoint(save):
+    continues = state is not None and source.resolve() in [
+        path.resolve() for path in (save, *newest)
+    ]
+    if not continues and not opt.testOnly and checkpoints.has_checkpoint(save):
         raise UsageError(
             f"{save} already holds a run",
             "add --resume auto to continue it where it stopped, or choose another --save",
@@ -56,7 +58,7 @@ def find(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
     return state
 
 
-def _settings_of(state: dict) -> dict[str, object]:
+def _parse_saved_settings(state: dict) -> dict[str, object]:
     """Read a state's settings, with the default of each flag that it does not know.
 
     Raises:
@@ -76,7 +78,7 @@ def _settings_of(state: dict) -> dict[str, object]:
     return {name: flag.default for name, flag in flags.items()} | read
 
 
-def load(
+def load_checkpoint(
     opt: SimpleNamespace, directory: RunDirectory | None, world, warn: Callable[[str], None]
 ) -> tuple[dict | None, bool]:
     """Read the checkpoint to go on from in the first process, for all of them.
@@ -88,19 +90,20 @@ def load(
         Its state, None to start afresh; and whether nothing is left to do.
 
     Raises:
-        CheckpointError, UsageError: as `find`, or a process sees a newer one than the first.
+        CheckpointError, UsageError: as `find_checkpoint`.
+        CheckpointError: a process sees a newer checkpoint than the first.
         PeerError: the run does not get on, see `check_progress`.
     """
 
     def read() -> tuple[dict | None, bool]:
-        state = find(opt, warn)
+        state = find_checkpoint(opt, warn)
         if state and is_complete(opt, state, directory.read_status()):
             return state, True
         check_progress(directory, state, world.process.restarted)
         return state, False
 
     found = world.broadcast_result(read, tensor_files.to_bytes, tensor_files.from_bytes)
-    check_seen(Path(opt.save), world.all_gather_int(newest_step(Path(opt.save))))
+    check_shared_filesystem(Path(opt.save), world.all_gather_int(newest_step(Path(opt.save))))
     return found
 
 
@@ -110,7 +113,7 @@ def newest_step(directory: Path) -> int:
     return checkpoints.checkpoint_step(found[0]) if found else -1
 
 
-def check_seen(directory: Path, steps: list[int]) -> None:
+def check_shared_filesystem(directory: Path, steps: list[int]) -> None:
     """Raise CheckpointError when a process sees a newer checkpoint than the first, which resumes.
 
     Args:
@@ -118,9 +121,10 @@ def check_seen(directory: Path, steps: list[int]) -> None:
     """
     rank = max(range(len(steps)), key=lambda rank: steps[rank])
     if steps[rank] > steps[0]:
-        mine = f"step {steps[0]}" if steps[0] >= 0 else "none"
+        current = f"step {steps[0]}" if steps[0] >= 0 else "none"
         raise CheckpointError(
-            f"process {rank} sees a checkpoint of step {steps[rank]} in {directory}, 0 sees {mine}",
+            f"process {rank} sees a checkpoint of step {steps[rank]} in {directory}, "
+            f"0 sees {current}",
             "put the run directory on a disk that all machines share",
         )
 
@@ -129,15 +133,15 @@ def check_network(opt: SimpleNamespace, state: dict) -> None:
     """Raise CheckpointError when the checkpoint is of another network than the settings say."""
     differing = opts.differences(opts.settings(opt), state["settings"], "model")
     if differing:
-        theirs = " ".join(f"{name}={theirs}" for name, _, theirs in differing)
-        mine = " ".join(f"{name}={mine}" for name, mine, _ in differing)
+        saved = " ".join(f"{name}={saved}" for name, _, saved in differing)
+        current = " ".join(f"{name}={current}" for name, current, _ in differing)
         raise CheckpointError(
-            f"checkpoint is a {state['settings']['netType']} with {theirs}, settings say {mine}",
+            f"checkpoint is a {state['settings']['netType']} with {saved}, settings say {current}",
             "give the same flags, or start another run with another --save",
         )
 
 
-class Continued(NamedTuple):
+class ResumedRun(NamedTuple):
     """What a run goes on with.
 
     Args:
@@ -151,7 +155,7 @@ class Continued(NamedTuple):
     overrides: list[str]
 
 
-def check(opt: Settings, state: dict, warn: Callable[[str], None]) -> Continued:
+def merge_settings(opt: Settings, state: dict, warn: Callable[[str], None]) -> ResumedRun:
     """Compare the settings given with those of a checkpoint, and return what the run goes on with.
 
     Raises:
@@ -159,51 +163,55 @@ def check(opt: Settings, state: dict, warn: Callable[[str], None]) -> Continued:
         UsageError: settings that shape training differ, without `--override true`.
     """
     check_network(opt, state)
-    theirs = state["settings"]
-    opt = opt.replace(**_of_the_start(opt, theirs, warn), **_schedule_to_keep(opt, theirs, warn))
-    changed = opts.differences(opts.settings(opt), theirs, "training")
-    if opt.nEpochs < theirs["nEpochs"]:
-        changed.append(("nEpochs", str(opt.nEpochs), str(theirs["nEpochs"])))
-    words = [f"{name} {now}, was {before or 'not set'}" for name, now, before in changed]
-    if words and not opt.override:
+    saved = state["settings"]
+    opt = opt.replace(
+        **_settings_fixed_at_start(opt, saved, warn), **_saved_schedule(opt, saved, warn)
+    )
+    changed = opts.differences(opts.settings(opt), saved, "training")
+    if opt.nEpochs < saved["nEpochs"]:
+        changed.append(("nEpochs", str(opt.nEpochs), str(saved["nEpochs"])))
+    changes = [f"{name} {now}, was {previous or 'not set'}" for name, now, previous in changed]
+    if changes and not opt.override:
         raise UsageError(
-            f"settings differ from the checkpoint's: {'; '.join(words)}",
+            f"settings differ from the checkpoint's: {'; '.join(changes)}",
             "give the same flags, or --override true to go on with these",
         )
-    for change in words:
+    for change in changes:
         warn(f"override: {change}")
     position = f"epoch {state['epoch']} step {state['step']}"
-    overrides = state["overrides"] + [f"{position}: {change}" for change in words]
+    overrides = state["overrides"] + [f"{position}: {change}" for change in changes]
     if {"batchSize", "manualSeed"} & {name for name, _, _ in changed}:
-        state = _restarted_epoch(state, warn)
-    return Continued(opt, state, overrides)
+        state = _rewind_to_epoch_start(state, warn)
+    return ResumedRun(opt, state, overrides)
 
 
-def _of_the_start(opt: Settings, theirs: dict, warn: Callable[[str], None]) -> dict[str, object]:
+def _settings_fixed_at_start(
+    opt: Settings, saved: dict, warn: Callable[[str], None]
+) -> dict[str, object]:
     """The settings that a run has from its start, which is past."""
     names = ("epochNumber", "retrain", "resetClassifier")
     for name in names:
-        if getattr(opt, name) not in (opts.FLAGS[name].default, theirs[name]):
+        if getattr(opt, name) not in (opts.FLAGS[name].default, saved[name]):
             warn(f"{name} has no effect on a run that is resumed")
-    return {name: theirs[name] for name in names}
+    return {name: saved[name] for name in names}
 
 
-def _schedule_to_keep(opt: Settings, theirs: dict, warn: Callable[[str], None]) -> dict:
+def _saved_schedule(opt: Settings, saved: dict, warn: Callable[[str], None]) -> dict:
     """A longer run goes on at the rates it had, unless milestones are given."""
-    is_longer = opt.nEpochs > theirs["nEpochs"]
-    if opt.nEpochs < theirs["nEpochs"]:
+    is_longer = opt.nEpochs > saved["nEpochs"]
+    if opt.nEpochs < saved["nEpochs"]:
         return {}
     if is_longer and opt.lrShape == "cosine":
-        warn(f"the cosine spans {opt.nEpochs} epochs now, it was {theirs['nEpochs']}")
+        warn(f"the cosine spans {opt.nEpochs} epochs now, it was {saved['nEpochs']}")
         return {}
-    if "milestones" in opt.given or opt.lrShape != theirs["lrShape"]:
+    if "milestones" in opt.given or opt.lrShape != saved["lrShape"]:
         return {}
     if is_longer:
-        warn(f"milestones stay {opts.as_text(theirs['milestones'])}; --milestones sets others")
-    return {"milestones": theirs["milestones"]}  # also when it is continued once more
+        warn(f"milestones stay {opts.as_text(saved['milestones'])}; --milestones sets others")
+    return {"milestones": saved["milestones"]}  # also when it is continued once more
 
 
-def _restarted_epoch(state: dict, warn: Callable[[str], None]) -> dict:
+def _rewind_to_epoch_start(state: dict, warn: Callable[[str], None]) -> dict:
     """Put a checkpoint from the middle of an epoch whose batches are others now at its start."""
     if not state["step"]:
         return state
@@ -231,19 +239,22 @@ def check_progress(directory: RunDirectory, state: dict | None, is_automatic: bo
     """
     step = state["global_step"] if state else 0
     status = directory.read_status()
-    before = status.get("start", {})
-    in_vain = 0
-    if is_automatic and before.get("global_step") == step:
-        in_vain = before.get("in_vain", 0) + (status.get("state") != "preempted")
+    previous = status.get("start", {})
+    num_fruitless = 0
+    if is_automatic and previous.get("global_step") == step:
+        num_fruitless = previous.get("in_vain", 0) + (status.get("state") != "preempted")
     reason = status.get("reason", "it was killed")
-    if in_vain > IN_VAIN:  # the last start was refused by this function: the cause is older
-        reason = before.get("reason", reason)
-    directory.set_status_fields(start={"global_step": step, "in_vain": in_vain, "reason": reason})
+    # Refused by this function already at the last start: the cause is older.
+    if num_fruitless > MAX_FRUITLESS_RESTARTS:
+        reason = previous.get("reason", reason)
+    directory.set_status_fields(
+        start={"global_step": step, "in_vain": num_fruitless, "reason": reason}
+    )
     if is_automatic:  # at once: it may not live until its first status
         directory.write_status("running")
-    if in_vain >= IN_VAIN:
+    if num_fruitless >= MAX_FRUITLESS_RESTARTS:
         raise PeerError(
-            f"{in_vain} automatic starts in a row found the run at step {step}; "
+            f"{num_fruitless} automatic starts in a row found the run at step {step}; "
             f"the one before ended with: {reason}",
             "look into the cause, then start it by hand, which counts anew",
         )
@@ -265,7 +276,7 @@ def restore(
     threads, device = torch.get_num_threads(), trainer.device.type
     if state["device"] != device:
         warn(f"the run was on {state['device']}, now on {device}: it goes on, not bit for bit")
-        state = _restarted_epoch(state, warn)
+        state = _rewind_to_epoch_start(state, warn)
     elif device == "cpu" and state["threads"] != threads:
         warn(f"{threads} threads, the run had {state['threads']}: rounding can differ")
     size = trainer.world.size
@@ -275,19 +286,19 @@ def restore(
     return changes
 
 
-def bring_best(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> None:
+def copy_best_model(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> None:
     """Let a run that goes on in another directory have its best model there as well."""
-    mine = Path(opt.save) / "model_best.pt"
+    current = Path(opt.save) / "model_best.pt"
     source = Path(opt.resume)
-    theirs = (source if source.is_dir() else source.parent) / mine.name
-    if trainer.results.best is None or mine.exists():
+    saved = (source if source.is_dir() else source.parent) / current.name
+    if trainer.results.best is None or current.exists():
         return
-    newest = None if opt.resume == "auto" else checkpoints.load_latest(theirs.parent, warn, False)
+    newest = None if opt.resume == "auto" else checkpoints.load_latest(saved.parent, warn, False)
     # Its best may be of an epoch after the checkpoint that was named.
-    if newest and newest["best"] == trainer.results.best and theirs.is_file():
-        atomic_write(mine, theirs.read_bytes())
+    if newest and newest["best"] == trainer.results.best and saved.is_file():
+        atomic_write(current, saved.read_bytes())
     else:
-        warn(f"{mine} is gone: the best result is forgotten and starts anew")
+        warn(f"{current} is gone: the best result is forgotten and starts anew")
         trainer.results.best = None
 
 
@@ -300,25 +311,25 @@ def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
     Raises:
         CheckpointError: anything else differs.
     """
-    before = state["data"]
+    previous = state["data"]
     # A fact that an older version did not write down is not compared.
-    changed = [name for name in facts if name in before and facts[name] != before[name]]
-    changed.sort(key=lambda name: name in DIGESTS)
-    shown = [f"{name} {_short(facts[name])}, was {_short(before[name])}" for name in changed]
-    of_content = set(changed) <= {"mean", "std", *DIGESTS}
-    if changed and not (override and of_content):
+    changed = [name for name in facts if name in previous and facts[name] != previous[name]]
+    changed.sort(key=lambda name: name in DATA_FINGERPRINTS)
+    shown = [f"{name} {_shorten(facts[name])}, was {_shorten(previous[name])}" for name in changed]
+    is_content_only = set(changed) <= {"mean", "std", *DATA_FINGERPRINTS}
+    if changed and not (override and is_content_only):
         fix = "restore the data, or start another run from its weights with --retrain"
         raise CheckpointError(
             f"the data is not the checkpoint's: {', '.join(shown[:3])}",
-            f"{fix}, or add --override true" if of_content else fix,
+            f"{fix}, or add --override true" if is_content_only else fix,
         )
     return shown
 
 
 def _check_shapes(model: nn.Module, state: dict) -> None:
     problems = models.state_dicts.state_dict_mismatches(state["model"], model.state_dict())
-    wanted = optimizer.expected_state(state["settings"], model)
-    problems += models.state_dicts.state_dict_mismatches(state["momentum"], wanted)
+    expected = optimizer.expected_state(state["settings"], model)
+    problems += models.state_dicts.state_dict_mismatches(state["momentum"], expected)
     if problems:
         raise CheckpointError(
             f"checkpoint does not fit the network: {problems[0]} ({len(problems)} in all)",
@@ -326,7 +337,7 @@ def _check_shapes(model: nn.Module, state: dict) -> None:
         )
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     if isinstance(value, list) and len(value) > 3:
         return f"{len(value)} values"
     return str(value)[:64]

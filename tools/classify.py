@@ -95,15 +95,15 @@ def work(argv: list[str]) -> int:
     net, bad = network.load(Path(checkpoint), asked.network, classes), Unreadable()
     written = [csv_lines([COLUMNS])] if output else []
     if asked.own.csv == "-":
-        console.say(csv_lines([COLUMNS]).rstrip("\n"))
+        console.info(csv_lines([COLUMNS]).rstrip("\n"))
     with translate_worker_errors():
         for path, guesses in classify(net, paths, bad, asked.own.top):
             if output:
                 written.append(csv_lines(as_rows(path, guesses)))
             elif asked.own.csv:
-                console.say(csv_lines(as_rows(path, guesses)).rstrip("\n"))
+                console.info(csv_lines(as_rows(path, guesses)).rstrip("\n"))
             else:
-                console.say(as_text(path, guesses))
+                console.info(as_text(path, guesses))
     if output:
         atomic.atomic_write(output, "".join(written).encode("utf-8", "surrogateescape"))
     return bad.code

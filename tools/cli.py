@@ -59,7 +59,7 @@ def read(
     if operands and len(found) < least:
         problems.insert(0, (f"no {operands}", f"name at least one {operands}"))
     if problems:
-        raise UsageError.of(problems)
+        raise UsageError.from_problems(problems)
     values = {name: flag.default for name, flag in flags.items()} | parser.values
     passed_on = [f"--{name}={value}" for name, value, _ in raw if name in others]
     return Command(SimpleNamespace(**values), found or [], passed_on)

@@ -123,7 +123,7 @@ def work(argv: list[str]) -> int:
             others["classes"] = np.array(labelled[0], dtype=np.str_)
             others["labels"] = np.array(labelled[1], dtype=np.int64)
         write(target, rows, (len(names), width), others)
-    console.say(f"{output}: {len(names)} images, {width} features each")
+    console.info(f"{output}: {len(names)} images, {width} features each")
     return bad.code
 
 

@@ -155,8 +155,9 @@ REQUEUED = ["requeue 31234"]
         ("say done 0; exit 1", 0, False),  # torchrun stumbled on its way out
         *((f"say failed {code}; exit 1", code, False) for code in (1, 2, 3, 4, 5, 6, 7)),
         ("say failed 8; exit 1", 75, True),
-        (f"say failed 8 {resume.IN_VAIN - 1}; exit 1", 75, True),
-        (f"say failed 8 {resume.IN_VAIN}; exit 1", 8, False),  # it would get no further
+        (f"say failed 8 {resume.MAX_FRUITLESS_RESTARTS - 1}; exit 1", 75, True),
+        # It would get no further.
+        (f"say failed 8 {resume.MAX_FRUITLESS_RESTARTS}; exit 1", 8, False),
         ("say running null; exit 1", 75, True),
         ("say preempted 75; exit 1", 75, True),  # its torchrun was killed
         ("exit 1", 1, False),

@@ -172,8 +172,8 @@ def test_tensorboard_gets_every_number_of_an_epoch(log, tmp_path):
 
 
 def test_tensorboard_gets_images_texts_and_settings_with_the_final_errors(log, tmp_path):
-    log.texts(config="depth: 10\n", device="CPU")
-    log.images(torch.rand(70, 3, 8, 8))
+    log.add_text(config="depth: 10\n", device="CPU")
+    log.add_images(torch.rand(70, 3, 8, 8))
     log.close({"depth": 10, "milestones": [1, 2], "data": "x"}, {"last_top1": 30.0, "best_top1": 2})
     events = board(tmp_path)
     (image,) = events.Images("augmented training images")
@@ -214,8 +214,8 @@ def test_a_tensorboard_that_cannot_be_made_stops_nothing(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")
     log = RunLog(tmp_path)
     log.open(next_epoch=1)
-    log.texts(config="depth: 10")
-    log.images(torch.rand(2, 3, 8, 8))
+    log.add_text(config="depth: 10")
+    log.add_images(torch.rand(2, 3, 8, 8))
     log.epoch(record(1), is_best=False)
     log.close({}, {})
     assert capsys.readouterr().err.count("note: no TensorBoard") == 1
@@ -231,8 +231,8 @@ def fill_up(directory: Path) -> None:
     sabotage.limit_file_size((directory / "log.jsonl").stat().st_size)
     for epoch in range(2, 6):
         log.epoch(record(epoch), is_best=False)
-    log.texts(config="x")
-    log.images(torch.rand(2, 3, 8, 8))
+    log.add_text(config="x")
+    log.add_images(torch.rand(2, 3, 8, 8))
     log.close({"depth": 10}, {"last_top1": 1.0})
     os._exit(5)  # reached
 
@@ -247,15 +247,15 @@ def test_a_full_disk_for_tensorboard_stops_nothing(tmp_path):
 # ---------------------------------------------------------------------------------------- console
 
 
-def progress(steps: int, capsys, name: str = "train", rate: float | None = 0.1) -> str:
+def progress(steps: int, capsys, name: str = "train", lr: float | None = 0.1) -> str:
     metrics = Metrics(torch.device("cpu"))
-    with RunLog(None).phase(name, 7, steps, 0, metrics) as shown:
+    with RunLog(None).progress(name, 7, steps, 0, metrics) as shown:
         for _ in range(steps):
             metrics.add(
                 torch.tensor(0.5), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
             )
-            shown.update(2, 0.0, rate)
-        shown.finish(metrics, rate)
+            shown.update(2, 0.0, lr)
+        shown.finish(metrics, lr)
     return capsys.readouterr().out
 
 
@@ -285,7 +285,7 @@ def test_the_last_line_of_a_pass_is_of_all_replicas(capsys):
     logits, targets = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
     own.add(torch.tensor(0.5), logits, targets)
     of_all.add(torch.tensor(0.25), logits[:1], targets[:1])
-    with RunLog(None).phase("val", 7, 1, 0, own) as shown:
+    with RunLog(None).progress("val", 7, 1, 0, own) as shown:
         shown.update(2, 0.0)
         shown.finish(of_all)
     (line,) = capsys.readouterr().out.splitlines()
@@ -293,16 +293,16 @@ def test_the_last_line_of_a_pass_is_of_all_replicas(capsys):
 
 
 def test_a_process_that_is_not_the_first_prints_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(console, "_muted", False)  # put back after the test
+    monkeypatch.setattr(console, "_silenced", False)  # put back after the test
     monkeypatch.setitem(console.SHOW_EVERY_S, False, 0.0)
-    for is_muted in (False, True):
-        if is_muted:
-            console.mute()
+    for is_silenced in (False, True):
+        if is_silenced:
+            console.silence()
         console.warn("the sea is wet")
-        console.say("it is")
+        console.info("it is")
         RunLog(None).warn_once("it was")
         printed = progress(5, capsys)
-        assert (printed == "") == is_muted
+        assert (printed == "") == is_silenced
     assert capsys.readouterr() == ("", "")
 
 
@@ -333,12 +333,12 @@ def test_a_closed_output_does_not_end_a_run(tmp_path):
 def test_the_results_are_labelled():
     last = {"epoch": 3, "val_top1": 30.0, "val_top5": 3.0}
     best = {"epoch": 2, "val_top1": 29.0, "val_top5": 4.0}
-    assert console.finished_line(last, best) == (
+    assert console.format_final(last, best) == (
         " * Finished top1: 30.000  top5:  3.000  (last: epoch 3)"
         "   top1: 29.000  top5:  4.000  (best: epoch 2)"
     )
-    assert "(best: none)" in console.finished_line(last, None)
-    tested = console.tested_line({"test_top1": 1.5, "test_top5": 0.5}, "best model, epoch 2")
+    assert "(best: none)" in console.format_final(last, None)
+    tested = console.format_test({"test_top1": 1.5, "test_top5": 0.5}, "best model, epoch 2")
     assert tested == " * Test top1:  1.500  top5:  0.500  (best model, epoch 2)"
 
 

@@ -255,9 +255,10 @@ def test_a_checkpoint_that_does_not_know_a_flag_yet_goes_on_with_its_default(sto
     same, other = (
         opts.parse(tiny(**RUN, syncBN=sync, resume="auto", save=tmp_path)) for sync in (None, True)
     )
-    assert resume.check(same, resume.find(same, pytest.fail), pytest.fail).overrides == []
+    state = resume.find_checkpoint(same, pytest.fail)
+    assert resume.merge_settings(same, state, pytest.fail).overrides == []
     with pytest.raises(UsageError, match="differ from the checkpoint's: syncBN true, was false"):
-        resume.check(other, resume.find(other, pytest.fail), pytest.fail)
+        resume.merge_settings(other, resume.find_checkpoint(other, pytest.fail), pytest.fail)
 
 
 def test_a_run_whose_data_has_changed_is_refused(photographs, tmp_path):

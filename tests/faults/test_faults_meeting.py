@@ -95,7 +95,7 @@ def test_a_process_that_is_busy_when_another_fails_does_not_stay(tmp_path, rank)
 
 def test_who_waits_while_the_first_reads_a_checkpoint_notices_that_it_hangs(tmp_path):
     """Row 66: however long reading may take, a process that reads answers meanwhile."""
-    hangs = partial(before_call, partial(send, signal.SIGSTOP), resume.find)
+    hangs = partial(before_call, partial(send, signal.SIGSTOP), resume.find_checkpoint)
     ranks = Ranks(tiny(**FLAGS, timeout=2, save=tmp_path), 2, {0: hangs, 1: impatient})
     refused(ranks[1].wait(30), 8, r"process 0 \(host .*\) is lost \(.*timed out.*\); fix: ")
     ranks[0].signal(signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_who_waits_while_the_first_reads_a_checkpoint_notices_that_it_hangs(tmp_
 
 
 def test_the_first_does_not_work_on_for_others_that_are_lost(tmp_path):
-    works = partial(both, impatient, partial(before_call, sleep, resume.find))
+    works = partial(both, impatient, partial(before_call, sleep, resume.find_checkpoint))
     lost = partial(before_call, kill, World.broadcast_result)
     results = run_ranks(tiny(**FLAGS, save=tmp_path), 2, {0: works, 1: lost}, timeout_s=30)
     refused(results[0], 8, r"process 1 \(host .*\) is lost")

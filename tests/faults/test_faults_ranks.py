@@ -262,11 +262,11 @@ def broken_read(rank_fails: str) -> None:
     def broken(*_, **__):
         raise CheckpointError("it cannot be read", "restore it")
 
-    module = {"find": resume, "restore": resume, "create": models.factory}[rank_fails]
+    module = {"find_checkpoint": resume, "restore": resume, "create": models.factory}[rank_fails]
     setattr(module, rank_fails, broken)
 
 
-@pytest.mark.parametrize(("rank", "step"), [(0, "find"), (0, "restore"), (1, "restore"),
+@pytest.mark.parametrize(("rank", "step"), [(0, "find_checkpoint"), (0, "restore"), (1, "restore"),
                                             (1, "create")])  # fmt: skip
 def test_a_load_that_fails_in_one_process_ends_all_in_the_same_way(begun, complete, rank, step):
     before = saved(begun)

@@ -120,7 +120,7 @@ def parse(argv: list[str]) -> Request:
         what = f"precision: {networks[0].precision} is not measured"
         problems.append((what, f"use {' or '.join(PRECISIONS)}"))
     if problems:
-        raise UsageError.of(problems)
+        raise UsageError.from_problems(problems)
     return Request(networks, own)
 
 

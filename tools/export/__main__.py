@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> cli.Command:
     if asked.own.images and asked.own.to not in (None, "onnx"):
         problems.append((f"images has no effect with --to {asked.own.to}", "leave it out"))
     if problems:
-        raise UsageError.of(problems)
+        raise UsageError.from_problems(problems)
     return asked
 
 

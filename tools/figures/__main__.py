@@ -139,7 +139,7 @@ def parse(argv: list[str]) -> SimpleNamespace:
     asked.only = asked.only.split(",") if asked.only else _can_be_drawn(asked)
     problems = _misfits(asked)
     if problems:
-        raise UsageError.of(problems)
+        raise UsageError.from_problems(problems)
     asked.scale = asked.scale or next(iter(layer_usage.SCALES))
     return asked
 

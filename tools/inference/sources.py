@@ -93,7 +93,7 @@ def _checkpoint(path: Path) -> dict | None:
 
     wanted = SimpleNamespace(save=path.parent, resume=path, testOnly=True)
     try:
-        return resume.find(wanted, console.warn)
+        return resume.find_checkpoint(wanted, console.warn)
     except CheckpointError as error:
         models = [name for name in MODEL_FILES if (path / name).is_file()]
         if models:
@@ -147,7 +147,7 @@ def read_settings(path: Path) -> dict[str, str]:
     raw = parser.parse_yaml(path)
     parser.add(raw)  # so that what is wrong is said with its line
     if parser.problems:
-        raise UsageError.of(parser.problems)
+        raise UsageError.from_problems(parser.problems)
     return {name: value for name, value, _ in raw}
 
 

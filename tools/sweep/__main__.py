@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> cli.Command:
         what = "gpus has no effect on a Slurm array"
         problems.append((what, f"leave it out: {SCRIPT} asks for them"))
     if problems:
-        raise UsageError.of(problems)
+        raise UsageError.from_problems(problems)
     return asked
 
 
@@ -383,7 +383,7 @@ def workers(asked: cli.Command, states: dict[Task, State]) -> Workers:
 
     visible, present = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     where = places(asked.own.gpus, visible, present)
-    return Workers(states, where, console.say)
+    return Workers(states, where, console.info)
 
 
 def states_of(asked: cli.Command) -> dict[Task, State]:
@@ -411,11 +411,11 @@ def train(asked: cli.Command, handler: signals.SignalHandler, again: str) -> Non
     refused = [End(task, state.code, state.detail)
                for task, state in states.items() if state.word == tasks.OTHER]  # fmt: skip
     for end in refused:
-        console.say(f"=> {end.task.name}: {tasks.OTHER}: {end.reason}")
+        console.info(f"=> {end.task.name}: {tasks.OTHER}: {end.reason}")
     handler.enable_saving()
     here.run(handler)
     if not here.ends:  # else it has been said
-        console.say(f"=> {here.progress()}")
+        console.info(f"=> {here.progress()}")
     signalled = signal.Signals(handler.signum).name if here.was_stopped else ""
     conclude(refused + here.ends, len(states), signalled, again)
 

@@ -87,7 +87,7 @@ def work_list(names: list[str], seeds: list[int], runs: str, flags: list[str]) -
             except UsageError as error:
                 problems += error.problems
     if problems:
-        raise UsageError.of(list(dict.fromkeys(problems)))
+        raise UsageError.from_problems(list(dict.fromkeys(problems)))
     return tasks
 
 
@@ -185,7 +185,7 @@ def refusal(task: Task) -> RunError | None:
     defaults = {flag.name: flag.default for flag in opts.FLAGS.values()}
     state = {"settings": defaults | theirs, "overrides": [], "epoch": 1, "step": 0}
     try:
-        resume.check(task.opt, state, lambda line: None)
+        resume.merge_settings(task.opt, state, lambda line: None)
     except RunError as error:
         return error
     return None
