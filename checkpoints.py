@@ -1,7 +1,7 @@
-"""Checkpoints: written whole, checked to the last bit before they are believed, never executed.
+"""Write checkpoints atomically, verify them before loading, and never unpickle code.
 
-A run directory holds `checkpoint_<steps>.pt` (everything needed to go on) and the plain state
-dicts `model_best.pt` and `model_last.pt`. docs/faults.md has the facts that shaped the format.
+A run directory holds `checkpoint_<steps>.pt` (everything that an exact resume needs) and the plain
+state dicts `model_best.pt` and `model_last.pt`. docs/faults.md gives the reasons for the format.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
 from fileio import checkpoint_schema
 from fileio.atomic import atomic_write, storage_error
-from fileio.tensor_files import check_tensors, is_valid, on_cpu, read, save_weights, serialise
+from fileio.tensor_files import check_tensors, is_valid, on_cpu, read, save_weights, to_bytes
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint_(\d+)\.pt")
@@ -25,21 +25,21 @@ _NAME = re.compile(r"checkpoint_(\d+)\.pt")
 def save(
     directory: Path, state: dict, keep: int, validated: dict[Path, bool] | None = None
 ) -> Path:
-    """Write the checkpoint of `state` and remove all but the `keep` newest sound ones.
+    """Write the checkpoint of `state` and remove all but the `keep` newest valid ones.
 
     Args:
         state: plain values and tensors; `state["global_step"]` names and orders the file.
-        validated: which files this process knows to be sound or damaged, kept from call to call, so
-            that what it has not written itself is checked once; None checks anew.
+        validated: caches which files are valid, so that repeated calls verify each file once; None
+            verifies all.
 
     Raises:
-        StorageError: it could not be written; every earlier checkpoint is intact.
+        StorageError: the disk refuses; every earlier checkpoint is intact.
     """
     path = directory / f"checkpoint_{state['global_step']:09d}.pt"
-    data = serialise({"format": FORMAT, **state})
+    data = to_bytes({"format": FORMAT, **state})
     validated = {} if validated is None else validated
     try:
-        _remove_old(directory, keep, validated)  # a process killed before its end left one too many
+        _remove_old(directory, keep, validated)  # a killed process may have left one too many
         atomic_write(path, data)
         validated[path] = True
         _remove_old(directory, keep, validated)
@@ -49,7 +49,7 @@ def save(
 
 
 def _remove_old(directory: Path, keep: int, validated: dict[Path, bool]) -> None:
-    """A damaged file does not count, or it would push out one that can be resumed; it stays."""
+    # A damaged file stays and does not count: it must not push out one that can be resumed.
     found = list_checkpoints(directory)
     for path in found:
         if path not in validated:
@@ -59,33 +59,33 @@ def _remove_old(directory: Path, keep: int, validated: dict[Path, bool]) -> None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a directory by the step in their names, never by their dates."""
+    """List the checkpoints in a directory, newest first by the step in the name, not by date."""
     found = [path for path in directory.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """Return the step in a checkpoint's name."""
     return int(_NAME.fullmatch(path.name)[1])
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether a run got far enough in `directory` to leave weights there."""
+    """Tell whether a run has saved weights in `directory`."""
     return any(directory.glob("checkpoint_*.pt*")) or any(directory.glob("model_*.pt"))
 
 
 def load_latest(
     directory: Path, warn: Callable[[str], None], quarantine: bool = True
 ) -> dict | None:
-    """The newest valid checkpoint's state, None when there is none at all.
+    """Load the newest valid checkpoint, or return None if the directory has none.
 
     Args:
         warn: called with a line for each damaged file.
-        quarantine: rename damaged files to `.corrupt`; for the owner of the directory only.
+        quarantine: rename damaged files to `.corrupt`; only the owner of the directory may.
 
     Raises:
-        CheckpointError: there are checkpoints and none of them is valid, or the newest is sound
-            but of another version of this program.
+        CheckpointError: all checkpoints are damaged, or another version of the program wrote the
+            newest.
     """
     damaged = len(list(directory.glob("checkpoint_*.pt.corrupt")))
     for path in list_checkpoints(directory):
@@ -98,7 +98,7 @@ def load_latest(
         except CheckpointError:
             if os.path.lexists(path):
                 raise
-            # A running process has removed it since.
+            # A running process has removed it in the meantime.
             return load_latest(directory, warn, quarantine)
     if damaged:
         raise CheckpointError(
@@ -118,11 +118,11 @@ def _quarantine(path: Path) -> str:
 
 
 def load(path: Path) -> dict:
-    """One checkpoint's state, every tensor on the CPU.
+    """Load one checkpoint, with every tensor on the CPU.
 
     Raises:
-        DamagedError: it is not what was written, or has non-finite weights.
-        CheckpointError: it is missing, or not a checkpoint of this version.
+        DamagedError: the bytes differ from what was written, or a weight is not finite.
+        CheckpointError: the file is missing, or not a checkpoint of this version.
     """
     state = read(path, with_checksums=True)
     if not isinstance(state, dict) or "format" not in state:
@@ -145,12 +145,12 @@ def load(path: Path) -> dict:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The network weights in a checkpoint or a plain state dict, also of torchvision or timm.
+    """Load the weights in a checkpoint or a plain state dict, also one of torchvision or timm.
 
-    Those of a network of Lua Torch (`.t7`) are named as in fileio/lua_network.py.
+    fileio/lua_network.py says how the weights of a Lua network (`.t7`) are named.
 
     Raises:
-        CheckpointError: missing, damaged or no weights.
+        CheckpointError: the file is missing or damaged, or holds no weights.
     """
     weights = read(path)
     for wrapper in ("model", "state_dict"):
@@ -162,14 +162,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 class CheckpointSaver:
-    """Saves a run when it is due: on a timer, at the end of an epoch, on request.
+    """Save a run: on a timer, at the end of each epoch, and on a signal.
 
-    All processes of a run save together, and the first of them writes.
+    All ranks call it at the same steps; rank 0 writes.
 
     Args:
-        directory: the run directory, locked by this process; None in all but the first.
-        trainer: the one to save, see train.Trainer.
-        stop: its `signum` is set once this process is asked to stop.
+        directory: the run directory, locked by rank 0; None on the other ranks.
+        trainer: the train.Trainer to save.
+        stop: the signals.SignalHandler of this process; its `signum` is set by a signal.
+        keep: how many checkpoints stay.
         every_s: seconds between checkpoints within an epoch.
     """
 
@@ -177,10 +178,10 @@ class CheckpointSaver:
         self.directory, self.trainer, self.stop = directory, trainer, stop
         self.keep, self.every_s = keep, every_s
         self._saved_at = time.monotonic()
-        self._validated: dict[Path, bool] = {}  # checkpoints that are sound, or not
+        self._validated: dict[Path, bool] = {}
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint now."""
         self.trainer.check_finite()
         state = self.trainer.state_dict()
         self._on_rank0(lambda: self._write(on_cpu(state)))
@@ -189,7 +190,7 @@ class CheckpointSaver:
     def _write(self, state: dict) -> None:
         try:
             check_tensors(state)
-        except ValueError as error:  # a ruined state must never become the newest
+        except ValueError as error:  # it must not become the newest checkpoint
             where = f"epoch {self.trainer.epoch}, step {self.trainer.step}"
             fix = "lower --LR; the last checkpoint is from before"
             raise NonFiniteError(f"the network has {error} at {where}", fix) from error
@@ -198,11 +199,11 @@ class CheckpointSaver:
         self.directory.write_status("running", checkpoint=path.name, **self.trainer.position)
 
     def _on_rank0(self, fn: Callable[[], None]) -> None:
-        """Do `fn` in the first process; the others fail as it does."""
+        """Run `fn` on rank 0; if it raises, every rank raises the same error."""
         self.trainer.world.broadcast_result(lambda: fn() or b"")
 
     def on_step_end(self) -> None:
-        """Save if it is time; when any process is asked to stop, save and raise Preempted."""
+        """Save if one is due; save and raise Preempted if any rank has received a signal."""
         due = time.monotonic() - self._saved_at >= self.every_s
         signum, due = self.trainer.world.all_reduce_max(self.stop.signum, int(due))
         if signum or due:
@@ -211,7 +212,7 @@ class CheckpointSaver:
             raise self._preempted(signum)
 
     def raise_if_stopping(self) -> None:
-        """Raise Preempted when asked to stop; all there is to save has been saved."""
+        """Raise Preempted if any rank has received a signal; the caller has saved."""
         (signum,) = self.trainer.world.all_reduce_max(self.stop.signum)
         if signum:
             raise self._preempted(signum)
@@ -224,14 +225,14 @@ class CheckpointSaver:
         return Preempted(f"{name}, {directory} is saved", fix)
 
     def on_epoch_end(self) -> None:
-        """Save the checkpoint and the weights of an epoch that has just been evaluated."""
+        """Save the checkpoint, then the weights, of an epoch that has been evaluated."""
         self.save()
         self.save_models()
 
     def save_models(self) -> None:
         """Write `model_last.pt`, and `model_best.pt` if this epoch is the best.
 
-        After the checkpoint, and again when it is resumed: a crash in between loses neither.
+        Runs after the checkpoint is written, and again on resume: a crash between loses neither.
         """
         self._on_rank0(self._write_models)
 

@@ -1,33 +1,31 @@
-"""The zip archive around a checkpoint: its digest and the checks of its entries."""
+"""Append a digest to the zip archive that torch.save writes, and verify it and the entries."""
 
 import hashlib
 import io
 import zipfile
 
-DIGEST_PREFIX = b"sha256:"  # then 64 digits, as the comment that a zip archive may end with
+DIGEST_PREFIX = b"sha256:"  # with 64 hex digits, stored as the zip archive's comment
 
 
 def append_digest(archive: io.BytesIO) -> None:
-    """Give a zip archive its own digest as its comment; in its place, since it may be large.
+    """Write a zip archive's digest into its comment, in place, since the archive may be large.
 
-    The CRCs cover what is in the archive; this covers its directory too, which zipfile and torch
-    read each in its own way.
+    CRCs cover the entries only. The digest covers the central directory too, which zipfile and
+    torch parse differently.
     """
     with archive.getbuffer() as data:
-        digest = hashlib.sha256(data[:-2]).hexdigest()  # without the length of a comment
+        digest = hashlib.sha256(data[:-2]).hexdigest()  # without the comment's length
     comment = DIGEST_PREFIX + digest.encode()
     archive.seek(-2, io.SEEK_END)
     archive.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def _verify_digest(data: bytes) -> None:
-    """Raise ValueError unless an archive matches its digest; one without passes."""
+    """Raise ValueError if the archive has a digest and does not match it."""
     length = len(DIGEST_PREFIX) + 64
     content, comment = memoryview(data)[: -length - 2], data[-length:]
-    if (
-        comment.startswith(DIGEST_PREFIX)
-        and comment != DIGEST_PREFIX + hashlib.sha256(content).hexdigest().encode()
-    ):
+    has_digest = comment.startswith(DIGEST_PREFIX)
+    if has_digest and comment[len(DIGEST_PREFIX) :].decode() != hashlib.sha256(content).hexdigest():
         raise ValueError("its digest is another")
 
 
@@ -37,14 +35,14 @@ def is_zip(data: bytes) -> bool:
 
 
 def verify_archive(data: bytes) -> None:
-    """Raise an exception of any kind unless a zip archive is what was written."""
+    """Raise an exception of some kind if an archive differs from what was written."""
     _verify_digest(data)
     _verify_entries(data)
 
 
 def _verify_entries(data: bytes) -> None:
-    """Every entry stored, inside the file, and with the CRC it was written with."""
-    end = data.rindex(b"PK\x05\x06") + 22  # of the last record, before the comment
+    """Check that entries are uncompressed, lie inside the file and match their CRCs."""
+    end = data.rindex(b"PK\x05\x06") + 22  # of the central directory, before the comment
     if int.from_bytes(data[end - 2 : end], "little") != len(data) - end:
         raise ValueError("cut short")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:

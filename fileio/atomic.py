@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Write files atomically: a crash leaves the old file or the new one."""
 
 import contextlib
 import errno
@@ -15,13 +15,13 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash at any moment leaves the old file or the new one.
+    """Replace the file `path` by `data`.
 
-    Temporary file, fsync, rename, fsync of the directory (faults 4, 5 and 11 of docs/faults.md).
-    `path` may be a link: the link is replaced, never what it points to.
+    Writes a temporary file, syncs and renames it, and syncs the directory (docs/faults.md, rows 4,
+    5 and 11). If `path` is a link, the link is replaced, not its target.
 
     Raises:
-        StorageError: the disk is full or cannot be written; the temporary file is gone.
+        StorageError: the disk is full or not writable; the temporary file is removed.
     """
     with atomic_open(path, len(data)) as file:
         file.write(data)
@@ -29,10 +29,10 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_open(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
-    """The same for a file that is written little by little: it replaces `path` at the end.
+    """Open a file that replaces `path` when the block ends, as atomic_write does.
 
     Args:
-        size: in bytes, for the message when there is no room; 0 where it is not known.
+        size: bytes to be written, for the message if the disk is full; 0 if unknown.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -50,7 +50,7 @@ def atomic_open(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
 
 
 def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
-    """What a person can do about an operating system's refusal to write `path`."""
+    """Turn an OSError on writing `path` into an error that names the fix."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return StorageError(
             f"cannot write {path}: {error.strerror}", "allow more of them with ulimit -n"
@@ -59,7 +59,7 @@ def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
         free = shutil.disk_usage(path.parent).free
         need = f"{path.name} needs {size / 1e6:.1f} MB, has {free / 1e6:.1f} MB"
         stats = os.statvfs(path.parent)
-        if stats.f_files and not stats.f_favail:  # some file systems count none
+        if stats.f_files and not stats.f_favail:  # some file systems report 0
             need = f"{path.name} needs a file, the disk has none left"
         return StorageError(
             f"no space in {path.parent}: {need} ({error.strerror})",
@@ -79,12 +79,12 @@ def sync_directory(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # a failing disk may refuse; the next start sweeps it
+    with contextlib.suppress(OSError):  # on a failing disk the next start removes it
         path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file, {} when there is none."""
+    """Read the JSON object in a file; {} if the file is missing or holds none."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What the state of a run is made of: each entry of a checkpoint, and what may stand there."""
+"""The entries of a checkpoint and the values that each may have."""
 
 import math
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MAX_COUNT = 2**53  # a count above it is none
+MAX_COUNT = 2**53  # larger numbers are not exact as floats
 RESULT = ("epoch", "val_loss", "val_top1", "val_top5")
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
 def is_plain(value: object) -> bool:
-    """None, a truth, number or text, or a list of such: flat, so that it can always be printed."""
+    """Accept None, a bool, number or string, or a flat list of these."""
     if isinstance(value, list | tuple):
         return all(map(_is_scalar, value))
     return _is_scalar(value)
@@ -25,36 +25,36 @@ def _is_scalar(value: object) -> bool:
 
 
 def is_plain_dict(value: object) -> bool:
-    """Plain values by name."""
+    """Accept a dict from names to plain values."""
     return isinstance(value, dict) and all(
         isinstance(name, str) and is_plain(item) for name, item in value.items()
     )
 
 
 def is_count(value: object) -> bool:
-    """A whole number from 0."""
+    """Accept a non-negative integer."""
     return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def is_time(value: object) -> bool:
-    """Seconds."""
+    """Accept a non-negative, finite number of seconds."""
     return isinstance(value, float) and 0 <= value < math.inf
 
 
 def are_tensors(value: object) -> bool:
-    """Tensors by name."""
+    """Accept a dict from names to tensors."""
     return isinstance(value, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
     )
 
 
 def is_scaler(value: object) -> bool:
-    """The state of a loss scaler, {} of one that is off."""
+    """Accept the state of a GradScaler, which is {} if disabled."""
     return isinstance(value, dict) and (not value or _numbers(value, SCALER))
 
 
 def is_rng(value: object) -> bool:
-    """The states of torch's generators."""
+    """Accept the states of torch's random number generators."""
     if not are_tensors(value) or any(state.dtype != torch.uint8 for state in value.values()):
         return False
     try:
@@ -65,12 +65,12 @@ def is_rng(value: object) -> bool:
 
 
 def is_result(value: object) -> bool:
-    """The errors of an epoch, None when none has ended."""
+    """Accept the errors of an epoch, or None before the first has ended."""
     return value is None or (_numbers(value, RESULT) and is_count(value["epoch"]))
 
 
 def is_metrics(value: object) -> bool:
-    """What has been added up in an epoch so far, None when nothing has."""
+    """Accept the running sums of an epoch (engine.metrics), or None at its start."""
     if value is None:
         return True
     if not isinstance(value, dict) or not is_count(value.get("count")):
@@ -80,7 +80,7 @@ def is_metrics(value: object) -> bool:
 
 
 def _numbers(value: object, names: tuple[str, ...] | range) -> bool:
-    """Whether `value` has these names and no other, with a number for each."""
+    """Accept a dict with exactly these names and a number for each."""
     if not isinstance(value, dict) or value.keys() != set(names):
         return False
     return all(
@@ -112,17 +112,17 @@ FIELDS: dict[str, Callable[[object], bool]] = {
 
 
 def with_defaults(state: dict) -> dict:
-    """Return a state with what older versions of the program did not write."""
+    """Add the entries that older versions of the program did not write."""
     return state | {"replicas": state.get("replicas", 1)}
 
 
 def rewind_to_epoch_start(state: dict) -> dict:
-    """Return a state that is at the beginning of its epoch, whatever has been done of it."""
+    """Return a state at the start of its epoch, discarding the steps done."""
     return state | {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
 
 
 def validate(state: dict) -> str | None:
-    """What is wrong with a state, in words; None when nothing is."""
+    """Say what is wrong with a state; None if nothing is."""
     missing = sorted(FIELDS.keys() - state.keys())
     if missing:
         more = f" and {len(missing) - 3} more entries" if len(missing) > 3 else ""

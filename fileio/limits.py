@@ -1,4 +1,4 @@
-"""What reading a file of unknown origin may cost, and how many files may be open."""
+"""Limit the time and memory that reading an untrusted file takes; raise the open-file limit."""
 
 import errno
 import os
@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-STATM = Path("/proc/self/statm")  # its first number: pages of address space
+STATM = Path("/proc/self/statm")  # first number: pages of address space in use
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError once the main thread, which calls this, has computed for so long.
+    """Raise TimeoutError once the calling thread, the main one, has used so much CPU time.
 
-    Waiting does not count, nor do other threads: neither a slow disk, nor a suspended process, nor
-    threads that wait in a loop are what a file costs.
+    CPU time, because a slow disk, a suspended process and other threads are not the file's cost.
     """
     end = time.thread_time() + seconds
 
@@ -38,9 +37,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(size: int) -> Iterator[None]:
-    """Let no more than `size` bytes be allocated beyond what is in use: else MemoryError.
+    """Raise MemoryError if the process allocates `size` bytes more than it uses now.
 
-    Of all threads of the process, and only where Linux tells what is in use.
+    Covers all threads; has no effect where /proc does not tell what is in use.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = soft
@@ -55,10 +54,10 @@ def memory_limit(size: int) -> Iterator[None]:
 
 
 def allow_open_files(count: int) -> None:
-    """Make sure that `count` files can be opened than are now.
+    """Raise the soft limit so that `count` more files can be opened.
 
     Raises:
-        OSError: the system does not allow it.
+        OSError: the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/dev/fd")) + count

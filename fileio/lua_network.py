@@ -1,7 +1,7 @@
-"""The weights of a network of Lua Torch, in the order in which its modules run.
+"""Extract the weights of a Lua Torch network, in the order in which its modules run.
 
-Of the Lua DenseNet, with the layers of every optMemory, and of fb.resnet.torch's networks. Their
-images are RGB with the same means and deviations as here, so that there is nothing to convert.
+Reads the Lua DenseNet, with the layers of every optMemory, and fb.resnet.torch's networks. Their
+RGB means and standard deviations are those used here, so no weight is converted.
 """
 
 import math
@@ -14,24 +14,24 @@ from torch import Tensor
 from errors import CheckpointError
 from fileio.torch7 import Object
 
-EPS = 1e-5  # of each batch normalisation, in Lua as here
+EPS = 1e-5  # of batch normalisation, in Lua and in PyTorch
 Fields = dict[str | float, object]
 
 
 def weights(root: object) -> dict[str, Tensor]:
-    """What a file of Lua Torch (`torch7.load`) holds of a network.
+    """Extract the weights of a network that `torch7.load` returned.
 
     Args:
-        root: the network, a table with it under `model`, or either in an nn.DataParallelTable.
+        root: the network, or a table with it under `model`; possibly in an nn.DataParallelTable.
 
     Returns:
         float32 tensors in running order. A name is the module's path in the tree, counted from 1
-        as by `model:get(i)`, and the tensor's: "2.1.1.2.weight". A convolution has weight (out, in,
-        kh, kw); a batch normalisation weight, bias, running_mean and running_var; a linear layer
-        weight (out, in) and bias.
+        as by `model:get(i)`, then the tensor's: "2.1.1.2.weight". A convolution has weight (out,
+        in, kh, kw); a batch normalisation weight, bias, running_mean and running_var; a linear
+        layer weight (out, in) and bias.
 
     Raises:
-        CheckpointError: there is no network in it, or one with something these networks lack.
+        CheckpointError: the file holds no network, or one with an unsupported module.
     """
     found = {}
     for path, module in _leaves(_network(root)):
@@ -42,7 +42,7 @@ def weights(root: object) -> dict[str, Tensor]:
 
 def _network(root: object) -> Object:
     if isinstance(root, dict):
-        if isinstance(root.get("modelFile"), str):  # what the Lua code saves as latest.t7
+        if isinstance(root.get("modelFile"), str):  # latest.t7 of the Lua code
             raise CheckpointError(f"only points to {root['modelFile'][:80]}", "name that file")
         root = root.get("model")
     if not isinstance(root, Object) or "modules" not in root.fields:
@@ -51,9 +51,9 @@ def _network(root: object) -> Object:
 
 
 def _leaves(root: Object) -> Iterator[tuple[str, Object]]:
-    """Every module without modules, with its path."""
+    """Yield every module without children, with its path."""
     stack, seen = [("", root)], set()
-    while stack:  # no recursion: references make any depth possible
+    while stack:  # not recursive: references allow any depth
         path, module = stack.pop()
         if not isinstance(module, Object):
             raise _unsupported(path, "is no module")
@@ -67,19 +67,21 @@ def _leaves(root: Object) -> Iterator[tuple[str, Object]]:
 
 
 def _children(path: str, module: Object) -> Iterator[tuple[str, object]]:
-    """What a container runs, in that order."""
+    """Yield the modules that a container runs, in that order."""
     kind, modules = _kind(module), module.fields["modules"]
     if kind == "gModule":
         raise _unsupported(path, "is a graph (nngraph), which is not read")
     if not isinstance(modules, dict):
         raise _unsupported(path, "has no list of modules")
-    count = 1 if kind == "DataParallelTable" else len(modules)  # it holds copies of one
+    count = (
+        1 if kind == "DataParallelTable" else len(modules)
+    )  # its modules are copies of one network
     for i in range(1, count + 1):
         yield f"{path}.{i}", modules.get(i)
 
 
 def _kind(module: Object) -> str:
-    """Its class without the package: nn, cudnn and fbnn have the same ones."""
+    """Return the class without the package: nn, cudnn and fbnn share classes."""
     return module.name.rpartition(".")[2]
 
 
@@ -89,13 +91,13 @@ def _unsupported(path: str, what: str) -> CheckpointError:
 
 
 def _values(path: str, module: Object) -> dict[str, np.ndarray]:
-    """The weights of a module without modules, none of most."""
+    """Return the weights of a module without children; most have none."""
     read = READERS.get(_kind(module))
     try:
         if read:
             return read(module.fields)
         if any(_is_filled(module.fields.get(name)) for name in ("weight", "bias", "running_mean")):
-            raise ValueError("has weights, of which nothing is known here")
+            raise ValueError("has weights that this program does not know")
     except ValueError as error:
         raise _unsupported(path, f"({module.name[:40]}) {error}") from error
     return {}
@@ -116,7 +118,7 @@ def _numbers(fields: Fields, name: str, dimensions: int) -> np.ndarray:
 
 def _convolution(fields: Fields) -> dict[str, np.ndarray]:
     weight = fields.get("weight")
-    if _is_filled(weight) and weight.ndim == 2:  # SpatialConvolutionMM: a row for each output map
+    if _is_filled(weight) and weight.ndim == 2:  # SpatialConvolutionMM: one row per output channel
         _, height, width = shape = [fields.get(name) for name in ("nInputPlane", "kH", "kW")]
         if not all(isinstance(size, float) and size.is_integer() and size > 0 for size in shape):
             raise ValueError("has no size")
@@ -125,7 +127,7 @@ def _convolution(fields: Fields) -> dict[str, np.ndarray]:
         weight = weight.reshape(len(weight), -1, int(height), int(width))
         fields = fields | {"weight": weight}
     if _is_filled(fields.get("bias")) and fields["bias"].any():
-        raise ValueError("has a bias, for which there is no place here")
+        raise ValueError("has a bias, which these networks lack")
     return {"weight": _numbers(fields, "weight", 4)}
 
 
@@ -136,7 +138,7 @@ def _norm(fields: Fields) -> dict[str, np.ndarray]:
     names = ("weight", "bias", "running_mean")
     found = {name: _numbers(fields, name, 1) for name in names}
     if "running_std" in fields and "running_var" not in fields:
-        # Until its version 2 it kept 1 / sqrt(var + eps) under that name.
+        # Version 1 of the class stores 1 / sqrt(var + eps) under this name.
         std = _numbers(fields, "running_std", 1).astype(np.float64)
         if not (std > 0).all():
             raise ValueError("has a running_std that is not positive")

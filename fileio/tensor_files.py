@@ -1,4 +1,4 @@
-"""Tensors and plain values as bytes, verified before loading, never unpickled as code."""
+"""Write tensors and plain values to bytes, verify and read them back; never unpickle code."""
 
 import errno
 import io
@@ -14,19 +14,19 @@ from fileio import limits, lua_network, torch7
 from fileio.archive import append_digest, is_zip, verify_archive
 from fileio.atomic import atomic_write
 
-# What the tensors of a checkpoint may be: no subclasses, no complex or quantised numbers.
+# The tensors that a checkpoint may hold: no subclasses, no complex or quantised numbers.
 TENSOR_CLASSES = (Tensor, nn.Parameter)
 DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
-# What reading a file may cost, several times what a checkpoint of its size does.
-READ_S, READ_RATE = 2, 2**25  # seconds of the processor, and bytes in each more
-READ_BYTES = 2**27  # beyond twice the size of the file
+# Limits on reading, several times what a valid checkpoint of the same size takes.
+READ_S, READ_RATE = 2, 2**25  # CPU seconds, plus one second per so many bytes
+READ_BYTES = 2**27  # memory, plus twice the size of the file
 
 
 def is_valid(path: Path) -> bool:
-    """Whether a file has the bytes that were written, by its digest and its CRCs alone."""
+    """Tell whether a file's digest and CRCs match, without deserialising it."""
     try:
         data = _read_bytes(path)
         with limits.time_limit(READ_S + len(data) / READ_RATE):
@@ -38,12 +38,12 @@ def is_valid(path: Path) -> bool:
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write a plain state dict, loadable by name into torchvision's or timm's DenseNet."""
-    atomic_write(path, serialise(weights))
+    atomic_write(path, to_bytes(weights))
 
 
-def serialise(state: object) -> bytes:
-    """Write plain values and tensors as the bytes of a zip archive that ends with its digest."""
-    # To memory first: torch.save to a full disk hides the reason, and leaves a partial file.
+def to_bytes(state: object) -> bytes:
+    """Serialise plain values and tensors to a zip archive that ends with its digest."""
+    # In memory: on a full disk torch.save hides the reason and leaves a partial file.
     buffer = io.BytesIO()
     torch.save(on_cpu(state), buffer)  # noqa: TID251
     append_digest(buffer)
@@ -51,7 +51,7 @@ def serialise(state: object) -> bytes:
 
 
 def on_cpu(value: object) -> object:
-    """The same structure with every tensor contiguous on the CPU."""
+    """Copy a structure with every tensor contiguous on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu().contiguous()
     if isinstance(value, dict):
@@ -61,31 +61,33 @@ def on_cpu(value: object) -> object:
     return value
 
 
-def to_bytes(value: object) -> bytes:
-    """Plain values and tensors as bytes, for the other processes of a run."""
-    return serialise(value)
-
-
 def from_bytes(data: bytes) -> object:
-    """What `to_bytes` was given, every tensor on the CPU."""
+    """Deserialise what `to_bytes` of another rank returned, with every tensor on the CPU."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # noqa: TID251
 
 
 def read(path: Path, with_checksums: bool = False) -> object:
-    """Deserialise a file after checking that it is what was written.
+    """Verify and deserialise a file.
 
-    `torch.load` checks no CRC: of 200 files with one flipped bit it loaded 199. The CRCs that
-    torch.save writes are checked here; old files without a zip archive around them have none.
+    `torch.load` verifies no CRC: of 200 files with one flipped bit it loaded 199. This function
+    verifies those that torch.save writes. Files from before PyTorch 1.6 have none.
+
+    Args:
+        with_checksums: refuse files without CRCs.
+
+    Raises:
+        DamagedError: the bytes differ from what was written.
+        CheckpointError: the file is missing, of another kind, or costs too much to read.
     """
     data = _read_bytes(path)
     try:
         with limits.time_limit(READ_S + len(data) / READ_RATE):
             with limits.memory_limit(READ_BYTES + 2 * len(data)), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what torch finds odd is refused here
+                warnings.simplefilter("ignore")  # check_tensors refuses what torch warns about
                 state = _parse(data, with_checksums)
-            # Not under that limit: torch may start threads here, each with much address space.
+            # Outside the memory limit: torch may start threads, which reserve address space.
             check_tensors(state, 2 * len(data))
-    except Exception as error:  # hostile or damaged bytes can raise anything in a parser
+    except Exception as error:  # a parser may raise anything on damaged bytes
         raise _read_error(path, data, with_checksums, error) from error
     return state
 
@@ -101,11 +103,11 @@ def _parse(data: bytes, with_checksums: bool) -> object:
 
 
 def _read_error(path: Path, data: bytes, with_checksums: bool, error: Exception) -> CheckpointError:
-    """What to report when reading a file failed in whatever way."""
+    """Turn an error raised while reading into one that names the file and the fix."""
     if isinstance(error, CheckpointError):
         what, fix = error.problems[0]
         return CheckpointError(f"{path}: {what}", fix)
-    # What was only too much is not proven to be damaged: it stays where it is.
+    # Exceeding a limit does not prove damage: no DamagedError, so the file stays in place.
     if isinstance(error, TimeoutError):
         return CheckpointError(f"{path} {error}", "use another checkpoint")
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
@@ -127,15 +129,18 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def check_tensors(state: object, max_bytes: float = math.inf) -> None:
-    """Refuse tensors that are bigger than what the file holds of them, and values not finite.
+    """Refuse tensors that claim more data than the file holds, and values that are not finite.
 
     Args:
-        max_bytes: bytes of all tensors together, which may share what the file holds.
+        max_bytes: limit on all tensors together; views may share data.
+
+    Raises:
+        ValueError: what is wrong with the first such tensor.
     """
     stack, seen = [state], set()
     while stack:
         value = stack.pop()
-        if id(value) in seen:  # lists of one list twice, and so on, would never end
+        if id(value) in seen:  # nested lists that repeat one list would take exponential time
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
@@ -155,12 +160,12 @@ def check_tensors(state: object, max_bytes: float = math.inf) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # In one pass, several times as fast as isfinite(); what is not a number is both extremes.
+    # One pass, several times as fast as isfinite(); NaN becomes both the minimum and the maximum.
     return not tensor.numel() or all(map(math.isfinite, torch.aminmax(tensor.detach())))
 
 
 def _guess_file_type(data: bytes) -> str:
-    """What a file that is no checkpoint seems to be."""
+    """Say what kind of file this seems to be."""
     head = data[:200].lstrip().lower()
     if not data:
         return "empty"

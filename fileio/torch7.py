@@ -1,6 +1,6 @@
-"""Files of Lua Torch (`.t7`, binary): read strictly, and nothing in them is executed.
+"""Read files of Lua Torch (`.t7`, binary) strictly, executing nothing.
 
-What torch.save of Lua writes on a machine of 64 bits, all numbers little-endian:
+The format, as torch.save of Lua writes it on a 64-bit machine, all numbers little-endian:
 
     object          int32 type, then by type
       nil 0         nothing
@@ -14,9 +14,9 @@ What torch.save of Lua writes on a machine of 64 bits, all numbers little-endian
     storage         int64 count, values
     other classes   a table of their fields
 
-An index that has been read already stands for that object, and nothing follows it. The PyPI package
-`torchfile` 0.1.0 takes sizes, strides and offsets unchecked: a file of 125 bytes made it return
-memory that is not the file's, or crash. Here each is checked against what is there.
+An index that has occurred before refers to that object, and nothing follows it. The PyPI package
+`torchfile` 0.1.0 trusts sizes, strides and offsets: with a file of 125 bytes it returned memory
+outside of the file, or crashed. This reader checks each against the data.
 """
 
 import math
@@ -29,7 +29,7 @@ import numpy as np
 from errors import CheckpointError
 
 NIL, NUMBER, STRING, TABLE, TORCH, BOOLEAN, FUNCTION, OLD_CLOSURE, CLOSURE = range(9)
-# As numpy spells them. The values of a Cuda twin are the same ones.
+# The numpy dtype of each tensor type, also of its Cuda variant.
 DTYPES = {
     "Byte": "<u1",
     "Char": "<i1",
@@ -42,33 +42,33 @@ DTYPES = {
 }
 _ARRAY = re.compile(r"torch\.(Cuda)?(\w*?)(Tensor|Storage)")
 RESAVE_HINT = "save it as binary with Lua Torch on a 64-bit little-endian machine"
-MAX_DEPTH = 150  # objects within objects; a network has about 25
+MAX_DEPTH = 150  # nested objects; a network has about 25
 MAX_DIMENSIONS = 32  # numpy's limit
 _INT, _DOUBLE = struct.Struct("<i"), struct.Struct("<d")
 
 
 @dataclass(eq=False)
 class Object:
-    """An object of a torch class that is neither tensor nor storage: its fields are a table."""
+    """An object of a torch class other than a tensor or storage."""
 
-    name: str  # of its class, such as "nn.Sequential"
+    name: str  # the class, such as "nn.Sequential"
     fields: dict[str | float, object]
 
 
 @dataclass(eq=False)
 class Storage:
-    """The numbers that tensors are views of."""
+    """The data that tensors are views of."""
 
     values: np.ndarray
 
 
 def is_torch7(data: bytes) -> bool:
-    """Whether a file begins as one of Lua Torch does, be it of a kind that is not read."""
+    """Tell whether bytes begin like a file of Lua Torch, of a supported kind or not."""
     return data[:4] in (b"\3\0\0\0", b"\4\0\0\0") or _unsupported(data) is not None
 
 
 def _unsupported(data: bytes) -> CheckpointError | None:
-    """What keeps a file of Lua Torch from being read here, None if nothing does."""
+    """Return the error for a file of Lua Torch that this reader does not support, or None."""
     if data[:4] in (b"\0\0\0\3", b"\0\0\0\4"):
         return CheckpointError("written on a big-endian machine", RESAVE_HINT)
     if re.match(rb"[34]\n\d+\n", data):
@@ -77,13 +77,13 @@ def _unsupported(data: bytes) -> CheckpointError | None:
 
 
 def load(data: bytes) -> object:
-    """The object in a file: None, float, bool, str, dict (a table), array, Storage or Object.
+    """Read the object in a file: None, float, bool, str, dict (a table), array, Storage or Object.
 
-    Tensors are read-only views of `data`. Functions become None. Of a table the entries are kept
-    whose keys are numbers or strings. Objects that refer to themselves do so here.
+    Tensors become read-only views of `data`, functions None. A table keeps the entries whose keys
+    are numbers or strings. References, also circular ones, are kept.
 
     Raises:
-        CheckpointError: it is one of another kind of machine, or in ASCII.
+        CheckpointError: another kind of machine wrote it, or it is in ASCII.
         ValueError: it is not such a file, or damaged.
     """
     unsupported = _unsupported(data)
@@ -103,12 +103,12 @@ def _parse(data: bytes, long: str) -> object:
     reader = _Reader(data, long)
     root = reader.read()
     if reader.left:
-        raise ValueError("it goes on after its end")
+        raise ValueError("data after its end")
     return root
 
 
 class _Reader:
-    """Reads one object after the other, where a long is what struct calls `long`."""
+    """Read one object after the other; `long` is struct's code for a long."""
 
     def __init__(self, data: bytes, long: str):
         self._data, self._position, self._depth = data, 0, 0
@@ -117,11 +117,11 @@ class _Reader:
 
     @property
     def left(self) -> int:
-        """Bytes that have not been read."""
+        """Number of bytes not yet read."""
         return len(self._data) - self._position
 
     def _skip(self, size: int) -> int:
-        """Where the next `size` bytes begin, which count as read."""
+        """Skip the next `size` bytes and return where they begin."""
         if not 0 <= size <= self.left:
             raise ValueError(f"cut short: {size} bytes wanted, {self.left} left")
         self._position += size
@@ -140,7 +140,7 @@ class _Reader:
         return self._data[start : start + size].decode(errors="replace")
 
     def read(self) -> object:
-        """The next object."""
+        """Read the next object."""
         kind = self._number(_INT)
         if kind == NIL:
             return None
@@ -159,7 +159,7 @@ class _Reader:
 
     def _function(self) -> None:
         self._skip(self._number(_INT))
-        self.read()  # its upvalues
+        self.read()  # the function's upvalues
 
     def _indexed(self, kind: int) -> object:
         if kind not in (TABLE, TORCH, OLD_CLOSURE, CLOSURE):
@@ -178,7 +178,7 @@ class _Reader:
 
     def _fill(self, table: dict[str | float, object]) -> None:
         count = self._number(_INT)
-        if not 0 <= count <= self.left // 8:  # a key and a value have four bytes at least
+        if not 0 <= count <= self.left // 8:  # a key and a value take at least four bytes each
             raise ValueError(f"a table of {count} entries in {self.left} bytes")
         for _ in range(count):
             key, value = self.read(), self.read()
@@ -187,18 +187,18 @@ class _Reader:
 
     def _torch(self, index: int) -> object:
         name = self._string()
-        if re.fullmatch(r"V [\d.]+", name):  # the version of its class
+        if re.fullmatch(r"V [\d.]+", name):  # the class's version
             name = self._string()
         array = _ARRAY.fullmatch(name)
         values = array and DTYPES.get(array[2] or ("Float" if array[1] else ""))
-        if values:  # torch.CudaTensor is one of floats
+        if values:  # torch.CudaTensor, without a type, holds floats
             read = self._tensor if array[3] == "Tensor" else self._storage
             self._objects[index] = value = read(np.dtype(values))
             return value
         self._objects[index] = value = Object(name, {})
         fields = self.read()
         if name == "nn.DataParallelTable" and isinstance(fields, dict) and "modules" not in fields:
-            fields = self.read()  # the first was the list of its GPUs
+            fields = self.read()  # the first table lists its GPUs
         if not isinstance(fields, dict):
             raise ValueError(f"{name[:40]} without fields")
         value.fields = fields
@@ -224,7 +224,7 @@ class _Reader:
         last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
         if min(*sizes, *steps, offset) < 0 or last >= len(storage.values):
             raise ValueError("a tensor that exceeds its data")
-        if math.prod(sizes) > len(storage.values):  # with strides of 0; no network is saved so
+        if math.prod(sizes) > len(storage.values):  # strides of 0, which no saved network has
             raise ValueError("a tensor larger than its data")
         size = kind.itemsize
         return np.ndarray(

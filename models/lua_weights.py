@@ -1,4 +1,4 @@
-"""Weights of a Lua network onto a network of this project: both list their modules as they run."""
+"""Rename the weights of a Lua network: both networks list their modules in running order."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from errors import CheckpointError
 
-# As fileio/lua_network.py names them: where a module stands in the Lua network, and which tensor.
+# A name from fileio/lua_network.py: the module's path in the Lua network, then the tensor's name.
 _NAME = re.compile(r"(?:[1-9]\d*\.)+(?:weight|bias|running_mean|running_var)")
 KINDS = {
     nn.Conv2d: "convolution",
@@ -20,17 +20,17 @@ Module = tuple[str, str, tuple[int, ...]]  # kind, name, shape of its weight
 
 
 def is_lua(weights: dict[str, Tensor]) -> bool:
-    """Whether weights are named by their places in a Lua network."""
+    """Tell whether weights are named by module paths of a Lua network."""
     return bool(weights) and all(map(_NAME.fullmatch, weights))
 
 
 def to_model_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a Lua network under the names of the modules of `model` in the same places.
+    """Rename the weights of a Lua network to those of `model`, module by module.
 
-    A classifier for another number of classes is renamed as well.
+    The classifiers may have different numbers of classes.
 
     Raises:
-        CheckpointError: the networks are different ones.
+        CheckpointError: the networks differ; the fix names the flags of a DenseNet that fits.
     """
     found, expected = _lua_modules(weights), _model_modules(model)
     problem = _difference(found, expected)
@@ -60,7 +60,7 @@ def _lua_modules(weights: dict[str, Tensor]) -> list[Module]:
 
 
 def _model_modules(model: nn.Module) -> list[Module]:
-    """In the order of definition, which in these networks is that of running."""
+    """List modules in order of definition, which in these networks is the running order."""
     return [
         (KINDS[kind], name, tuple(module.weight.shape))
         for name, module in model.named_modules()
@@ -70,7 +70,7 @@ def _model_modules(model: nn.Module) -> list[Module]:
 
 
 def _difference(found: list[Module], expected: list[Module]) -> str | None:
-    """Where two networks differ, in words; None if nowhere but in the number of classes."""
+    """Say where two networks differ; None if only in the number of classes."""
     counts = [Counter(kind for kind, *_ in modules) for modules in (found, expected)]
     if counts[0] != counts[1]:
         lists = [", ".join(f"{n[kind]} x {kind}" for kind in KINDS.values()) for n in counts]
@@ -79,7 +79,7 @@ def _difference(found: list[Module], expected: list[Module]) -> str | None:
     for (kind, lua_name, shape), (expected_kind, name, expected_shape) in zip(
         found, expected, strict=True
     ):
-        if kind != expected_kind:  # one of another order, where each after it would be reported
+        if kind != expected_kind:  # report only the first: all later ones differ too
             return f"Lua module {lua_name} is a {kind}, {name} a {expected_kind}"
         first = 1 if kind == KINDS[nn.Linear] else 0
         if shape[first:] != expected_shape[first:]:
@@ -88,14 +88,14 @@ def _difference(found: list[Module], expected: list[Module]) -> str | None:
 
 
 def densenet_flags(shapes: list[tuple[int, ...]]) -> str | None:
-    """The flags of the DenseNet that has convolutions of these shapes, None if none has."""
+    """Return the flags of the DenseNet whose convolutions have these shapes, or None."""
     stem, *rest = shapes or [()]
     widths = {shape[0] for shape in rest if shape[2] == 3}
     if len(widths) != 1 or {shape[2] for shape in rest} != {1, 3}:
-        return None  # in a ResNet the 3x3 convolutions widen from stage to stage
+        return None  # a ResNet: its 3x3 convolutions widen from stage to stage
     count = Counter(shape[2] for shape in rest)
     bottleneck = count[1] >= count[3]
-    # Between blocks two 1x1 convolutions follow each other if layers begin with one.
+    # A transition's 1x1 convolution; with bottleneck, another 1x1 convolution follows it.
     between = [a for a, b in pairwise(rest) if a[2] == 1 and (b[2] == 1 or not bottleneck)]
     compressions = (1.0, 0.5, *(percent / 100 for percent in range(1, 100)))
     matching = [theta for theta in compressions

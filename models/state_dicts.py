@@ -1,4 +1,4 @@
-"""Load weights from elsewhere into a network, by name."""
+"""Load weights into a network by name."""
 
 import re
 
@@ -11,15 +11,15 @@ from models import lua_weights
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], reset_classifier: bool = False
 ) -> None:
-    """Load a state dict by name: this project's, torchvision's or timm's; or a Lua network's.
+    """Load a state dict of this project, torchvision, timm or a Lua network.
 
     Args:
-        weights: names and tensors; `norm.1` for `norm1`, the spelling of old torchvision files, is
-            understood; so are the places of modules in a Lua network, see models/lua_weights.py.
-        reset_classifier: leave the model's fresh classifier as it is.
+        weights: tensors by name; `norm.1` for `norm1`, as in old torchvision files, and
+            module paths of a Lua network (models/lua_weights.py) are understood too.
+        reset_classifier: keep the model's own classifier.
 
     Raises:
-        CheckpointError: names or shapes do not fit; the model is untouched.
+        CheckpointError: names or shapes do not fit; the model is unchanged.
     """
     if lua_weights.is_lua(weights):
         weights = lua_weights.to_model_names(weights, model)
@@ -28,7 +28,7 @@ def load_weights(
     if reset_classifier:
         weights |= {name: expected[name] for name in expected if name.startswith(classifier)}
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
-    for name in counters - weights.keys():  # files from before PyTorch 0.4.1 do not have them
+    for name in counters - weights.keys():  # absent from files older than PyTorch 0.4.1
         weights[name] = expected[name]
     problems = state_dict_mismatches(weights, expected)
     if problems:
@@ -40,7 +40,7 @@ def load_weights(
 
 
 def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """Names that are missing or unknown and shapes that differ, one phrase each."""
+    """List missing names, unknown names and differing shapes, one phrase each."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
     problems += [
@@ -52,7 +52,7 @@ def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 def _classifier_prefix(model: nn.Module) -> str:
-    """What the names of the classifier's tensors begin with, `classifier.` or `fc.`."""
+    """Return the prefix of the classifier's names, `classifier.` or `fc.`."""
     (name,) = (name for name, module in model.named_modules() if module is model.classifier)
     return f"{name}."
 
