@@ -103,7 +103,7 @@ def test_every_documented_command_is_understood(command, project):
     program, argv = program_of(command)
     read = parser(program)(argv)
     if program == "tools.sweep":
-        assert all(map(tasks.configs_of, read.operands))  # each is a table or a config
+        assert all(map(tasks.configs_of, read.arguments))  # each is a table or a config
 
 
 def test_commands_are_found_in_every_document_and_for_every_tool():

@@ -43,11 +43,11 @@ def parse(argv: list[str]) -> cli.Command:
     Raises:
         UsageError: a flag is wrong, or something is not named.
     """
-    return network.read_command(argv, FLAGS)
+    return network.parse(argv, FLAGS)
 
 
 def classify(
-    net: network.Trained, paths: list[str], bad: Unreadable, top: int
+    net: network.LoadedModel, paths: list[str], bad: Unreadable, top: int
 ) -> Iterator[tuple[str, list[Guess]]]:
     """Each image that can be read with its most probable classes, the most probable first."""
     for images, places in net.batches(paths, bad):
@@ -77,30 +77,30 @@ def csv_lines(rows: list[tuple]) -> str:
     return buffer.getvalue()
 
 
-def work(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Classify what the command line names; the exit code."""
     asked = parse(argv)
-    checkpoint, *operands = asked.operands
-    output = Path(asked.own.csv) if asked.own.csv not in (None, "-") else None
+    checkpoint, *arguments = asked.arguments
+    output = Path(asked.options.csv) if asked.options.csv not in (None, "-") else None
     if output:
-        check_new(output, asked.own.overwrite)
+        check_new(output, asked.options.overwrite)
     sources.check_there(Path(checkpoint))
-    paths = find_images(operands)
+    paths = find_images(arguments)
 
     from datasets.file_loader import translate_worker_errors
     from experiment import console
     from fileio import atomic
 
-    classes = asked.own.classes and Path(asked.own.classes)
-    net, bad = network.load(Path(checkpoint), asked.network, classes), Unreadable()
+    classes = asked.options.classes and Path(asked.options.classes)
+    net, bad = network.load(Path(checkpoint), asked.main_flags, classes), Unreadable()
     written = [csv_lines([COLUMNS])] if output else []
-    if asked.own.csv == "-":
+    if asked.options.csv == "-":
         console.info(csv_lines([COLUMNS]).rstrip("\n"))
     with translate_worker_errors():
-        for path, guesses in classify(net, paths, bad, asked.own.top):
+        for path, guesses in classify(net, paths, bad, asked.options.top):
             if output:
                 written.append(csv_lines(as_rows(path, guesses)))
-            elif asked.own.csv:
+            elif asked.options.csv:
                 console.info(csv_lines(as_rows(path, guesses)).rstrip("\n"))
             else:
                 console.info(as_text(path, guesses))
@@ -111,7 +111,7 @@ def work(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Print or write the classes of images."""
-    return cli.run(argv, USAGE, FLAGS, work, network=True)
+    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ def parse(argv: list[str]) -> cli.Command:
     Raises:
         UsageError: a flag is wrong, or something is not named.
     """
-    return network.read_command(argv, FLAGS)
+    return network.parse(argv, FLAGS)
 
 
 def features(
-    net: network.Trained, paths: list[str], bad: Unreadable
+    net: network.LoadedModel, paths: list[str], bad: Unreadable
 ) -> Iterator[tuple["np.ndarray", list[int]]]:
     """Features (n, C) float32 batch by batch, and which of the paths they are of.
 
@@ -90,23 +90,23 @@ def write(
                 np.lib.format.write_array(entry, values)
 
 
-def work(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Write the features that the command line asks for; the exit code."""
     asked = parse(argv)
-    checkpoint, *operands = asked.operands
-    output = Path(asked.own.output)
-    check_new(output, asked.own.overwrite)
+    checkpoint, *arguments = asked.arguments
+    output = Path(asked.options.output)
+    check_new(output, asked.options.overwrite)
     sources.check_there(Path(checkpoint))
-    paths = find_images(operands)
+    paths = find_images(arguments)
 
     import numpy as np
 
     from datasets.file_loader import translate_worker_errors
     from experiment import console
 
-    classes = asked.own.classes and Path(asked.own.classes)
-    net, bad = network.load(Path(checkpoint), asked.network, classes), Unreadable()
-    folder = Path(operands[0]) if len(operands) == 1 and Path(operands[0]).is_dir() else None
+    classes = asked.options.classes and Path(asked.options.classes)
+    net, bad = network.load(Path(checkpoint), asked.main_flags, classes), Unreadable()
+    folder = Path(arguments[0]) if len(arguments) == 1 and Path(arguments[0]).is_dir() else None
     names, width = [], net.model.classifier.in_features
     with (
         atomic.atomic_open(output) as target,
@@ -129,7 +129,7 @@ def work(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Write the features of images."""
-    return cli.run(argv, USAGE, FLAGS, work, network=True)
+    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
 
 
 if __name__ == "__main__":

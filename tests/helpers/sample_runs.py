@@ -29,10 +29,10 @@ CONFIGS = {
 }
 
 
-def cell(name: str, *errors: float) -> match.Cell:
+def cell(name: str, *errors: float) -> match.SeedGroup:
     found = CONFIGS[name]
     run = {"opt": found.opt, "parameters": found.parameters, "macs": found.macs, "config": name}
-    return match.Cell([SimpleNamespace(error=error, **run) for error in errors])
+    return match.SeedGroup([SimpleNamespace(error=error, **run) for error in errors])
 
 
 def record(epoch: int, lr: float, loss: float | None = 1.0) -> dict:

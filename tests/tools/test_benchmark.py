@@ -90,22 +90,22 @@ def test_the_peers_have_as_many_parameters_as_the_papers_network():
     ],
 )
 def test_a_peer_that_lacks_the_network_says_why(who, flags, why):
-    with pytest.raises(peers.NotRun, match=why):
+    with pytest.raises(peers.Unsupported, match=why):
         peers.create(who, settings(f"--depth 10 --growthRate 4 {flags}"), 10)
 
 
 def test_timm_is_left_out_where_it_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.models.densenet", None)
-    with pytest.raises(peers.NotRun, match="not installed"):
+    with pytest.raises(peers.Unsupported, match="not installed"):
         peers.create("timm", settings(TINY), 10)
 
 
-# ------------------------------------------------------------------------------------ contestants
+# ------------------------------------------------------------------------------------------ cases
 
 
 def test_on_a_gpu_every_level_backend_and_mode_takes_part():
-    found = measure.entries("bf16", True, ["torch", "triton"])
-    pairs = {(entry.who, entry.mode) for entry in found}
+    found = measure.all_cases("bf16", True, ["torch", "triton"])
+    pairs = {(entry.implementation, entry.mode) for entry in found}
     ours = {f"level-{level}-{ops}" for level in (2, 3, 4) for ops in ("torch", "triton")}
     ours |= {"level-0", "level-1"}
     theirs = {("torchvision-memory-efficient", "eager"), ("timm", "eager")}
@@ -117,8 +117,8 @@ def test_on_a_gpu_every_level_backend_and_mode_takes_part():
 
 def names(argv: str, on_cuda: bool = False) -> list[str]:
     request = benchmark.parse(argv.split())
-    found = benchmark.contestants(request, request.networks[0], on_cuda)
-    return [contestant.name for contestant in found]
+    found = benchmark.select_cases(request, request.networks[0], on_cuda)
+    return [case.name for case in found]
 
 
 def test_without_flags_both_precisions_of_a_cpu_are_measured():
@@ -216,7 +216,7 @@ def test_a_copy_counts_as_well_as_its_original():
 
 
 def runner(who: str, flags: str = TINY) -> measure.Runner:
-    entry = measure.Contestant(who, "fp32", "channels-last", "eager")
+    entry = measure.Case(who, "fp32", "channels-last", "eager")
     return measure.Runner(entry, settings(flags), 10, torch.device("cpu"))
 
 
@@ -243,7 +243,7 @@ def fake(name: str, calls: list[str], breaks_after: float = float("inf")) -> Sim
             raise RuntimeError("out of memory\nand more lines")
         calls.append(name)
 
-    return SimpleNamespace(contestant=name, device=torch.device("cpu"), run=run)
+    return SimpleNamespace(case=name, device=torch.device("cpu"), run=run)
 
 
 def turns(calls: list[str], count: int) -> list[tuple[str, ...]]:
@@ -254,7 +254,7 @@ def test_contestants_take_turns_in_an_order_that_is_random_but_the_same_every_ti
     rounds = []
     for _ in range(2):
         calls: list[str] = []
-        times, failures = measure.take_turns([fake(name, calls) for name in "abcd"], 2, 6)
+        times, failures = measure.time_interleaved([fake(name, calls) for name in "abcd"], 2, 6)
         rounds.append(turns(calls, 4))
         assert {name: len(taken) for name, taken in times.items()} == dict.fromkeys("abcd", 6)
         assert failures == {}
@@ -311,14 +311,14 @@ def test_the_time_of_a_turn_is_of_its_own_steps(monkeypatch):
 def test_a_contestant_that_breaks_drops_out_and_the_others_go_on():
     calls: list[str] = []
     runners = [fake("a", calls), fake("b", calls, breaks_after=2), fake("c", calls)]
-    times, failures = measure.take_turns(runners, 1, 4)
+    times, failures = measure.time_interleaved(runners, 1, 4)
     assert failures == {"b": "out of memory"}
     assert len(times["a"]) == len(times["c"]) == 4
 
 
 def test_the_peak_of_a_process_of_its_own_is_not_that_of_this_one():
     ballast = torch.ones(2**30, dtype=torch.uint8)
-    entry = measure.Contestant("level-4-torch", "fp32", "channels-last", "eager")
+    entry = measure.Case("level-4-torch", "fp32", "channels-last", "eager")
     found = measure.peak_rss_mb(entry, settings(TINY), 10)
     assert 100 < found < engine.device.peak_memory_mb(torch.device("cpu")) - ballast.numel() / 2e6
 
@@ -521,7 +521,7 @@ def test_a_captured_step_trains_as_the_eager_one(who):
     weights = {}
     with torch.cuda.stream(torch.cuda.Stream(device)):
         for mode in ("eager", "graph"):
-            entry = measure.Contestant(who, "fp32", "channels-last", mode)
+            entry = measure.Case(who, "fp32", "channels-last", mode)
             trained = measure.Runner(entry, opt, 10, device)
             if mode == "graph":
                 trained.capture(torch.cuda.graph_pool_handle())

@@ -21,34 +21,34 @@ FLAGS = {
 
 def test_operands_stand_between_flags_and_keep_their_order():
     words = ["a.png", "--top", "3", "b.png", "-csv", "out.csv", "7"]
-    asked = cli.read(words, FLAGS, operands="image")
-    assert asked.operands == ["a.png", "b.png", "7"]
-    assert (asked.own.top, asked.own.csv) == (3, "out.csv")
+    asked = cli.read(words, FLAGS, arguments="image")
+    assert asked.arguments == ["a.png", "b.png", "7"]
+    assert (asked.options.top, asked.options.csv) == (3, "out.csv")
 
 
 def test_flags_that_are_not_given_have_their_defaults():
-    asked = cli.read(["x"], FLAGS, operands="image")
-    assert (asked.own.top, asked.own.csv, asked.network) == (5, None, [])
+    asked = cli.read(["x"], FLAGS, arguments="image")
+    assert (asked.options.top, asked.options.csv, asked.main_flags) == (5, None, [])
 
 
 def test_the_networks_flags_are_passed_on_as_main_py_takes_them():
     words = ["x", "--depth", "40", "--top", "2", "-bottleneck=false"]
-    asked = cli.read(words, FLAGS, operands="image", network=True)
-    assert asked.network == ["--depth=40", "--bottleneck=false"] and asked.own.top == 2
-    assert opts.parse([*asked.network, "--reduction=1"]).depth == 40
+    asked = cli.read(words, FLAGS, arguments="image", main_flags=True)
+    assert asked.main_flags == ["--depth=40", "--bottleneck=false"] and asked.options.top == 2
+    assert opts.parse([*asked.main_flags, "--reduction=1"]).depth == 40
     with pytest.raises(UsageError, match="unknown flag depth"):
-        cli.read(words, FLAGS, operands="image")
+        cli.read(words, FLAGS, arguments="image")
 
 
 def test_a_flag_of_the_tools_own_hides_that_of_main_py():
     own = {"depth": Flag("depth", text, "", "another meaning")}
-    asked = cli.read(["--depth", "deep"], own, network=True)
-    assert asked.own.depth == "deep" and asked.network == []
+    asked = cli.read(["--depth", "deep"], own, main_flags=True)
+    assert asked.options.depth == "deep" and asked.main_flags == []
 
 
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(UsageError) as error:
-        cli.read(["--top", "0", "--cvs", "x"], FLAGS, operands="image")
+        cli.read(["--top", "0", "--cvs", "x"], FLAGS, arguments="image")
     lines = error.value.report().splitlines()
     assert [line.split(";")[0] for line in lines] == [
         "error: no image",
@@ -59,7 +59,7 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_operands_are_a_mistake_where_none_are_taken():
-    assert cli.read([], FLAGS).operands == []
+    assert cli.read([], FLAGS).arguments == []
     with pytest.raises(UsageError, match=r"'x\.png' is no flag"):
         cli.read(["x.png"], FLAGS)
 
@@ -96,8 +96,8 @@ def test_ctrl_c_ends_a_tool_without_a_traceback(capsys):
 
 
 def test_operands_that_may_be_left_out():
-    assert cli.read([], FLAGS, operands="run", least=0).operands == []
-    assert cli.read(["x"], FLAGS, operands="run", least=0).operands == ["x"]
+    assert cli.read([], FLAGS, arguments="run", least=0).arguments == []
+    assert cli.read(["x"], FLAGS, arguments="run", least=0).arguments == ["x"]
 
 
 def test_a_reader_that_has_gone_is_no_error(monkeypatch, capsys):

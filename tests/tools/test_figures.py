@@ -228,8 +228,8 @@ def test_runs_become_figures(tmp_path, capsys):
 
 def test_the_aside_figure_shows_the_mean_of_the_runs_and_says_what_they_are(tmp_path):
     found = match.find([write_run(tmp_path, seed, error).parent for seed, error in ((0, 10.0),)])
-    assert figures.figure4_aside(plots, match.arrange(found).cells, "small") is None
-    figure = figures.figure4_aside(plots, match.arrange(found).cells, "digits", "of a folder")
+    assert figures.figure4_aside(plots, match.group_runs(found).groups, "small") is None
+    figure = figures.figure4_aside(plots, match.group_runs(found).groups, "digits", "of a folder")
     assert figure.get_suptitle() == (
         "Runs of configs/digits, no cell of the paper: digits, 20 epochs"
     )

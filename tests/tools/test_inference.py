@@ -52,7 +52,7 @@ def images_of(run_directory: Path) -> list[str]:
     return sorted(str(path) for path in (run_directory.parent / "data" / "val").rglob("*.png"))
 
 
-def logits(net: network.Trained, paths: list[str]) -> torch.Tensor:
+def logits(net: network.LoadedModel, paths: list[str]) -> torch.Tensor:
     return torch.cat([net.logits(images) for images, _ in net.batches(paths, Unreadable())])
 
 
@@ -298,10 +298,10 @@ def test_a_command_without_its_operands_is_refused():
         for argv in ([], ["run"], ["run", "image", "--depht", "40"]):
             with pytest.raises(UsageError):
                 tool.parse(argv)
-        assert tool.parse(["run", "image", "--depth", "40"]).network == ["--depth=40"]
+        assert tool.parse(["run", "image", "--depth", "40"]).main_flags == ["--depth=40"]
     wanted = ["--to", "onnx", "--output", "x.onnx"]
     for argv in (wanted, ["run", *wanted[:2]], ["run", *wanted[2:]], ["run", "two", *wanted],
                  ["run", "--to", "timm", "--output", "x", "--images", "dir"]):  # fmt: skip
         with pytest.raises(UsageError):
             export.parse(argv)
-    assert export.parse(["run", *wanted, "--images", "dir"]).own.images == "dir"
+    assert export.parse(["run", *wanted, "--images", "dir"]).options.images == "dir"

@@ -377,7 +377,7 @@ def test_what_cannot_be_read_is_said_on_standard_error_too(tmp_path, capsys):
 
 def test_parsing_reads_nothing():
     asked = report.parse(["a", "b", "--price=3", "--csv", "x.csv"])
-    assert asked.operands == ["a", "b"]
-    assert (asked.own.price, asked.own.csv, asked.own.output) == (3.0, "x.csv", None)
+    assert asked.arguments == ["a", "b"]
+    assert (asked.options.price, asked.options.csv, asked.options.output) == (3.0, "x.csv", None)
     with pytest.raises(DataError):
         report.create(["a"])

@@ -112,7 +112,8 @@ def test_the_rate_of_an_epoch_on_a_cosine_is_that_of_its_last_step(tmp_path):
 def test_every_config_is_told_from_every_other():
     known = configs()
     assert {"c10plus/densenet-bc-L100-k12", "imagenet/resnet-50"} <= known.keys()
-    assert len({tuple(config.compared.items()) for config in known.values()}) == len(known)
+    settings = {tuple(config.comparable_settings.items()) for config in known.values()}
+    assert len(settings) == len(known)
 
 
 # ---------------------------------------------------------------------------------------- finding
@@ -256,7 +257,7 @@ def test_what_an_older_log_lacks_is_not_known(tmp_path, missing, unknown):
     run = only(tmp_path)
     names = ("hours", "device_hours", "device", "images_per_s", "memory_mb")
     assert {name for name in names if getattr(run, name) is None} == unknown
-    cell = match.Cell([run])
+    cell = match.SeedGroup([run])
     assert {name for name in names if name != "device" and cell.average(name) is None} == (
         unknown - {"device"}
     )
@@ -320,23 +321,23 @@ def test_repetitions_are_one_cell_with_mean_and_sample_deviation(tmp_path):
             [*FIVE[:4], error],
             replicas=seed + 1,
         )
-    found = match.arrange(reversed(match.find([tmp_path])))
-    cell = found.cells["small/densenet-L22-k12"]
+    found = match.group_runs(reversed(match.find([tmp_path])))
+    cell = found.groups["small/densenet-L22-k12"]
     assert cell.seeds == [0, 1, 2] and cell.errors == [20.0, 21.0, 25.0]
     # Squared deviations from 22: 4 + 1 + 9 = 14, over two degrees of freedom.
     assert cell.mean == 22.0 and math.isclose(cell.std, math.sqrt(7))
     assert math.isclose(cell.average("device_hours"), 3.0 * 2)
     assert cell.device == "NVIDIA H200; 2 x NVIDIA H200; 3 x NVIDIA H200"
     assert (found.others, found.unfinished, found.unused) == ([], [], [])
-    assert match.Cell(cell.runs[:1]).std is None
+    assert match.SeedGroup(cell.runs[:1]).std is None
 
 
 def test_a_seed_is_never_averaged_with_itself(tmp_path):
     write_run(tmp_path / "a", SMALL, FIVE)
     write_run(tmp_path / "b", SMALL, [*FIVE[:4], 10.0])
     write_run(tmp_path / "c", f"{SMALL} --manualSeed 1", [*FIVE[:4], 22.0])
-    found = match.arrange(match.find([tmp_path]))
-    assert found.cells["small/densenet-L22-k12"].errors == [20.0, 22.0]
+    found = match.group_runs(match.find([tmp_path]))
+    assert found.groups["small/densenet-L22-k12"].errors == [20.0, 22.0]
     ((unused, reason),) = found.unused
     assert unused.path.name == "b" and f"seed as {tmp_path / 'a'}, which is used" in reason
 
@@ -344,8 +345,8 @@ def test_a_seed_is_never_averaged_with_itself(tmp_path):
 def test_a_complete_run_counts_where_another_of_its_seed_was_stopped(tmp_path):
     write_run(tmp_path / "a", SMALL, FIVE[:2], "failed")
     write_run(tmp_path / "b", SMALL, FIVE)
-    found = match.arrange(match.find([tmp_path]))
-    assert [run.path.name for run in found.cells["small/densenet-L22-k12"].runs] == ["b"]
+    found = match.group_runs(match.find([tmp_path]))
+    assert [run.path.name for run in found.groups["small/densenet-L22-k12"].runs] == ["b"]
     assert [run.path.name for run in found.unfinished] == ["a"] and not found.unused
 
 
@@ -355,8 +356,8 @@ def test_runs_on_other_images_are_no_repetitions(tmp_path, first):
     write_run(tmp_path / ("a" if first else "z"), f"{SMALL} --manualSeed 9", FIVE, data=others)
     for seed in (0, 1):
         write_run(tmp_path / f"m{seed}", f"{SMALL} --manualSeed {seed}", FIVE)
-    found = match.arrange(match.find([tmp_path]))
-    assert found.cells["small/densenet-L22-k12"].seeds == [0, 1]
+    found = match.group_runs(match.find([tmp_path]))
+    assert found.groups["small/densenet-L22-k12"].seeds == [0, 1]
     assert [cell.seeds for cell in found.others] == [[9]]
 
 
@@ -364,5 +365,5 @@ def test_other_runs_are_grouped_by_their_settings(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"a{seed}", f"{OWN} --manualSeed {seed}", [9.0, 8.0])
     write_run(tmp_path / "b", f"{OWN} --LR 0.2", [9.0, 8.0])
-    found = match.arrange(match.find([tmp_path]))
-    assert found.cells == {} and [cell.seeds for cell in found.others] == [[0, 1], [0]]
+    found = match.group_runs(match.find([tmp_path]))
+    assert found.groups == {} and [cell.seeds for cell in found.others] == [[0, 1], [0]]

@@ -96,7 +96,7 @@ def fake(tmp_path, monkeypatch):
         states = {task: tasks.state_of(task) for task in table}
         meanwhile()
         program = (sys.executable, "-I", "-S", str(script))
-        workers = sweep.Workers(states, list(where), say, program)
+        workers = sweep.LocalScheduler(states, list(where), say, program)
         workers.run(stop)
         ends = {end.task.save.name: (end.code, end.reason) for end in workers.ends}
         return SimpleNamespace(ends=ends, lines=lines, workers=workers)
@@ -128,7 +128,7 @@ def fake(tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_is_a_line_and_starts_nothing(words, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "Workers", None)
+    monkeypatch.setattr(sweep, "LocalScheduler", None)
     argv = words.replace("EMPTY", str(tmp_path)).split()
     assert sweep.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -137,7 +137,7 @@ def test_a_mistake_is_a_line_and_starts_nothing(words, message, tmp_path, capsys
 
 def test_data_that_is_not_there_is_noticed_before_the_first_run(tmp_path, monkeypatch):
     asked = sweep.parse(["small", "--data", str(tmp_path / "no"), "--runs", str(tmp_path)])
-    monkeypatch.setattr(sweep, "Workers", None)
+    monkeypatch.setattr(sweep, "LocalScheduler", None)
     with pytest.raises(DataError) as error:
         sweep.train(asked, signals.SignalHandler(), "again")
     (problem,) = error.value.problems  # the same for all of them
@@ -162,7 +162,7 @@ def test_a_run_that_another_process_is_writing_is_left_to_it(table, fake):
         done = fake.sweep(table[:2])
     assert done.ends["a-seed0"] == (7, "host far, process 7")
     assert done.ends["a-seed1"][0] == 0 and fake.started() == ["a-seed1 None"]
-    sweep.conclude(done.workers.ends, 2, "", "again")  # which is no error
+    sweep.raise_outcome(done.workers.ends, 2, "", "again")  # which is no error
     assert fake.sweep(table[:2]).ends["a-seed0"][0] == 0  # and it may go on now
 
 
@@ -224,7 +224,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_going_on(table, fake):
     assert "=> " + table[0].name + ": failed with 5: error: wrong; fix: mend it" in done.lines
     assert done.lines[-1] == "=> 1 of 4 runs done, 2 failed, 50 % of the work"
     with pytest.raises(RunError, match=r"2 of 4 runs failed: .*a-seed0 \(5\), ") as error:
-        sweep.conclude(done.workers.ends, 4, "", "again")
+        sweep.raise_outcome(done.workers.ends, 4, "", "again")
     assert error.value.code == 5
     again = fake.sweep(table)
     assert {code for code, _ in again.ends.values()} == {0} and len(again.ends) == 3
@@ -254,7 +254,7 @@ def test_a_signal_is_passed_on_once_and_nothing_else_is_started(table, fake):
     assert {name: code for name, (code, _) in done.ends.items()} == {"a-seed0": 75, "a-seed1": 75}
     assert sorted(fake.started()) == ["a-seed0 0", "a-seed1 1"] and done.workers.was_stopped
     with pytest.raises(Preempted, match="SIGTERM, 2 of 4 runs were in progress") as stopped:
-        sweep.conclude(done.workers.ends, 4, "SIGTERM", "python -m tools.sweep x")
+        sweep.raise_outcome(done.workers.ends, 4, "SIGTERM", "python -m tools.sweep x")
     assert stopped.value.report().endswith("; to go on: python -m tools.sweep x")
     again = fake.sweep(table)
     assert len(again.ends) == 4 and not again.workers.was_stopped
@@ -266,9 +266,9 @@ def test_a_signal_is_passed_on_once_and_nothing_else_is_started(table, fake):
      ((5, 75), "SIGINT", 75), ((1, 143), "", 1)],
 )  # fmt: skip
 def test_the_exit_code_is_that_of_the_first_failure(table, codes, stopped_by, code):
-    ends = [sweep.End(task, each) for task, each in zip(table, codes, strict=False)]
+    ends = [sweep.RunOutcome(task, each) for task, each in zip(table, codes, strict=False)]
     try:
-        sweep.conclude(ends, 4, stopped_by, "again")
+        sweep.raise_outcome(ends, 4, stopped_by, "again")
         ended = 0
     except RunError as error:
         ended = error.code
@@ -288,12 +288,12 @@ def test_the_exit_code_is_that_of_the_first_failure(table, codes, stopped_by, co
     ],
 )
 def test_each_worker_sees_one_of_the_gpus_that_the_sweep_sees(gpus, visible, present, expected):
-    assert sweep.places(gpus, visible, present) == expected
+    assert sweep.gpu_slots(gpus, visible, present) == expected
 
 
 def test_gpus_that_are_not_there_are_a_usage_error():
     with pytest.raises(UsageError, match="gpus=3 but 2 CUDA devices"):
-        sweep.places(3, None, 2)
+        sweep.gpu_slots(3, None, 2)
 
 
 ORPHAN = """

@@ -9,7 +9,6 @@ On a CPU a network that does not fit the memory ends the process: leave it out w
 """
 
 import contextlib
-import dataclasses
 import datetime
 import fnmatch
 import importlib.metadata
@@ -50,15 +49,15 @@ AS_TRAINED = ("eager", "channels-last")  # of `--depths` and `--trainer`: as the
 
 # fmt: off
 FLAGS = {flag.name: flag for flag in (
-    Flag("only", plain_text, None, "contestants to measure: patterns with commas between, each to "
+    Flag("only", plain_text, None, "cases to measure: patterns with commas between, each to "
          "be found in WHO/PRECISION/FORMAT/MODE, e.g. level-2,torchvision/bf16*eager", "all"),
-    Flag("turns", integer, None, "turns of each contestant that count: one step on the CPU, five "
+    Flag("turns", integer, None, "turns of each case that count: one step on the CPU, five "
          "on CUDA", "30 on CUDA, else 5", range=Range(low=2)),
     Flag("warmUp", integer, None, "turns before them that do not", "10 on CUDA, else 2",
          range=NON_NEGATIVE),
     Flag("compile", boolean, True, "take torch.compile in, which needs minutes and a C++ compiler"),
-    Flag("rss", boolean, True, "on the CPU: peak memory of a process of its own per contestant"),
-    Flag("trainer", boolean, False, "beside each channels-last, eager contestant of this project: "
+    Flag("rss", boolean, True, "on the CPU: peak memory of a process of its own per case"),
+    Flag("trainer", boolean, False, "beside each channels-last, eager case of this project: "
          "main.py's trainer with the same network, which also loads and augments", const="true"),
     Flag("depths", integers, None, "instead: how time and memory grow over these depths, eager and "
          "channels-last", "one depth", range=AT_LEAST_1),
@@ -84,11 +83,11 @@ class Request:
 
     Args:
         networks: the settings of main.py, one for each depth.
-        own: the flags of this program by name.
+        options: the flags of this program by name.
     """
 
     networks: list[Settings]
-    own: SimpleNamespace
+    options: SimpleNamespace
 
 
 def parse(argv: list[str]) -> Request:
@@ -100,14 +99,16 @@ def parse(argv: list[str]) -> Request:
     parser = FlagParser(opts.FLAGS | FLAGS)
     raw = parser.parse_argv(argv)
     parser.add([flag for flag in raw if flag[0] not in opts.FLAGS])
-    own = SimpleNamespace(**{name: flag.default for name, flag in FLAGS.items()} | parser.values)
+    options = SimpleNamespace(
+        **{name: flag.default for name, flag in FLAGS.items()} | parser.values
+    )
     rest = [f"--{name}={value}" for name, value, _ in raw if name in opts.FLAGS]
     problems = parser.problems
-    if own.depths and any(flag.startswith("--depth=") for flag in rest):
+    if options.depths and any(flag.startswith("--depth=") for flag in rest):
         problems.append(("depth and depths exclude each other", "keep one"))
-        own.depths = None
+        options.depths = None
     networks = []
-    for depth in own.depths or [None]:
+    for depth in options.depths or [None]:
         of_depth = [f"--depth={depth}"] if depth else []
         try:
             networks.append(opts.parse(["--dataset=synthetic", *rest, *of_depth]))
@@ -121,37 +122,37 @@ def parse(argv: list[str]) -> Request:
         problems.append((what, f"use {' or '.join(PRECISIONS)}"))
     if problems:
         raise UsageError.from_problems(problems)
-    return Request(networks, own)
+    return Request(networks, options)
 
 
-def contestants(request: Request, opt: Settings, on_cuda: bool) -> list:
+def select_cases(request: Request, opt: Settings, on_cuda: bool) -> list:
     """Who takes part, precision by precision.
 
     Raises:
         UsageError: nobody is left.
     """
-    from tools.benchmark.measure import COMPILED, entries
+    from tools.benchmark.measure import COMPILED, all_cases
 
     backends = ["torch", "triton"] if on_cuda else ["torch"]
     if opt.kernels != "auto":
         backends = [opt.kernels]
-    own = request.own
-    patterns = [f"*{pattern.strip()}*" for pattern in (own.only or "").split(",")]
+    options = request.options
+    patterns = [f"*{pattern.strip()}*" for pattern in (options.only or "").split(",")]
     everybody = [
-        contestant
+        case
         for precision in _precisions(opt, on_cuda)
-        for contestant in entries(precision, on_cuda, backends)
+        for case in all_cases(precision, on_cuda, backends)
     ]
     found = [
-        contestant
-        for contestant in everybody
-        if any(fnmatch.fnmatchcase(contestant.name, pattern) for pattern in patterns)
-        and (own.compile or contestant.mode not in COMPILED)
-        and (not own.depths or (contestant.mode, contestant.memory_format) == AS_TRAINED)
-        and _is_asked_for(contestant, opt)
+        case
+        for case in everybody
+        if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
+        and (options.compile or case.mode not in COMPILED)
+        and (not options.depths or (case.mode, case.memory_format) == AS_TRAINED)
+        and _is_asked_for(case, opt)
     ]
     if not found:
-        what = f"only: {own.only} leaves nobody to measure"
+        what = f"only: {options.only} leaves nobody to measure"
         raise UsageError(what, f"names are as {everybody[0].name}")
     return found
 
@@ -165,13 +166,13 @@ def _precisions(opt: Settings, on_cuda: bool) -> list[str]:
     return ["fp32", "tf32", "bf16"] if on_cuda else ["fp32", "bf16"]
 
 
-def _is_asked_for(contestant, opt: Settings) -> bool:
-    """Whether the flags optMemory and cudaGraph, where they are given, mean this contestant."""
-    if contestant.is_peer:
+def _is_asked_for(case, opt: Settings) -> bool:
+    """Whether the flags optMemory and cudaGraph, where they are given, mean this case."""
+    if case.is_peer:
         return True
-    if opt.cudaGraph != "auto" and (contestant.mode == "graph") != (opt.cudaGraph == "true"):
+    if opt.cudaGraph != "auto" and (case.mode == "graph") != (opt.cudaGraph == "true"):
         return False
-    level = contestant.who.split("-")[1]
+    level = case.implementation.split("-")[1]
     return "optMemory" not in opt.given or str(opt.optMemory) in ("auto", level)
 
 
@@ -192,67 +193,67 @@ def measure(request: Request, device, say: Callable[[str], None]) -> Iterator[li
     constants = facts(device) | {"copy_gb_per_s": bandwidth / 1e9}
     rows: list[dict] = []
     for opt in request.networks:
-        everybody = contestants(request, opt, device.type == "cuda")
-        for precision in dict.fromkeys(contestant.precision for contestant in everybody):
+        everybody = select_cases(request, opt, device.type == "cuda")
+        for precision in dict.fromkeys(case.precision for case in everybody):
             engine.device.configure(opt.cudnn, tf32=precision == "tf32")
-            group = [contestant for contestant in everybody if contestant.precision == precision]
+            group = [case for case in everybody if case.precision == precision]
             limit = bandwidth / (results.block_traffic(opt) * BYTES[precision])
-            for row in measure_group(group, opt, request.own, device, say):
+            for row in measure_group(group, opt, request.options, device, say):
                 row |= constants | of_network(opt) | {"bound_images_per_s": limit}
                 if "images_per_s" in row:
                     row["fraction_of_bound"] = row["images_per_s"] / limit
                 rows.append(row)
             results.add_ratios(rows)
-            if request.own.depths:
+            if request.options.depths:
                 results.add_growth(rows)
             yield rows
 
 
 def measure_group(
-    group: list, opt: Settings, own: SimpleNamespace, device, say: Callable[[str], None]
+    group: list, opt: Settings, options: SimpleNamespace, device, say: Callable[[str], None]
 ) -> list[dict]:
-    """Measure contestants of one precision; their rows in the same order."""
+    """Measure cases of one precision; their rows in the same order."""
     import torch
 
     from datasets import registry
-    from tools.benchmark.measure import enter, peak_rss_mb, reason, take_turns
+    from tools.benchmark.measure import error_summary, peak_rss_mb, set_up, time_interleaved
 
     num_classes = opt.nClasses or registry.DATASETS["synthetic"].num_classes
     on_cuda = device.type == "cuda"
-    turns = TURNS[device.type] if own.turns is None else own.turns
-    warm_up = WARM_UP[device.type] if own.warmUp is None else own.warmUp
+    turns = TURNS[device.type] if options.turns is None else options.turns
+    warm_up = WARM_UP[device.type] if options.warmUp is None else options.warmUp
     torch.compiler.reset()  # what the last group compiled would count as recompilation
     pool = torch.cuda.graph_pool_handle() if on_cuda else None
-    rows = {contestant: dataclasses.asdict(contestant) for contestant in group}
+    rows = {case: case.columns for case in group}
     runners = []
-    for contestant in group:
+    for case in group:
         try:
-            runner, found = enter(contestant, opt, num_classes, device, pool)
-            if own.rss and not on_cuda:
-                found["peak_rss_mb"] = peak_rss_mb(contestant, opt, num_classes)
+            runner, found = set_up(case, opt, num_classes, device, pool)
+            if options.rss and not on_cuda:
+                found["peak_rss_mb"] = peak_rss_mb(case, opt, num_classes)
         except Exception as error:  # whoever fails must not end the measurement of the others
-            rows[contestant]["note"] = reason(error)
-            say(f"{contestant.name}: {results.NOT_RUN}, {reason(error)}")
+            rows[case]["note"] = error_summary(error)
+            say(f"{case.name}: {results.NOT_RUN}, {error_summary(error)}")
             continue
         runners.append(runner)
-        rows[contestant] |= found
-        say(f"{contestant.name}: first step {found['first_step_s']:.1f} s")
-    say(f"{len(runners)} contestants take {warm_up} + {turns} turns")
-    times, failures = take_turns(runners, warm_up, turns)
-    for contestant, taken in times.items():
-        if contestant in failures:
-            rows[contestant]["note"] = failures[contestant]
+        rows[case] |= found
+        say(f"{case.name}: first step {found['first_step_s']:.1f} s")
+    say(f"{len(runners)} cases take {warm_up} + {turns} turns")
+    times, failures = time_interleaved(runners, warm_up, turns)
+    for case, taken in times.items():
+        if case in failures:
+            rows[case]["note"] = failures[case]
         else:
             speeds = [opt.batchSize / time_s for time_s in taken]
-            rows[contestant] |= results.spread(speeds) | {"turns": turns}
-    if not own.trainer:
+            rows[case] |= results.spread(speeds) | {"turns": turns}
+    if not options.trainer:
         return list(rows.values())
     trainers = [
         row_of_trainer(runner, opt, num_classes, warm_up, turns)
         for runner in runners
-        if (runner.contestant.mode, runner.contestant.memory_format) == AS_TRAINED
-        and not runner.contestant.is_peer
-        and runner.contestant not in failures
+        if (runner.case.mode, runner.case.memory_format) == AS_TRAINED
+        and not runner.case.is_peer
+        and runner.case not in failures
     ]
     return [*rows.values(), *trainers]
 
@@ -260,15 +261,15 @@ def measure_group(
 def row_of_trainer(
     bare, opt: Settings, num_classes: int, warm_up: int, turns: int
 ) -> dict[str, object]:
-    """Measure main.py's trainer with a contestant's network: its row, and the ratio in a note."""
-    from tools.benchmark.measure import beside_the_trainer, reason
+    """Measure main.py's trainer with a case's network: its row, and the ratio in a note."""
+    from tools.benchmark.measure import beside_the_trainer, error_summary
 
-    level = bare.contestant.who
-    row = dataclasses.asdict(bare.contestant) | {"who": f"trainer-{level.removeprefix('level-')}"}
+    level = bare.case.implementation
+    row = bare.case.columns | {"who": f"trainer-{level.removeprefix('level-')}"}
     try:
         times = beside_the_trainer(bare, opt, num_classes, warm_up, turns)
     except Exception as error:  # the rows of the others are kept
-        return row | {"note": reason(error)}
+        return row | {"note": error_summary(error)}
     ratio = statistics.median(alone / trained for alone, trained in times)
     row |= results.spread([opt.batchSize / trained for _, trained in times])
     note = f"{ratio:.3f} of the speed of {level} in turns with it, median of {turns} pairs"
@@ -341,7 +342,7 @@ def empty_caches() -> Iterator[None]:
                     os.environ[name] = value
 
 
-def run(request: Request, say: Callable[[str], None]) -> tuple[list[dict], Path | None]:
+def measure_all(request: Request, say: Callable[[str], None]) -> tuple[list[dict], Path | None]:
     """Measure what is asked for and write the CSV file; the rows and the file."""
     import torch
 
@@ -356,12 +357,13 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[list[dict], Path 
     if opt.tf32 and not on_cuda:
         raise UsageError("tf32 has no effect on the CPU", "leave it out")
     kernels.backend.select(opt.kernels, device, "single")  # its errors come before the work
-    contestants(request, opt, on_cuda)  # and so do its
+    select_cases(request, opt, on_cuda)  # and so do its
     name = engine.device.describe(device) if on_cuda else f"cpu-{torch.get_num_threads()}core"
-    network = results.network_name(opt, "depths" if request.own.depths else None)
+    network = results.network_name(opt, "depths" if request.options.depths else None)
     today = datetime.date.today()
     path = _target(
-        request.own.csv, results.file_name(network, opt.batchSize, name, torch.__version__, today)
+        request.options.csv,
+        results.file_name(network, opt.batchSize, name, torch.__version__, today),
     )
     rows: list[dict] = []
     for rows in measure(request, device, say):
@@ -382,13 +384,13 @@ def _target(csv: str | None, name: str) -> Path | None:
     return path
 
 
-def work(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
     """Measure, print a table and write a CSV file."""
     request = parse(argv)
     with empty_caches():
-        rows, path = run(request, lambda line: print(line, file=sys.stderr, flush=True))
+        rows, path = measure_all(request, lambda line: print(line, file=sys.stderr, flush=True))
     print(results.as_table(rows))
-    if request.own.depths:
+    if request.options.depths:
         print(results.growth_table(rows))
     if path:
         print(f"\nwritten: {path}")
@@ -396,7 +398,7 @@ def work(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one command line."""
-    return cli.run(argv, USAGE, FLAGS, work, network=True)
+    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
 
 
 if __name__ == "__main__":

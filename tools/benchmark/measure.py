@@ -1,11 +1,12 @@
-"""The contestants of `python -m tools.benchmark` and what is measured about each.
+"""The cases of `python -m tools.benchmark` and what is measured about each.
 
-A contestant is a network in one precision, memory format and mode. All train on the same batch
+A case is a network in one precision, memory format and mode. All train on the same batch
 from the same weights, with the same optimizer. Beside one of them main.py's trainer can train the
 same network, to see what it costs to load, augment and keep account.
 """
 
 import concurrent.futures
+import dataclasses
 import gc
 import multiprocessing
 import random
@@ -36,22 +37,22 @@ from tools.benchmark import peers
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 COMPILED = {"compiled": "default", "compiled-reduce-overhead": "reduce-overhead"}
-BURST = {"cpu": 1, "cuda": 5}  # steps of a contestant in one turn: a GPU should not run dry
+BURST = {"cpu": 1, "cuda": 5}  # steps of a case in one turn: a GPU should not run dry
 COPIES, COPY_BYTES = 10, {"cpu": 2**28, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """Who trains, and how.
+class Case:
+    """An implementation, and how it trains.
 
     Args:
-        who: level-0, level-1, level-N-BACKEND of this project, or a member of `peers.PEERS`.
+        implementation: level-0, level-1, level-N-BACKEND, or a member of `peers.PEERS`.
         precision: fp32, tf32 or bf16 (autocast).
         memory_format: of images and weights, a key of `FORMATS`.
         mode: eager, graph (the whole step in one CUDA graph) or a key of `COMPILED`.
     """
 
-    who: str
+    implementation: str
     precision: str
     memory_format: str
     mode: str
@@ -59,7 +60,13 @@ class Contestant:
     @property
     def name(self) -> str:
         """What `--only` is matched with."""
-        return "/".join((self.who, self.precision, self.memory_format, self.mode))
+        return "/".join((self.implementation, self.precision, self.memory_format, self.mode))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of a row that name it; `who` is the file format's word."""
+        fields = dataclasses.asdict(self)
+        return {"who": fields.pop("implementation")} | fields
 
     @property
     def setting(self) -> str:
@@ -69,10 +76,10 @@ class Contestant:
     @property
     def is_peer(self) -> bool:
         """Whether this is another implementation."""
-        return self.who in peers.PEERS
+        return self.implementation in peers.PEERS
 
 
-def entries(precision: str, on_cuda: bool, backends: list[str]) -> list[Contestant]:
+def all_cases(precision: str, on_cuda: bool, backends: list[str]) -> list[Case]:
     """Everybody who could take part in one precision.
 
     Args:
@@ -84,58 +91,56 @@ def entries(precision: str, on_cuda: bool, backends: list[str]) -> list[Contesta
     pairs += [(who, "eager") for who in peers.PEERS]
     pairs += [("torchvision", mode) for mode in (COMPILED if on_cuda else ["compiled"])]
     return [
-        Contestant(who, precision, memory_format, mode)
+        Case(who, precision, memory_format, mode)
         for who, mode in pairs
         for memory_format in FORMATS
     ]
 
 
-def build(contestant: Contestant, opt: Settings, num_classes: int, device) -> nn.Module:
-    """The contestant's network on the device, in training, with the weights of level 0.
+def build(case: Case, opt: Settings, num_classes: int, device) -> nn.Module:
+    """The case's network on the device, in training, with the weights of level 0.
 
     Raises:
-        peers.NotRun: it cannot take part.
+        peers.Unsupported: it cannot take part.
         UsageError: its kernels cannot be used here.
     """
     reference = models.factory.create(opt.replace(optMemory=0), num_classes)
-    if contestant.is_peer:
-        network = peers.create(contestant.who, opt, num_classes)
+    if case.is_peer:
+        network = peers.create(case.implementation, opt, num_classes)
     else:
-        _, level, *backend = contestant.who.split("-")
+        _, level, *backend = case.implementation.split("-")
         kind = backend[0] if backend else "torch"
-        ops = kernels.backend.select(kind, device, contestant.setting)[0]
+        ops = kernels.backend.select(kind, device, case.setting)[0]
         network = models.factory.create(opt.replace(optMemory=int(level)), num_classes, ops)
     network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
-    return network.to(device, memory_format=FORMATS[contestant.memory_format]).train()
+    return network.to(device, memory_format=FORMATS[case.memory_format]).train()
 
 
 class Runner:
-    """A contestant ready to step; `run()` is one training step in its mode.
+    """A case ready to step; `run()` is one training step in its mode.
 
     A step is forward, cross-entropy, backward and the fused SGD update. Input: random images and
-    targets that every contestant has a copy of.
+    targets that every case has a copy of.
     """
 
-    def __init__(
-        self, contestant: Contestant, opt: Settings, num_classes: int, device: torch.device
-    ):
-        self.contestant, self.device = contestant, device
-        self.network = build(contestant, opt, num_classes, device)
+    def __init__(self, case: Case, opt: Settings, num_classes: int, device: torch.device):
+        self.case, self.device = case, device
+        self.network = build(case, opt, num_classes, device)
         self._forward = self.network
-        if contestant.mode in COMPILED:
-            mode = COMPILED[contestant.mode]
+        if case.mode in COMPILED:
+            mode = COMPILED[case.mode]
             self._forward = torch.compile(self.network, dynamic=False, mode=mode)
         self._optimizer = optimizer.create(opt, self.network, opt.LR)
         generator = torch.Generator().manual_seed(opt.manualSeed)
         size = (opt.batchSize, 3, opt.imageSize, opt.imageSize)
         images = torch.randn(size, generator=generator)
-        self.images = images.to(device, memory_format=FORMATS[contestant.memory_format])
+        self.images = images.to(device, memory_format=FORMATS[case.memory_format])
         self.targets = torch.randint(num_classes, size[:1], generator=generator).to(device)
         self.run: Callable[[], object] = self.step
 
     def loss(self) -> Tensor:
         """Forward and cross-entropy."""
-        with autocast(self.device, self.contestant.setting):
+        with autocast(self.device, self.case.setting):
             return F.cross_entropy(self._forward(self.images), self.targets)
 
     def step(self) -> Tensor:
@@ -149,7 +154,7 @@ class Runner:
     def held_bytes(self) -> int:
         """What one forward pass keeps for backward, without parameters, buffers and the batch."""
         there = [*self.network.parameters(), *self.network.buffers(), self.images, self.targets]
-        count = packed_bytes if self.contestant.mode.startswith("compiled") else held_bytes
+        count = packed_bytes if self.case.mode.startswith("compiled") else held_bytes
         return count(self.loss, there)
 
     def capture(self, pool: tuple[int, int] | None = None) -> None:
@@ -166,35 +171,35 @@ class Runner:
         self.run = cuda_graph.capture(self.step, pool)
 
 
-def enter(
-    contestant: Contestant,
+def set_up(
+    case: Case,
     opt: Settings,
     num_classes: int,
     device: torch.device,
     pool: tuple[int, int] | None,
 ) -> tuple[Runner, dict[str, float]]:
-    """Build a contestant, take its first step and measure its memory: the runner and the facts.
+    """Build a case, take its first step and measure its memory: the runner and the facts.
 
     `first_step_s` starts with the network on the device and includes compiling and capturing;
-    what an earlier contestant compiled is found compiled.
+    what an earlier case compiled is found compiled.
     """
     _clear(device)
     before = _allocated(device)
-    runner = Runner(contestant, opt, num_classes, device)
+    runner = Runner(case, opt, num_classes, device)
     _wait(device)
     start = time.perf_counter()
     loss = runner.step().item()
-    if contestant.mode == "graph":
+    if case.mode == "graph":
         _clear(device)
         runner.capture()  # in memory of its own, to see how much that is
         runner.run()
         _wait(device)
     first_step_s = time.perf_counter() - start
     facts = {"first_step_s": first_step_s, "first_loss": loss} | _peaks(runner, before)
-    if contestant.mode == "graph":
+    if case.mode == "graph":
         runner.capture(pool)
     # The graphs of the latter forbid a forward without backward.
-    if contestant.mode != "compiled-reduce-overhead":
+    if case.mode != "compiled-reduce-overhead":
         facts["held_mb_per_image"] = runner.held_bytes() / 1e6 / opt.batchSize
     return runner, facts
 
@@ -207,14 +212,14 @@ def _allocated(device: torch.device) -> tuple[int, int]:
 
 
 def _peaks(runner: Runner, before: tuple[int, int]) -> dict[str, float]:
-    """Peak of the CUDA allocator in the steps of one contestant, without what was there before.
+    """Peak of the CUDA allocator in the steps of one case, without what was there before.
 
     A graph that was captured just now has made its peak already, and has cleared before.
     """
     device = runner.device
     if device.type != "cuda":
         return {}
-    if runner.contestant.mode != "graph":
+    if runner.case.mode != "graph":
         _clear(device)
     for _ in range(2):
         runner.run()
@@ -309,44 +314,44 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
     return (time.perf_counter() - start) / repeats
 
 
-def take_turns(
+def time_interleaved(
     runners: list[Runner], warm_up: int, turns: int
-) -> tuple[dict[Contestant, list[float]], dict[Contestant, str]]:
-    """Seconds per step of each contestant, all turns in random order; and why some dropped out."""
+) -> tuple[dict[Case, list[float]], dict[Case, str]]:
+    """Seconds per step of each case, all turns in random order; and why some dropped out."""
     order, chance = list(runners), random.Random(0)
-    times: dict[Contestant, list[float]] = {runner.contestant: [] for runner in runners}
-    failures: dict[Contestant, str] = {}
+    times: dict[Case, list[float]] = {runner.case: [] for runner in runners}
+    failures: dict[Case, str] = {}
     for turn in range(warm_up + turns):
         chance.shuffle(order)
         for runner in list(order):
             try:
                 taken = seconds(runner.run, runner.device, BURST[runner.device.type])
             except Exception as error:  # out of memory, most likely: the others go on
-                failures[runner.contestant] = reason(error)
+                failures[runner.case] = error_summary(error)
                 order.remove(runner)
                 continue
             if turn >= warm_up:
-                times[runner.contestant].append(taken)
+                times[runner.case].append(taken)
     return times, failures
 
 
 def beside_the_trainer(
     bare: Runner, opt: Settings, num_classes: int, warm_up: int, turns: int
 ) -> list[tuple[float, float]]:
-    """Seconds of a step of a contestant and of the trainer with the same network, by turns.
+    """Seconds of a step of a case and of the trainer with the same network, by turns.
 
-    Both take a turn after each other, so that what drifts meets both. The contestant does forward,
+    Both take a turn after each other, so that what drifts meets both. The case does forward,
     loss, backward and update of one batch; the trainer also loads and augments synthetic images,
     follows the schedule, adds up its sums and looks whether they are finite.
     """
     device, burst = bare.device, BURST[bare.device.type]
     opt = opt.replace(
-        precision=bare.contestant.setting,
+        precision=bare.case.setting,
         nImages=opt.batchSize * burst * (warm_up + turns),
         nClasses=num_classes,
     )
     data = datasets.factory.create(opt, device, console.warn)
-    network = build(bare.contestant, opt, num_classes, device)
+    network = build(bare.case, opt, num_classes, device)
     trainer = train.create_trainer(opt, network, device, RunLog(None))
 
     def clock() -> float:
@@ -371,7 +376,7 @@ def beside_the_trainer(
     return times[warm_up:]
 
 
-def reason(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """The first line of an error, for a table."""
     text = str(error).strip() or type(error).__name__
     line = text.splitlines()[0]
@@ -387,19 +392,19 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / statistics.median(times)
 
 
-def peak_rss_mb(contestant: Contestant, opt: Settings, num_classes: int) -> float:
-    """Peak resident memory of a fresh process that builds a contestant and takes one step (CPU)."""
+def peak_rss_mb(case: Case, opt: Settings, num_classes: int) -> float:
+    """Peak resident memory of a fresh process that builds a case and takes one step (CPU)."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as process:
         threads = torch.get_num_threads()
-        return process.submit(_peak_of_steps, contestant, opt, num_classes, threads).result()
+        return process.submit(_peak_of_steps, case, opt, num_classes, threads).result()
 
 
-def _peak_of_steps(contestant: Contestant, opt: Settings, num_classes: int, threads: int) -> float:
+def _peak_of_steps(case: Case, opt: Settings, num_classes: int, threads: int) -> float:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     engine.device.configure(opt.cudnn, opt.tf32)
-    runner = Runner(contestant, opt, num_classes, device)
+    runner = Runner(case, opt, num_classes, device)
     for _ in range(3):  # freed memory is kept, and the second step finds it in pieces
         runner.run()
     # Not ru_maxrss: a new process inherits the peak of the one that started it there.

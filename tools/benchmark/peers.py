@@ -1,6 +1,6 @@
 """Other implementations of the same network, for `python -m tools.benchmark`.
 
-Their parameters have the names of ours, so that every contestant starts from the same weights.
+Their parameters have the names of ours, so that every case starts from the same weights.
 """
 
 from torch import nn
@@ -11,21 +11,21 @@ PEERS = ("torchvision", "torchvision-memory-efficient", "timm")
 THEIR_REDUCTION = 0.5  # both libraries write it into their transitions
 
 
-class NotRun(Exception):
-    """Why a contestant cannot take part."""
+class Unsupported(Exception):
+    """Why a case cannot take part."""
 
 
-def create(who: str, opt: Settings, num_classes: int) -> nn.Module:
+def create(implementation: str, opt: Settings, num_classes: int) -> nn.Module:
     """The network of the settings by a member of `PEERS`, with that library's initial weights.
 
     Raises:
-        NotRun: the library is not installed or does not have this network.
+        Unsupported: the library is not installed or does not have this network.
     """
     if opt.netType != "densenet" or not opt.bottleneck or opt.reduction != THEIR_REDUCTION:
-        raise NotRun("it has only DenseNet-BC with reduction 0.5")
+        raise Unsupported("it has only DenseNet-BC with reduction 0.5")
     if opt.dropRate > 0:
-        raise NotRun("its dropout sits in other places")
-    if who == "timm":
+        raise Unsupported("its dropout sits in other places")
+    if implementation == "timm":
         network = _timm(opt, num_classes)
     else:
         from torchvision.models import DenseNet
@@ -35,7 +35,7 @@ def create(who: str, opt: Settings, num_classes: int) -> nn.Module:
             opt.stages,
             opt.initChannels,
             num_classes=num_classes,
-            memory_efficient=who == "torchvision-memory-efficient",
+            memory_efficient=implementation == "torchvision-memory-efficient",
         )
     if not opt.imagenetShape:
         _give_cifar_stem(network.features, opt.initChannels)
@@ -46,9 +46,9 @@ def _timm(opt: Settings, num_classes: int) -> nn.Module:
     try:
         from timm.models.densenet import DenseNet
     except ImportError:
-        raise NotRun("timm is not installed (requirements-dev.txt)") from None
+        raise Unsupported("timm is not installed (requirements-dev.txt)") from None
     if opt.initChannels != 2 * opt.growthRate:
-        raise NotRun("its first convolution always has 2k maps")
+        raise Unsupported("its first convolution always has 2k maps")
     return DenseNet(opt.growthRate, opt.stages, num_classes)
 
 

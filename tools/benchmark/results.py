@@ -85,7 +85,7 @@ def exponent(points: list[tuple[float, float]]) -> float:
 
 
 def add_growth(rows: list[dict]) -> None:
-    """Fit the time of an image and the bytes held for it to the depth, for each contestant."""
+    """Fit the time of an image and the bytes held for it to the depth, for each case."""
     for own in _by_contestant(rows).values():
         times = [(row["depth"], 1 / row["images_per_s"]) for row in own if "images_per_s" in row]
         held = [(row["depth"], row["held_mb_per_image"]) for row in own
@@ -145,7 +145,7 @@ def shown(cell: object, digits: int) -> str:
 # ------------------------------------------------------------------------------------------ table
 
 TABLE = {
-    "contestant": "who",
+    "case": "who",
     "format": "memory_format",
     "mode": "mode",
     "images/s": "images_per_s",
@@ -192,7 +192,7 @@ def _line(cells: list[str], widths: list[int]) -> str:
 
 
 def growth_table(rows: list[dict]) -> str:
-    """What doubling the depth multiplies, a line for each contestant of `--depths`."""
+    """What doubling the depth multiplies, a line for each case of `--depths`."""
     lines = ["", "doubling the depth multiplies:"]
     for name, own in _by_contestant(rows).items():
         parts = [

@@ -53,16 +53,16 @@ def parse(argv: list[str]) -> cli.Command:
     Raises:
         UsageError: a flag is wrong or missing.
     """
-    asked = cli.read(argv, FLAGS, operands="checkpoint", network=True)
+    asked = cli.read(argv, FLAGS, arguments="checkpoint", main_flags=True)
     problems = [
         (f"no --{name}", f"add --{name} {value}")
         for name, value in (("to", " or ".join(TARGETS)), ("output", "FILE"))
-        if getattr(asked.own, name) is None
+        if getattr(asked.options, name) is None
     ]
-    if len(asked.operands) > 1:
-        problems.append((f"more than one checkpoint: {asked.operands[1]}", "name one"))
-    if asked.own.images and asked.own.to not in (None, "onnx"):
-        problems.append((f"images has no effect with --to {asked.own.to}", "leave it out"))
+    if len(asked.arguments) > 1:
+        problems.append((f"more than one checkpoint: {asked.arguments[1]}", "name one"))
+    if asked.options.images and asked.options.to not in (None, "onnx"):
+        problems.append((f"images has no effect with --to {asked.options.to}", "leave it out"))
     if problems:
         raise UsageError.from_problems(problems)
     return asked
@@ -101,7 +101,7 @@ def timm_network(opt: Settings, num_classes: int) -> "torch.nn.Module":
 
 
 def foreign_weights(
-    net: network.Trained, to: str, build: Callable[[Settings, int], "torch.nn.Module"]
+    net: network.LoadedModel, to: str, build: Callable[[Settings, int], "torch.nn.Module"]
 ) -> dict[str, "torch.Tensor"]:
     """The state dict for the network that `build` makes, after comparing what both compute.
 
@@ -177,14 +177,14 @@ def random_images(size: int) -> list["torch.Tensor"]:
 # ------------------------------------------------------------------------------------------ ONNX
 
 
-def metadata(net: network.Trained) -> dict[str, str]:
+def metadata(net: network.LoadedModel) -> dict[str, str]:
     """What an ONNX file says of its network: main.py's flags, and what it was trained on."""
     facts = {"classes": net.classes, "mean": net.mean, "std": net.std}
     settings = opts.as_yaml(net.opt, exclude=PRIVATE)
     return {"settings": settings, "data": json.dumps(facts)}
 
 
-def check_onnx(net: network.Trained, content: bytes, paths: list[str]) -> int:
+def check_onnx(net: network.LoadedModel, content: bytes, paths: list[str]) -> int:
     """Print how far ONNX Runtime is from PyTorch on random images and on those in files.
 
     Returns:
@@ -222,27 +222,31 @@ def _report(name: str, ours: Callable, theirs: Callable, batches: Iterable) -> N
 # ------------------------------------------------------------------------------------ command line
 
 
-def work(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Write what the command line asks for; the exit code."""
     asked = parse(argv)
-    own, checkpoint, output = asked.own, Path(asked.operands[0]), Path(asked.own.output)
-    check_new(output, own.overwrite)
+    options, checkpoint, output = (
+        asked.options,
+        Path(asked.arguments[0]),
+        Path(asked.options.output),
+    )
+    check_new(output, options.overwrite)
     sources.check_there(checkpoint)
-    paths = find_images([own.images] if own.images else [])
+    paths = find_images([options.images] if options.images else [])
 
     from fileio import atomic
     from tools.export import onnx_io
 
-    if own.to == "onnx":
-        onnx_io.needed("onnx", "onnxscript", *(["onnxruntime"] * own.check))
+    if options.to == "onnx":
+        onnx_io.needed("onnx", "onnxscript", *(["onnxruntime"] * options.check))
     # In plain modules on the CPU, whatever the run trained with.
     forced = {"nGPU": "0", "optMemory": "0", "kernels": "torch"}
-    others = [flag for flag in asked.network if flag[2:].partition("=")[0] not in forced]
+    others = [flag for flag in asked.main_flags if flag[2:].partition("=")[0] not in forced]
     flags = [*others, *(f"--{name}={value}" for name, value in forced.items())]
-    net = network.load(checkpoint, flags, own.classes and Path(own.classes))
-    if own.to == "onnx":
+    net = network.load(checkpoint, flags, options.classes and Path(options.classes))
+    if options.to == "onnx":
         content = onnx_io.as_onnx(net.model, net.opt.imageSize, metadata(net))
-        code = check_onnx(net, content, paths) if own.check else 0
+        code = check_onnx(net, content, paths) if options.check else 0
         atomic.atomic_write(output, content)  # an image that cannot be read says nothing of it
         print(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
         return code
@@ -250,8 +254,8 @@ def work(argv: list[str]) -> int:
     from fileio import tensor_files
 
     builds = {"torchvision": torchvision_network, "timm": timm_network}
-    build = builds.get(own.to)
-    weights = foreign_weights(net, own.to, build) if build else net.model.state_dict()
+    build = builds.get(options.to)
+    weights = foreign_weights(net, options.to, build) if build else net.model.state_dict()
     tensor_files.save_weights(output, weights)
     print(f"{output}: {len(weights)} tensors of {len(net.classes)} classes")
     return 0
@@ -259,7 +263,7 @@ def work(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Write trained weights for another program."""
-    return cli.run(argv, USAGE, FLAGS, work, network=True)
+    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
 
 
 if __name__ == "__main__":

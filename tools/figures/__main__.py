@@ -133,9 +133,9 @@ def parse(argv: list[str]) -> SimpleNamespace:
     Raises:
         UsageError: every problem of the command line at once.
     """
-    given = cli.read(argv, FLAGS, operands="run directory", least=0)
-    asked = given.own
-    asked.runs = given.operands
+    given = cli.read(argv, FLAGS, arguments="run directory", least=0)
+    asked = given.options
+    asked.runs = given.arguments
     asked.only = asked.only.split(",") if asked.only else _can_be_drawn(asked)
     problems = _misfits(asked)
     if problems:
@@ -201,10 +201,10 @@ def work(argv: list[str]) -> None:
 
 def _drawn(plots: ModuleType, asked: SimpleNamespace, found: list) -> tuple[dict, bytes | None]:
     """The figures by the names of their files, and the table of Figure 5."""
-    arranged = match.arrange(found)
+    arranged = match.group_runs(found)
     left_out = [run for run, _ in arranged.unused]
     shown = [run for run in found if run not in left_out]
-    cells, made, table = arranged.cells, {}, None
+    cells, made, table = arranged.groups, {}, None
     for name in asked.only:
         if name == "figure3":
             made[name] = figure3(plots, cells)

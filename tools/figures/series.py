@@ -107,7 +107,7 @@ def measured_series(cells: dict, folder: str) -> list[Series]:
     """The errors of the complete runs of the configs in a folder of configs/.
 
     Args:
-        cells: config -> match.Cell.
+        cells: config -> match.SeedGroup.
     """
     found = []
     for name, cell in cells.items():

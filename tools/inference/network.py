@@ -13,14 +13,21 @@ from cli.flag_types import Flag, Settings
 from errors import UsageError
 from tools import cli
 from tools.inference.images import Unreadable
-from tools.inference.sources import Facts, check_there, count_classes, read, read_classes, settings
+from tools.inference.sources import (
+    TrainingFacts,
+    check_there,
+    count_classes,
+    read,
+    read_classes,
+    settings,
+)
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A network in evaluation mode on its device.
 
     Args:
@@ -84,11 +91,13 @@ class Trained:
         return train.mean_over_crops(rows, self.num_crops)
 
 
-def load(path: Path, network: list[str] | tuple = (), classes: Path | None = None) -> Trained:
+def load(
+    path: Path, main_flags: list[str] | tuple = (), classes: Path | None = None
+) -> LoadedModel:
     """The network of a run, a checkpoint, an exported file or plain weights, ready to be used.
 
     Args:
-        network: flags of main.py; they win over the settings that `path` holds.
+        main_flags: flags of main.py; they win over the settings that `path` holds.
         classes: a file of names, or the data.json of a run, instead of what `path` holds.
 
     Raises:
@@ -97,15 +106,15 @@ def load(path: Path, network: list[str] | tuple = (), classes: Path | None = Non
     """
     check_there(path)
     source = read(path)
-    if not source.settings and not network:
+    if not source.settings and not main_flags:
         fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
         raise UsageError(f"{path} holds weights and not what network they are of", fix)
-    opt = settings(source, network)
+    opt = settings(source, main_flags)
     facts = read_classes(classes) if classes else source.facts
     return _build(opt, source.weights, facts, classes or path)
 
 
-def _build(opt: Settings, weights: dict, facts: Facts | None, place: Path) -> Trained:
+def _build(opt: Settings, weights: dict, facts: TrainingFacts | None, place: Path) -> LoadedModel:
     import torch
 
     import datasets.factory
@@ -116,7 +125,7 @@ def _build(opt: Settings, weights: dict, facts: Facts | None, place: Path) -> Tr
     from engine.precision import PRECISIONS
 
     num_classes = count_classes(weights, opt.nClasses)
-    facts = facts or Facts([str(number) for number in range(num_classes)])
+    facts = facts or TrainingFacts([str(number) for number in range(num_classes)])
     if len(facts.classes) != num_classes:
         what = f"{place} has {len(facts.classes)} classes, the weights have {num_classes}"
         raise UsageError(what, "name the classes of these weights")
@@ -132,17 +141,17 @@ def _build(opt: Settings, weights: dict, facts: Facts | None, place: Path) -> Tr
     model = model.to(device, dtype, memory_format=torch.channels_last)
     models.state_dicts.load_weights(model, weights)
     mean, std = known
-    return Trained(model.eval(), opt, facts.classes, list(mean), list(std), device)
+    return LoadedModel(model.eval(), opt, facts.classes, list(mean), list(std), device)
 
 
-def read_command(argv: list[str], flags: dict[str, Flag]) -> cli.Command:
+def parse(argv: list[str], flags: dict[str, Flag]) -> cli.Command:
     """The command line of a tool that takes a checkpoint and images.
 
     Raises:
         UsageError: a flag is wrong, or something is not named.
     """
-    asked = cli.read(argv, flags, operands="checkpoint", network=True)
-    if len(asked.operands) < 2:
+    asked = cli.read(argv, flags, arguments="checkpoint", main_flags=True)
+    if len(asked.arguments) < 2:
         fix = "name images, or directories of them, after the checkpoint"
         raise UsageError("no image", fix)
     return asked

@@ -29,7 +29,7 @@ OF_THE_RUN = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetC
 
 
 @dataclass(frozen=True)
-class Facts:
+class TrainingFacts:
     """What a network was trained on.
 
     Args:
@@ -43,7 +43,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """What a file or a run directory holds of a network.
 
     Args:
@@ -54,7 +54,7 @@ class Source:
 
     weights: dict
     settings: dict[str, str]
-    facts: Facts | None
+    facts: TrainingFacts | None
 
 
 def check_there(path: Path) -> None:
@@ -64,7 +64,7 @@ def check_there(path: Path) -> None:
         raise CheckpointError(f"no such file or directory: {path}", fix)
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> WeightsSource:
     """What a run directory or a file holds.
 
     Raises:
@@ -76,15 +76,17 @@ def read(path: Path) -> Source:
     state = _checkpoint(path)
     if state:
         given = {name: as_text(value) for name, value in state["settings"].items()}
-        return Source(state["model"], given, as_facts(state["data"], path))
+        return WeightsSource(state["model"], given, as_facts(state["data"], path))
 
     import checkpoints
 
     weights = checkpoints.load_weights(path)
     config, data = (path.parent / name for name in ("config.yaml", "data.json"))
     if path.name not in MODEL_FILES or not config.is_file():
-        return Source(weights, {}, None)
-    return Source(weights, read_settings(config), read_classes(data) if data.is_file() else None)
+        return WeightsSource(weights, {}, None)
+    return WeightsSource(
+        weights, read_settings(config), read_classes(data) if data.is_file() else None
+    )
 
 
 def _checkpoint(path: Path) -> dict | None:
@@ -104,34 +106,34 @@ def _checkpoint(path: Path) -> dict | None:
     return None
 
 
-def _from_onnx(path: Path) -> Source:
+def _from_onnx(path: Path) -> WeightsSource:
     """Of an ONNX file that tools.export did not write, the weights alone."""
     from tools.export import onnx_io
 
     weights, metadata = onnx_io.read(path)
     if not metadata:
-        return Source(weights, {}, None)
+        return WeightsSource(weights, {}, None)
     try:
         facts = as_facts(json.loads(metadata["data"]), path)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as config:
             config.write(metadata["settings"])
             config.flush()
-            return Source(weights, read_settings(Path(config.name)), facts)
+            return WeightsSource(weights, read_settings(Path(config.name)), facts)
     except (KeyError, ValueError, RecursionError, UsageError) as error:
         what = f"{path} has invalid metadata: {str(error)[:100]}"
         raise CheckpointError(what, "use another file") from error
 
 
-def settings(source: Source, network: list[str] | tuple) -> Settings:
+def settings(source: WeightsSource, main_flags: list[str] | tuple) -> Settings:
     """The settings of a network: those given over those of its run."""
-    given = {flag.partition("=")[0].removeprefix("--") for flag in network}
+    given = {flag.partition("=")[0].removeprefix("--") for flag in main_flags}
     kept = {} if "config" in given else source.settings
     known = [
         f"--{name}={value}"
         for name, value in kept.items()
         if value and name not in given and name not in OF_THE_RUN
     ]
-    opt = opts.parse([*known, *network])
+    opt = opts.parse([*known, *main_flags])
     if opt.optMemory == "auto":  # levels are about training
         return opt.replace(optMemory=opts.FLAGS["optMemory"].default)
     return opt
@@ -167,7 +169,7 @@ def count_classes(weights: dict, wanted: int | None) -> int:
     return found
 
 
-def read_classes(path: Path) -> Facts:
+def read_classes(path: Path) -> TrainingFacts:
     """Class names from a text file of one a line, or all facts from a run's data.json.
 
     Raises:
@@ -184,10 +186,10 @@ def read_classes(path: Path) -> Facts:
     classes = content.splitlines()
     if not classes or not all(name.strip() for name in classes):
         raise UsageError(f"{path} has a line without a name", "write the name of a class on each")
-    return Facts(classes)
+    return TrainingFacts(classes)
 
 
-def as_facts(data: object, path: Path) -> Facts:
+def as_facts(data: object, path: Path) -> TrainingFacts:
     """The classes and statistics among the facts that a run writes down about its data.
 
     Raises:
@@ -202,4 +204,4 @@ def as_facts(data: object, path: Path) -> Facts:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"{path} holds no classes, means and deviations of a run"
         raise UsageError(what, "name the data.json of a run") from error
-    return Facts(classes, statistics[:3], statistics[3:])
+    return TrainingFacts(classes, statistics[:3], statistics[3:])

@@ -31,7 +31,7 @@ from tools.report.rows import (
     own_lines,
 )
 from tools.results import match, published, runs
-from tools.results.match import Cell, Runs
+from tools.results.match import Runs, SeedGroup
 from tools.results.runs import Run
 
 # fmt: off
@@ -85,7 +85,7 @@ NOTES = {
 # ------------------------------------------------------------------------------------ their texts
 
 
-def measured(cell: Cell | None) -> str:
+def measured(cell: SeedGroup | None) -> str:
     """4.51 +- 0.08 (n = 3)."""
     if cell is None:
         return NOT_RUN
@@ -100,7 +100,7 @@ def printed(row: published.Row, column: str) -> str:
     return row.printed[column] + ("\\*" if column in row.own else "")
 
 
-def images(cell: Cell | None) -> str:
+def images(cell: SeedGroup | None) -> str:
     """Of what the runs have learnt and were tested on how many: cifar10, 50,000 + 10,000."""
     if cell is None:
         return NOT_RUN
@@ -111,7 +111,7 @@ def images(cell: Cell | None) -> str:
     return name + ("" if None in counts else ", {:,} + {:,}".format(*counts))
 
 
-def costs(cell: Cell | None, price: float | None) -> list[str]:
+def costs(cell: SeedGroup | None, price: float | None) -> list[str]:
     """Hardware, hours, device hours, and with a price the money, of one run."""
     if cell is None:
         return [NOT_RUN] * (3 + (price is not None))
@@ -160,7 +160,7 @@ def overview(table: published.Table, found: Runs) -> str:
     def cell(row: published.Row, column: str) -> str:
         if column not in row.configs:
             return printed(row, column)
-        return f"{printed(row, column)} / {measured(found.cells.get(row.configs[column]))}"
+        return f"{printed(row, column)} / {measured(found.groups.get(row.configs[column]))}"
 
     titles = ["method", "L>", "parameters>", *(f"{c}: paper / measured" for c in table.columns)]
     body = []
@@ -189,7 +189,7 @@ def wide_costs(table: published.Table, found: Runs) -> str:
     titles = ["method", "s/step, paper>", "s/step, measured", "MB, paper>", "MB, measured"]
     body = []
     for row in table.rows:
-        cells = [found.cells[name] for name in row.configs.values() if name in found.cells]
+        cells = [found.groups[name] for name in row.configs.values() if name in found.groups]
         done = [run for cell in cells for run in cell.runs]
         speed = by_device(done, _per_step, "{:.3f}")
         memory = by_device(done, lambda cell: cell.average("memory_mb"), "{:,.0f}")
@@ -198,17 +198,17 @@ def wide_costs(table: published.Table, found: Runs) -> str:
     return markdown_table(titles, body)
 
 
-def _per_step(cell: Cell) -> float | None:
+def _per_step(cell: SeedGroup) -> float | None:
     speed = cell.average("images_per_s")
     return cell.runs[0].opt.batchSize / speed if speed else None
 
 
-def by_device(done: list[Run], value: Callable[[Cell], float | None], form: str) -> str:
+def by_device(done: list[Run], value: Callable[[SeedGroup], float | None], form: str) -> str:
     """A mean of runs for each device that they ran on: 0.021 (NVIDIA H200)."""
     groups: dict[str | None, list[Run]] = {}
     for run in done:
         groups.setdefault(run.device, []).append(run)
-    found = {device: value(Cell(group)) for device, group in groups.items()}
+    found = {device: value(SeedGroup(group)) for device, group in groups.items()}
     parts = [
         UNKNOWN if mean is None else f"{form.format(mean)} ({device or 'device not logged'})"
         for device, mean in found.items()
@@ -294,7 +294,7 @@ def document(asked: cli.Command, argv: list[str], found: Runs, notes: list[str])
         argv: the command line, which the report begins with.
         notes: what could not be read.
     """
-    price, output = asked.own.price, asked.own.output
+    price, output = asked.options.price, asked.options.output
     written = shlex.join(["python", "-m", "tools.report", *argv])
     parts = [HEAD.format(command=printable(written)), INTRODUCTION]
     for table in published.tables().values():
@@ -305,7 +305,7 @@ def document(asked: cli.Command, argv: list[str], found: Runs, notes: list[str])
     parts += own_configs(found, price)
     parts += other_runs(found, price)
     parts += left_out(found, notes)
-    parts += figures(asked.operands, Path(output).parent if output else Path())
+    parts += figures(asked.arguments, Path(output).parent if output else Path())
     parts.append("## Sources of the published numbers")
     parts.append("\n".join(wrapped(f"- {text}.", "  ") for text in published.sources().values()))
     return "\n\n".join(parts) + "\n"
@@ -335,9 +335,9 @@ def parse(argv: list[str]) -> cli.Command:
     Raises:
         UsageError: every problem of the flags at once.
     """
-    asked = cli.read(argv, FLAGS, operands="directory of runs")
-    if asked.own.csv and asked.own.csv == asked.own.output:
-        raise UsageError(f"output and csv are one file: {asked.own.csv}", "name two")
+    asked = cli.read(argv, FLAGS, arguments="directory of runs")
+    if asked.options.csv and asked.options.csv == asked.options.output:
+        raise UsageError(f"output and csv are one file: {asked.options.csv}", "name two")
     return asked
 
 
@@ -378,19 +378,19 @@ def create(argv: list[str]) -> Report:
     """
     asked = parse(argv)
     notes: list[str] = []
-    found = match.arrange(match.find(asked.operands, notes.append))
+    found = match.group_runs(match.find(asked.arguments, notes.append))
     markdown = document(asked, argv, found, notes)
-    return Report(markdown, as_csv(found, asked.own.price), notes)
+    return Report(markdown, as_csv(found, asked.options.price), notes)
 
 
 def work(argv: list[str]) -> None:
     """Write the report, and the CSV when one is asked for."""
-    own = parse(argv).own
+    own = parse(argv).options
     check_target(own.output, "output", FIRST_WORDS)
     check_target(own.csv, "csv", ",".join(CSV_COLUMNS))
     report = create(argv)
     for note in report.notes:
-        match.remark(note)
+        match.warn(note)
     if own.csv:
         atomic_write(Path(own.csv), report.csv.encode())
     if own.output:

@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 
 from tools.results import configs, match, published
-from tools.results.match import Cell, Runs
+from tools.results.match import Runs, SeedGroup
 from tools.results.runs import Run
 
 NOT_RUN = "not run"  # nothing was measured
@@ -31,7 +31,7 @@ class Line:
     column: str
     config: configs.Config | None
     name: str
-    cell: Cell | None
+    cell: SeedGroup | None
     differences: tuple[str, ...] = ()
 
     @property
@@ -49,7 +49,7 @@ def lines(table: published.Table, found: Runs) -> list[Line]:
     """The cells of a published table that have a config, row by row."""
     known = configs.configs()
     return [
-        Line(table.key, row, column, known.get(name), name, found.cells.get(name))
+        Line(table.key, row, column, known.get(name), name, found.groups.get(name))
         for row in table.rows
         for column, name in row.configs.items()
     ]
@@ -59,7 +59,7 @@ def own_lines(found: Runs) -> list[Line]:
     """The configs that claim nothing, by folder."""
     own = [config for config in configs.configs().values() if not config.claim]
     return [
-        Line(config.path.parent.name, None, "", config, config.name, found.cells.get(config.name))
+        Line(config.path.parent.name, None, "", config, config.name, found.groups.get(config.name))
         for config in own
     ]
 

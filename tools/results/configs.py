@@ -12,7 +12,7 @@ from tools.results import published
 CONFIGS = cli.ROOT / "configs"
 LAST, BEST = "last epoch", "best validation"
 # Settings without a role that make a run another measurement all the same.
-ALSO_COMPARED = ("retrain", "epochNumber", "tenCrop")
+ALSO_COMPARABLE = ("retrain", "epochNumber", "tenCrop")
 _counted: dict[tuple, tuple[int, int]] = {}  # by network: counting one takes up to a second
 
 
@@ -61,9 +61,9 @@ class Config:
     claim: dict[str, object]
 
     @functools.cached_property
-    def compared(self) -> dict[str, str]:
-        """Its settings as `compared` gives them."""
-        return compared(self.opt)
+    def comparable_settings(self) -> dict[str, str]:
+        """Its settings as `comparable_settings` gives them."""
+        return comparable_settings(self.opt)
 
     @property
     def parameters(self) -> int:
@@ -106,7 +106,7 @@ def split_name(opt: Settings) -> str:
     return BEST if opt.validSize else LAST
 
 
-def compared(opt: Settings) -> dict[str, str]:
+def comparable_settings(opt: Settings) -> dict[str, str]:
     """The settings that must agree for two runs to be repetitions but for the seed, as texts."""
-    settings = opts.training_settings(opt) | {name: getattr(opt, name) for name in ALSO_COMPARED}
+    settings = opts.training_settings(opt) | {name: getattr(opt, name) for name in ALSO_COMPARABLE}
     return {name: as_text(value) for name, value in settings.items() if name != "manualSeed"}

@@ -15,18 +15,18 @@ from pathlib import Path
 import opts
 from errors import DataError, RunError, printable
 from fileio.atomic import read_json
-from tools.results.configs import Config, compared, configs
+from tools.results.configs import Config, comparable_settings, configs
 from tools.results.runs import Run, number
 
 MISSING_SHARE = 0.001  # of ImageNet's images; the other datasets are checked by their readers
 
 
-def remark(line: str) -> None:
+def warn(line: str) -> None:
     """Say on standard error what was left out, and why."""
     print(f"note: {printable(line)}", file=sys.stderr)
 
 
-def find(paths: Iterable[Path | str], note: Callable[[str], None] = remark) -> list[Run]:
+def find(paths: Iterable[Path | str], note: Callable[[str], None] = warn) -> list[Run]:
     """The runs in some directories and all below them, each once, in the order of their paths.
 
     A run is a directory with config.yaml and log.jsonl.
@@ -66,7 +66,7 @@ def _directories(root: Path, seen: set[str], note: Callable[[str], None]) -> Ite
             note(f"{place} is left out: it has a log.jsonl but no config.yaml")
 
 
-def read(directory: Path, note: Callable[[str], None] = remark) -> Run | None:
+def read(directory: Path, note: Callable[[str], None] = warn) -> Run | None:
     """The run in a directory; None, and a note, when its settings or its log cannot be read."""
     import experiment.log
 
@@ -87,8 +87,8 @@ def read(directory: Path, note: Callable[[str], None] = remark) -> Run | None:
 
 def differences(run: Run, config: Config) -> list[str]:
     """What keeps a run from being one of a config, in words; [] for a run of the config."""
-    mine = compared(run.opt)
-    theirs = config.compared
+    mine = comparable_settings(run.opt)
+    theirs = config.comparable_settings
     found = []
     for name in opts.FLAGS:  # in the order of the help
         here, there = mine.get(name, "none"), theirs.get(name, "none")
@@ -116,7 +116,7 @@ def nearest(run: Run) -> tuple[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SeedGroup:
     """Complete runs that repeat each other but for the seed, one for each seed, at least one."""
 
     runs: list[Run]
@@ -158,44 +158,44 @@ class Runs:
     """Runs in their places.
 
     Args:
-        cells: config -> its complete runs.
+        groups: config -> its complete runs.
         others: complete runs of no config, repetitions together.
         unfinished: runs in progress, stopped or failed.
         unused: complete runs that are in no cell, each with the reason in words.
     """
 
-    cells: dict[str, Cell]
-    others: list[Cell]
+    groups: dict[str, SeedGroup]
+    others: list[SeedGroup]
     unfinished: list[Run]
     unused: list[tuple[Run, str]]
 
 
-def arrange(found: Iterable[Run]) -> Runs:
+def group_runs(found: Iterable[Run]) -> Runs:
     """Put runs in their places; of two complete ones with one seed the first found counts.
 
     The runs of a config that is about a folder of images may have seen different folders: those
     with the most seeds are its cell, the others are other runs.
     """
-    groups: dict[tuple, list[Run]] = {}
+    repeated: dict[tuple, list[Run]] = {}
     unfinished = []
     for run in found:
         if run.is_done:
-            key = (run.config, run.images, *sorted(compared(run.opt).items()))
-            groups.setdefault(key, []).append(run)
+            key = (run.config, run.images, *sorted(comparable_settings(run.opt).items()))
+            repeated.setdefault(key, []).append(run)
         else:
             unfinished.append(run)
     unused: list[tuple[Run, str]] = []
-    cells: dict[str, Cell] = {}
+    groups: dict[str, SeedGroup] = {}
     others = []
-    for runs in groups.values():
-        cell, name = Cell(_one_for_each_seed(runs, unused)), runs[0].config
-        if name and len(cell.runs) > len(cells[name].runs if name in cells else []):
-            cell, cells[name] = cells.get(name), cell
+    for runs in repeated.values():
+        cell, name = SeedGroup(_one_per_seed(runs, unused)), runs[0].config
+        if name and len(cell.runs) > len(groups[name].runs if name in groups else []):
+            cell, groups[name] = groups.get(name), cell
         others += [cell] if cell else []
-    return Runs(cells, others, unfinished, unused)
+    return Runs(groups, others, unfinished, unused)
 
 
-def _one_for_each_seed(runs: list[Run], unused: list[tuple[Run, str]]) -> list[Run]:
+def _one_per_seed(runs: list[Run], unused: list[tuple[Run, str]]) -> list[Run]:
     kept: dict[int, Run] = {}
     for run in runs:
         if run.seed in kept:

@@ -70,9 +70,9 @@ def parse(argv: list[str]) -> cli.Command:
     Raises:
         UsageError: every problem of the sweep's own flags at once.
     """
-    asked = cli.read(argv, FLAGS, operands="table or config", network=True)
-    own = asked.own
-    names = [flag[2:].partition("=")[0] for flag in asked.network]
+    asked = cli.read(argv, FLAGS, arguments="table or config", main_flags=True)
+    own = asked.options
+    names = [flag[2:].partition("=")[0] for flag in asked.main_flags]
     problems = [(f"{name} is no flag of a sweep", NOT_PASSED_ON[name])
                 for name in names if name in NOT_PASSED_ON]  # fmt: skip
     twice = [seed for seed, count in Counter(own.seeds).items() if count > 1]
@@ -97,7 +97,7 @@ class Job:
     """A run in progress.
 
     Args:
-        place: its GPU, see `places`.
+        place: its GPU, see `gpu_slots`.
         output: what it prints goes there, from byte `begin` on.
     """
 
@@ -109,7 +109,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class End:
+class RunOutcome:
     """How a run ended: `code` is main.py's, or 128 + the signal that has ended it."""
 
     task: Task
@@ -122,7 +122,7 @@ class End:
         return self.code not in (0, Preempted.code, BusyError.code)
 
 
-def places(gpus: int | None, visible: str | None, present: int) -> list[str | None]:
+def gpu_slots(gpus: int | None, visible: str | None, present: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES for each worker; None leaves it as it is.
 
     Args:
@@ -145,7 +145,7 @@ def places(gpus: int | None, visible: str | None, present: int) -> list[str | No
 def start(task: Task, place: str | None, program: tuple[str, ...]) -> Job:
     """Start a run, which on Linux ends with this process, however that ends.
 
-    It is in a session of its own, so that Ctrl-C reaches it once: through `Workers`.
+    It is in a session of its own, so that Ctrl-C reaches it once: through `LocalScheduler`.
 
     Raises:
         OSError: its output cannot be written.
@@ -172,26 +172,26 @@ def start(task: Task, place: str | None, program: tuple[str, ...]) -> Job:
     return Job(task, place, process, output, begin)
 
 
-def end_of(job: Job) -> End:
+def end_of(job: Job) -> RunOutcome:
     """The exit code of a run that has ended, and the line that says why."""
     code = job.process.returncode
     if code == 0:
-        return End(job.task, 0)
+        return RunOutcome(job.task, 0)
     if code < 0:
-        return End(job.task, 128 - code, f"ended by {signal.Signals(-code).name}")
+        return RunOutcome(job.task, 128 - code, f"ended by {signal.Signals(-code).name}")
     with open(job.output, "rb") as file:
         file.seek(job.begin)
         lines = file.read().decode(errors="replace").splitlines()
     said = [line for line in lines if line.startswith(("error: ", "stopped: "))]
-    return End(job.task, code, said[-1] if said else f"see {job.output}")
+    return RunOutcome(job.task, code, said[-1] if said else f"see {job.output}")
 
 
-class Workers:
+class LocalScheduler:
     """Bring the runs of a table to their ends, one on each place at a time.
 
     Args:
         states: of all runs of the table, in its order, before any is started.
-        where: see `places`.
+        where: see `gpu_slots`.
         say: prints a line.
         program: the words before a run's flags.
     """
@@ -203,13 +203,13 @@ class Workers:
         say: Callable[[str], None],
         program: tuple[str, ...] = PROGRAM,
     ):
-        self._states, self._num_places = states, len(where)
+        self._states, self._num_slots = states, len(where)
         self._program, self._say = program, say
         self._free, self._jobs = deque(where), []
         # One that runs elsewhere may have been stopped when its turn comes.
         done_with = (tasks.DONE, tasks.OTHER)
         self._waiting = deque(task for task in states if states[task].word not in done_with)
-        self.ends: list[End] = []
+        self.ends: list[RunOutcome] = []
         self.was_stopped = False
 
     def run(self, handler: signals.SignalHandler) -> None:
@@ -235,13 +235,13 @@ class Workers:
         state = tasks.progress_of(task)  # another sweep may have come first
         if state.word in (tasks.DONE, tasks.RUNNING):
             code = 0 if state.word == tasks.DONE else BusyError.code
-            self._take(End(task, code, state.detail))
+            self._take(RunOutcome(task, code, state.detail))
             return
         try:
             job = start(task, self._free[0], self._program)
         except OSError as error:
             refused = atomic.storage_error(error, Path(f"{task.save}.log"))
-            self._take(End(task, refused.code, refused.report()))
+            self._take(RunOutcome(task, refused.code, refused.report()))
             return
         self._free.popleft()
         self._jobs.append(job)
@@ -257,7 +257,7 @@ class Workers:
             self._take(end_of(job))
         return bool(ended)
 
-    def _take(self, end: End) -> None:
+    def _take(self, end: RunOutcome) -> None:
         self.ends.append(end)
         words = {0: tasks.DONE, Preempted.code: "stopped", BusyError.code: tasks.RUNNING}
         word = words.get(end.code, f"{tasks.FAILED} with {end.code}")
@@ -271,7 +271,7 @@ class Workers:
         waiting = [task for task in self._waiting if self._states[task].word != tasks.RUNNING]
         to_do = [loads[task] for task in [*(job.task for job in self._jobs), *waiting]]
         everything = list(loads.values())
-        left = eta.seconds_left(to_do, everything, self._num_places)
+        left = eta.seconds_left(to_do, everything, self._num_slots)
         return eta.progress_line(self._words(), eta.share_done(everything), left)
 
     def _words(self) -> list[str]:
@@ -286,7 +286,7 @@ class Workers:
         ]  # fmt: skip
 
 
-def conclude(ends: list[End], num_runs: int, stopped_by: str, again: str) -> None:
+def raise_outcome(ends: list[RunOutcome], num_runs: int, stopped_by: str, again: str) -> None:
     """Raise what a sweep ends with; nothing when every run is done or in other hands.
 
     Args:
@@ -320,11 +320,11 @@ def slurm_line(asked: cli.Command, table: list[Task], left: list[Task]) -> str:
 
     Task i of scripts/train.slurm is config i / #seeds with seed i % #seeds: the i-th of the table.
     """
-    seeds = shlex.quote(" ".join(map(str, asked.own.seeds)))
+    seeds = shlex.quote(" ".join(map(str, asked.options.seeds)))
     array = as_ranges([number for number, task in enumerate(table) if task in left])
     configs = dict.fromkeys(task.config for task in table)
-    words = ["sbatch", f"--array={array}", SCRIPT, *configs, *asked.network]
-    return f"SEEDS={seeds} RUNS={shlex.quote(asked.own.runs)} {shlex.join(words)}"
+    words = ["sbatch", f"--array={array}", SCRIPT, *configs, *asked.main_flags]
+    return f"SEEDS={seeds} RUNS={shlex.quote(asked.options.runs)} {shlex.join(words)}"
 
 
 def as_ranges(numbers: list[int]) -> str:
@@ -371,7 +371,7 @@ def check(table: list[Task]) -> None:
         raise error
 
 
-def workers(asked: cli.Command, states: dict[Task, State]) -> Workers:
+def workers(asked: cli.Command, states: dict[Task, State]) -> LocalScheduler:
     """The workers of this machine.
 
     Raises:
@@ -382,8 +382,8 @@ def workers(asked: cli.Command, states: dict[Task, State]) -> Workers:
     from experiment import console
 
     visible, present = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
-    where = places(asked.own.gpus, visible, present)
-    return Workers(states, where, console.info)
+    where = gpu_slots(asked.options.gpus, visible, present)
+    return LocalScheduler(states, where, console.info)
 
 
 def states_of(asked: cli.Command) -> dict[Task, State]:
@@ -392,8 +392,8 @@ def states_of(asked: cli.Command) -> dict[Task, State]:
     Raises:
         UsageError: every problem of the tables, the configs and their flags at once.
     """
-    own = asked.own
-    table = tasks.work_list(asked.operands, own.seeds, own.runs, asked.network)
+    own = asked.options
+    table = tasks.work_list(asked.arguments, own.seeds, own.runs, asked.main_flags)
     return {task: tasks.state_of(task) for task in table}
 
 
@@ -401,14 +401,14 @@ def train(asked: cli.Command, handler: signals.SignalHandler, again: str) -> Non
     """Train what is left of a table on the GPUs at hand.
 
     Raises:
-        RunError: what `states_of`, `check`, `workers` and `conclude` raise.
+        RunError: what `states_of`, `check`, `workers` and `raise_outcome` raise.
     """
     from experiment import console
 
     states = states_of(asked)
     check([task for task, state in states.items() if state.word not in tasks.NOT_TO_START])
     here = workers(asked, states)
-    refused = [End(task, state.code, state.detail)
+    refused = [RunOutcome(task, state.code, state.detail)
                for task, state in states.items() if state.word == tasks.OTHER]  # fmt: skip
     for end in refused:
         console.info(f"=> {end.task.name}: {tasks.OTHER}: {end.reason}")
@@ -417,15 +417,15 @@ def train(asked: cli.Command, handler: signals.SignalHandler, again: str) -> Non
     if not here.ends:  # else it has been said
         console.info(f"=> {here.progress()}")
     signalled = signal.Signals(handler.signum).name if here.was_stopped else ""
-    conclude(refused + here.ends, len(states), signalled, again)
+    raise_outcome(refused + here.ends, len(states), signalled, again)
 
 
 def sweep(argv: list[str]) -> None:
     """Train, list or submit the table that a command line asks for."""
     asked = parse(argv)
-    if asked.own.slurm:
+    if asked.options.slurm:
         submit(asked, states_of(asked))
-    elif asked.own.dryRun:
+    elif asked.options.dryRun:
         states = states_of(asked)
         print(tasks.listing(states))
         print(workers(asked, states).progress())
@@ -435,7 +435,7 @@ def sweep(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Sweep over a table; the exit code."""
-    return cli.run(argv, USAGE, FLAGS, sweep, network=True)
+    return cli.run(argv, USAGE, FLAGS, sweep, main_flags=True)
 
 
 if __name__ == "__main__":
