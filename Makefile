@@ -26,7 +26,7 @@ soak: $(VENV)/.installed-dev  ## the long fault tests, about forty minutes; RECO
 	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record $(RECORD))
 
 # Figure 5 is drawn from its numbers: the weights that they are of are too large to keep here.
-report: $(VENV)/.installed-dev  ## draw the figures and write RESULTS.md anew from the runs in results/runs
+report: $(VENV)/.installed-dev  ## draw the figures and write RESULTS.md from the runs in results/runs
 	$(RUN) -m tools.figures results/runs --weights results/figures/figure5.csv --note $(JPEG)
 	$(RUN) -m tools.report results/runs --output RESULTS.md
 

@@ -1,8 +1,8 @@
-"""Figure 5 of the paper as numbers: how much each layer of a DenseNet uses each earlier one.
+"""Compute Figure 5 of the paper: how much each layer of a DenseNet uses each earlier one.
 
 Cell (s, l) of a dense block is the mean absolute weight by which the first convolution of layer l
-reads the feature maps that layer s has made. Source 0 is the input of the block. The last column
-is what reads the whole block: the 1x1 convolution of its transition, or the classifier.
+reads the features of layer s. Source 0 is the input of the block. The last column is the layer
+that reads the whole block: the 1x1 convolution of its transition, or the classifier.
 """
 
 import csv
@@ -16,9 +16,8 @@ from pathlib import Path
 from errors import CheckpointError, DataError
 
 COLUMNS = ("network", "block", "target", "source", "mean_abs_weight")
-EXITS = ("transition", "classifier")
 # `conv.1` is the spelling of old torchvision files.
-_LAYER = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.conv\.?1\.weight")
+LAYER_WEIGHT = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.conv\.?1\.weight")
 
 
 @dataclass(frozen=True)
@@ -26,85 +25,72 @@ class Block:
     """The cells of one dense block of n layers.
 
     Args:
-        exit: what its last column is, one of EXITS.
-        columns: for layer 1 to n, and then for the exit, the mean absolute weight of each source
-            that it reads: l for layer l, n + 1 for the exit.
+        exit: the target of the last column, "transition" or "classifier".
+        columns: n + 1 targets; column l has the l sources 0 to l - 1.
     """
 
     exit: str
     columns: tuple[tuple[float, ...], ...]
 
 
-# ------------------------------------------------------------------------------------ from weights
-
-
 def blocks(weights: dict, source: object) -> list[Block]:
-    """The cells of every dense block of a state dict: CIFAR or ImageNet shape, basic or bottleneck.
+    """Compute the cells of every dense block: CIFAR or ImageNet shape, basic or bottleneck.
 
-    The channels that a layer made are found from what its successors read: layer l reads those of
-    the block's input and of the layers before it, in this order.
+    Layer l reads the channels of the block's input and of the layers before it, in this order, so
+    the input channels of successive layers tell which channels each one made.
 
     Args:
-        weights: tensors with the names of this project, torchvision or timm.
-        source: where they are from, for the message.
+        weights: a state dict with the names of this project, torchvision or timm.
+        source: the file, for error messages.
 
     Raises:
-        CheckpointError: these are not the weights of a DenseNet.
+        CheckpointError: the weights are not those of a DenseNet.
     """
+
+    def refuse(why: str) -> CheckpointError:
+        what = f"{source} is not of a DenseNet: {why}"
+        return CheckpointError(what, "name weights of --netType densenet")
+
     layers: dict[int, dict[int, object]] = {}
     for name, tensor in weights.items():
-        match = _LAYER.fullmatch(name)
+        match = LAYER_WEIGHT.fullmatch(name)
         if match:
             layers.setdefault(int(match[1]), {})[int(match[2])] = tensor
     if not layers:
-        raise _no_densenet(source, "it has no dense block")
+        raise refuse("it has no dense block")
     found = []
     for number in sorted(layers):
         last = number == max(layers)
         name = "classifier.weight" if last else f"features.transition{number}.conv.weight"
         if name not in weights:
-            raise _no_densenet(source, f"{name} is missing")
+            raise refuse(f"{name} is missing")
         readers = [layers[number][layer] for layer in sorted(layers[number])] + [weights[name]]
-        problem = _problem(readers)
-        if problem:
-            raise _no_densenet(source, f"dense block {number} {problem}")
-        found.append(Block(EXITS[last], _columns(readers)))
+        if any(weight.dim() < 2 or not weight.numel() for weight in readers):
+            raise refuse(f"dense block {number} has a weight of too few dimensions")
+        widths = [weight.shape[1] for weight in readers]
+        growth = {later - earlier for earlier, later in itertools.pairwise(widths)}
+        if len(growth) != 1 or min(growth) < 1:  # also where a layer is missing
+            read = ", ".join(map(str, widths))
+            raise refuse(f"dense block {number} has layers that read {read} channels")
+        found.append(Block("classifier" if last else "transition", _columns(readers, widths)))
     return found
 
 
-def _problem(readers: list) -> str | None:
-    """Why these weights, (C_out, C_in, ...) each, do not read a dense block; None when they do."""
-    if any(weight.dim() < 2 or not weight.numel() for weight in readers):
-        return "has a weight of too few dimensions"
-    ends = [weight.shape[1] for weight in readers]
-    growth = {later - earlier for earlier, later in itertools.pairwise(ends)}
-    if len(growth) != 1 or min(growth) < 1:  # also where a layer is missing
-        return f"has layers that read {', '.join(map(str, ends))} channels"
-    return None
-
-
-def _columns(readers: list) -> tuple[tuple[float, ...], ...]:
-    """Mean absolute weights of what reads the outputs of the layers, (C_out, C_in, ...) each."""
-    ends = [weight.shape[1] for weight in readers]  # where the channels of source 0, 1, ... end
+def _columns(readers: list, widths: list[int]) -> tuple[tuple[float, ...], ...]:
+    """Average |weight| over each source's channels; readers are (C_out, C_in, ...) each."""
     columns = []
     for layer, weight in enumerate(readers, start=1):
         per_channel = weight.double().abs().transpose(0, 1).flatten(1).mean(dim=1)  # (C_in,)
-        slices = zip([0, *ends[: layer - 1]], ends[:layer], strict=True)
-        columns.append(tuple(per_channel[start:end].mean().item() for start, end in slices))
+        ranges = itertools.pairwise([0, *widths[:layer]])
+        columns.append(tuple(per_channel[start:end].mean().item() for start, end in ranges))
     return tuple(columns)
 
 
-def _no_densenet(source: object, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source} is not of a DenseNet: {why}", "name weights of --netType densenet"
-    )
+# ------------------------------------------------------------------------------------ its CSV file
 
 
-# -------------------------------------------------------------------------------------- file of it
-
-
-def as_csv(network: str, cells: list[Block]) -> bytes:
-    """The cells with five digits, one line each; `network` says whose they are."""
+def to_csv(network: str, cells: list[Block]) -> bytes:
+    """Write the cells with five digits, a line each; `network` names their weights."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -117,50 +103,36 @@ def as_csv(network: str, cells: list[Block]) -> bytes:
 
 
 def from_csv(path: Path, content: bytes) -> tuple[str, list[Block]]:
-    """The network's name and the cells that `as_csv` has written.
+    """Read the network's name and the cells that `to_csv` has written.
 
     Args:
-        path: named in the message when something is wrong.
+        path: the file, for the error message.
 
     Raises:
-        DataError: it is no such file, or not whole.
+        DataError: the content is not that of `to_csv`, or not complete.
     """
-    fix = "write it anew with --weights CHECKPOINT"
-    try:
-        rows = list(csv.DictReader(content.decode().splitlines(), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is no CSV file: {error}", fix) from error
-    if not rows or tuple(rows[0]) != COLUMNS:
-        raise DataError(f"{path} does not have the columns {', '.join(COLUMNS)}", fix)
     found: dict[str, dict[str, list[float]]] = {}  # block -> target -> values
     try:
+        rows = list(csv.DictReader(content.decode().splitlines()))
         for row in rows:
             column = found.setdefault(row["block"], {}).setdefault(row["target"], [])
-            value = float(row["mean_abs_weight"])
-            if int(row["source"]) != len(column) or not 0 <= value < math.inf:
-                raise ValueError
-            column.append(value)
-        cells = [_whole_block(targets) for targets in found.values()]
-        exits = [block.exit for block in cells]
-        if exits != ["transition"] * (len(cells) - 1) + ["classifier"]:
-            raise ValueError
-        if list(found) != [str(number) for number in range(1, len(found) + 1)]:
-            raise ValueError
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path} is not a whole table of Figure 5", fix) from error
-    return rows[0]["network"], cells
-
-
-def _whole_block(targets: dict[str, list[float]]) -> Block:
-    """A block from its columns by name; ValueError when one is missing or too short."""
-    *layers, exit_name = targets
-    sizes = [len(column) for column in targets.values()]
-    in_order = layers == [str(number) for number in range(1, len(layers) + 1)]
-    if not layers or not in_order or exit_name not in EXITS:
-        raise ValueError
-    if sizes != list(range(1, len(targets) + 1)):
-        raise ValueError
-    return Block(exit_name, tuple(tuple(column) for column in targets.values()))
+            column.append(float(row["mean_abs_weight"]))
+        network = rows[0]["network"]
+    except (ValueError, csv.Error, KeyError, TypeError, IndexError):
+        network = ""
+    cells = [Block(list(columns)[-1], tuple(map(tuple, columns.values()))) for columns in
+             found.values()]  # fmt: skip
+    exits = ["transition"] * (len(cells) - 1) + ["classifier"]
+    is_whole = [block.exit for block in cells] == exits and all(
+        len(column) == layer and all(0 <= value < math.inf for value in column)
+        for block in cells
+        for layer, column in enumerate(block.columns, start=1)
+    )
+    # Names and numbers of blocks, targets and sources are right if writing them gives the file.
+    if not is_whole or to_csv(network, cells) != content:
+        fix = "write it again with --weights CHECKPOINT"
+        raise DataError(f"{path} is not a complete table of Figure 5", fix)
+    return network, cells
 
 
 # ----------------------------------------------------------------------------------- for the figure
@@ -173,20 +145,17 @@ SCALES = {
 
 
 def scaled(block: Block, scale: str) -> Block:
-    """The cells on the figure's scale.
+    """Divide the cells as one of SCALES says.
 
-    The paper shows 0 to 1 and does not say of what. Only the sources of one target are compared
-    in its text, and batch normalisation takes the size of a layer's weights out of the network, so
-    that the default is to divide each column by its largest cell.
-
-    Args:
-        scale: one of SCALES.
+    The paper shows 0 to 1 and does not say of what. Its text compares only the sources of one
+    target, and batch normalisation removes the scale of a layer's weights from the network, so the
+    default divides each column by its largest cell.
     """
     if scale == "none":
         return block
-    whole = max(map(max, block.columns))
-    columns = []
-    for column in block.columns:
-        largest = max(column) if scale == "column" else whole
-        columns.append(tuple(value / largest if largest else 0.0 for value in column))
-    return Block(block.exit, tuple(columns))
+    largest = [max(column) for column in block.columns]
+    if scale == "block":
+        largest = [max(largest)] * len(largest)
+    columns = zip(block.columns, largest, strict=True)
+    divided = tuple(tuple(value / (most or 1.0) for value in column) for column, most in columns)
+    return Block(block.exit, divided)

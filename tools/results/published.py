@@ -1,7 +1,9 @@
-"""The published numbers of docs/published.yaml: tables, rows, and where each number stands."""
+"""Load the published numbers of docs/published.yaml: tables, rows, and their sources."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import yaml
 
 from tools import cli
 
@@ -14,48 +16,39 @@ class Row:
 
     Args:
         params: as printed, such as "27.2M"; None where the source gives none.
-        errors: column -> error in per cent.
-        configs: column -> config that reproduces it, such as "c10plus/densenet-bc-L100-k12".
+        errors: column -> error in per cent, as printed: "7.00".
+        configs: column -> config that reproduces it; {} for a row that is only cited.
         source: a key of `sources`.
-        printed: column -> the error as printed, "7.00".
-        own: columns in which the authors of DenseNet ran a method of others themselves.
+        own: columns in which the authors of DenseNet ran another method themselves.
         costs: `seconds_per_iteration` and `memory_mb` as printed, where they were published.
     """
 
     method: str
     depth: int | None
     params: str | None
-    errors: dict[str, float]
+    errors: dict[str, str]
     configs: dict[str, str]
     source: str
-    printed: dict[str, str] = field(default_factory=dict)
-    own: tuple[str, ...] = ()
-    costs: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_cited(self) -> bool:
-        """Whether nothing here reproduces the row."""
-        return not self.configs
+    own: tuple[str, ...]
+    costs: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Table:
     """A published table: its columns are datasets, or "top-1" of ImageNet."""
 
-    key: str
     title: str
     columns: tuple[str, ...]
     rows: list[Row]
 
 
-def plain(text: str) -> object:
-    """A YAML document as dicts, lists and texts, each scalar as it is written: 7.00 stays 7.00.
+def load_yaml(text: str) -> object:
+    """Load YAML as dicts, lists and strings, each scalar as it is written: 7.00 stays 7.00.
 
-    Composed and never constructed: no tag is acted on.
+    It composes the document and constructs nothing, so that no tag is acted on.
     """
-    import yaml
 
-    def value(node) -> object:
+    def value(node: yaml.Node) -> object:
         if isinstance(node, yaml.MappingNode):
             return {value(key): value(item) for key, item in node.value}
         if isinstance(node, yaml.SequenceNode):
@@ -68,29 +61,19 @@ def plain(text: str) -> object:
 
 @functools.cache
 def tables() -> dict[str, Table]:
-    """The tables by key: "table2", "wide" and "imagenet"."""
-    found = {}
-    for key, table in plain(PUBLISHED.read_text())["tables"].items():
-        rows = [_row(row) for row in table["rows"]]
-        found[key] = Table(key, table["title"], tuple(table["columns"]), rows)
-    return found
+    """Load the tables by key: "table2", "wide" and "imagenet"."""
+    return {
+        key: Table(table["title"], tuple(table["columns"]), [_row(**row) for row in table["rows"]])
+        for key, table in load_yaml(PUBLISHED.read_text())["tables"].items()
+    }
 
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """Where the numbers stand, by the key that rows have."""
-    return plain(PUBLISHED.read_text())["sources"]
+    """Load the titles of the sources, by the key that rows give."""
+    return load_yaml(PUBLISHED.read_text())["sources"]
 
 
-def _row(row: dict) -> Row:
-    return Row(
-        method=row["method"],
-        depth=int(row["depth"]) if "depth" in row else None,
-        params=row.get("params"),
-        errors={column: float(error) for column, error in row["errors"].items()},
-        configs=row.get("configs", {}),
-        source=row["source"],
-        printed=row["errors"],
-        own=tuple(row.get("own", ())),
-        costs=row.get("costs", {}),
-    )
+def _row(method, errors, source, depth=None, params=None, configs=None, own=(), costs=None) -> Row:
+    depth = None if depth is None else int(depth)
+    return Row(method, depth, params, errors, configs or {}, source, tuple(own), costs or {})

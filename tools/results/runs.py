@@ -1,35 +1,42 @@
-"""What one run says of itself in its small files: settings, log, state and data.
+"""Read run directories: settings, log, status and data of each, and what they measured.
 
-Nothing here raises because of what stands in them.
+Only config.yaml, log.jsonl, status.json and data.json are read, so that the committed runs without
+weights (results/runs) count as well.
 """
 
-import functools
 import math
+import os
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import opts
 from cli.flag_types import Settings
-from tools.results.configs import BEST, counts, split_name
+from datasets.registry import DATASETS
+from errors import DataError, RunError, printable
+from fileio.atomic import read_json
+from tools.results.configs import comparable_settings, names_by_settings
+
+MAX_MISSING = 0.001  # part of ImageNet's images; other datasets are complete or not read at all
 
 
 @dataclass
 class Run:
-    """What the small files of a run directory say.
+    """The small files of a run directory. Nothing raises because of their values.
 
     Args:
         records: the epochs of log.jsonl.
-        status: status.json, {} when it cannot be read.
-        data: data.json, the same.
-        config: the config whose settings it has; None when there is no such.
+        status: status.json, {} when it cannot be read; `data` is data.json.
+        config: name of the config that has the same settings, if any; `find` sets it.
     """
 
     path: Path
     opt: Settings
     records: list[dict]
     status: dict
-    data: dict = field(default_factory=dict)
+    data: dict
     config: str | None = None
 
     @property
@@ -39,116 +46,149 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """The last epoch in its log, 0 when there is none."""
+        """The last epoch in the log, 0 if there is none."""
         return self.records[-1]["epoch"] if self.records else 0
 
     @property
     def state(self) -> str:
-        """What status.json says: running, preempted, failed or done; else unknown."""
+        """The state in status.json: running, preempted, failed or done; else unknown."""
         state = self.status.get("state")
         return state if state in ("running", "preempted", "failed", "done") else "unknown"
 
     @property
     def is_done(self) -> bool:
-        """Whether it has come to its end and its log has every epoch and the result."""
+        """Whether it has ended, and its log has every epoch and the result."""
         epochs = [record["epoch"] for record in self.records]
-        whole = epochs == list(range(1, self.opt.nEpochs + 1))
-        return self.state == "done" and whole and self.error is not None
-
-    @property
-    def split(self) -> str:
-        """Which epoch's error is the result.
-
-        With validSize the model with the lowest validation error is tested, as in the paper on
-        SVHN; else the result is the test error of the last epoch.
-        """
-        return split_name(self.opt)
+        is_whole = epochs == list(range(1, self.opt.nEpochs + 1))
+        return self.state == "done" and is_whole and self.error is not None
 
     @property
     def error(self) -> float | None:
-        """The test error in per cent that the paper would report; None when there is none."""
-        if self.split == BEST:
+        """The test error in per cent that the paper would report, see `selection`."""
+        if self.opt.validSize:
             return number(self.status, "test_top1")
         return number(self.records[-1], "val_top1") if self.records else None
 
     @property
-    def parameters(self) -> int:
-        """Trained numbers of its network, see `counts`."""
-        return counts(self.opt)[0]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of its network for one image, see `counts`."""
-        return counts(self.opt)[1]
-
-    @property
     def hours(self) -> float | None:
-        """Training and validation of all logged epochs; None when the log does not say."""
-        return self._total(lambda record: 1.0)
+        """Time of training and of validation in all epochs."""
+        times = self._column("time_s"), self._column("val_time_s")
+        return None if None in times else sum(map(sum, times)) / 3600
 
     @property
-    def device_hours(self) -> float | None:
-        """`hours` times the devices at work in each epoch; None when the log does not say."""
-        return self._total(lambda record: number(record, "replicas"))
-
-    @property
-    def device(self) -> str | None:
-        """What it ran on, such as "4 x NVIDIA H200"; None when the log does not say."""
-        found = {self._device(record): None for record in self.records}
-        return "; ".join(found) if found and None not in found else None
-
-    @property
-    def images_per_s(self) -> float | None:
-        """Median of the epochs' training speeds."""
-        speeds = [number(record, "images_per_s") for record in self.records]
-        return statistics.median(speeds) if speeds and None not in speeds else None
+    def seconds_per_step(self) -> float | None:
+        """Median time of a training step over the epochs."""
+        speed = statistics.median(self._column("images_per_s") or [0.0])
+        return self.opt.batchSize / speed if speed else None
 
     @property
     def memory_mb(self) -> float | None:
-        """The most memory of any epoch: of the GPU's allocator, or of the process on the CPU."""
-        peaks = [number(record, "memory_mb") for record in self.records]
-        return max(peaks) if peaks and None not in peaks else None
+        """Peak memory: of the GPU's allocator, or of the process on the CPU."""
+        return max(self._column("memory_mb") or [], default=None)
 
-    @functools.cached_property
-    def changes(self) -> list[str]:
-        """How it was not trained by its last settings from beginning to end, in words."""
-        from engine.schedule import LRSchedule
+    def _column(self, name: str) -> list[float] | None:
+        """Return a number for each epoch; None if the log is empty, or an older one without it."""
+        values = [number(record, name) for record in self.records]
+        return values if values and None not in values else None
 
-        opt = self.opt
-        schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
-        found = ["settings changed on the way by --override"] * bool(self.status.get("overrides"))
+    @property
+    def device(self) -> str | None:
+        """The hardware, such as "4 x NVIDIA H200"; None if an older log lacks it."""
+        found = {}  # keeps the order
         for record in self.records:
-            logged, due = number(record, "lr"), schedule.lr(record["epoch"], 1, 1)
-            # A run that was made longer on the way began by the milestones of a shorter one.
-            if logged is not None and not math.isclose(logged, due, rel_tol=1e-6, abs_tol=1e-12):
-                found.append(f"rate {logged:g} in epoch {record['epoch']}, not {due:g}")
-                break
-        return found
+            device, count = record.get("device"), number(record, "replicas")
+            if not isinstance(device, str) or count is None:
+                return None
+            found[device if count == 1 else f"{count:g} x {device}"] = None
+        return "; ".join(found) or None
 
     @property
     def images(self) -> tuple[object, object]:
-        """Digests of its training and test images; runs on other images are no repetition."""
+        """Fingerprints of its training and test images: runs on others are not repetitions."""
         return self.data.get("training_set"), self.data.get("test_set")
 
-    def _total(self, weight: Callable[[dict], float | None]) -> float | None:
-        total = 0.0
-        for record in self.records:
-            parts = (number(record, "time_s"), number(record, "val_time_s"), weight(record))
-            if None in parts:
-                return None
-            total += (parts[0] + parts[1]) * parts[2] / 3600
-        return total if self.records else None
 
-    @staticmethod
-    def _device(record: dict) -> str | None:
-        device, replicas = record.get("device"), number(record, "replicas")
-        if not isinstance(device, str) or replicas is None:
-            return None
-        return device if replicas == 1 else f"{replicas:g} x {device}"
+def selection(opt: Settings) -> str:
+    """Name the epoch whose test error is the result.
+
+    With a validation set it is the epoch with the lowest validation error, as in the paper on
+    SVHN, otherwise the last one.
+    """
+    return "best validation" if opt.validSize else "last epoch"
 
 
 def number(values: dict, name: str) -> float | None:
-    """A finite number of a JSON object; None for anything else."""
+    """Return a finite number of a JSON object, None for anything else."""
     value = values.get(name)
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if plain and math.isfinite(value) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def warn(line: str) -> None:
+    """Print on standard error what was left out, and why."""
+    print(f"note: {printable(line)}", file=sys.stderr)
+
+
+def find(paths: Iterable[Path | str], warn: Callable[[str], None] = warn) -> list[Run]:
+    """Read the runs in some directories and below, each once, in the order of their paths.
+
+    Args:
+        warn: called with a line for each directory with a log.jsonl that cannot be read.
+
+    Raises:
+        DataError: one of `paths` is not a directory.
+    """
+
+    def skip(error: OSError) -> None:
+        warn(f"{error.filename} is left out: {error.strerror}")
+
+    seen: set[str] = set()
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise DataError(f"not a directory: {path}", "name a directory of runs")
+        for directory, below, files in os.walk(path, onerror=skip, followlinks=True):
+            real = os.path.realpath(directory)
+            is_new, is_run = real not in seen, "log.jsonl" in files
+            seen.add(real)
+            # os.walk goes on into what remains in `below`: links may form a loop.
+            below[:] = sorted(name for name in below if is_new and not is_run and name[0] != ".")
+            if is_new and is_run:
+                found.append(read(Path(directory), warn))
+    found = [run for run in found if run]
+    for run in found:
+        run.config = _config_of(run)
+    return found
+
+
+def read(directory: Path, warn: Callable[[str], None] = warn) -> Run | None:
+    """Read a run directory; warn and return None if its settings or its log cannot be read."""
+    import experiment.log
+
+    try:
+        opt = opts.parse(["--config", str(directory / "config.yaml")])
+        records = experiment.log.read_log(directory)
+    except RunError as error:
+        warn(f"{directory} is left out: {'; '.join(what for what, _ in error.problems)}")
+        return None
+    except OSError as error:
+        warn(f"{directory} is left out: {error.strerror}")
+        return None
+    status, data = (read_json(directory / name) for name in ("status.json", "data.json"))
+    return Run(directory, opt, records, status, data)
+
+
+def _config_of(run: Run) -> str | None:
+    """Return the name of the config with the settings of a run.
+
+    None after --override, when the last settings are not those of all epochs, and for a run on a
+    part of ImageNet.
+    """
+    num_images = number(run.data, "train")
+    if run.opt.dataset == "imagenet" and num_images is not None:
+        full = DATASETS["imagenet"].num_images[0] - run.opt.validSize
+        if abs(num_images - full) > MAX_MISSING * full:
+            return None
+    if run.status.get("overrides"):
+        return None
+    return names_by_settings().get(comparable_settings(run.opt))

@@ -1,6 +1,6 @@
-"""The runs of a table, configs x seeds, and what the run directory of each says about it.
+"""List the runs of a table, configs x seeds, and read from its directory what became of each.
 
-Nothing else is asked or kept: what is done stands in the run directories.
+A sweep stores nothing of its own: the run directories say what is done.
 """
 
 import fcntl
@@ -11,18 +11,17 @@ from pathlib import Path
 
 import opts
 from cli.flag_types import Settings, closest_match
-from errors import RunError, UsageError, printable
-from fileio.atomic import read_json
+from errors import UsageError, printable
+from tools.results import runs
+from tools.results.configs import comparable_settings
 
-CONFIGS = Path("configs")  # below the current directory, where a Slurm job runs the same names
-# Tables of the paper that are no directory of their own.
+CONFIGS = Path("configs")  # below the current directory, where a Slurm job finds the same names
+# Tables of the paper that are several directories.
 TABLES = {"table2": ("c10", "c10plus", "c100", "c100plus", "svhn")}
 
-# What may be said of a run.
-DONE, SHORTER, NEW = "done", "done, but shorter", "not started"
+DONE, NEW, RUNNING = "done", "not started", "running elsewhere"
 PREEMPTED, FAILED, KILLED = "preempted", "failed", "killed"
-RUNNING, OTHER = "running elsewhere", "other settings"
-NOT_TO_START = (DONE, RUNNING, OTHER)
+OTHER = "done, other settings"  # main.py decides whether it may go on
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ class Task:
         config: its config file.
         save: its run directory.
         flags: the command line of main.py.
-        opt: what that comes to.
+        opt: the settings in that command line.
     """
 
     name: str
@@ -46,26 +45,27 @@ class Task:
 
 @dataclass(frozen=True)
 class State:
-    """What a run directory says.
+    """The state of a run: one of the words above, and finished epochs.
 
     Args:
-        word: one of those above.
-        finished: epochs.
-        detail: why it failed, or who has it.
-        code: that main.py has ended with or would end with.
+        detail: why it failed or stopped, or which process is writing it.
     """
 
     word: str
     finished: int = 0
     detail: str = ""
-    code: int = 0
+
+    @property
+    def is_left(self) -> bool:
+        """Whether a sweep is to start the run."""
+        return self.word not in (DONE, RUNNING)
 
 
 # --------------------------------------------------------------------------------- the work list
 
 
 def work_list(names: list[str], seeds: list[int], runs: str, flags: list[str]) -> list[Task]:
-    """The runs of tables and configs: configs as given, each with all seeds.
+    """Return the runs of tables and configs: the configs in their order, each with all seeds.
 
     Args:
         runs: directory of the run directories.
@@ -74,13 +74,13 @@ def work_list(names: list[str], seeds: list[int], runs: str, flags: list[str]) -
     Raises:
         UsageError: every problem of the tables, the configs and their flags at once.
     """
-    found, problems, tasks = [], [], []
+    configs, problems, tasks = {}, [], []  # dicts instead of sets, to keep the order
     for name in names:
         try:
-            found += configs_of(name)
+            configs |= dict.fromkeys(configs_of(name))
         except UsageError as error:
             problems += error.problems
-    for config in dict.fromkeys(found):
+    for config in configs:
         for seed in seeds:
             try:
                 tasks.append(_task(config, seed, runs, flags))
@@ -99,7 +99,7 @@ def _task(config: str, seed: int, runs: str, flags: list[str]) -> Task:
 
 
 def configs_of(name: str) -> list[str]:
-    """The config files that a table, a directory or a config file stands for.
+    """Return the config files of a table or a directory, or the one config file.
 
     Raises:
         UsageError: there are none.
@@ -107,56 +107,45 @@ def configs_of(name: str) -> list[str]:
     if name in TABLES:
         return [config for part in TABLES[name] for config in configs_of(part)]
     for path in (CONFIGS / name, CONFIGS / f"{name}.yaml", Path(name)):
-        if path.is_dir():
-            files = sorted(path.glob("*.yaml"))
-            if not files:
-                raise UsageError(f"no config files (*.yaml) in {path}", "name another directory")
-            return [_from_here(file) for file in files]
-        if path.is_file():
-            return [_from_here(path)]
+        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        if not files:
+            raise UsageError(f"no config files (*.yaml) in {path}", "name another directory")
+        if files[0].is_file():
+            # One name for each file: relative below the current directory, else absolute.
+            absolute, here = [Path(os.path.abspath(file)) for file in files], Path.cwd()
+            return [
+                str(file.relative_to(here) if file.is_relative_to(here) else file)
+                for file in absolute
+            ]
     known = [*TABLES, *(path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir())]
     near = closest_match(name, known)
     fix = f"did you mean {near}?" if near else f"use {', '.join(known)}, or a config file"
     raise UsageError(f"no table or config {name}", fix)
 
 
-def _from_here(path: Path) -> str:
-    """A path relative to the current directory where it is below it, so that it has one name."""
-    whole, here = Path(os.path.abspath(path)), Path.cwd()
-    return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
-
-
-# ------------------------------------------------------------------------- what a run has come to
+# ------------------------------------------------------------------------------- states of runs
 
 
 def state_of(task: Task) -> State:
-    """What a run's directory says, and whether this run may go on there."""
-    said = progress_of(task)
-    refused = None if said.word == RUNNING else refusal(task)
-    return State(OTHER, said.finished, refused.report(), refused.code) if refused else said
-
-
-def progress_of(task: Task) -> State:
-    """What a run's directory says, whatever its settings were."""
-    import experiment.log
-
-    records = experiment.log.read_log(task.save)
-    finished = records[-1]["epoch"] if records else 0
-    owner = owner_of(task.save)
+    """Read the state of a run from its directory."""
+    run = runs.read(task.save, warn=lambda line: None)
+    finished = run.epoch if run else 0
+    owner = lock_owner(task.save)
     if owner:
         return State(RUNNING, finished, owner)
-    status = read_json(task.save / "status.json")
-    word, code = status.get("state"), status.get("code")
-    if word == DONE:
-        is_whole = task.opt.nEpochs in (finished, status.get("epoch"))
-        return State(DONE if is_whole else SHORTER, finished)
-    if word in (PREEMPTED, FAILED):
-        return State(word, finished, str(status.get("reason", "")), code or 1)
-    return State(KILLED if word or finished else NEW, finished)
+    if not run:  # its settings cannot be read, or there are none yet: main.py decides
+        return State(KILLED if task.save.exists() else NEW)
+    if run.state == "done":
+        is_same = comparable_settings(run.opt) == comparable_settings(task.opt)
+        return State(DONE if is_same and run.is_done else OTHER, finished)
+    if run.state in (PREEMPTED, FAILED):
+        code = f"{run.status.get('code')}: " if run.state == FAILED else ""
+        return State(run.state, finished, f"{code}{run.status.get('reason', '')}")
+    return State(KILLED, finished)
 
 
-def owner_of(save: Path) -> str | None:
-    """Who is writing a run directory, None when nobody is; nothing is changed by looking."""
+def lock_owner(save: Path) -> str | None:
+    """Return the process that is writing a run directory, if any; change nothing."""
     try:
         with open(save / ".lock") as file:
             try:
@@ -164,41 +153,17 @@ def owner_of(save: Path) -> str | None:
             except (BlockingIOError, PermissionError):
                 return file.read().strip() or "another process"
     except OSError:
-        return None
-    return None
-
-
-def refusal(task: Task) -> RunError | None:
-    """Why main.py would not go on with what is in the directory: it is of other settings."""
-    import checkpoints
-    from experiment import resume
-
-    config = task.save / "config.yaml"
-    status = read_json(task.save / "status.json")
-    has_checkpoint = checkpoints.has_checkpoint(task.save) or status.get("state") == DONE
-    if not (config.is_file() and has_checkpoint):
-        return None
-    try:
-        theirs = opts.settings(opts.parse(["--config", str(config)]))
-    except UsageError:
-        return None  # main.py reads the settings in the checkpoint
-    defaults = {flag.name: flag.default for flag in opts.FLAGS.values()}
-    state = {"settings": defaults | theirs, "overrides": [], "epoch": 1, "step": 0}
-    try:
-        resume.merge_settings(task.opt, state, lambda line: None)
-    except RunError as error:
-        return error
+        pass
     return None
 
 
 def listing(states: dict[Task, State]) -> str:
-    """The runs of a table with the state of each, as text."""
+    """Format the runs of a table with their states."""
     width = max(len(task.name) for task in states)
-    lines = [f"{'run':<{width}}  {'state':<17}  {'epochs':>9}"]
+    lines = [f"{'run':<{width}}  {'state':<20}  {'epochs':>9}"]
     for task, state in states.items():
-        code = f"{state.code}: " if state.word == FAILED else ""
         epochs = f"{state.finished}/{task.opt.nEpochs}"
-        line = f"{task.name:<{width}}  {state.word:<17}  {epochs:>9}  {code}{state.detail}"
+        line = f"{task.name:<{width}}  {state.word:<20}  {epochs:>9}  {state.detail}"
         lines.append(printable(line.rstrip()))
     words = Counter(state.word for state in states.values())
     counts = ", ".join(f"{count} {word}" for word, count in words.most_common())
