@@ -1,7 +1,7 @@
-"""What a trained network sees in images: `python -m tools.classify CHECKPOINT IMAGE...`.
+"""Classify images with a trained network: `python -m tools.classify CHECKPOINT IMAGE...`.
 
-The images go through the pipeline of --testOnly, so that errors counted from the output are those
-that it reports.
+The images go through the pipeline of --testOnly, so that an error counted from the output equals
+the error that --testOnly reports.
 """
 
 import csv
@@ -14,7 +14,7 @@ from cli.flag_types import AT_LEAST_1, Flag, integer, text
 from errors import printable
 from tools import cli
 from tools.inference import network, sources
-from tools.inference.images import OVERWRITE, Unreadable, check_new, find_images
+from tools.inference.images import OVERWRITE, Unreadable
 
 FLAGS = {
     flag.name: flag
@@ -38,79 +38,72 @@ Guess = tuple[str, float]  # class name, probability in per cent
 
 
 def parse(argv: list[str]) -> cli.Command:
-    """The command line; the first operand is the checkpoint.
+    """Read the command line; the first argument is the checkpoint.
 
     Raises:
-        UsageError: a flag is wrong, or something is not named.
+        UsageError: a flag is wrong, or an argument is missing.
     """
-    return network.parse(argv, FLAGS)
+    return cli.read(argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True)
 
 
 def classify(
-    net: network.LoadedModel, paths: list[str], bad: Unreadable, top: int
+    net: network.LoadedModel, paths: list[str], unreadable: Unreadable, top: int
 ) -> Iterator[tuple[str, list[Guess]]]:
-    """Each image that can be read with its most probable classes, the most probable first."""
-    for images, places in net.batches(paths, bad):
-        probable = net.logits(images).double().softmax(dim=1).topk(min(top, len(net.classes)))
-        rows = zip(probable.values.tolist(), probable.indices.tolist(), strict=True)
-        for place, (shares, classes) in zip(places, rows, strict=True):
-            found = zip(classes, shares, strict=True)
-            yield paths[place], [(net.classes[number], 100 * share) for number, share in found]
+    """Yield each readable image with its most probable classes, the most probable first."""
+    for images, indices in net.batches(paths, unreadable):
+        best = net.logits(images).double().softmax(dim=1).topk(min(top, len(net.classes)))
+        rows = zip(indices, best.values.tolist(), best.indices.tolist(), strict=True)
+        for index, probabilities, classes in rows:
+            found = zip(classes, probabilities, strict=True)
+            yield paths[index], [(net.classes[label], 100 * p) for label, p in found]
 
 
 def as_text(path: str, guesses: list[Guess]) -> str:
-    """The lines of one image."""
+    """Format the guesses for one image as lines."""
     lines = [f"  {percent:7.3f} %  {name}" for name, percent in guesses]
     return "\n".join([printable(path), *lines])
 
 
-def as_rows(path: str, guesses: list[Guess]) -> list[tuple]:
-    """The CSV rows of one image."""
+def as_csv(path: str, guesses: list[Guess]) -> str:
+    """Format the guesses for one image as CSV rows."""
     ranked = enumerate(guesses, start=1)
-    return [(path, rank, name, f"{percent:.6g}") for rank, (name, percent) in ranked]
+    return csv_text([(path, rank, name, f"{percent:.6g}") for rank, (name, percent) in ranked])
 
 
-def csv_lines(rows: list[tuple]) -> str:
-    """Rows as CSV text."""
+def csv_text(rows: list[tuple]) -> str:
+    """Format rows as CSV, without the last line's end."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
+    return buffer.getvalue().removesuffix("\n")
 
 
 def run(argv: list[str]) -> int:
-    """Classify what the command line names; the exit code."""
-    asked = parse(argv)
-    checkpoint, *arguments = asked.arguments
-    output = Path(asked.options.csv) if asked.options.csv not in (None, "-") else None
-    if output:
-        check_new(output, asked.options.overwrite)
-    sources.check_there(Path(checkpoint))
-    paths = find_images(arguments)
+    """Classify the images that the command line names; return the exit code."""
+    command = parse(argv)
+    csv_file = command.options.csv
+    output = Path(csv_file) if csv_file not in (None, "-") else None
+    net, paths = network.load_model_and_images(command, output, command.arguments[1:])
 
     from datasets.file_loader import translate_worker_errors
     from experiment import console
     from fileio import atomic
 
-    classes = asked.options.classes and Path(asked.options.classes)
-    net, bad = network.load(Path(checkpoint), asked.main_flags, classes), Unreadable()
-    written = [csv_lines([COLUMNS])] if output else []
-    if asked.options.csv == "-":
-        console.info(csv_lines([COLUMNS]).rstrip("\n"))
+    unreadable, lines = Unreadable(), []
+    write = lines.append if output else console.info  # print results as they come
+    form = as_csv if csv_file else as_text
+    if csv_file:
+        write(csv_text([COLUMNS]))
     with translate_worker_errors():
-        for path, guesses in classify(net, paths, bad, asked.options.top):
-            if output:
-                written.append(csv_lines(as_rows(path, guesses)))
-            elif asked.options.csv:
-                console.info(csv_lines(as_rows(path, guesses)).rstrip("\n"))
-            else:
-                console.info(as_text(path, guesses))
+        for path, guesses in classify(net, paths, unreadable, command.options.top):
+            write(form(path, guesses))
     if output:
-        atomic.atomic_write(output, "".join(written).encode("utf-8", "surrogateescape"))
-    return bad.code
+        content = "".join(f"{line}\n" for line in lines)
+        atomic.atomic_write(output, content.encode("utf-8", "surrogateescape"))
+    return unreadable.code
 
 
 def main(argv: list[str]) -> int:
-    """Print or write the classes of images."""
+    """Run the command line and return its exit code."""
     return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
 
 

@@ -1,4 +1,4 @@
-"""Command lines of the tools: a few flags of their own, arguments, and perhaps main.py's flags."""
+"""Read the command lines of the tools, and run a tool: help, errors and exit codes."""
 
 import signal
 import sys
@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]  # of the project, whatever the curre
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for.
+    """A parsed command line.
 
     Args:
-        options: the values of the tool's flags by name.
-        arguments: what is no flag and no flag's value, in its order.
-        main_flags: flags of main.py as they would be given to it.
+        options: values of the tool's flags by name.
+        arguments: positional arguments.
+        main_flags: flags of main.py, in the form that main.py takes.
     """
 
     options: SimpleNamespace
@@ -38,17 +38,15 @@ def read(
     least: int = 1,
     main_flags: bool = False,
 ) -> Command:
-    """Read the flags of a tool, and of main.py where the tool passes them on.
-
-    A request for help is answered by `run`, before this.
+    """Parse the flags of a tool; `run` has answered a request for help before.
 
     Args:
-        arguments: what they are called in the message when there is none; "": there must be none.
-        least: 0 where arguments may be left out.
-        main_flags: take main.py's flags too; they are not checked here.
+        arguments: what error messages call a positional argument; "": the tool takes none.
+        least: number of positional arguments that are required.
+        main_flags: accept main.py's flags too, unchecked; a flag of the tool hides main.py's.
 
     Raises:
-        UsageError: every problem of the flags at once.
+        UsageError: every problem of the tool's flags at once.
     """
     others = opts.FLAGS.keys() - flags.keys() if main_flags else set()
     parser = FlagParser(flags | {name: opts.FLAGS[name] for name in others})
@@ -72,23 +70,22 @@ def run(
     function: Callable[[list[str]], int | None],
     main_flags: bool = False,
 ) -> int:
-    """The main function of a tool: help, or its work; the exit code, 0 or that of its error.
+    """Print help, or call the tool's function and report its errors; return the exit code.
 
     Args:
-        function: gets `argv`, and returns an exit code where it is not 0.
-        main_flags: show main.py's flags in the help, too.
+        function: takes `argv` and returns an exit code, None for 0.
+        main_flags: show main.py's flags in the help.
     """
-    if {"-h", "-help", "--help"} & set(argv):
-        groups = {"Options": list(flags.values())} | (opts.GROUPS if main_flags else {})
-
-        def function(argv: list[str]) -> None:
-            print(help_text(usage, groups))
-
     try:
-        code = function(argv) or 0
+        code = 0
+        if {"-h", "-help", "--help"} & set(argv):
+            groups = {"Options": list(flags.values())} | (opts.GROUPS if main_flags else {})
+            print(help_text(usage, groups))
+        else:
+            code = function(argv) or 0
         print(end="", flush=True)
         return code
-    except BrokenPipeError:  # `| head` is no error, and there is nobody to print to
+    except BrokenPipeError:  # the reader has gone, as with `| head`
         sys.stdout = None
         return 0
     except RunError as error:

@@ -1,13 +1,13 @@
-"""What a network counts: `python -m tools.describe` with any flags or `--config` of main.py.
+"""Count a network: `python -m tools.describe` with any flags or `--config` of main.py.
 
-With `--batchSize` also what its training steps need in memory, per precision and, of a DenseNet,
-memory level.
+With `--batchSize` it also predicts the memory of a training step in each precision and, of a
+DenseNet, at each memory level.
 """
 
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import opts
 from cli.flag_types import Settings
@@ -17,12 +17,12 @@ from models.registry import ARCHITECTURES
 PRECISIONS = ("single", "half", "bf16", "double")
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One convolution or the classifier, for one image.
+class Layer(NamedTuple):
+    """A convolution or the classifier, with its counts for one image.
 
     Args:
         shape: of the output, (C, H, W) or (C,).
+        activations: number of outputs.
     """
 
     name: str
@@ -34,10 +34,7 @@ class Layer:
 
 
 def measure(model, image_size: int) -> list[Layer]:
-    """Layers in the order they run, counted by running a network on the meta device.
-
-    Multiply-adds and activations (outputs) are those of convolutions and the classifier.
-    """
+    """Count the layers of a network on the meta device, in the order they run."""
     import torch
     from torch import nn
 
@@ -45,17 +42,15 @@ def measure(model, image_size: int) -> list[Layer]:
 
     def record(name: str):
         def hook(module, inputs, output) -> None:
-            shape = tuple(output.shape[1:])
+            kind = "linear"
             if isinstance(module, nn.Conv2d):
-                kernel = "x".join(map(str, module.kernel_size))
-                stride = f"/{module.stride[0]}" if module.stride[0] > 1 else ""
-                kind, in_channels = f"conv {kernel}{stride}", module.in_channels
-            else:
-                kind, in_channels = "linear", module.in_features
-            weights_per_output = module.weight[0].numel()
-            outputs = output[0].numel()
-            macs = outputs * weights_per_output
-            layers.append(Layer(name, kind, in_channels, shape, macs, outputs))
+                kind = f"conv {'x'.join(map(str, module.kernel_size))}"
+                kind += f"/{module.stride[0]}" if module.stride[0] > 1 else ""
+            outputs, per_output = output[0].numel(), module.weight[0].numel()
+            layers.append(
+                Layer(name, kind, inputs[0].shape[1], tuple(output.shape[1:]),
+                      outputs * per_output, outputs)
+            )  # fmt: skip
 
         return hook
 
@@ -68,10 +63,10 @@ def measure(model, image_size: int) -> list[Layer]:
 
 
 def num_classes(opt: Settings) -> int:
-    """The classes of the data that the settings name.
+    """Return the number of classes of the data that the settings name.
 
     Raises:
-        UsageError: they are in the data only.
+        UsageError: only the data tells.
     """
     from datasets import registry
 
@@ -82,10 +77,10 @@ def num_classes(opt: Settings) -> int:
 
 
 def build(opt: Settings):
-    """The network of the settings, without memory for its weights, in plain modules to be counted.
+    """Build the network of plain modules on the meta device, without memory for its weights.
 
     Raises:
-        UsageError: the number of classes is in the data only.
+        UsageError: only the data tells the number of classes.
     """
     import torch
 
@@ -96,7 +91,7 @@ def build(opt: Settings):
 
 
 def render(opt: Settings, model, layers: list[Layer]) -> str:
-    """The counts as the text that is printed."""
+    """Format the totals and a line for each layer."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = sum(layer.macs for layer in layers)
     activations = sum(layer.activations for layer in layers)
@@ -123,23 +118,21 @@ def render(opt: Settings, model, layers: list[Layer]) -> str:
 
 
 def memory(opt: Settings) -> Iterator[str]:
-    """Lines about the memory of training steps, each as soon as it is known.
-
-    One per level of optMemory, or one for a network that has no levels.
+    """Yield lines about the memory of a training step, one per level of optMemory if there are any.
 
     Raises:
-        UsageError: a GPU or kernels are asked for that are not there.
+        UsageError: the GPU or the kernels that the settings ask for are missing.
     """
     import engine.device
     import kernels.backend
     from engine.memory import MemoryEstimate
 
     device = engine.device.select(opt.nGPU)
+    # Not triton by name: that is an error in a precision which it does not support.
+    backend = "torch" if opt.kernels == "torch" else "auto"
     estimates = {}
     for precision in PRECISIONS:
-        # Triton asked for by name is an error where one precision cannot have it.
-        wish = "torch" if opt.kernels == "torch" else "auto"
-        ops, _ = kernels.backend.select(wish, device, precision)
+        ops, _ = kernels.backend.select(backend, device, precision)
         changed = opt.replace(precision=precision)
         estimates[precision] = MemoryEstimate(changed, num_classes(opt), device, ops)
 
@@ -152,22 +145,19 @@ def memory(opt: Settings) -> Iterator[str]:
         peaks = [estimate.peak_bytes(level) for estimate in estimates.values()]
         name = "step" if level is None else level
         yield f"{name:<12}" + "".join(f"{peak / 1e6:>12,.1f}" for peak in peaks)
+
+    # Add the data on the device, and the level that is left to choose.
     data = resident_bytes(opt)
     yield f"{'data':<12}" + ("not known here" if data is None else f"{data / 1e6:>12,.1f} more")
-    free = engine.device.free_bytes(device)
     if has_levels:
-        yield _choice(estimates[opt.precision], None if free is None else free - (data or 0))
-
-
-def _choice(estimate, free: int | None) -> str:
-    """What `--optMemory auto` does with so much memory."""
-    level, note = estimate.choose_level(free)
-    why = "" if free is not None else ", the fastest: what is free is known of a GPU only"
-    return note or f"optMemory auto: {level}{why}"
+        free = engine.device.free_bytes(device)
+        level, note = estimates[opt.precision].choose_level(free and free - (data or 0))
+        why = ", the fastest: free memory is known of a GPU only" if free is None else ""
+        yield note or f"optMemory auto: {level}{why}"
 
 
 def resident_bytes(opt: Settings) -> int | None:
-    """The images and labels that stay on the device; None where only the data tells."""
+    """Count images and labels that stay on the device; None if only the data tells."""
     from datasets import registry
 
     dataset = registry.DATASETS[opt.dataset]
@@ -180,7 +170,7 @@ def resident_bytes(opt: Settings) -> int | None:
 
 
 def main(argv: list[str]) -> int:
-    """Print the counts of the network that the flags describe, and the memory of its steps."""
+    """Print the counts of the network that the flags describe; return the exit code."""
     try:
         opt = opts.parse(argv)
         model = build(opt)

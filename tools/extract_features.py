@@ -1,4 +1,4 @@
-"""What a trained network's classifier sees of images, as numbers for other programs to work on.
+"""Write the input of a trained network's classifier for images, for other programs to work on.
 
 `python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER --output features.npz`. Features are
 written as they are computed, so that memory does not grow with the number of images.
@@ -17,7 +17,7 @@ from cli.flag_types import Flag, text
 from fileio import atomic
 from tools import cli
 from tools.inference import network, sources
-from tools.inference.images import OVERWRITE, Unreadable, check_new, find_images
+from tools.inference.images import OVERWRITE, Unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,45 +39,46 @@ An image that cannot be read is an error line and left out, and the exit code is
 
 
 def parse(argv: list[str]) -> cli.Command:
-    """The command line; the first operand is the checkpoint.
+    """Read the command line; the first argument is the checkpoint.
 
     Raises:
-        UsageError: a flag is wrong, or something is not named.
+        UsageError: a flag is wrong, or an argument is missing.
     """
-    return network.parse(argv, FLAGS)
+    return cli.read(argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True)
 
 
 def features(
-    net: network.LoadedModel, paths: list[str], bad: Unreadable
+    net: network.LoadedModel, paths: list[str], unreadable: Unreadable
 ) -> Iterator[tuple["np.ndarray", list[int]]]:
-    """Features (n, C) float32 batch by batch, and which of the paths they are of.
+    """Yield features (n, C) float32 batch by batch, with the indices of their paths.
 
-    Of ten crops it is the mean, from which the classifier computes the mean of their logits.
+    The features of ten crops are averaged: the classifier maps them to the mean of the logits.
     """
-    seen = []
-    hook = net.model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inputs = []
+    hook = net.model.classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        for images, places in net.batches(paths, bad):
+        for images, indices in net.batches(paths, unreadable):
             net.logits(images)
-            yield net.of_images(seen.pop().float()).cpu().numpy(), places
+            yield net.mean_over_crops(inputs.pop().float()).cpu().numpy(), indices
     finally:
         hook.remove()
 
 
-def as_labels(names: list[str]) -> tuple[list[str], list[int]] | None:
-    """Classes and the class number of each name, where all lie in directories; else None."""
-    parts = [Path(name).parts for name in names]
-    if not names or any(len(part) < 2 for part in parts):
-        return None
-    classes = sorted({part[0] for part in parts})
-    numbers = {name: number for number, name in enumerate(classes)}
-    return classes, [numbers[part[0]] for part in parts]
+def labels_of(names: list[str]) -> dict[str, "np.ndarray"]:
+    """Return classes, and the class number of each name, if all lie in directories; else {}."""
+    import numpy as np
+
+    directories = [Path(name).parts[0] for name in names if len(Path(name).parts) > 1]
+    if not names or len(directories) < len(names):
+        return {}
+    classes, labels = np.unique(directories, return_inverse=True)
+    return {"classes": classes, "labels": labels.astype(np.int64)}
 
 
 def write(
     target: IO[bytes], rows: IO[bytes], shape: tuple[int, int], others: dict[str, "np.ndarray"]
 ) -> None:
-    """Write an .npz file of the features in `rows`, float32 one after the other, and of arrays."""
+    """Write an .npz file of other arrays and of `features`, whose float32 rows are in a file."""
     import numpy as np
 
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -91,44 +92,38 @@ def write(
 
 
 def run(argv: list[str]) -> int:
-    """Write the features that the command line asks for; the exit code."""
-    asked = parse(argv)
-    checkpoint, *arguments = asked.arguments
-    output = Path(asked.options.output)
-    check_new(output, asked.options.overwrite)
-    sources.check_there(Path(checkpoint))
-    paths = find_images(arguments)
+    """Write the features of the images that the command line names; return the exit code."""
+    command = parse(argv)
+    arguments, output = command.arguments[1:], Path(command.options.output)
+    net, paths = network.load_model_and_images(command, output, arguments)
 
     import numpy as np
 
     from datasets.file_loader import translate_worker_errors
     from experiment import console
 
-    classes = asked.options.classes and Path(asked.options.classes)
-    net, bad = network.load(Path(checkpoint), asked.main_flags, classes), Unreadable()
-    folder = Path(arguments[0]) if len(arguments) == 1 and Path(arguments[0]).is_dir() else None
-    names, width = [], net.model.classifier.in_features
+    unreadable, names, width = Unreadable(), [], net.model.classifier.in_features
+    folder = arguments[0] if len(arguments) == 1 and os.path.isdir(arguments[0]) else None
     with (
         atomic.atomic_open(output) as target,
-        tempfile.TemporaryFile(dir=output.parent) as rows,  # how many there are is known at the end
-        translate_worker_errors(),  # a lost process is no error of the file
+        # The header needs the number of rows, which is known at the end.
+        tempfile.TemporaryFile(dir=output.parent) as rows,
+        translate_worker_errors(),  # inside: a lost worker is not an output error
     ):
-        for values, places in features(net, paths, bad):
+        for values, indices in features(net, paths, unreadable):
             rows.write(values.astype("<f4").tobytes())
-            names += [os.path.relpath(paths[i], folder) if folder else paths[i] for i in places]
+            names += [os.path.relpath(paths[i], folder) if folder else paths[i] for i in indices]
         rows.seek(0)
         others = {"names": np.array(names, dtype=np.str_)}
-        labelled = as_labels(names) if folder else None
-        if labelled:
-            others["classes"] = np.array(labelled[0], dtype=np.str_)
-            others["labels"] = np.array(labelled[1], dtype=np.int64)
+        if folder:
+            others |= labels_of(names)
         write(target, rows, (len(names), width), others)
     console.info(f"{output}: {len(names)} images, {width} features each")
-    return bad.code
+    return unreadable.code
 
 
 def main(argv: list[str]) -> int:
-    """Write the features of images."""
+    """Run the command line and return its exit code."""
     return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
 
 

@@ -1,21 +1,20 @@
-"""The cases of `python -m tools.benchmark` and what is measured about each.
+"""Measure the cases of `python -m tools.benchmark`: speed, memory and first step.
 
-A case is a network in one precision, memory format and mode. All train on the same batch
-from the same weights, with the same optimizer. Beside one of them main.py's trainer can train the
-same network, to see what it costs to load, augment and keep account.
+All cases train on one batch of random images, from the same weights, with the same optimizer. They
+take turns in random order, so that a change of clock rate or load meets all of them alike.
 """
 
 import concurrent.futures
-import dataclasses
 import gc
 import multiprocessing
 import random
+import re
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,383 +32,325 @@ from engine import cuda_graph, optimizer
 from engine.precision import autocast
 from experiment import console
 from experiment.log import RunLog
-from tools.benchmark import peers
+from tools.benchmark import peers, results
+from tools.benchmark.cases import COMPILED, Case
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-COMPILED = {"compiled": "default", "compiled-reduce-overhead": "reduce-overhead"}
-BURST = {"cpu": 1, "cuda": 5}  # steps of a case in one turn: a GPU should not run dry
-COPIES, COPY_BYTES = 10, {"cpu": 2**28, "cuda": 2**30}
-
-
-@dataclass(frozen=True)
-class Case:
-    """An implementation, and how it trains.
-
-    Args:
-        implementation: level-0, level-1, level-N-BACKEND, or a member of `peers.PEERS`.
-        precision: fp32, tf32 or bf16 (autocast).
-        memory_format: of images and weights, a key of `FORMATS`.
-        mode: eager, graph (the whole step in one CUDA graph) or a key of `COMPILED`.
-    """
-
-    implementation: str
-    precision: str
-    memory_format: str
-    mode: str
-
-    @property
-    def name(self) -> str:
-        """What `--only` is matched with."""
-        return "/".join((self.implementation, self.precision, self.memory_format, self.mode))
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The columns of a row that name it; `who` is the file format's word."""
-        fields = dataclasses.asdict(self)
-        return {"who": fields.pop("implementation")} | fields
-
-    @property
-    def setting(self) -> str:
-        """Its `--precision`; TensorFloat-32 is a setting of the whole process."""
-        return "bf16" if self.precision == "bf16" else "single"
-
-    @property
-    def is_peer(self) -> bool:
-        """Whether this is another implementation."""
-        return self.implementation in peers.PEERS
+# Turns that count, warm-up turns before them, and steps of one turn: a GPU should not run dry.
+TURNS, WARM_UP, BURST = {"cpu": 5, "cuda": 30}, {"cpu": 2, "cuda": 10}, {"cpu": 1, "cuda": 5}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+COPIES, COPY_BYTES = 5, {"cpu": 2**28, "cuda": 2**30}
 
 
-def all_cases(precision: str, on_cuda: bool, backends: list[str]) -> list[Case]:
-    """Everybody who could take part in one precision.
-
-    Args:
-        backends: what runs levels 2 to 4: torch, triton.
-    """
-    ours = ["level-0", "level-1"]
-    ours += [f"level-{level}-{backend}" for level in (2, 3, 4) for backend in backends]
-    pairs = [(who, mode) for who in ours for mode in (["eager", "graph"] if on_cuda else ["eager"])]
-    pairs += [(who, "eager") for who in peers.PEERS]
-    pairs += [("torchvision", mode) for mode in (COMPILED if on_cuda else ["compiled"])]
-    return [
-        Case(who, precision, memory_format, mode)
-        for who, mode in pairs
-        for memory_format in FORMATS
-    ]
-
-
-def build(case: Case, opt: Settings, num_classes: int, device) -> nn.Module:
-    """The case's network on the device, in training, with the weights of level 0.
+def build(case: Case, opt: Settings, device: torch.device) -> nn.Module:
+    """Build a case's network on the device, in training mode, with the weights of level 0.
 
     Raises:
-        peers.Unsupported: it cannot take part.
+        peers.Unsupported: its library does not have the network.
         UsageError: its kernels cannot be used here.
     """
-    reference = models.factory.create(opt.replace(optMemory=0), num_classes)
+    reference = models.factory.create(opt.replace(optMemory=0), opt.nClasses)
     if case.is_peer:
-        network = peers.create(case.implementation, opt, num_classes)
+        network = peers.create(case.implementation, opt)
     else:
         _, level, *backend = case.implementation.split("-")
         kind = backend[0] if backend else "torch"
-        ops = kernels.backend.select(kind, device, case.setting)[0]
-        network = models.factory.create(opt.replace(optMemory=int(level)), num_classes, ops)
+        ops, _ = kernels.backend.select(kind, device, case.main_precision)
+        network = models.factory.create(opt.replace(optMemory=int(level)), opt.nClasses, ops)
     network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
-    return network.to(device, memory_format=FORMATS[case.memory_format]).train()
+    return network.to(device, memory_format=MEMORY_FORMATS[case.memory_format]).train()
 
 
 class Runner:
-    """A case ready to step; `run()` is one training step in its mode.
+    """Train the network of a case: `run()` takes one step in the case's mode.
 
-    A step is forward, cross-entropy, backward and the fused SGD update. Input: random images and
-    targets that every case has a copy of.
+    A step is forward, cross-entropy, backward and the fused SGD update. `step_times` are seconds
+    per step of the counted turns, `error` is what stopped it.
     """
 
-    def __init__(self, case: Case, opt: Settings, num_classes: int, device: torch.device):
-        self.case, self.device = case, device
-        self.network = build(case, opt, num_classes, device)
-        self._forward = self.network
+    def __init__(self, case: Case, opt: Settings, device: torch.device):
+        self.case, self.device, self.run = case, device, self.step
+        self.step_times: list[float] = []
+        self.error: str | None = None
+        self.network = self._forward = build(case, opt, device)
         if case.mode in COMPILED:
-            mode = COMPILED[case.mode]
-            self._forward = torch.compile(self.network, dynamic=False, mode=mode)
+            self._forward = torch.compile(self.network, dynamic=False, mode=COMPILED[case.mode])
         self._optimizer = optimizer.create(opt, self.network, opt.LR)
         generator = torch.Generator().manual_seed(opt.manualSeed)
         size = (opt.batchSize, 3, opt.imageSize, opt.imageSize)
         images = torch.randn(size, generator=generator)
-        self.images = images.to(device, memory_format=FORMATS[case.memory_format])
-        self.targets = torch.randint(num_classes, size[:1], generator=generator).to(device)
-        self.run: Callable[[], object] = self.step
+        self.images = images.to(device, memory_format=MEMORY_FORMATS[case.memory_format])
+        self.targets = torch.randint(opt.nClasses, size[:1], generator=generator).to(device)
 
     def loss(self) -> Tensor:
-        """Forward and cross-entropy."""
-        with autocast(self.device, self.case.setting):
+        """Compute the loss of the batch."""
+        with autocast(self.device, self.case.main_precision):
             return F.cross_entropy(self._forward(self.images), self.targets)
 
     def step(self) -> Tensor:
-        """One training step, eager or compiled; its loss."""
+        """Take one training step, eager or compiled, and return its loss."""
         self._optimizer.zero_grad(set_to_none=True)
         loss = self.loss()
         loss.backward()
         self._optimizer.step()
         return loss.detach()
 
-    def held_bytes(self) -> int:
-        """What one forward pass keeps for backward, without parameters, buffers and the batch."""
-        there = [*self.network.parameters(), *self.network.buffers(), self.images, self.targets]
-        count = packed_bytes if self.case.mode.startswith("compiled") else held_bytes
-        return count(self.loss, there)
-
     def capture(self, pool: tuple[int, int] | None = None) -> None:
         """Make `run` replay the whole step as one CUDA graph.
 
         Args:
-            pool: memory that graphs share; nothing but the state of a network outlives a step,
-                so they may be replayed in any order.
+            pool: memory that graphs share: only the state of a network outlives a step, so they
+                may be replayed in any order.
         """
-        self.run = self.step  # lets go of an earlier graph
+        self.run = self.step  # frees an earlier graph
         for _ in range(cuda_graph.WARMUP_STEPS):
             self.step()
-        self._optimizer.zero_grad(set_to_none=True)  # so that the gradients are the graph's own
+        self._optimizer.zero_grad(set_to_none=True)  # so that the graph owns the gradients
         self.run = cuda_graph.capture(self.step, pool)
+
+    def held_bytes(self) -> int:
+        """Count what a forward pass holds for backward, without parameters, buffers and batch."""
+        existing = [*self.network.parameters(), *self.network.buffers(), self.images, self.targets]
+        return held_bytes(self.loss, existing)
 
 
 def set_up(
-    case: Case,
-    opt: Settings,
-    num_classes: int,
-    device: torch.device,
-    pool: tuple[int, int] | None,
+    case: Case, opt: Settings, device: torch.device, pool: tuple[int, int] | None
 ) -> tuple[Runner, dict[str, float]]:
-    """Build a case, take its first step and measure its memory: the runner and the facts.
+    """Build a case, take its first step and measure its memory; return its runner and columns.
 
-    `first_step_s` starts with the network on the device and includes compiling and capturing;
-    what an earlier case compiled is found compiled.
+    `first_step_s` includes compiling and capturing, not building; code that an earlier case
+    compiled is not compiled again.
     """
-    _clear(device)
-    before = _allocated(device)
-    runner = Runner(case, opt, num_classes, device)
-    _wait(device)
-    start = time.perf_counter()
-    loss = runner.step().item()
+    _reset_peak(device)
+    before = _cuda_mb(device, "current")
+    runner = Runner(case, opt, device)
+    start = _now(device)
+    columns = {"first_loss": runner.step().item()}
     if case.mode == "graph":
-        _clear(device)
-        runner.capture()  # in memory of its own, to see how much that is
+        _reset_peak(device)
+        runner.capture()  # in a pool of its own, whose size is measured
         runner.run()
-        _wait(device)
-    first_step_s = time.perf_counter() - start
-    facts = {"first_step_s": first_step_s, "first_loss": loss} | _peaks(runner, before)
+    columns["first_step_s"] = _now(device) - start
+    if case.mode != "graph":  # capturing has already reached the peak
+        _reset_peak(device)
+    if device.type == "cuda":
+        for _ in range(2):
+            runner.run()
+        peak = _cuda_mb(device, "peak")
+        columns |= {column: peak[column] - before[column] for column in peak}
     if case.mode == "graph":
         runner.capture(pool)
-    # The graphs of the latter forbid a forward without backward.
-    if case.mode != "compiled-reduce-overhead":
-        facts["held_mb_per_image"] = runner.held_bytes() / 1e6 / opt.batchSize
-    return runner, facts
+    if case.mode not in COMPILED:  # compiled code does not dispatch the operations to count
+        columns["held_mb_per_image"] = runner.held_bytes() / 1e6 / opt.batchSize
+    return runner, columns
 
 
-def _allocated(device: torch.device) -> tuple[int, int]:
-    """Bytes allocated and reserved now, as (0, 0) on the CPU."""
-    if device.type != "cuda":
-        return 0, 0
-    return torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-
-
-def _peaks(runner: Runner, before: tuple[int, int]) -> dict[str, float]:
-    """Peak of the CUDA allocator in the steps of one case, without what was there before.
-
-    A graph that was captured just now has made its peak already, and has cleared before.
-    """
-    device = runner.device
+def _cuda_mb(device: torch.device, which: str) -> dict[str, float]:
+    """Return allocated and reserved MB, current or peak; nothing on the CPU."""
     if device.type != "cuda":
         return {}
-    if runner.case.mode != "graph":
-        _clear(device)
-    for _ in range(2):
-        runner.run()
-    _wait(device)
-    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    names = ("peak_mb", "reserved_mb")
-    return {name: (peak - own) / 1e6 for name, peak, own in zip(names, peaks, before, strict=True)}
+    stats = torch.cuda.memory_stats(device)
+    kinds = {"peak_mb": "allocated", "reserved_mb": "reserved"}
+    return {name: stats.get(f"{kind}_bytes.all.{which}", 0) / 1e6 for name, kind in kinds.items()}
 
 
-def _clear(device: torch.device) -> None:
-    """Give back what nobody uses and begin to look for a new peak."""
+def _reset_peak(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def held_bytes(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> int:
+    """Count the bytes that a forward pass leaves allocated: autograd keeps them for backward.
 
-
-def held_bytes(forward: Callable[[], Tensor], leave_out: Iterable[Tensor]) -> int:
-    """Bytes that live on after a forward pass, each storage counted once and as a whole.
-
-    They live because autograd keeps them for backward, in whatever way.
+    Each storage counts once and as a whole, however a network keeps it.
 
     Args:
-        leave_out: tensors that exist anyway, such as parameters and the input.
+        existing: tensors that do not count, such as parameters and the input.
     """
-    there = {tensor.untyped_storage()._cdata for tensor in leave_out}
-    seen = _Storages()
-    with seen:
+    excluded = {tensor.untyped_storage()._cdata for tensor in existing}
+    with _StorageRecorder() as recorder:
         loss = forward()
-    there.add(loss.untyped_storage()._cdata)
+    excluded.add(loss.untyped_storage()._cdata)
     gc.collect()
-    alive = filter(None, (storage() for storage in seen.storages))
-    total = sum({each._cdata: each.nbytes() for each in alive if each._cdata not in there}.values())
-    del loss
-    return total
+    alive = {storage._cdata: storage for ref in recorder.storages if (storage := ref())}
+    return sum(storage.nbytes() for key, storage in alive.items() if key not in excluded)
 
 
-class _Storages(TorchDispatchMode):
-    """Notes the memory that every operation returns."""
+class _StorageRecorder(TorchDispatchMode):
+    """Record the storage of every tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.storages: list[weakref.ref] = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        results = operation(*args, **(kwargs or {}))
-        for leaf in tree_leaves(results):
-            if isinstance(leaf, Tensor):
-                self.storages.append(weakref.ref(leaf.untyped_storage()))
-        return results
+        outputs = operation(*args, **(kwargs or {}))
+        tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+        self.storages += [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+        return outputs
 
 
-def packed_bytes(forward: Callable[[], Tensor], leave_out: Iterable[Tensor]) -> int:
-    """The same for a compiled network, which would not run compiled while its operations are noted.
-
-    It counts what autograd packs up, and misses what a network packs up in a way of its own.
-    """
-    there = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would refer to the graph that it is kept in
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()  # keeps what it holds alive, so that no address is used twice
-    total = sum(held.values())
-    del loss
-    return total
+def peak_rss_mb(case: Case, opt: Settings) -> float:
+    """Measure the peak resident memory of a new process that trains one case on the CPU."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
+        return process.submit(_peak_of_steps, case, opt, torch.get_num_threads()).result()
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Time of one call, averaged over some in a row; by events on the device where it is CUDA."""
+def _peak_of_steps(case: Case, opt: Settings, threads: int) -> float:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    engine.device.configure(opt.cudnn, opt.tf32)
+    runner = Runner(case, opt, device)
+    for _ in range(3):  # the allocator keeps freed memory, which the second step finds fragmented
+        runner.run()
+    # Not ru_maxrss: there a new process inherits the peak of the process that started it.
+    status = Path("/proc/self/status")
+    peak_kb = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
+    return int(peak_kb[1]) * 1024 / 1e6 if peak_kb else engine.device.peak_memory_mb(device)
+
+
+def _now(device: torch.device) -> float:
+    """Read the clock once the device has finished."""
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats
-    start = time.perf_counter()
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Time one call, averaged over some in a row."""
+    start = _now(device)
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - start) / repeats
+    return (_now(device) - start) / repeats
 
 
-def time_interleaved(
-    runners: list[Runner], warm_up: int, turns: int
-) -> tuple[dict[Case, list[float]], dict[Case, str]]:
-    """Seconds per step of each case, all turns in random order; and why some dropped out."""
-    order, chance = list(runners), random.Random(0)
-    times: dict[Case, list[float]] = {runner.case: [] for runner in runners}
-    failures: dict[Case, str] = {}
+def copy_bandwidth(device: torch.device) -> float:
+    """Measure the bytes per second that a large copy reads and writes together."""
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)  # allocates its pages
+    times = [seconds(lambda: target.copy_(source), device, COPIES) for _ in range(COPIES)]
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def time_interleaved(runners: list[Runner], warm_up: int, turns: int) -> None:
+    """Time runners in turns of random order; one that fails takes no more turns."""
+    order, rng = list(runners), random.Random(0)
     for turn in range(warm_up + turns):
-        chance.shuffle(order)
-        for runner in list(order):
+        rng.shuffle(order)
+        for runner in [runner for runner in order if not runner.error]:
             try:
-                taken = seconds(runner.run, runner.device, BURST[runner.device.type])
-            except Exception as error:  # out of memory, most likely: the others go on
-                failures[runner.case] = error_summary(error)
-                order.remove(runner)
+                step_s = seconds(runner.run, runner.device, BURST[runner.device.type])
+            except Exception as error:  # most likely out of memory: measure the others
+                runner.error = error_summary(error)
                 continue
             if turn >= warm_up:
-                times[runner.case].append(taken)
-    return times, failures
+                runner.step_times.append(step_s)
 
 
-def beside_the_trainer(
-    bare: Runner, opt: Settings, num_classes: int, warm_up: int, turns: int
+def time_beside_trainer(
+    bare: Runner, opt: Settings, warm_up: int, turns: int
 ) -> list[tuple[float, float]]:
-    """Seconds of a step of a case and of the trainer with the same network, by turns.
+    """Time a runner and main.py's trainer with the same network in alternating turns.
 
-    Both take a turn after each other, so that what drifts meets both. The case does forward,
-    loss, backward and update of one batch; the trainer also loads and augments synthetic images,
-    follows the schedule, adds up its sums and looks whether they are finite.
+    The trainer also loads and augments images, sets learning rates, sums metrics and checks that
+    they are finite.
+
+    Returns:
+        Seconds per step of (runner, trainer) in each counted turn.
     """
     device, burst = bare.device, BURST[bare.device.type]
-    opt = opt.replace(
-        precision=bare.case.setting,
-        nImages=opt.batchSize * burst * (warm_up + turns),
-        nClasses=num_classes,
-    )
+    num_images = opt.batchSize * burst * (warm_up + turns)
+    opt = opt.replace(precision=bare.case.main_precision, nImages=num_images)
     data = datasets.factory.create(opt, device, console.warn)
-    network = build(bare.case, opt, num_classes, device)
-    trainer = train.create_trainer(opt, network, device, RunLog(None))
-
-    def clock() -> float:
-        _wait(device)
-        return time.perf_counter()
+    trainer = train.create_trainer(opt, build(bare.case, opt, device), device, RunLog(None))
+    times: list[tuple[float, float]] = []
+    steps, start = 0, _now(device)
 
     def after_step() -> None:
-        nonlocal steps, since
+        nonlocal steps, start
         steps += 1
-        if steps % burst:
-            return
-        begin = clock()
-        for _ in range(burst):
-            bare.run()
-        end = clock()
-        times.append(((end - begin) / burst, (begin - since) / burst))
-        since = clock()
+        if steps % burst == 0:
+            trainer_s = (_now(device) - start) / burst
+            times.append((seconds(bare.run, device, burst), trainer_s))
+            start = _now(device)
 
-    times: list[tuple[float, float]] = []
-    steps, since = 0, clock()
     trainer.train(data.train, after_step)
     return times[warm_up:]
 
 
+def trainer_row(bare: Runner, opt: Settings, warm_up: int, turns: int) -> dict[str, object]:
+    """Measure main.py's trainer beside a runner: its row, with the ratio of speeds in the note."""
+    level = bare.case.implementation
+    row = bare.case.columns | {"who": f"trainer-{level.removeprefix('level-')}"}
+    try:
+        times = time_beside_trainer(bare, opt, warm_up, turns)
+    except Exception as error:  # keep the other rows
+        return row | {"note": error_summary(error)}
+    ratio = statistics.median(bare_s / trainer_s for bare_s, trainer_s in times)
+    note = f"{ratio:.3f} of the speed of {level} in turns with it, median of {turns} pairs"
+    return row | speed_columns(opt, [trainer_s for _, trainer_s in times]) | {"note": note}
+
+
+def speed_columns(opt: Settings, step_times: list[float]) -> dict[str, float]:
+    """Return median and quartiles of the images/s of some turns by column."""
+    speeds = [opt.batchSize / step_s for step_s in step_times]
+    q1, median, q3 = statistics.quantiles(speeds, n=4, method="inclusive")
+    return {"images_per_s": median, "images_per_s_q1": q1, "images_per_s_q3": q3,
+            "turns": len(speeds)}  # fmt: skip
+
+
 def error_summary(error: Exception) -> str:
-    """The first line of an error, for a table."""
-    text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0]
+    """Return the first line of an error, shortened for a table."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes, together."""
-    size = COPY_BYTES[device.type]
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)  # with its pages in place
-    times = [seconds(lambda: target.copy_(source), device) for _ in range(COPIES)]
-    return 2 * size / statistics.median(times)
+def measure_group(
+    cases: list[Case],
+    opt: Settings,
+    options: SimpleNamespace,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> list[dict]:
+    """Measure cases of one precision and return their rows, trainers last.
 
+    Args:
+        options: the tool's flags turns, warmUp, rss and trainer.
+        report: called with lines about the progress.
+    """
+    turns = options.turns or TURNS[device.type]
+    warm_up = WARM_UP[device.type] if options.warmUp is None else options.warmUp
+    torch.compiler.reset()  # so that code of another precision does not count as recompilation
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    rows, runners = {case: case.columns for case in cases}, []
 
-def peak_rss_mb(case: Case, opt: Settings, num_classes: int) -> float:
-    """Peak resident memory of a fresh process that builds a case and takes one step (CPU)."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
-        threads = torch.get_num_threads()
-        return process.submit(_peak_of_steps, case, opt, num_classes, threads).result()
+    # Set up every case: first step and memory.
+    for case in cases:
+        try:
+            runner, columns = set_up(case, opt, device, pool)
+            if options.rss and device.type == "cpu":
+                columns["peak_rss_mb"] = peak_rss_mb(case, opt)
+        except Exception as error:  # measure the others
+            rows[case]["note"] = error_summary(error)
+            report(f"{case.name}: {results.NOT_RUN}, {error_summary(error)}")
+            continue
+        runners.append(runner)
+        rows[case] |= columns
+        report(f"{case.name}: first step {columns['first_step_s']:.1f} s")
 
-
-def _peak_of_steps(case: Case, opt: Settings, num_classes: int, threads: int) -> float:
-    torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    engine.device.configure(opt.cudnn, opt.tf32)
-    runner = Runner(case, opt, num_classes, device)
-    for _ in range(3):  # freed memory is kept, and the second step finds it in pieces
-        runner.run()
-    # Not ru_maxrss: a new process inherits the peak of the one that started it there.
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return engine.device.peak_memory_mb(device)
+    # Time those that can run, in turns.
+    report(f"{len(runners)} cases take {warm_up} + {turns} turns")
+    time_interleaved(runners, warm_up, turns)
+    for runner in runners:
+        rows[runner.case] |= (
+            {"note": runner.error} if runner.error else speed_columns(opt, runner.step_times)
+        )
+    trainers = [
+        trainer_row(runner, opt, warm_up, turns)
+        for runner in runners
+        if options.trainer and runner.case.trains_as_main and not runner.error
+    ]
+    return [*rows.values(), *trainers]

@@ -1,32 +1,34 @@
-"""Other implementations of the same network, for `python -m tools.benchmark`.
+"""Build torchvision's and timm's networks for `python -m tools.benchmark`.
 
-Their parameters have the names of ours, so that every case starts from the same weights.
+Their parameters have the names of this project's, so that all cases start from the same weights.
 """
 
 from torch import nn
 
 from cli.flag_types import Settings
 
-PEERS = ("torchvision", "torchvision-memory-efficient", "timm")
-THEIR_REDUCTION = 0.5  # both libraries write it into their transitions
+REDUCTION = 0.5  # both libraries write it into their transitions
 
 
 class Unsupported(Exception):
-    """Why a case cannot take part."""
+    """Says why a library cannot build the network."""
 
 
-def create(implementation: str, opt: Settings, num_classes: int) -> nn.Module:
-    """The network of the settings by a member of `PEERS`, with that library's initial weights.
+def create(peer: str, opt: Settings) -> nn.Module:
+    """Build the network of the settings as a library does, with that library's initial weights.
+
+    Args:
+        peer: a member of `cases.PEERS`.
 
     Raises:
         Unsupported: the library is not installed or does not have this network.
     """
-    if opt.netType != "densenet" or not opt.bottleneck or opt.reduction != THEIR_REDUCTION:
+    if not opt.bottleneck or opt.reduction != REDUCTION:
         raise Unsupported("it has only DenseNet-BC with reduction 0.5")
     if opt.dropRate > 0:
         raise Unsupported("its dropout sits in other places")
-    if implementation == "timm":
-        network = _timm(opt, num_classes)
+    if peer == "timm":
+        network = _timm(opt)
     else:
         from torchvision.models import DenseNet
 
@@ -34,26 +36,26 @@ def create(implementation: str, opt: Settings, num_classes: int) -> nn.Module:
             opt.growthRate,
             opt.stages,
             opt.initChannels,
-            num_classes=num_classes,
-            memory_efficient=implementation == "torchvision-memory-efficient",
+            num_classes=opt.nClasses,
+            memory_efficient=peer == "torchvision-memory-efficient",
         )
     if not opt.imagenetShape:
-        _give_cifar_stem(network.features, opt.initChannels)
+        _replace_stem(network.features, opt.initChannels)
     return network
 
 
-def _timm(opt: Settings, num_classes: int) -> nn.Module:
+def _timm(opt: Settings) -> nn.Module:
     try:
         from timm.models.densenet import DenseNet
     except ImportError:
         raise Unsupported("timm is not installed (requirements-dev.txt)") from None
     if opt.initChannels != 2 * opt.growthRate:
-        raise Unsupported("its first convolution always has 2k maps")
-    return DenseNet(opt.growthRate, opt.stages, num_classes)
+        raise Unsupported("its first convolution always has 2k channels")
+    return DenseNet(opt.growthRate, opt.stages, opt.nClasses)
 
 
-def _give_cifar_stem(features: nn.Sequential, channels: int) -> None:
-    """Replace the ImageNet stem by one 3x3 convolution, as in models/densenet.py."""
+def _replace_stem(features: nn.Sequential, channels: int) -> None:
+    """Put CIFAR's single 3x3 convolution in place of the ImageNet stem."""
     features.conv0 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
     for name in ("norm0", "relu0", "pool0"):
         if hasattr(features, name):  # timm's norm0 includes the ReLU

@@ -1,8 +1,8 @@
-"""ONNX files that hold a network and what belongs to it, and give its weights back bit for bit.
+"""Write a network as an ONNX file, and read its weights back bit for bit.
 
-Every initialiser has the name of its parameter here, and batch normalisation is not folded into
+An initialiser has the name of its parameter, and batch normalisation is not folded into
 convolutions. The input is `images`, float32 (N, 3, H, W), the output `logits`, (N, classes). The
-metadata are texts by name; `sha256` is that of the weights, since the format has no checksum.
+metadata include `sha256` of the weights, since the format has no checksum.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import copy
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     import onnx
     import torch
 
-OPSET = 18  # what torch's exporter writes without converting it
+OPSET = 18  # what torch's exporter writes without a conversion
 PRODUCER = "densenet tools.export"
 
 
-def needed(*packages: str) -> None:
-    """Raise RunError when an optional package is not installed."""
+def require(*packages: str) -> None:
+    """Raise RunError if an optional package is not installed."""
     import importlib.util
 
     for package in packages:
@@ -36,7 +36,7 @@ def needed(*packages: str) -> None:
 
 
 def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> bytes:
-    """A network, in single precision and for any number of images, as an ONNX file.
+    """Export a network in single precision, for any number of images, as an ONNX file.
 
     Args:
         size: height and width of the images.
@@ -44,11 +44,12 @@ def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> by
     Raises:
         RunError: onnx or onnxscript is not installed.
     """
-    needed("onnx", "onnxscript")
+    require("onnx", "onnxscript")
 
     import torch
 
-    with _quiet():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter's, about itself
         program = torch.onnx.export(
             copy.deepcopy(model).float().cpu().eval(),
             (torch.zeros(2, 3, size, size),),
@@ -70,16 +71,8 @@ def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> by
     return proto.SerializeToString()
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter has to say about itself."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _strip(graph: "onnx.GraphProto") -> None:
-    """Remove the exporter's notes, which double the file and hold paths of this machine."""
+    """Remove the exporter's annotations, which double the file and hold local paths."""
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]
     for node in graph.node:
@@ -88,13 +81,13 @@ def _strip(graph: "onnx.GraphProto") -> None:
 
 
 def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
-    """The initialisers of an ONNX file by name, and its metadata; of another program's file {}.
+    """Read the initialisers of an ONNX file by name, and its metadata: {} unless this wrote it.
 
     Raises:
         CheckpointError: missing or damaged.
         RunError: onnx is not installed.
     """
-    needed("onnx")
+    require("onnx")
 
     import onnx
 
@@ -111,12 +104,12 @@ def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
     if proto.producer_name != PRODUCER or "sha256" not in metadata:
         return weights, {}
     if metadata["sha256"] != _digest(weights):
-        raise CheckpointError(f"{path} is damaged: its digest is another", "use another file")
+        raise CheckpointError(f"{path} is damaged: its digest does not match", "use another file")
     return weights, metadata
 
 
 def _digest(weights: dict[str, "torch.Tensor"]) -> str:
-    """SHA-256 of names and values."""
+    """Compute SHA-256 of names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
@@ -124,11 +117,15 @@ def _digest(weights: dict[str, "torch.Tensor"]) -> str:
 
 
 def _tensor(tensor: "onnx.TensorProto") -> "torch.Tensor":
-    """A finite initialiser that lies in the file itself."""
+    """Convert an initialiser.
+
+    Raises:
+        ValueError: it is not finite, or lies outside of the file.
+    """
     import onnx
     import torch
 
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:  # a path to any file there is
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:  # it could name any file
         raise ValueError("data outside of the file")
     values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
     if not torch.isfinite(values).all():
@@ -137,12 +134,12 @@ def _tensor(tensor: "onnx.TensorProto") -> "torch.Tensor":
 
 
 def runner(content: bytes) -> Callable[["np.ndarray"], "np.ndarray"]:
-    """What computes the logits (n, classes) of images (n, 3, H, W) by ONNX Runtime.
+    """Return a function that maps images (n, 3, H, W) to logits by ONNX Runtime.
 
     Raises:
         RunError: onnxruntime is not installed.
     """
-    needed("onnxruntime")
+    require("onnxruntime")
 
     import onnxruntime
 

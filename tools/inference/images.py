@@ -1,4 +1,4 @@
-"""Find the images to run a network on, and check where results go."""
+"""Find the image files that a command line names, report unreadable ones, check output paths."""
 
 import os
 import sys
@@ -7,67 +7,65 @@ from pathlib import Path
 from cli.flag_types import Flag, boolean
 from errors import DataError, StorageError, UsageError
 
-OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that is there", const="true")
+OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that exists", const="true")
 
 
 class Unreadable:
-    """Says which images cannot be read, a line each, and lets the others go on."""
+    """Report images that cannot be read, one line each, and let the others go on.
+
+    Takes the place of datasets.file_loader.UnreadableImages.
+    """
 
     def __init__(self) -> None:
         self.count = 0
 
     def add(self, reason: str) -> None:
-        """Report one."""
+        """Report one image."""
         self.count += 1
         error = DataError(f"cannot read image {reason}", "replace or remove the file")
         print(error.report(), file=sys.stderr)
 
     def sync(self) -> None:
-        """At the end of a pass: there is no other process to compare with."""
+        """Do nothing at the end of a pass: there is only one process."""
 
     @property
     def code(self) -> int:
-        """The exit code of a tool that has gone on without them."""
+        """Return the exit code of a tool that went on without these images."""
         return DataError.code if self.count else 0
 
 
-def check_images(operands: list[str]) -> None:
-    """Raise DataError when a file or directory is not there, before anything is loaded."""
-    for operand in operands:
-        if not os.path.exists(operand):
-            raise DataError(f"no such file or directory: {operand}", "name images or directories")
-
-
-def find_images(operands: list[str]) -> list[str]:
-    """The files that are named, and the image files in the directories that are, in order.
+def find_images(arguments: list[str]) -> list[str]:
+    """List the named files, and the images below the named directories, in order.
 
     Raises:
-        DataError: one is not there, or a directory has no image.
+        DataError: an argument does not exist, or a directory holds no image.
     """
-    check_images(operands)
+    for argument in arguments:
+        if not os.path.exists(argument):
+            raise DataError(f"no such file or directory: {argument}", "name images or directories")
 
-    from datasets.image_folder import find_image_files
+    from datasets.image_folder import find_image_files  # loads torch
 
     paths = []
-    for operand in operands:
-        found = find_image_files(Path(operand)) if os.path.isdir(operand) else [operand]
+    for argument in arguments:
+        found = find_image_files(Path(argument)) if os.path.isdir(argument) else [argument]
         if not found:
-            raise DataError(f"no images in {operand}", "name images or directories of them")
+            raise DataError(f"no images in {argument}", "name images or directories of them")
         paths += found
     return paths
 
 
 def check_new(path: Path, overwrite: bool) -> None:
-    """Raise an error when `path` cannot become an output file; write nothing.
+    """Check that an output file can be written, without writing it.
 
     Raises:
-        UsageError: it is there and may not be replaced.
-        StorageError: it cannot be written.
+        UsageError: it exists and must not be replaced.
+        StorageError: its directory is missing or read-only.
     """
-    if path.exists() and not (overwrite and path.is_file()):
-        if path.is_file():
-            raise UsageError(f"{path} is there", "name another, or add --overwrite true")
+    if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no file", "name another")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists", "name another, or add --overwrite true")
     if not path.parent.is_dir():
         raise StorageError(f"no directory {path.parent}", "make it, or name another")
     if not os.access(path.parent, os.W_OK | os.X_OK):

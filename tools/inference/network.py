@@ -1,7 +1,6 @@
-"""Load a trained network from wherever it lies, and run it on image files as in evaluation.
+"""Load a trained network from any source of weights, and run it on image files as --testOnly does.
 
-What classify, extract_features and export share; sources.py reads what the network is, images.py
-finds the images.
+classify, extract_features and export share it; sources.py reads weights and what describes them.
 """
 
 from collections.abc import Iterator
@@ -9,18 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.flag_types import Flag, Settings
+from cli.flag_types import Settings
 from errors import UsageError
 from tools import cli
-from tools.inference.images import Unreadable
-from tools.inference.sources import (
-    TrainingFacts,
-    check_there,
-    count_classes,
-    read,
-    read_classes,
-    settings,
-)
+from tools.inference import sources
+from tools.inference.images import Unreadable, check_new, find_images
+from tools.inference.sources import TrainingFacts
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +25,7 @@ class LoadedModel:
 
     Args:
         classes: names in the order of its outputs.
-        mean, std: per channel, of pixels from 0 to 255, with which it was trained.
+        mean, std: of its training images, per channel, of pixels from 0 to 255.
     """
 
     model: "torch.nn.Module"
@@ -44,77 +37,61 @@ class LoadedModel:
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Of its weights and logits."""
+        """Return the type of its weights and logits."""
         return self.model.classifier.weight.dtype
 
-    @property
-    def num_crops(self) -> int:
-        """Rows of a batch for each image."""
-        return 10 if self.opt.tenCrop else 1
-
     def batches(
-        self, paths: list[str], bad: Unreadable
+        self, paths: list[str], unreadable: Unreadable
     ) -> Iterator[tuple["torch.Tensor", list[int]]]:
-        """Image files as --testOnly has them: the same pipeline, order and batches.
+        """Read image files through the pipeline of --testOnly, in order.
 
         Yields:
-            images: (n * num_crops, 3, H, W), normalised, on the device.
-            places: which of the paths they are; those that cannot be read are left out.
+            images: (n * crops, 3, H, W), normalised, on the device.
+            indices: into `paths`, of the n images; those that cannot be read are left out.
         """
         import datasets.factory
 
         opt = self.opt
-        if len(paths) <= opt.batchSize:  # starting workers would take longer
+        if len(paths) <= opt.batchSize:  # starting workers would take longer than reading
             opt = opt.replace(nThreads=0)
-        samples = [(path, place) for place, path in enumerate(paths)]
-        known = (self.mean, self.std)
-        found = datasets.factory.evaluation_loader(
-            opt, samples, self.device, known, bad, self.dtype
+        samples = [(path, index) for index, path in enumerate(paths)]
+        statistics = (self.mean, self.std)
+        loader = datasets.factory.evaluation_loader(
+            opt, samples, self.device, statistics, unreadable, self.dtype
         )
-        for images, places in found.batches(epoch=0):
-            if len(places):
-                yield images, places.tolist()
+        for images, indices in loader.batches(epoch=0):
+            if len(indices):
+                yield images, indices.tolist()
 
     def logits(self, images: "torch.Tensor") -> "torch.Tensor":
-        """(n * num_crops, 3, H, W) -> (n, classes), in the precision of the settings."""
+        """Map (n * crops, 3, H, W) to (n, classes), in the precision of the settings."""
         import torch
 
         from engine import precision
 
         with torch.no_grad(), precision.autocast(self.device, self.opt.precision):
-            return self.of_images(self.model(images).to(self.dtype))
+            return self.mean_over_crops(self.model(images).to(self.dtype))
 
-    def of_images(self, rows: "torch.Tensor") -> "torch.Tensor":
-        """(n * num_crops, C) -> (n, C): the mean over the crops of each image."""
+    def mean_over_crops(self, rows: "torch.Tensor") -> "torch.Tensor":
+        """Average (n * crops, C) over the crops of each image: (n, C)."""
         import train
 
-        return train.mean_over_crops(rows, self.num_crops)
+        return train.mean_over_crops(rows, 10 if self.opt.tenCrop else 1)
 
 
 def load(
     path: Path, main_flags: list[str] | tuple = (), classes: Path | None = None
 ) -> LoadedModel:
-    """The network of a run, a checkpoint, an exported file or plain weights, ready to be used.
+    """Load the network of a run, a checkpoint, an exported file or plain weights.
 
     Args:
-        main_flags: flags of main.py; they win over the settings that `path` holds.
-        classes: a file of names, or the data.json of a run, instead of what `path` holds.
+        main_flags: win over the settings in `path`.
+        classes: a file of names, or the data.json of a run, in place of the classes in `path`.
 
     Raises:
-        CheckpointError: missing, damaged, or no weights for this network.
-        UsageError: what the network is, or what it expects, is said nowhere.
+        CheckpointError: missing, damaged, or weights of another network.
+        UsageError: settings, classes or channel statistics are wrong or not known.
     """
-    check_there(path)
-    source = read(path)
-    if not source.settings and not main_flags:
-        fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
-        raise UsageError(f"{path} holds weights and not what network they are of", fix)
-    opt = settings(source, main_flags)
-    facts = read_classes(classes) if classes else source.facts
-    return _build(opt, source.weights, facts, classes or path)
-
-
-def _build(opt: Settings, weights: dict, facts: TrainingFacts | None, place: Path) -> LoadedModel:
     import torch
 
     import datasets.factory
@@ -124,34 +101,51 @@ def _build(opt: Settings, weights: dict, facts: TrainingFacts | None, place: Pat
     import models.state_dicts
     from engine.precision import PRECISIONS
 
-    num_classes = count_classes(weights, opt.nClasses)
+    # Read the weights, and what describes them.
+    sources.check_there(path)
+    source = sources.read(path)
+    if not source.settings and not main_flags:
+        fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
+        raise UsageError(f"{path} holds weights but does not describe their network", fix)
+    opt = sources.merge_settings(source, main_flags)
+    num_classes = sources.count_classes(source.weights, opt.nClasses)
+    facts = sources.read_classes(classes) if classes else source.facts
     facts = facts or TrainingFacts([str(number) for number in range(num_classes)])
     if len(facts.classes) != num_classes:
-        what = f"{place} has {len(facts.classes)} classes, the weights have {num_classes}"
+        count = len(facts.classes)
+        what = f"{classes or path} has {count} classes, the weights have {num_classes}"
         raise UsageError(what, "name the classes of these weights")
-    known = (facts.mean, facts.std) if facts.mean else datasets.factory.published_statistics(opt)
-    if known is None:
+    statistics = facts.mean and (facts.mean, facts.std)
+    statistics = statistics or datasets.factory.published_statistics(opt)
+    if statistics is None:
         what = f"mean and deviation of the images that {opt.dataset} weights expect are not known"
         raise UsageError(what, "add --classes RUN/data.json, of the run that they are from")
+
+    # Build the network as main.py does.
     device = engine.device.select(opt.nGPU)
     engine.device.configure(opt.cudnn, opt.tf32)
     ops, _ = kernels.backend.select(opt.kernels, device, opt.precision)
     model = models.factory.create(opt, num_classes, ops)
     dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    models.state_dicts.load_weights(model, weights)
-    mean, std = known
-    return LoadedModel(model.eval(), opt, facts.classes, list(mean), list(std), device)
+    models.state_dicts.load_weights(model, source.weights)
+    mean, std = map(list, statistics)
+    return LoadedModel(model.eval(), opt, facts.classes, mean, std, device)
 
 
-def parse(argv: list[str], flags: dict[str, Flag]) -> cli.Command:
-    """The command line of a tool that takes a checkpoint and images.
+def load_model_and_images(
+    command: cli.Command, output: Path | None, images: list[str]
+) -> tuple[LoadedModel, list[str]]:
+    """Load the network that a command line names first, and list its image files.
 
-    Raises:
-        UsageError: a flag is wrong, or something is not named.
+    Paths are checked before anything heavy is loaded.
+
+    Args:
+        output: the file to be written, if any.
     """
-    asked = cli.read(argv, flags, arguments="checkpoint", main_flags=True)
-    if len(asked.arguments) < 2:
-        fix = "name images, or directories of them, after the checkpoint"
-        raise UsageError("no image", fix)
-    return asked
+    checkpoint, classes = Path(command.arguments[0]), command.options.classes
+    if output:
+        check_new(output, command.options.overwrite)
+    sources.check_there(checkpoint)
+    paths = find_images(images)
+    return load(checkpoint, command.main_flags, classes and Path(classes)), paths

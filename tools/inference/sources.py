@@ -1,4 +1,4 @@
-"""Read a trained network's weights and facts from wherever they are."""
+"""Read the weights of a trained network, its settings, classes and channel statistics."""
 
 import json
 import math
@@ -24,17 +24,17 @@ CLASSES = Flag(
     "those in CHECKPOINT, else numbers",
 )
 MODEL_FILES = ("model_last.pt", "model_best.pt")
-# Settings of a run that say nothing about what its network computes, or only on that machine.
-OF_THE_RUN = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
+# Settings of a run that do not change what its network computes, or hold on its machine only.
+RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a network was trained on.
+    """Describes the data that a network was trained on.
 
     Args:
         classes: names in the order of its outputs.
-        mean, std: per channel, of pixels from 0 to 255; None where they are not known.
+        mean, std: per channel, of pixels from 0 to 255; None if unknown.
     """
 
     classes: list[str]
@@ -44,12 +44,12 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """What a file or a run directory holds of a network.
+    """Weights, and what their file or run directory tells about them.
 
     Args:
-        weights: its state dict, or one of another program's.
-        settings: main.py's flags as text by name; {} where they are not known.
-        facts: None where they are not known.
+        weights: a state dict, perhaps with another program's names.
+        settings: main.py's flags as text by name; {} if unknown.
+        facts: None if unknown.
     """
 
     weights: dict
@@ -58,25 +58,25 @@ class WeightsSource:
 
 
 def check_there(path: Path) -> None:
-    """Raise CheckpointError when there is no `path`, before anything is loaded."""
+    """Raise CheckpointError when `path` does not exist."""
     if not path.exists():
         fix = "name a run directory or a file of weights"
         raise CheckpointError(f"no such file or directory: {path}", fix)
 
 
 def read(path: Path) -> WeightsSource:
-    """What a run directory or a file holds.
+    """Read a run directory, or a file of weights in any supported format.
 
     Raises:
-        CheckpointError: missing, damaged or no weights.
-        UsageError: the settings that lie with them are none.
+        CheckpointError: missing, damaged, or without weights.
+        UsageError: config.yaml or data.json beside the weights is invalid.
     """
     if path.suffix == ".onnx":
         return _from_onnx(path)
     state = _checkpoint(path)
     if state:
         given = {name: as_text(value) for name, value in state["settings"].items()}
-        return WeightsSource(state["model"], given, as_facts(state["data"], path))
+        return WeightsSource(state["model"], given, parse_facts(state["data"], path))
 
     import checkpoints
 
@@ -90,7 +90,7 @@ def read(path: Path) -> WeightsSource:
 
 
 def _checkpoint(path: Path) -> dict | None:
-    """The state in a checkpoint, or in the newest valid one of a directory; None: it is none."""
+    """Load a checkpoint, of a directory the newest valid one; None for another kind of file."""
     from experiment import console, resume
 
     wanted = SimpleNamespace(save=path.parent, resume=path, testOnly=True)
@@ -107,14 +107,14 @@ def _checkpoint(path: Path) -> dict | None:
 
 
 def _from_onnx(path: Path) -> WeightsSource:
-    """Of an ONNX file that tools.export did not write, the weights alone."""
+    """Read an ONNX file: only its weights unless tools.export wrote it."""
     from tools.export import onnx_io
 
     weights, metadata = onnx_io.read(path)
     if not metadata:
         return WeightsSource(weights, {}, None)
     try:
-        facts = as_facts(json.loads(metadata["data"]), path)
+        facts = parse_facts(json.loads(metadata["data"]), path)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as config:
             config.write(metadata["settings"])
             config.flush()
@@ -124,40 +124,40 @@ def _from_onnx(path: Path) -> WeightsSource:
         raise CheckpointError(what, "use another file") from error
 
 
-def settings(source: WeightsSource, main_flags: list[str] | tuple) -> Settings:
-    """The settings of a network: those given over those of its run."""
+def merge_settings(source: WeightsSource, main_flags: list[str] | tuple) -> Settings:
+    """Merge the settings of a run with flags of main.py, which win."""
     given = {flag.partition("=")[0].removeprefix("--") for flag in main_flags}
     kept = {} if "config" in given else source.settings
     known = [
         f"--{name}={value}"
         for name, value in kept.items()
-        if value and name not in given and name not in OF_THE_RUN
+        if value and name not in given and name not in RUN_ONLY
     ]
     opt = opts.parse([*known, *main_flags])
-    if opt.optMemory == "auto":  # levels are about training
+    if opt.optMemory == "auto":  # levels matter in training only
         return opt.replace(optMemory=opts.FLAGS["optMemory"].default)
     return opt
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """The flags in a config file, as text by name.
+    """Read the flags of a config file as text by name.
 
     Raises:
-        UsageError: it cannot be read, or has other flags than main.py.
+        UsageError: it cannot be read, or has a flag that main.py does not take.
     """
     parser = FlagParser(opts.FLAGS)
     raw = parser.parse_yaml(path)
-    parser.add(raw)  # so that what is wrong is said with its line
+    parser.add(raw)  # reports errors with their line
     if parser.problems:
         raise UsageError.from_problems(parser.problems)
     return {name: value for name, value, _ in raw}
 
 
 def count_classes(weights: dict, wanted: int | None) -> int:
-    """Outputs of the classifier, the last matrix among some weights.
+    """Count the outputs of the classifier, the last matrix of the weights.
 
     Raises:
-        CheckpointError: there is none, or it has not as many as wanted.
+        CheckpointError: there is no matrix, or `wanted` is another number.
     """
     matrices = [tensor for tensor in weights.values() if tensor.dim() == 2]
     if not matrices:
@@ -170,15 +170,15 @@ def count_classes(weights: dict, wanted: int | None) -> int:
 
 
 def read_classes(path: Path) -> TrainingFacts:
-    """Class names from a text file of one a line, or all facts from a run's data.json.
+    """Read class names from a text file, one a line, or all facts from a run's data.json.
 
     Raises:
-        UsageError: it cannot be read or holds none.
+        UsageError: it cannot be read, or has no valid classes.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            return as_facts(json.loads(content), path)
+            return parse_facts(json.loads(content), path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a file") from error
     except (ValueError, RecursionError) as error:
@@ -189,11 +189,11 @@ def read_classes(path: Path) -> TrainingFacts:
     return TrainingFacts(classes)
 
 
-def as_facts(data: object, path: Path) -> TrainingFacts:
-    """The classes and statistics among the facts that a run writes down about its data.
+def parse_facts(data: object, path: Path) -> TrainingFacts:
+    """Check the classes and channel statistics of a run's data.json.
 
     Raises:
-        UsageError: they are not there, or invalid.
+        UsageError: missing or invalid.
     """
     try:
         classes, mean, std = (list(data[name]) for name in ("classes", "mean", "std"))
