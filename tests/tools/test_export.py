@@ -25,7 +25,7 @@ from fileio import tensor_files
 from helpers.inference import scramble
 from helpers.run_main import run
 from tools.export import __main__ as export
-from tools.export import onnx_io
+from tools.inference import onnx_io
 from tools.inference.network import load
 
 IMAGENET = TINY_FILES | {"nThreads": 0}

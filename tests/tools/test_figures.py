@@ -16,7 +16,6 @@ from PIL import Image
 import opts
 from errors import RunError, UsageError
 from fileio import tensor_files
-from helpers import torch7_writer
 from helpers.run_directories import record, write_run
 from helpers.run_main import ROOT
 from models.densenet import DenseNet
@@ -354,8 +353,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, capsys, mon
     resnet = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1] * 4)
     tensor_files.save_weights(tmp_path / "resnet.pt", resnet.state_dict())
     (tmp_path / "bad.csv").write_text("not,it\n")
-    lua = torch7_writer.Lua(DenseNet((2, 1), 2, 5, 4).state_dict()).densenet()
-    (tmp_path / "lua.t7").write_bytes(torch7_writer.dumps(lua))
+    lua = ROOT / "tests" / "models" / "lua_networks" / "densenet-bc.t7"
+    (tmp_path / "lua.t7").write_bytes(lua.read_bytes())
     monkeypatch.chdir(tmp_path)
     cases = [
         ("empty", 3, "no run in"),

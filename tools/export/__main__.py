@@ -170,7 +170,7 @@ def random_images(size: int) -> list["torch.Tensor"]:
 def metadata(net: network.LoadedModel) -> dict[str, str]:
     """Return the metadata of an ONNX file: main.py's flags, classes and channel statistics."""
     facts = {"classes": net.classes, "mean": net.mean, "std": net.std}
-    settings = opts.as_yaml(net.opt, without=NOT_EXPORTED)
+    settings = opts.as_yaml(net.opt, exclude=NOT_EXPORTED)
     return {"settings": settings, "data": json.dumps(facts)}
 
 
@@ -186,7 +186,7 @@ def check_onnx(net: network.LoadedModel, content: bytes, paths: list[str]) -> in
     import torch
 
     from datasets.file_loader import translate_worker_errors
-    from tools.export import onnx_io
+    from tools.inference import onnx_io
 
     run_onnx, model = onnx_io.runner(content), copy.deepcopy(net.model).float().cpu()
     unreadable = Unreadable()
@@ -219,7 +219,7 @@ def run(argv: list[str]) -> int:
     command = parse(argv)
     options, output = command.options, Path(command.options.output)
 
-    from tools.export import onnx_io
+    from tools.inference import onnx_io
 
     if options.to == "onnx":
         onnx_io.require("onnx", "onnxscript", *(["onnxruntime"] * options.check))

@@ -108,7 +108,7 @@ def _checkpoint(path: Path) -> dict | None:
 
 def _from_onnx(path: Path) -> WeightsSource:
     """Read an ONNX file: only its weights unless tools.export wrote it."""
-    from tools.export import onnx_io
+    from tools.inference import onnx_io
 
     weights, metadata = onnx_io.read(path)
     if not metadata:
