@@ -1,11 +1,10 @@
-"""The flag table: each option with its type, range, default and meaning, and the rules between.
+"""Define the flags of main.py: their table, the defaults that depend on others, the rules between.
 
-Nothing heavy is imported here: `--help` and every usage error answer before torch is loaded.
+Imports nothing heavy, so that `--help` and usage errors are answered before torch is loaded.
 """
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from cli import network_settings
@@ -20,6 +19,7 @@ from cli.flag_types import (
     Settings,
     as_text,
     boolean,
+    broken,
     help_text,
     integer,
     integers,
@@ -33,7 +33,7 @@ from models.registry import ARCHITECTURES
 
 MEMORY_LEVELS = (0, 1, 2, 3, 4)
 
-# One option, one entry: the formatter would make this table five screens long.
+# Not formatted: one field a line would make this table five screens long.
 # fmt: off
 GROUPS: dict[str, list[Flag]] = {
     "General options": [
@@ -42,24 +42,22 @@ GROUPS: dict[str, list[Flag]] = {
              role="training"),
         Flag("manualSeed", integer, 0, "seed of initial weights, order, augmentation and dropout",
              range=Range(0, 2**63 - 1), role="training"),
-        Flag("nGPU", integer, None, "GPUs of this machine, a process for each; 0 is the CPU; "
+        Flag("nGPU", integer, None, "GPUs to use on this machine, one process each; 0: the CPU; "
              "torchrun has its own count", "1 where CUDA is present, else 0", range=NON_NEGATIVE),
         Flag("backend", text, "cudnn", "accepted for Lua command lines; no effect"),
-        Flag("cudnn", text, "fastest",
-             "fastest tries algorithms; deterministic repeats bit for bit",
+        Flag("cudnn", text, "fastest", "fastest tries algorithms; deterministic repeats bitwise",
              choices=("fastest", "default", "deterministic")),
         Flag("gen", text, "gen", "accepted for Lua command lines; no effect"),
-        Flag("precision", text, "single", "arithmetic; half (loss scaling) and bf16 are mixed",
+        Flag("precision", text, "single", "arithmetic; half (with loss scaling) and bf16 are mixed",
              choices=("single", "double", "half", "bf16"), role="training"),
         Flag("tf32", boolean, False, "TensorFloat-32 products in precision single (CUDA)",
              role="training"),
-        Flag("kernels", text, "auto", "what runs optMemory 2 to 4; auto: triton on CUDA else torch",
+        Flag("kernels", text, "auto", "what runs optMemory 2 to 4; auto: triton on CUDA, or torch",
              choices=("auto", "triton", "torch")),
         Flag("cudaGraph", text, "auto",
              "one CUDA graph per training step; auto: on a GPU where every batch has one shape",
              choices=("auto", "true", "false")),
-        Flag("timeout", number, 50.0, "seconds that one of several processes waits for the others",
-             range=POSITIVE),
+        Flag("timeout", number, 50.0, "seconds to wait for other processes", range=POSITIVE),
         Flag("config", text, "none", "YAML file of flags; the command line wins over it"),
         Flag("printConfig", boolean, False, "print all settings as YAML and exit", const="true"),
         Flag("debug", boolean, False, "show the traceback of every error"),
@@ -67,7 +65,7 @@ GROUPS: dict[str, list[Flag]] = {
     "Data options": [
         Flag("nThreads", integer, 2, "loader processes per split, for images read from files",
              range=NON_NEGATIVE),
-        Flag("augment", boolean, None, "random crop and flip: the + of the paper's tables",
+        Flag("augment", boolean, None, "random crops and flips: the + of the paper's tables",
              "true; false on svhn and digits", role="training"),
         Flag("validSize", integer, None,
              "training images held out for validation; the test set is then used once, at the end",
@@ -79,7 +77,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("nImages", integer, 10000, "training images of the synthetic dataset",
              range=AT_LEAST_1, role="training"),
         Flag("onBadImage", text, "error",
-             "an image that cannot be read: stop, or skip it (up to 0.1 % of the images)",
+             "for an unreadable image: stop, or skip it (up to 0.1 % of the images)",
              choices=("error", "skip"), role="training"),
     ],
     "Training options": [
@@ -99,8 +97,7 @@ GROUPS: dict[str, list[Flag]] = {
              "run directory or checkpoint to continue; auto: this run's own "
              "directory if it has a checkpoint"),
         Flag("keep", integer, 2, "newest checkpoints to keep", range=AT_LEAST_1),
-        Flag("saveEvery", number, 10.0, "minutes between checkpoints within an epoch",
-             range=POSITIVE),
+        Flag("saveEvery", number, 10.0, "minutes between saves within an epoch", range=POSITIVE),
         Flag("override", boolean, False, "resume although settings differ from the checkpoint's"),
     ],
     "Optimization options": [
@@ -109,49 +106,49 @@ GROUPS: dict[str, list[Flag]] = {
              role="training"),
         Flag("weightDecay", number, 1e-4, "weight decay, on every parameter", range=NON_NEGATIVE,
              role="training"),
-        Flag("lrShape", text, "multistep", "a tenth at each milestone, or a cosine from LR to 0",
+        Flag("lrShape", text, "multistep", "LR / 10 at each milestone, or a cosine from LR to 0",
              choices=("multistep", "cosine"), role="training"),
-        Flag("milestones", integers, None, "epochs from which the rate is a tenth of what it was",
-             "50 % and 75 % of nEpochs, with resnets 81 and 122 of 164; ImageNet: 31, 61, 91",
+        Flag("milestones", integers, None, "epochs at which the learning rate is divided by 10",
+             "50 % and 75 % of nEpochs, resnets 81 and 122 of 164; ImageNet: 31, 61, 91",
              range=AT_LEAST_1, role="training"),
     ],
     "Model options": [
         Flag("netType", text, "densenet", "network", choices=tuple(ARCHITECTURES), role="model"),
-        Flag("depth", integer, None, "layers L: densenet 6n+4, or 3n+4 without bottleneck, resnet "
-             "6n+2, preresnet 9n+2, or 6n+2 without; on ImageNet 121, 161, 169, 201, 232 or "
-             "264, resnets 18, 34, 50, 101, 152 or 200", "100, 110, 164; ImageNet 121, resnets 50",
+        Flag("depth", integer, None, "layers L: densenet 6n+4, 3n+4 without bottleneck; resnet "
+             "6n+2; preresnet 9n+2, 6n+2 without; on ImageNet 121, 161, 169, 201, 232 or 264, "
+             "resnets 18, 34, 50, 101, 152 or 200", "100, 110, 164; ImageNet 121, resnets 50",
              range=AT_LEAST_1, role="model"),
-        Flag("shortcutType", text, None, "of resnets where the maps change: A zeros, B a "
-             "convolution; C a convolution in every block", "A; B ImageNet",
+        Flag("shortcutType", text, None, "residual shortcut where the shape changes: A zeros, B a "
+             "convolution; C: a convolution in every block", "A; B ImageNet",
              choices=("A", "B", "C"), role="model"),
-        Flag("syncBN", boolean, False, "one set of batch statistics for all GPUs, not one for each",
+        Flag("syncBN", boolean, False, "batch statistics over all GPUs, not of each GPU alone",
              role="training"),
         Flag("retrain", text, "none", "weights to start from: a checkpoint of this program, a "
              "torchvision or timm state dict, or a .t7 file of Lua"),
         Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
         Flag("shareGradInput", boolean, False, "Lua's name of optMemory 2"),
         Flag("optnet", boolean, False, "Lua's name of optMemory 1"),
-        Flag("resetClassifier", boolean, False, "with retrain: start the classifier anew"),
+        Flag("resetClassifier", boolean, False, "with retrain: start with a random classifier"),
         Flag("nClasses", integer, None,
-             "classes of the data, checked when given; of synthetic data: how many",
+             "classes, checked against the data; for synthetic data: how many to make",
              "read from the data; 10 synthetic", range=AT_LEAST_1),
     ],
     "Model options for DenseNet": [
         Flag("growthRate", integer, None, "feature maps k that each layer adds",
              "12; 32 ImageNet, 48 for depth 161 and 232", range=AT_LEAST_1, role="model"),
         Flag("bottleneck", boolean, True, "1x1 convolution to 4k maps before each 3x3 "
-             "(DenseNet-B); of preresnet up to 64 pixels: 1x1, 3x3, 1x1, not two 3x3",
+             "(DenseNet-B); preresnet up to 64 pixels: 1x1, 3x3, 1x1, not two 3x3",
              role="model"),
-        Flag("reduction", number, 0.5, "share of the maps that a transition keeps (DenseNet-C)",
+        Flag("reduction", number, 0.5, "fraction of the maps that a transition keeps (DenseNet-C)",
              range=Range(0, 1, low_open=True), role="model"),
-        Flag("dropRate", number, None, "dropout after each convolution but the first",
+        Flag("dropRate", number, None, "dropout rate after each convolution but the first",
              "0; 0.2 without augmentation", range=Range(0, 1, high_open=True), role="training"),
-        Flag("optMemory", level, 2, "what backward finds kept: 0 everything, each level up less; "
-             "2 is the fastest, 4 the smallest; auto: the fastest that fits the GPU",
+        Flag("optMemory", level, 2, "activations kept for backward: 0 all, each level fewer; 2 is "
+             "the fastest, 4 the smallest; auto: the fastest that fits the GPU",
              choices=(*MEMORY_LEVELS, "auto")),
         Flag("initChannels", integer, None, "feature maps of the first convolution",
              "2k; 16 at CIFAR size without bottleneck", range=AT_LEAST_1, role="model"),
-        *(Flag(f"d{i}", integer, 0, f"layers of block {i}, ImageNet shape with a depth of your own",
+        *(Flag(f"d{i}", integer, 0, f"layers of block {i}, for a custom depth at ImageNet shape",
                range=NON_NEGATIVE, role="model") for i in (1, 2, 3, 4)),
     ],
 }
@@ -163,27 +160,26 @@ USAGE = """usage: python main.py [--config FILE.yaml] [--flag value ...]
 Train a DenseNet as in `Densely Connected Convolutional Networks` (CVPR 2017), or a ResNet.
 Every flag takes one value, as -flag VALUE or --flag VALUE; booleans are true or false.
 Examples and the run directory: README.md. The original's rules: docs/parity.md."""
-# Read by the Lua code's parser and by nothing after it.
+# Lua's parser accepts these, and nothing in the Lua code reads them.
 IGNORED_FLAGS = ("backend", "gen", "optimState")
-# Lua command lines have it with any network: it is noted and no error.
+# Lua command lines give this one with any network: a note, not an error.
 TOLERATED_FLAGS = ("shortcutType",)
 # Three names of one setting.
 MEMORY_ALIASES = ("optMemory", "shareGradInput", "optnet")
-# Facts of one call, not of the experiment: left out of a run's config.yaml.
+# These belong to one call, not to the experiment: a run's config.yaml leaves them out.
 NOT_SAVED = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
 
 
-# ------------------------------------------------------------------------------------- resolving
+# -------------------------------------------------------------------------------------- defaults
 
 
 def apply_defaults(given: dict[str, object]) -> Settings:
-    """All settings: those given, then the defaults that depend on the dataset and on each other.
+    """Return all settings: those given, then the defaults, which depend on the dataset and others.
 
-    Also sets two that are derived and no flags: `imagenetShape` and `stages`, the layers per
+    Also sets two that are derived and not flags: `imagenetShape`, and `stages`, the layers per
     dense block.
     """
-    defaults = {name: flag.default for name, flag in FLAGS.items()}
-    opt = Settings(**(defaults | given))
+    opt = Settings(**{name: flag.default for name, flag in FLAGS.items()} | given)
     dataset, network = DATASETS[opt.dataset], ARCHITECTURES[opt.netType]
 
     def default(name: str, value: object) -> None:
@@ -194,24 +190,24 @@ def apply_defaults(given: dict[str, object]) -> Settings:
     opt.imagenetShape = opt.imageSize > SMALL_IMAGE
     network_settings.apply_defaults(opt)
 
-    training_defaults = network.defaults_for(opt.imagenetShape, opt.depth)
+    training = network.defaults_for(opt.imagenetShape, opt.depth)
     own_epochs = None if opt.imagenetShape else dataset.num_epochs
-    default("nEpochs", own_epochs or training_defaults.num_epochs)
-    default("batchSize", training_defaults.batch_size)
+    default("nEpochs", own_epochs or training.num_epochs)
+    default("batchSize", training.batch_size)
     default("augment", dataset.augment)
     default("validSize", dataset.valid_size)
     default("dropRate", 0.0 if opt.augment else 0.2)
     if opt.lrShape == "multistep":
         default("milestones", default_milestones(opt.nEpochs, opt.imagenetShape, opt.netType))
-    if opt.optnet or opt.shareGradInput:
+    if opt.optnet or opt.shareGradInput:  # from here on optMemory says it
         opt.optMemory = 1 if opt.optnet else 2
-        opt.optnet = opt.shareGradInput = False  # their meaning is in optMemory now
+        opt.optnet = opt.shareGradInput = False
     default("save", str(Path("checkpoints") / run_name(opt)))
     return opt
 
 
 def default_milestones(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[int]:
-    """Epochs, counted from 1, from which the rate is a tenth of what it was (docs/parity.md).
+    """Return the epochs, counted from 1, at which the rate is divided by 10 (docs/parity.md).
 
     CIFAR and SVHN: the first epochs that are >= 50 % and >= 75 % of `num_epochs`, for residual
     networks 81 and 122 of 164 in proportion. ImageNet: every thirty epochs.
@@ -223,9 +219,8 @@ def default_milestones(num_epochs: int, imagenet: bool, net_type: str = "densene
 
 
 def run_name(opt: Settings) -> str:
-    """The run's directory below `checkpoints/`: dataset, network and seed."""
-    dataset = DATASETS[opt.dataset]
-    data = opt.dataset
+    """Name the run's directory below `checkpoints/`: dataset, network and seed."""
+    dataset, data = DATASETS[opt.dataset], opt.dataset
     if dataset.is_named_by_directory:
         data += f"-{os.path.basename(os.path.abspath(opt.data))}"
     plus = "+" if opt.augment and dataset.marks_augmentation else ""
@@ -233,144 +228,106 @@ def run_name(opt: Settings) -> str:
     return f"{data}{plus}-{network_settings.network_name(opt)}{cosine}-seed{opt.manualSeed}"
 
 
-# -------------------------------------------------------------------------------------- checking
+# ----------------------------------------------------------------------------------------- rules
 
 
+# fmt: off
 def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
-    """What is impossible about settings that are valid one by one."""
-    return [
-        *_unused_flag_problems(opt, given),
-        *network_settings.problems(opt),
-        *_image_problems(opt),
-        *_epoch_problems(opt),
-        *_weight_problems(opt, given),
-        *_rate_problems(opt),
-        *_batch_problems(opt),
-    ]
-
-
-def _unused_flag_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
-    """Flags that describe another kind of network than the one that is built."""
-    for name, value in ARCHITECTURES[opt.netType].unused_flags.items():
-        has_role = FLAGS[name].role and name not in TOLERATED_FLAGS
-        if has_role and given.get(name) not in (None, value, FLAGS[name].default):
-            what = f"{name} {as_text(given[name])} has no effect on a {opt.netType}"
-            yield what, "leave it out, or use --netType densenet"
-    requested = given.get("bottleneck", opt.bottleneck)
-    if requested != opt.bottleneck and ARCHITECTURES[opt.netType].uses("bottleneck"):
-        what = (
-            f"bottleneck {as_text(requested)} has no effect on a {opt.netType} of depth {opt.depth}"
-        )
-        yield what, "leave it out: above 64 pixels the depth decides"
-
-
-def _image_problems(opt: Settings) -> Iterator[Problem]:
-    """The images, and what is evaluated on them."""
-    dataset = DATASETS[opt.dataset]
+    """List what is impossible about settings that are valid one by one."""
+    dataset, milestones = DATASETS[opt.dataset], opt.milestones or []
     size = dataset.fixed_size
-    if size not in (None, opt.imageSize):
-        what = f"imageSize: images of {opt.dataset} have {size} pixels, not {opt.imageSize}"
-        yield what, f"use {size} or leave it out"
-    if opt.testOnly and opt.resume == "none" and opt.retrain == "none":
-        what = "testOnly without weights would test random ones"
-        yield what, "add --resume DIR or --retrain FILE"
-    if opt.tenCrop and (not opt.imagenetShape or dataset.is_generated):
-        yield f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops", "leave it out"
+    bottleneck = given.get("bottleneck", opt.bottleneck)
+    aliases = [name for name in MEMORY_ALIASES if given.get(name, False) is not False]
+    near_batch = max(round(opt.batchSize / opt.replicas), 1) * opt.replicas
+    rules = [
+        # network
+        (bottleneck != opt.bottleneck and ARCHITECTURES[opt.netType].uses("bottleneck"),
+         f"bottleneck {as_text(bottleneck)} has no effect on a {opt.netType} of depth {opt.depth}",
+         "leave it out: above 64 pixels the depth decides"),
+        # images, and what is evaluated on them
+        (size not in (None, opt.imageSize),
+         f"imageSize: images of {opt.dataset} have {size} pixels, not {opt.imageSize}",
+         f"use {size} or leave it out"),
+        (opt.testOnly and opt.resume == "none" and opt.retrain == "none",
+         "testOnly without weights would test random ones", "add --resume DIR or --retrain FILE"),
+        (opt.tenCrop and (not opt.imagenetShape or dataset.is_generated),
+         f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops", "leave it out"),
+        # first epoch
+        (opt.epochNumber != 1 and opt.resume not in ("none", "auto"),
+         f"epochNumber {opt.epochNumber} together with resume, which knows the epoch",
+         "leave out one of them"),
+        (opt.epochNumber > opt.nEpochs,
+         f"epochNumber {opt.epochNumber} is after the last epoch, {opt.nEpochs}",
+         f"use 1 to {opt.nEpochs}"),
+        # memory level and initial weights
+        (len(aliases) > 1,
+         f"{' and '.join(aliases)} exclude each other", "keep one, or use --optMemory"),
+        (opt.resetClassifier and opt.retrain == "none",
+         "resetClassifier without weights to retrain", "add --retrain FILE"),
+        (opt.resetClassifier and opt.testOnly and opt.resume == "none",
+         "resetClassifier with testOnly would test a random classifier",
+         "add --resetClassifier false, also where a run's config.yaml has it"),
+        # learning rate
+        (opt.lrShape == "cosine" and bool(milestones),
+         "milestones have no effect on a cosine",
+         "leave out milestones or use --lrShape multistep"),
+        (milestones != sorted(milestones),
+         f"milestones {as_text(milestones)} are not in order",
+         f"use {as_text(sorted(milestones))}"),
+        # batches, and the images and numbers in them
+        (opt.batchSize % opt.replicas != 0 and not opt.testOnly,
+         f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number",
+         f"use {near_batch}, or another number"),
+        (opt.nImages != FLAGS["nImages"].default and not dataset.is_generated,
+         f"nImages has no effect on {opt.dataset}", "leave it out or use --dataset synthetic"),
+        (opt.tf32 and opt.precision != "single",
+         f"tf32 has no effect with precision {opt.precision}",
+         "leave it out or use --precision single"),
+    ]
+    return [*_unused_flag_problems(opt, given), *network_settings.problems(opt), *broken(rules)]
+# fmt: on
 
 
-def _epoch_problems(opt: Settings) -> Iterator[Problem]:
-    """The epoch to begin with."""
-    if opt.epochNumber != 1 and opt.resume not in ("none", "auto"):
-        what = f"epochNumber {opt.epochNumber} together with resume, which knows the epoch"
-        yield what, "leave out one of them"
-    if opt.epochNumber > opt.nEpochs:
-        what = f"epochNumber {opt.epochNumber} is after the last epoch, {opt.nEpochs}"
-        yield what, f"use 1 to {opt.nEpochs}"
-
-
-def _weight_problems(opt: Settings, given: dict[str, object]) -> Iterator[Problem]:
-    """What backward keeps, and the weights to start from."""
-    names = [name for name in MEMORY_ALIASES if given.get(name, False) is not False]
-    if len(names) > 1:
-        yield f"{' and '.join(names)} exclude each other", "keep one, or use --optMemory"
-    if opt.resetClassifier and opt.retrain == "none":
-        yield "resetClassifier without weights to retrain", "add --retrain FILE"
-    if opt.resetClassifier and opt.testOnly and opt.resume == "none":
-        what = "resetClassifier with testOnly would test a random classifier"
-        yield what, "add --resetClassifier false, also where a run's config.yaml has it"
-
-
-def _rate_problems(opt: Settings) -> Iterator[Problem]:
-    """The schedule of the learning rate."""
-    milestones = opt.milestones or []
-    if opt.lrShape == "cosine" and milestones:
-        fix = "leave out milestones or use --lrShape multistep"
-        yield "milestones have no effect on a cosine", fix
-    if milestones != sorted(milestones):
-        what = f"milestones {as_text(milestones)} are not in order"
-        yield what, f"use {as_text(sorted(milestones))}"
-
-
-def _batch_problems(opt: Settings) -> Iterator[Problem]:
-    """Batches, and the images and numbers in them."""
-    if opt.batchSize % opt.replicas != 0 and not opt.testOnly:
-        near = max(round(opt.batchSize / opt.replicas), 1) * opt.replicas
-        what = f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number"
-        yield what, f"use {near}, or another number"
-    is_default = opt.nImages == FLAGS["nImages"].default
-    if not is_default and not DATASETS[opt.dataset].is_generated:
-        what = f"nImages has no effect on {opt.dataset}"
-        yield what, "leave it out or use --dataset synthetic"
-    if opt.tf32 and opt.precision != "single":
-        what = f"tf32 has no effect with precision {opt.precision}"
-        yield what, "leave it out or use --precision single"
+def _unused_flag_problems(opt: Settings, given: dict[str, object]) -> list[Problem]:
+    """Refuse flags that describe another kind of network than the one that is built."""
+    refused = [
+        name
+        for name, value in ARCHITECTURES[opt.netType].unused_flags.items()
+        if FLAGS[name].role and name not in TOLERATED_FLAGS
+        if given.get(name) not in (None, value, FLAGS[name].default)
+    ]
+    whats = [f"{name} {as_text(given[name])} has no effect on a {opt.netType}" for name in refused]
+    return [(what, "leave it out, or use --netType densenet") for what in whats]
 
 
 def notes(opt: Settings, given: dict[str, object]) -> list[str]:
-    """What the user should know though it stops nothing."""
+    """List what the user should know about settings that can be run."""
+    network = ARCHITECTURES[opt.netType]
+    late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
+    noted = [name for name in network.unused_flags if given.get(name, False) is not False]
+    renamed = [name for name in ("shareGradInput", "optnet") if given.get(name)]
     return [
-        *_notes_of_flags(opt, given),
-        *_notes_of_training(opt),
+        *(f"{name} has no effect here" for name in IGNORED_FLAGS if name in given),
+        *(f"{name} has no effect on a {opt.netType}" for name in noted),
+        *(f"{name} is optMemory {opt.optMemory} here" for name in renamed if network.uses(name)),
+        *([f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}"] if late else []),
+        *(["syncBN has no effect on one process"] if opt.syncBN and opt.replicas == 1 else []),
         *network_settings.notes(opt, given),
     ]
 
 
-def _notes_of_flags(opt: Settings, given: dict[str, object]) -> Iterator[str]:
-    """Flags that were given and have no effect, or another name here."""
-    network = ARCHITECTURES[opt.netType]
-    for name in IGNORED_FLAGS:
-        if name in given:
-            yield f"{name} has no effect here"
-    for name in network.unused_flags:
-        if given.get(name, False) is not False:
-            yield f"{name} has no effect on a {opt.netType}"
-    for name in ("shareGradInput", "optnet"):
-        if given.get(name) and network.uses(name):
-            yield f"{name} is optMemory {opt.optMemory} here"
-
-
-def _notes_of_training(opt: Settings) -> Iterator[str]:
-    late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
-    if late:
-        yield f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}"
-    if opt.syncBN and opt.replicas == 1:
-        yield "syncBN has no effect on one process"
-
-
-# ------------------------------------------------------------------------------------ public face
+# ------------------------------------------------------------------------------------- interface
 
 
 def parse(argv: list[str], world_size: int = 0) -> Settings:
-    """The settings of one call: command line over `--config` over defaults.
+    """Return the settings of one call: the command line over `--config` over the defaults.
 
-    Also sets `replicas`, which is derived and no flag.
-
-    `--resume DIR` continues the run in DIR with the settings it was started with, so that these
-    stand below the config file. `opt.notes` lists remarks for the user,
-    `opt.given` the flags that were given.
+    `--resume DIR` continues the run in DIR: the settings it was started with come below those of
+    the config file. Also sets `replicas`, the number of processes, `notes`, the remarks for the
+    user, and `given`, the names of the flags that were given.
 
     Args:
-        world_size: processes that a launcher has started for the run, on all machines; 0: none has.
+        world_size: processes of the run on all machines, if a launcher started them, else 0.
 
     Raises:
         UsageError: every problem of the flags at once.
@@ -378,6 +335,8 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
     if {"-h", "-help", "--help"} & set(argv):
         print(help_text(USAGE, GROUPS))
         sys.exit(0)
+
+    # Each source sets what the ones before it have not.
     parser = FlagParser(FLAGS)
     parser.add(parser.parse_argv(argv))
     if parser.values.get("config", "none") != "none":
@@ -385,8 +344,9 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
     _add_resumed(parser)
     opt = apply_defaults(parser.values)
     opt.replicas = world_size or max(opt.nGPU or 1, 1)
+
     problems = parser.problems
-    # With one of these misread, every rule about depth or size would be judged on a default.
+    # While one of these is unknown, the rules about depth and size would apply to its default.
     if not parser.unparsed & {"dataset", "imageSize", "netType", "bottleneck"}:
         problems = problems + validate(opt, parser.values)
     if problems:
@@ -403,26 +363,26 @@ def _add_file(parser: FlagParser, path: Path, exclude: tuple[str, ...] = ()) -> 
         if name == "config":
             what = f"config: a config file cannot name another ({source})"
             parser.problems.append((what, "put its lines here"))
-    if parser.values.keys() & set(MEMORY_ALIASES):  # whichever name was used: it wins
+    if parser.values.keys() & set(MEMORY_ALIASES):  # one name given earlier overrides all three
         exclude += MEMORY_ALIASES
     parser.add([line for line in raw if line[0] not in exclude])
 
 
 def _add_resumed(parser: FlagParser) -> None:
-    """Continue a run by its directory alone: its config.yaml is the base, and it goes on there."""
+    """Add the config.yaml of the run that `--resume` names, and continue in its directory."""
     resume = parser.values.get("resume", "none")
     if resume in ("none", "auto"):
         return
     directory = Path(resume) if os.path.isdir(resume) else Path(resume).parent
     if os.path.isfile(directory / "config.yaml"):
-        # The checkpoint knows the epoch; milestones belong to a shape that may be another now.
+        # The checkpoint knows the epoch; milestones are of the old shape, which may be another now.
         replaced = ("milestones",) if "lrShape" in parser.values else ()
         _add_file(parser, directory / "config.yaml", exclude=("epochNumber", *replaced))
         parser.values.setdefault("save", str(directory))
 
 
 def settings(opt: Settings) -> dict[str, object]:
-    """The settings that mean something here, as plain values in the order of the table."""
+    """Return the settings that have an effect, as plain values in the order of the table."""
     network = ARCHITECTURES[opt.netType]
     unused = {*IGNORED_FLAGS, "optnet", "shareGradInput", *network.unused_flags}
     if opt.imagenetShape and network.basic_depths is not None:
@@ -432,18 +392,18 @@ def settings(opt: Settings) -> dict[str, object]:
 
 
 def training_settings(opt: Settings) -> dict[str, object]:
-    """The settings that decide what is learnt, without those of mere procedure."""
+    """Return the settings that decide what the network learns."""
     return {name: value for name, value in settings(opt).items() if FLAGS[name].role}
 
 
 def shared_settings(opt: Settings) -> dict[str, object]:
-    """The settings that all processes of a run must share: those that are of no one machine."""
+    """Return the settings that all processes of a run must agree on."""
     per_machine = ("data", "nGPU", "nThreads", "config", "debug")
     return {name: value for name, value in settings(opt).items() if name not in per_machine}
 
 
 def as_yaml(opt: Settings, exclude: tuple[str, ...] = ("config", "printConfig")) -> str:
-    """The settings as a config file that `--config` accepts."""
+    """Write the settings as a config file that `--config` accepts."""
     import yaml
 
     if "save" not in opt.given:  # it follows from the others, also when they are changed
@@ -453,12 +413,11 @@ def as_yaml(opt: Settings, exclude: tuple[str, ...] = ("config", "printConfig"))
 
 
 def differences(current: dict, saved: dict, role: str) -> list[tuple[str, str, str]]:
-    """Flags of `role` on which two `settings` disagree: (flag, current, saved).
+    """List flags of `role` on which two `settings` disagree: (flag, current, saved).
 
     Flags that the current network does not read are left out.
     """
     network = ARCHITECTURES[current["netType"]]
-    used = [flag for flag in FLAGS.values() if network.uses(flag.name)]
-    names = [flag.name for flag in used if flag.role == role]
+    names = [name for name, flag in FLAGS.items() if flag.role == role and network.uses(name)]
     pairs = [(name, as_text(current.get(name)), as_text(saved.get(name))) for name in names]
     return [pair for pair in pairs if pair[1] != pair[2]]

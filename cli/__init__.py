@@ -1,1 +1,1 @@
-"""The command line: what a flag is, how argv and YAML become settings, the flags of networks."""
+"""Read the command line: flag types, argv and YAML, the flags of networks, checks of paths."""

@@ -1,4 +1,4 @@
-"""What a flag is: its type, range and help; and `Settings`, the values of all of them."""
+"""Define flags: their types, ranges and help; and `Settings`, the values of all of them."""
 
 import difflib
 import math
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-Problem = tuple[str, str]  # (what is wrong, how to mend it)
+Problem = tuple[str, str]  # (what is wrong, how to fix it)
 
 
 @dataclass(frozen=True)
 class FlagType:
-    """A type of value: its description in messages, and how its text is converted."""
+    """Describe a type of value in messages, and convert text to it."""
 
     description: str
     convert: Callable[[str], object]
@@ -30,7 +30,7 @@ def _parse_int_list(text: str) -> list[int]:
 
 
 def _parse_float(text: str) -> float:
-    if "_" in text or not text.isascii() or text != text.strip():  # which float() would take
+    if "_" in text or not text.isascii() or text != text.strip():  # float() would accept these
         raise ValueError
     return float(text)
 
@@ -44,7 +44,7 @@ boolean = FlagType("true or false", {"true": True, "false": False}.__getitem__)
 
 
 class Settings(SimpleNamespace):
-    """The value of every flag by its name, and what follows from them; not changed once made."""
+    """Hold the value of every flag and what follows from them; not changed once made."""
 
     def replace(self, **changes: object) -> "Settings":
         """Return a copy with some of the settings changed."""
@@ -53,7 +53,7 @@ class Settings(SimpleNamespace):
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of finite numbers; an open end is excluded."""
+    """Contain the finite numbers of an interval; an open end is excluded."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -78,14 +78,14 @@ POSITIVE = Range(low=0, low_open=True)
 
 @dataclass(frozen=True)
 class Flag:
-    """One option.
+    """Describe one option of a command line.
 
     Args:
-        default: None means that the dataset or another flag decides; `default_note` then says how.
-        role: what resuming makes of a difference: "model" is another network (an error),
-            "training" another course of training (an error unless --override true), "duration"
-            longer or shorter training (an error if shorter), "" no matter.
-        const: the value when the flag stands alone on a command line.
+        default: None if the dataset or another flag decides; `default_note` then says how.
+        role: what a changed value means for a resumed run: "model" another network (an error),
+            "training" other training (an error unless --override true), "duration" longer or
+            shorter training (an error if shorter), "" nothing.
+        const: value of the flag where it stands alone on a command line.
     """
 
     name: str
@@ -99,26 +99,25 @@ class Flag:
     const: str | None = None
 
     def parse(self, raw: str) -> object:
-        """The value of a text.
+        """Return the value that a text stands for.
 
         Raises:
-            ValueError: what is wrong, what to do, and the choice that was probably meant if any.
+            ValueError: (what is wrong, how to fix it), and the choice closest to the text if any.
         """
         if not raw:
             raise ValueError("has no value", f"give {self._expected()}")
         shown = repr(raw) if len(raw) <= 60 else repr(raw[:60]) + "..."
+        fix = f"use {self._expected()}"
         try:
             value = self.type.convert(raw)
         except (ValueError, KeyError):
-            raise ValueError(
-                f"{shown} is not {self.type.description}", f"use {self._expected()}"
-            ) from None
+            raise ValueError(f"{shown} is not {self.type.description}", fix) from None
         if self.choices and value not in self.choices:
             known, close = ", ".join(map(str, self.choices)), self._closest_choice(value)
             raise ValueError(f"{shown} is not one of {known}", f"use {close}", close)
         for item in value if isinstance(value, list) else [value]:
             if self.range and item not in self.range:
-                raise ValueError(f"{shown} is out of range", f"use {self._expected()}")
+                raise ValueError(f"{shown} is out of range", fix)
         return value
 
     def _closest_choice(self, value: object) -> object:
@@ -133,15 +132,20 @@ class Flag:
         return f"{self.type.description} {self.range}" if self.range else self.type.description
 
 
+def broken(rules: list[tuple[bool, str, str]]) -> list[Problem]:
+    """List the problems of the rules that are broken: (whether it is broken, what, fix) each."""
+    return [(what, fix) for is_broken, what, fix in rules if is_broken]
+
+
 def closest_match(name: str, known: list[str] | tuple[str, ...]) -> str | None:
-    """The member of `known` that is spelt most like `name`, None when nothing is like it."""
+    """Find the member of `known` that is spelt most like `name`; None if nothing is close."""
     folded = {word.lower(): word for word in known}
     found = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     return folded[found[0]] if found else None
 
 
 def as_text(value: object) -> str:
-    """A setting as it is typed on a command line."""
+    """Write a setting as it is typed on a command line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
@@ -150,7 +154,7 @@ def as_text(value: object) -> str:
 
 
 def help_text(usage: str, groups: dict[str, list[Flag]]) -> str:
-    """What `--help` prints: each flag's meaning, choices and default."""
+    """Compose what `--help` prints: each flag's meaning, choices and default."""
     lines = [usage]
     for title, flags in groups.items():
         lines += ["", f"{title}:"]

@@ -1,4 +1,4 @@
-"""Whether the files and directories that the settings name are there, before anything is loaded."""
+"""Check that the files and directories of the settings exist, before anything heavy is loaded."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from errors import CheckpointError, DataError, StorageError
 
 
 def check_working_directory() -> None:
-    """Raise StorageError when the current directory is gone: MKL cannot be loaded in such a one."""
+    """Raise StorageError if the current directory was removed: MKL cannot be loaded in one."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -18,32 +18,29 @@ def check_working_directory() -> None:
 
 
 def check(opt: SimpleNamespace, is_first: bool = True) -> None:
-    """Raise DataError or CheckpointError when a path that the run needs is not there.
-
-    Here, as in opts.lua, so that a mistyped directory is reported before anything is loaded.
+    """Raise DataError or CheckpointError if a path that the run needs is missing.
 
     Args:
         is_first: whether this process reads weights and checkpoints, for itself and the others.
     """
     if is_first and opt.resume not in ("none", "auto") and not os.path.exists(opt.resume):
-        raise CheckpointError(
-            f"resume: no such file or directory: {opt.resume}",
-            "name a run directory, or use --resume none",
-        )
-    # A resumed run needs the weights it once began with no more.
-    fresh = is_first and opt.resume == "none"
-    if fresh and opt.retrain != "none" and not os.path.isfile(opt.retrain):
+        what = f"resume: no such file or directory: {opt.resume}"
+        raise CheckpointError(what, "name a run directory, or use --resume none")
+    # A resumed run no longer needs the weights that it started from.
+    is_fresh = is_first and opt.resume == "none"
+    if is_fresh and opt.retrain != "none" and not os.path.isfile(opt.retrain):
         raise CheckpointError(f"retrain: no such file: {opt.retrain}", "name a file of weights")
     if DATASETS[opt.dataset].is_image_folder:
-        layout = (
-            f"use --data DIR with {Path('DIR/train/CLASS/IMAGE')} and {Path('DIR/val/CLASS/IMAGE')}"
-        )
-        root = Path(opt.data)
-        for directory in (root, root / "train", root / "val"):
-            if not os.path.isdir(directory):
-                raise DataError(f"no directory {directory}", layout)
-            if directory != root and not _has_directories(directory):
-                raise DataError(f"no class directories in {directory}", layout)
+        _check_image_folder(Path(opt.data))
+
+
+def _check_image_folder(root: Path) -> None:
+    layout = "use --data DIR with DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"
+    for directory in (root, root / "train", root / "val"):
+        if not os.path.isdir(directory):
+            raise DataError(f"no directory {directory}", layout)
+        if directory != root and not _has_directories(directory):
+            raise DataError(f"no class directories in {directory}", layout)
 
 
 def _has_directories(directory: Path) -> bool:
