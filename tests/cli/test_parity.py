@@ -1,4 +1,4 @@
-"""The original's flags and schedules: none is lost, none is added in silence, none is one late."""
+"""The original's flags and learning rates: each flag is there, each rate changes in its epoch."""
 
 import ast
 import math
@@ -34,19 +34,13 @@ ADDED = {
     "override": "a run is continued with other settings only on purpose",
     "milestones": "schedules of other papers",
     "kernels": "the fused layers are one of two ways to compute the same, and one may be at fault",
-    "cudaGraph": "a step captured once is replayed as it was, which some tools cannot look into",
+    "cudaGraph": "some tools cannot look into a captured step, which is replayed as it was",
     "initChannels": "the paper's stem and the Lua code's differ",
-    "syncBN": "batch normalisation over a small share of a batch is another network",
+    "syncBN": "batch normalisation over a small part of a batch is another network",
     "timeout": "a dead process must not be waited for half an hour",
 }
-READ_BY_NOTHING = dict.fromkeys(
-    ("backend", "gen", "optimState"), "read by the Lua code's parser and by nothing after it"
-)
-READ_IN_OPTS_ONLY = {
-    "config": "names the file that opts.py itself reads",
-    "shareGradInput": "becomes optMemory there",
-    "optnet": "becomes optMemory there",
-}
+# These three become optMemory in opts.py, or name the file that it reads.
+READ_IN_OPTS_ONLY = {"config", "shareGradInput", "optnet"}
 
 
 def test_the_flags_are_the_originals_and_the_additions():
@@ -54,18 +48,17 @@ def test_the_flags_are_the_originals_and_the_additions():
     assert all(ADDED.values())
 
 
-def test_every_flag_of_the_original_is_taken_in_both_spellings(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_every_flag_of_the_original_is_taken_in_both_spellings(dashes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ORIGINAL.split():
-        # Its default where it has one, so that no combination is at fault.
-        fitting = {"depth": "100", "dropRate": "0", "shortcutType": "A"}
+    fitting = {"depth": "100", "dropRate": "0", "shortcutType": "A"}
+    for name in ORIGINAL.split():  # with its default where it has one, which conflicts with none
         value = opts.as_text(opts.FLAGS[name].default) or fitting.get(name, "1")
-        for dashes in ("-", "--"):
-            opts.parse([f"{dashes}{name}", value])
+        opts.parse([f"{dashes}{name}", value])
 
 
 def flags_read(source: str) -> set[str]:
-    """The names NAME that appear as `opt.NAME`, other than to set them."""
+    """Find the names NAME that appear as `opt.NAME`, other than to set them."""
     return {
         node.attr
         for node in ast.walk(ast.parse(source))
@@ -77,20 +70,14 @@ def flags_read(source: str) -> set[str]:
 
 
 def test_every_flag_is_read_by_the_program():
-    files = source_files(ROOT)
-    outside = [
-        path for path in files if path.relative_to(ROOT).parts[0] not in ("opts.py", "tools")
-    ]
+    outside = [path for path in source_files(ROOT)
+               if path.relative_to(ROOT).parts[0] not in ("opts.py", "tools")]  # fmt: skip
     read = set.union(*(flags_read(path.read_text()) for path in outside))
-    unread = set(opts.FLAGS) - read
-    assert unread == READ_BY_NOTHING.keys() | READ_IN_OPTS_ONLY.keys()
-    assert set(opts.IGNORED_FLAGS) == READ_BY_NOTHING.keys()
+    assert set(opts.FLAGS) - read == {*opts.IGNORED_FLAGS} | READ_IN_OPTS_ONLY
+    # The Lua code's parser accepts three that nothing reads after it; so does this one.
+    assert set(opts.IGNORED_FLAGS) == {"backend", "gen", "optimState"}
     in_opts = flags_read((ROOT / "opts.py").read_text())
-    assert READ_IN_OPTS_ONLY.keys() - {"config"} <= in_opts
-    assert not READ_BY_NOTHING.keys() & in_opts
-
-
-def test_a_flag_that_is_only_set_or_named_would_be_found():
+    assert READ_IN_OPTS_ONLY - {"config"} <= in_opts and not in_opts & set(opts.IGNORED_FLAGS)
     assert flags_read('opt.gen = 1; print("opt.backend", other.depth, opt.LR)') == {"LR"}
 
 
@@ -98,61 +85,62 @@ def test_a_flag_that_is_only_set_or_named_would_be_found():
 
 
 def rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[float]:
-    """The rate of each epoch by the defaults of the program."""
+    """Return the rate of each epoch by the defaults of the program."""
     milestones = opts.default_milestones(num_epochs, imagenet, net_type)
     return [multistep_lr(0.1, milestones, epoch) for epoch in range(1, num_epochs + 1)]
 
 
 @pytest.mark.parametrize(
-    ("line", "spans"),
+    ("line", "epochs"),
     [
-        ("", {0.1: 149, 0.01: 75, 0.001: 76}),
-        ("--dataset cifar100", {0.1: 149, 0.01: 75, 0.001: 76}),
-        ("--dataset svhn", {0.1: 19, 0.01: 10, 0.001: 11}),
-        ("--dataset imagenet", {0.1: 30, 0.01: 30, 0.001: 30}),
-        ("--dataset imagenet --depth 161", {0.1: 30, 0.01: 30, 0.001: 30, 0.0001: 10}),
+        # How many epochs the rate is 0.1, 0.01, 0.001 and 0.0001: docs/parity.md.
+        ("", (149, 75, 76)),
+        ("--dataset cifar100", (149, 75, 76)),
+        ("--dataset svhn", (19, 10, 11)),
+        ("--dataset imagenet", (30, 30, 30)),
+        ("--dataset imagenet --depth 161", (30, 30, 30, 10)),
         # fb.resnet.torch: decay = epoch >= 122 and 2 or epoch >= 81 and 1 or 0.
-        ("--netType resnet", {0.1: 80, 0.01: 41, 0.001: 43}),
-        ("--netType preresnet --dataset cifar100", {0.1: 80, 0.01: 41, 0.001: 43}),
-        ("--netType resnet --dataset svhn", {0.1: 19, 0.01: 10, 0.001: 11}),
-        ("--netType preresnet --dataset imagenet", {0.1: 30, 0.01: 30, 0.001: 30}),
+        ("--netType resnet", (80, 41, 43)),
+        ("--netType preresnet --dataset cifar100", (80, 41, 43)),
+        ("--netType resnet --dataset svhn", (19, 10, 11)),
+        ("--netType preresnet --dataset imagenet", (30, 30, 30)),
     ],
 )
-def test_the_default_rates_are_those_of_the_table(line, spans):
+def test_the_default_rates_are_those_of_the_table(line, epochs):
     opt = opts.parse(line.split())
     schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
-    expected = [rate for rate, count in spans.items() for _ in range(count)]
-    for step in (1, 7):  # the same all through an epoch
+    expected = [10.0 ** -(i + 1) for i, count in enumerate(epochs) for _ in range(count)]
+    for step in (1, 7):  # the same throughout an epoch
         found = [schedule.lr(epoch, step, 7) for epoch in range(1, opt.nEpochs + 1)]
         assert found == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("num_epochs", [*range(1, 13), 39, 40, 41, 164, 299, 300, 301])
-def test_cifar_drops_at_the_first_epochs_past_half_and_three_quarters(num_epochs):
+def drops_of_cifar(epoch: int, n: int) -> int:
     # train.lua: decay = epoch >= 0.75 n and 2 or epoch >= 0.5 n and 1 or 0.
-    def lua(epoch: int) -> float:
-        decay = 2 if epoch >= 0.75 * num_epochs else 1 if epoch >= 0.5 * num_epochs else 0
-        return 0.1 * math.pow(0.1, decay)
-
-    expected = [lua(epoch) for epoch in range(1, num_epochs + 1)]
-    assert rates(num_epochs, imagenet=False) == pytest.approx(expected, rel=1e-12)
+    return 2 if epoch >= 0.75 * n else 1 if epoch >= 0.5 * n else 0
 
 
-@pytest.mark.parametrize("num_epochs", [*range(1, 13), 40, 163, 164, 165, 200, 500])
-@pytest.mark.parametrize("net_type", ["resnet", "preresnet"])
-def test_residual_networks_drop_at_81_and_122_of_164_in_proportion(net_type, num_epochs):
-    drops = [(epoch >= Fraction(81, 164) * num_epochs) + (epoch >= Fraction(122, 164) * num_epochs)
-             for epoch in range(1, num_epochs + 1)]  # fmt: skip
-    expected = [0.1 / 10**drop for drop in drops]
-    assert rates(num_epochs, False, net_type) == pytest.approx(expected, rel=1e-12)
-    same = rates(num_epochs, False, net_type) == rates(num_epochs, False)
-    assert same == (num_epochs < 13 or num_epochs == 40)  # where rounding hides the difference
+def drops_of_residual(epoch: int, n: int) -> int:
+    return (epoch >= Fraction(81, 164) * n) + (epoch >= Fraction(122, 164) * n)
 
 
-@pytest.mark.parametrize("num_epochs", [1, 30, 31, 60, 61, 89, 90, 91, 100, 121])
-def test_imagenet_drops_every_thirty_epochs(num_epochs):
-    expected = [0.1 * 0.1 ** ((epoch - 1) // 30) for epoch in range(1, num_epochs + 1)]
-    assert rates(num_epochs, imagenet=True) == pytest.approx(expected, rel=1e-12)
+def drops_of_imagenet(epoch: int, n: int) -> int:
+    return (epoch - 1) // 30
+
+
+@pytest.mark.parametrize("n", [*range(1, 13), 30, 31, 39, 40, 41, 61, 90, 121, 163, 164, 165, 300])
+@pytest.mark.parametrize(
+    ("drops", "imagenet", "net_type"),
+    [
+        (drops_of_cifar, False, "densenet"),
+        (drops_of_residual, False, "resnet"),
+        (drops_of_residual, False, "preresnet"),
+        (drops_of_imagenet, True, "densenet"),
+    ],
+)
+def test_the_rate_drops_in_the_same_epochs_as_the_originals(drops, imagenet, net_type, n):
+    expected = [0.1 / 10 ** drops(epoch, n) for epoch in range(1, n + 1)]
+    assert rates(n, imagenet, net_type) == pytest.approx(expected, rel=1e-12)
 
 
 def stepped_after_each_epoch(milestones: list[int], num_epochs: int) -> list[float]:
@@ -167,35 +155,25 @@ def stepped_after_each_epoch(milestones: list[int], num_epochs: int) -> list[flo
 
 
 def test_a_scheduler_stepped_after_each_epoch_is_one_late():
-    mine = rates(300, imagenet=False)
-    late = stepped_after_each_epoch([150, 225], 300)
-    differ = [i + 1 for i in range(300) if not math.isclose(mine[i], late[i], rel_tol=1e-9)]
+    found, late = rates(300, imagenet=False), stepped_after_each_epoch([150, 225], 300)
+    differ = [i + 1 for i in range(300) if not math.isclose(found[i], late[i], rel_tol=1e-9)]
     assert differ == [150, 225]
-    assert mine == pytest.approx(stepped_after_each_epoch([149, 224], 300), rel=1e-9)
+    assert found == pytest.approx(stepped_after_each_epoch([149, 224], 300), rel=1e-9)
 
 
 def test_the_cosine_ends_at_zero_and_counts_steps_from_one():
     epochs, steps, base = 4, 5, 0.3
     schedule = LRSchedule("cosine", base, epochs, None)
-    places = [(epoch, step) for epoch in range(1, epochs + 1) for step in range(1, steps + 1)]
-    found = [schedule.lr(*place, steps) for place in places]
+    positions = [(epoch, step) for epoch in range(1, epochs + 1) for step in range(1, steps + 1)]
+    found = [schedule.lr(*position, steps) for position in positions]
     # 0.5 (1 + cos 2x) is cos^2 x.
     total = epochs * steps
     expected = [base * math.cos(math.pi * t / total / 2) ** 2 for t in range(1, total + 1)]
     assert found == pytest.approx(expected, abs=1e-15)
-    assert found[-1] == 0
-    assert found == sorted(found, reverse=True)
-    # The twin: counted from 0 the run begins at the full rate and never comes to rest.
-    from_zero = [cosine_lr(base, epoch, step - 1, epochs, steps) for epoch, step in places]
-    assert from_zero[0] == base
-    assert from_zero[-1] > 0
-    assert from_zero != pytest.approx(expected, abs=1e-4)
-
-
-def test_the_cosine_does_not_depend_on_how_a_run_is_cut_into_epochs():
-    halves = [LRSchedule("cosine", 1, 2, None).lr(epoch, step, 6)
-              for epoch in (1, 2) for step in range(1, 7)]  # fmt: skip
-    thirds = [LRSchedule("cosine", 1, 3, None).lr(epoch, step, 4)
-              for epoch in (1, 2, 3) for step in range(1, 5)]  # fmt: skip
-    assert halves == thirds
-    assert halves != [LRSchedule("cosine", 1, 3, None).lr(1, step, 12) for step in range(1, 13)]
+    assert found[-1] == 0 and found == sorted(found, reverse=True)
+    # Counted from 0, the run begins at the full rate and ends above zero.
+    from_zero = [cosine_lr(base, epoch, step - 1, epochs, steps) for epoch, step in positions]
+    assert from_zero[0] == base and from_zero[-1] > 0
+    # Only the step within the run counts, not how the run is divided into epochs.
+    fifths = LRSchedule("cosine", base, 5, None)
+    assert found == [fifths.lr(epoch, step, 4) for epoch in range(1, 6) for step in range(1, 5)]
