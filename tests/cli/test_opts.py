@@ -9,7 +9,7 @@ import pytest
 import opts
 from cli import path_checks
 from cli.flag_types import as_text
-from errors import CheckpointError, DataError, StorageError, UsageError
+from errors import CheckpointError, DataError, UsageError
 from helpers.run_main import ROOT
 from models.registry import ARCHITECTURES
 
@@ -88,7 +88,7 @@ DEPENDENT = [
     ("--dataset folder", IMAGENET),
     ("--dataset synthetic --imageSize 224", IMAGENET),
     ("--dataset synthetic", "nEpochs=300 imageSize=32 depth=100 augment=true"),
-    ("--dataset folder --imageSize 64", "nEpochs=300 batchSize=64 depth=100"),
+    ("--dataset folder --imageSize 64", "nEpochs=300 batchSize=64 depth=100 augment=true"),
     ("--dataset folder --imageSize 65", "nEpochs=90 batchSize=256 depth=121"),
     ("--dataset digits", "imageSize=8 augment=false dropRate=0.2 nEpochs=300"),
     ("--dataset imagenet --depth 161", "growthRate=48 nEpochs=100 batchSize=128 initChannels=96 "
@@ -105,9 +105,7 @@ DEPENDENT = [
     ("--nEpochs 7", "milestones=4,6"),
     ("--lrShape cosine", "milestones="),
     ("--shortcutType C", "shortcutType="),
-    ("--netType resnet", RESNET + " augment=true"),
-    ("--netType resnet --augment false", RESNET + " augment=false"),
-    ("--netType resnet --dataset folder --imageSize 32", RESNET),
+    ("--netType resnet --augment false", RESNET),
     ("--netType preresnet --dataset cifar100", "depth=164 bottleneck=true stages=18,18,18 "
      "nEpochs=164 milestones=81,122 shortcutType=A"),
     ("--netType resnet --dataset svhn", "nEpochs=40 milestones=20,30 validSize=6000 dropRate=0.0"),
@@ -145,11 +143,9 @@ NAMES = [
     ("--dataset svhn --manualSeed 7", "svhn-densenet-BC-L100-k12-seed7"),
     ("--dataset imagenet --depth 161", "imagenet-densenet-BC-L161-k48-seed0"),
     ("--netType resnet --augment false --lrShape cosine", "cifar10-resnet-L110-cosine-seed0"),
-    ("--netType preresnet --dataset cifar100", "cifar100+-preresnet-L164-seed0"),
     ("--netType preresnet --shortcutType B", "cifar10+-preresnet-L164-B-seed0"),
     ("--netType preresnet --bottleneck false --depth 20", "cifar10+-preresnet-L20-basic-seed0"),
     ("--dataset imagenet --netType resnet --shortcutType B", "imagenet-resnet-L50-seed0"),
-    ("--dataset imagenet --netType resnet --shortcutType A", "imagenet-resnet-L50-A-seed0"),
     ("--dataset folder --data /a/cats/", "folder-cats-densenet-BC-L121-k32-seed0"),
 ]
 
@@ -240,31 +236,17 @@ def test_a_problem_in_a_file_is_shown_with_its_line(tmp_path):
 
 
 def test_every_problem_is_reported_at_once(tmp_path):
-    bad = config(tmp_path, "depth: 41\nLR: -1\nLR: 2\nprecison: half\ntf32: true\n")
-    problems = refused(f"{bad} --growthrate 12 --momentum 1 --precision half --testOnly true 7")
-    parts = (
-        "unknown flag growthrate (command line)",
-        "momentum: '1' is out of range (command line)",
-        "'7' is no flag (command line)",
-        "LR: '-1' is out of range",
-        "LR is given twice",
-        "unknown flag precison",
-        "depth: 41 is not 6n + 4",
-        "tf32 has no effect with precision half",
-        "testOnly without weights",
-    )
-    for part in parts:
-        assert sum(what.startswith(part) for what, _ in problems) == 1, part
-    assert len(problems) == len(parts)
-    assert len(refused("--depth 41 --d1 6")) == 2
+    bad = config(tmp_path, "depth: 41\nLR: -1\nLR: 2\nprecison: half\ntf32: true\nd1: 6\n")
+    problems = refused(f"{bad} --growthrate 12 --precision half --testOnly true 7")
+    words = ("'7'", "unknown flag growthrate", "LR: '-1'", "LR is given twice", "precison", "d1 to",
+             "depth: 41", "testOnly without", "tf32 has no effect")  # fmt: skip
+    assert all(word in what for word, (what, _) in zip(words, problems, strict=True))
 
 
-@pytest.mark.parametrize(
-    "line", ["--dataset imagnet --depth 121", "--config absent.yaml --depth 121"]
-)
-def test_no_rule_is_checked_against_a_setting_that_could_not_be_read(line):
+def test_no_rule_is_checked_against_a_setting_that_could_not_be_read():
     # 121 layers are impossible on the default dataset only, and "use 118 or 124" leads astray.
-    assert len(refused(line)) == 1
+    for line in ("--dataset imagnet --depth 121", "--config absent.yaml --depth 121"):
+        assert len(refused(line)) == 1
 
 
 RANGES = [
@@ -304,20 +286,14 @@ def test_the_ends_of_the_ranges_are_inside():
     [
         ("--depth 41 --bottleneck false", "use 40 or 43"),
         ("--depth 99", "use 94 or 100"),
-        ("--depth 1", "use 10"),
         ("--depth 9", "use 10"),
-        ("--depth 4 --bottleneck false", "use 7"),
         ("--dataset imagenet --depth 100", "use 121, or give d1 to d4"),
-        ("--dataset imagenet --depth 265", "use 264, or give d1 to d4"),
         ("--dataset folder --imageSize 32 --depth 121", "use 118 or 124"),
         ("--netType resnet --depth 100", "use 98 or 104"),
         ("--netType resnet --depth 2", "use 8"),
-        ("--netType preresnet --depth 163", "use 155 or 164"),
         ("--netType preresnet --depth 32", "use 29 or 38, or --bottleneck false"),
-        ("--netType preresnet --bottleneck false --depth 33", "use 32 or 38"),
         ("--netType preresnet --depth 3", "use 11"),
         ("--dataset imagenet --netType resnet --depth 20", "use 18"),
-        ("--dataset imagenet --netType preresnet --depth 199", "use 200"),
     ],
 )
 def test_an_impossible_depth_is_answered_with_the_nearest_valid_ones(line, fix):
@@ -355,20 +331,13 @@ LEAVE_OUT = "leave it out, or use --netType densenet"
 @pytest.mark.parametrize(
     ("line", "what", "fix"),
     [
-        # Choices
+        # Names
         ("--dataset imagnet", "dataset: 'imagnet' is not one of", "use imagenet"),
         ("--netType resnt", "'resnt' is not one of densenet, resnet, preresnet", "use resnet"),
-        ("--optMemory 5", "optMemory: '5' is not one of 0, 1, 2, 3, 4, auto", "use 4"),
-        ("--optMemory -1", "optMemory: '-1' is not one of", "use 0"),
-        ("--optMemory Auto", "optMemory: 'Auto' is not a level or auto", "use 0 or 1 or"),
-        ("--cudaGraph fasle", "cudaGraph: 'fasle' is not one of", "use false"),
-        ("--testOnly", "testOnly: has no value", "give true or false"),
         # Images, and what is evaluated on them
         ("--imageSize 64", "imageSize: images of cifar10 have 32 pixels, not 64", "use 32 or"),
-        ("--dataset digits --imageSize 32", "images of digits have 8 pixels, not 32", "use 8 or"),
         ("--testOnly true", "testOnly without weights", "add --resume DIR or --retrain FILE"),
         ("--tenCrop true", "tenCrop: cifar10 at 32 pixels has no crops", "leave it out"),
-        ("--dataset folder --imageSize 64 --tenCrop true", "folder at 64 pixels", "leave it out"),
         ("--dataset synthetic --imageSize 224 --tenCrop true", "tenCrop: syn", "leave it out"),
         # First epoch, weights, learning rate
         ("--epochNumber 5 --resume x", "epochNumber 5 together with resume", "leave out one"),
@@ -439,8 +408,6 @@ def test_a_batch_that_does_not_divide_is_answered_with_the_nearest(line, world_s
         ("-backend nn", "backend has no effect here"),
         ("-gen x -optimState y", "gen has no effect here; optimState has no effect here"),
         ("-shortcutType B", "shortcutType has no effect on a densenet"),
-        ("-netType resnet -shortcutType B", ""),
-        ("-netType preresnet", ""),
         ("-netType preresnet -depth 29", ""),
         ("-netType preresnet -depth 110 -bottleneck true", ""),
         ("-netType preresnet -depth 110", "preresnet of depth 110 has 36 bottlenecks, "
@@ -448,7 +415,6 @@ def test_a_batch_that_does_not_divide_is_answered_with_the_nearest(line, world_s
         ("-netType resnet -shareGradInput false -optnet false", ""),
         ("-netType resnet -optnet true", "optnet has no effect on a resnet"),
         ("-netType preresnet -optMemory auto", "optMemory has no effect on a preresnet"),
-        ("-netType preresnet -kernels triton", "kernels has no effect on a preresnet"),
         # The value is the one that the network has, but the flag decides nothing.
         ("-netType resnet -dropRate 0", "dropRate has no effect on a resnet"),
         ("-netType resnet -bottleneck true -d1 0",
@@ -456,9 +422,7 @@ def test_a_batch_that_does_not_divide_is_answered_with_the_nearest(line, world_s
         ("-optnet true", "optnet is optMemory 1 here"),
         ("-shareGradInput true", "shareGradInput is optMemory 2 here"),
         ("-optnet false", ""),
-        ("-optMemory auto", ""),
         ("-milestones 5,400", "milestones 400 come after the last epoch, 300"),
-        ("-bottleneck false -reduction 1", ""),
         ("-bottleneck false", "bottleneck false with reduction 0.5 is a DenseNet-C, "
          "the paper's basic DenseNet has --reduction 1"),
         ("-syncBN true", "syncBN has no effect on one process"),
@@ -473,94 +437,68 @@ def test_a_flag_without_effect_is_remarked_on(line, notes):
 
 
 @pytest.mark.parametrize(
-    ("line", "error", "code", "what", "fix"),
+    ("line", "error", "what", "fix"),
     [
-        ("--resume gone", CheckpointError, 4, "resume: no such file or directory: gone", "name a"),
-        ("--retrain gone", CheckpointError, 4, "retrain: no such file: gone", "name a file"),
-        ("--retrain empty", CheckpointError, 4, "retrain: no such file: empty", "name a file"),
-        ("--dataset imagenet --data gone", DataError, 3, "no directory gone", "use --data DIR"),
-        ("--dataset folder --data empty", DataError, 3, "no directory empty/train", "train/CLASS"),
-        ("--dataset folder --data half", DataError, 3, "no directory half/val", "val/CLASS/IMAGE"),
-        ("--dataset folder --data bare", DataError, 3, "no class directories in bare/val", "val/"),
-        # No value ends in a traceback.
-        (f"--resume {'x' * 300}", CheckpointError, 4, "resume: no such file", "name a"),
-        (f"--resume {'x/' * 3000}", CheckpointError, 4, "resume: no such file", "name a"),
-        (f"--retrain {'x' * 300}", CheckpointError, 4, "retrain: no such file", "name a"),
-        ("--dataset folder --data loop", DataError, 3, "no directory loop", "use --data DIR"),
-        (f"--dataset folder --data {'x' * 300}", DataError, 3, "no directory xxx", "use --data"),
-        ("--dataset folder --config nul.yaml", DataError, 3, "no directory \\x00", "use --data"),
+        ("--resume gone", CheckpointError, "resume: no such file or directory: gone", "name a run"),
+        (f"--resume {'x/' * 3000}", CheckpointError, "resume: no such file", "name a run"),
+        ("--retrain empty", CheckpointError, "retrain: no such file: empty", "name a file"),
+        ("--dataset folder --data loop", DataError, "no directory loop", "use --data DIR"),
+        ("--dataset folder --data empty", DataError, "no directory empty/train", "train/CLASS"),
+        ("--dataset folder --data bare", DataError, "no class directories in bare/val", "val/"),
+        ("--dataset folder --config nul.yaml", DataError, "no directory \\x00", "use --data"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_missing_path_is_named_before_anything_is_loaded(line, error, code, what, fix, tmp_path):
-    for directory in ("empty", "half/train/a", "bare/train/a", "bare/val"):
+def test_a_missing_path_is_named_before_anything_is_loaded(line, error, what, fix, tmp_path):
+    for directory in ("empty", "bare/train/a", "bare/val"):
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nul.yaml").write_text('data: "\\0"\n')
     with pytest.raises(error) as caught:
         path_checks.check(parse(line))
-    assert caught.value.code == code
     assert f"error: {what}" in caught.value.report() and fix in caught.value.report()
 
 
-def test_paths_that_exist_are_accepted_and_each_process_checks_what_it_reads(tmp_path):
+def test_each_process_needs_the_paths_that_it_reads(tmp_path):
     for directory in ("good/train/a", "good/val/a", "run"):
         (tmp_path / directory).mkdir(parents=True)
     (tmp_path / "w.pt").touch()
-    for line in ("--dataset folder --data good --resume run --retrain w.pt", "--resume auto"):
-        path_checks.check(parse(line))
-    # One process reads checkpoints for all of them; each reads images.
-    for line in ("--resume gone", "--retrain gone"):
+    path_checks.check(parse("--dataset folder --data good --resume run --retrain w.pt"))
+    path_checks.check(parse("--resume auto"))
+    for line in ("--resume gone", "--retrain gone"):  # the first process reads these for all
         path_checks.check(parse(line), is_first=False)
     with pytest.raises(DataError, match="no directory gone"):
         path_checks.check(parse("--dataset folder --data gone"), is_first=False)
 
 
-def test_a_removed_current_directory_is_reported(tmp_path, monkeypatch):
-    path_checks.check_working_directory()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "here").rmdir()
-    with pytest.raises(StorageError, match="the current directory is gone"):
-        path_checks.check_working_directory()
-
-
 # ----------------------------------------------------------------------------------- comparison
 
 
-def test_two_settings_are_compared_by_what_a_difference_means():
-    current, saved = (opts.settings(parse(line)) for line in ("--LR 1", "--depth 40 --nThreads 7"))
-    assert opts.differences(current, saved, "model") == [("depth", "100", "40")]
-    assert opts.differences(current, saved, "training") == [("LR", "1.0", "0.1")]
-    assert opts.differences(current, current, "training") == []
-
-
 @pytest.mark.parametrize(
-    ("line", "changed", "expected"),
+    ("line", "changed", "role", "expected"),
     [
-        ("", {}, []),
-        ("", {"shortcutType": "B"}, []),  # a DenseNet does not read it
-        ("", {"growthRate": 24}, [("growthRate", "12", "24")]),
-        ("--netType resnet", {}, []),
-        ("--netType resnet", {"shortcutType": "B"}, [("shortcutType", "A", "B")]),
+        ("", {}, "model", []),
+        ("", {"depth": 40, "LR": 1.0, "nThreads": 7}, "model", [("depth", "100", "40")]),
+        ("", {"depth": 40, "LR": 1.0, "nThreads": 7}, "training", [("LR", "0.1", "1.0")]),
+        ("", {"shortcutType": "B"}, "model", []),  # a DenseNet does not read it
+        ("--netType resnet", {}, "model", []),
+        ("--netType resnet", {"shortcutType": "B"}, "model", [("shortcutType", "A", "B")]),
     ],
 )
-def test_flags_that_the_network_does_not_read_are_no_difference(line, changed, expected):
+def test_settings_differ_where_the_network_reads_them(line, changed, role, expected):
     current = opts.settings(parse(line))
     assert not current.keys() & ARCHITECTURES[current["netType"]].unused_flags.keys()
     # As experiment/resume.py reads them: what a checkpoint does not have gets its default.
     saved = {name: flag.default for name, flag in opts.FLAGS.items()} | current | changed
-    assert opts.differences(current, saved, "model") == expected
+    assert opts.differences(current, saved, role) == expected
 
 
-def test_the_settings_of_training_leave_the_procedure_out():
-    one, other = (opts.training_settings(parse(f"--{name} 7")) for name in ("nThreads", "keep"))
-    assert one == other != opts.training_settings(parse("--manualSeed 7"))
-
-
-def test_processes_on_different_machines_share_all_other_settings():
-    one, other = (opts.shared_settings(parse(f"--{name} 7")) for name in ("nThreads", "data"))
-    assert one == other != opts.shared_settings(parse("--keep 7"))
+@pytest.mark.parametrize(
+    ("select", "left_out", "kept"),
+    [(opts.training_settings, "keep", "manualSeed"), (opts.shared_settings, "data", "keep")],
+)
+def test_a_selection_of_settings_leaves_out_those_of_another_kind(select, left_out, kept):
+    assert select(parse(f"--{left_out} 7")) == select(parse("")) != select(parse(f"--{kept} 7"))
 
 
 # ---------------------------------------------------------------------------- printConfig, --help
@@ -578,7 +516,6 @@ def test_processes_on_different_machines_share_all_other_settings():
         "--dataset digits --augment true --dropRate 0.123456789012345678",
         "--lrShape cosine --milestones [] --LR 1e16 --saveEvery 0.1 --keep 3 --override true",
         "--milestones 1,2,300 --precision bf16 --cudnn deterministic --debug true",
-        "--retrain w.pt --resetClassifier true --epochNumber 3 --save 010",
         "--testOnly true --retrain true --save [] --data ~",
         "--bottleneck false --reduction 1 --initChannels 3 --tf32 true --optMemory 0",
         "--save=a,b:#c --data=!!python/none --resume auto",
@@ -592,12 +529,10 @@ def test_printed_settings_read_back_as_the_same(line, tmp_path):
     assert (again.stages, again.imagenetShape) == (opt.stages, opt.imagenetShape)
 
 
-@pytest.mark.parametrize(
-    "value", ["a b", " a ", "a\nb", "'", '"', "\udc80", "é", "x " * 900, "- a"]
-)
-def test_printed_paths_read_back_whatever_they_hold(value, tmp_path):
-    opt = opts.parse(["--save", value])
-    assert parse(config(tmp_path, opts.as_yaml(opt))).save == value
+def test_printed_paths_read_back_whatever_they_hold(tmp_path):
+    for value in ("a b", " a ", "a\nb", "'", '"', "\udc80", "\u00e9", "x " * 900, "- a"):
+        opt = opts.parse(["--save", value])
+        assert parse(config(tmp_path, opts.as_yaml(opt))).save == value
 
 
 def test_a_runs_config_leaves_out_what_belongs_to_one_call():
@@ -654,7 +589,6 @@ VALUES = (
     f"99999999999999999999 {'9' * 40}"
 ).split()
 WORDS = [*opts.FLAGS, "depht", "help", "h", "", "-", "paper", "é"]
-YAML_MARKS = "\n\n  :-,[]{}&*!'\"#?\t|>%@`<\\\x07"
 
 
 def outcome(argv: list[str]) -> str:
@@ -679,10 +613,9 @@ def test_no_command_line_and_no_config_file_escapes_the_parser(tmp_path):
             name, value = draw.choice(WORDS), draw.choice(VALUES)
             argv += draw.choice([[f"--{name}={value}"], [f"-{name}", value], [f"--{name}"]])
         lines.append(outcome(argv))
-    for i in range(300):
-        line = f"{draw.choice(WORDS)}: {draw.choice(VALUES)}\n" * draw.choice([1, 1, 2])
-        rubbish = "".join(draw.choice([*YAML_MARKS, *WORDS, *VALUES]) for _ in range(20))
-        (tmp_path / "c.yaml").write_text((line, rubbish)[i % 2], errors="surrogateescape")
+    for _ in range(300):
+        content = f"{draw.choice(WORDS)}: {draw.choice(VALUES)}\n" * draw.choice([1, 1, 2])
+        (tmp_path / "c.yaml").write_text(content, errors="surrogateescape")
         files.append(outcome(["--config", "c.yaml"]))
     assert set(lines) == {"read", "refused", "help"} and set(files) == {"read", "refused"}
     assert min(seen.count(end) for seen in (lines, files) for end in ("read", "refused")) > 10
