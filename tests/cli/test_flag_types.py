@@ -214,7 +214,7 @@ def test_every_problem_of_a_file_is_found(from_yaml):
         ("undefined alias", ["depth: *missing\n"]),
         ("not YAML", ["depth: 'unclosed\n", "%YAML 9.9\n---\ndepth: 3\n", "data: \x07\n",
                       "data: caf\u00e9\n".encode("latin-1"), "depth: 3\n".encode("utf-16"),
-                      bytes(range(256)), "[" * 4000, "depth: " + "{a: " * 2000, "- " * 4000]),
+                      bytes(range(256)), "[" * 1000, "depth: " + "{a: " * 1500, "- " * 1500]),
     ],
 )  # fmt: skip
 def test_a_file_that_holds_no_settings_is_one_problem(what, contents, from_yaml):

@@ -102,7 +102,6 @@ DEPENDENT = [
     ("--bottleneck false --growthRate 24", "initChannels=16"),
     ("--growthRate 40", "initChannels=80"),
     ("--growthRate 40 --initChannels 7", "initChannels=7"),
-    ("--nEpochs 7", "milestones=4,6"),
     ("--lrShape cosine", "milestones="),
     ("--shortcutType C", "shortcutType="),
     ("--netType resnet --augment false", RESNET),
@@ -111,14 +110,11 @@ DEPENDENT = [
     ("--netType resnet --dataset svhn", "nEpochs=40 milestones=20,30 validSize=6000 dropRate=0.0"),
     ("--netType resnet --dataset imagenet", LARGE_RESNET),
     ("--netType preresnet --dataset imagenet", LARGE_RESNET),
-    ("--netType resnet --nEpochs 328", "milestones=162,244"),
     ("--netType resnet --shortcutType C", "shortcutType=C"),
     ("-optnet true", "optMemory=1 optnet=false"),
     ("-shareGradInput true", "optMemory=2 shareGradInput=false"),
 ]  # fmt: skip
 STAGES = [
-    ("--depth 40", "6,6,6"),
-    ("--depth 40 --bottleneck false", "12,12,12"),
     ("--dataset imagenet", "6,12,24,16"),
     ("--dataset imagenet --depth 161", "6,12,36,24"),
     ("--dataset imagenet --depth 169", "6,12,32,32"),
@@ -516,9 +512,7 @@ def test_a_selection_of_settings_leaves_out_those_of_another_kind(select, left_o
         "--dataset digits --augment true --dropRate 0.123456789012345678",
         "--lrShape cosine --milestones [] --LR 1e16 --saveEvery 0.1 --keep 3 --override true",
         "--milestones 1,2,300 --precision bf16 --cudnn deterministic --debug true",
-        "--testOnly true --retrain true --save [] --data ~",
         "--bottleneck false --reduction 1 --initChannels 3 --tf32 true --optMemory 0",
-        "--save=a,b:#c --data=!!python/none --resume auto",
         "--dataset imagenet --netType preresnet --depth 200 --syncBN true --nGPU 2",
     ],
 )
@@ -530,7 +524,9 @@ def test_printed_settings_read_back_as_the_same(line, tmp_path):
 
 
 def test_printed_paths_read_back_whatever_they_hold(tmp_path):
-    for value in ("a b", " a ", "a\nb", "'", '"', "\udc80", "\u00e9", "x " * 900, "- a"):
+    values = ("a b", "a,b:#c", "!!python/none", "[]", "~", "010", "true", " a ", "a\nb", "'", '"',
+              "\udc80", "\u00e9", "x " * 900, "- a")  # fmt: skip
+    for value in values:
         opt = opts.parse(["--save", value])
         assert parse(config(tmp_path, opts.as_yaml(opt))).save == value
 
@@ -591,31 +587,22 @@ VALUES = (
 WORDS = [*opts.FLAGS, "depht", "help", "h", "", "-", "paper", "é"]
 
 
-def outcome(argv: list[str]) -> str:
-    """Return how a command line ends; any other exception escapes."""
-    try:
-        opts.as_yaml(opts.parse(argv))
-    except SystemExit as end:
-        assert end.code == 0
-        return "help"
-    except UsageError as error:
-        assert error.problems
-        assert all(what and fix for what, fix in error.problems)
-        return "refused"
-    return "read"
-
-
 def test_no_command_line_and_no_config_file_escapes_the_parser(tmp_path):
-    draw, lines, files = random.Random(0), [], []
-    for _ in range(1000):
-        argv = []
-        for _ in range(draw.randrange(4)):
-            name, value = draw.choice(WORDS), draw.choice(VALUES)
-            argv += draw.choice([[f"--{name}={value}"], [f"-{name}", value], [f"--{name}"]])
-        lines.append(outcome(argv))
-    for _ in range(300):
-        content = f"{draw.choice(WORDS)}: {draw.choice(VALUES)}\n" * draw.choice([1, 1, 2])
-        (tmp_path / "c.yaml").write_text(content, errors="surrogateescape")
-        files.append(outcome(["--config", "c.yaml"]))
-    assert set(lines) == {"read", "refused", "help"} and set(files) == {"read", "refused"}
-    assert min(seen.count(end) for seen in (lines, files) for end in ("read", "refused")) > 10
+    draw, ends = random.Random(0), {"read": 0, "refused": 0, "help": 0}
+    for _ in range(600):
+        name, value = draw.choice(WORDS), draw.choice(VALUES)
+        argv = draw.choice([[f"--{name}={value}"], [f"-{name}", value], [f"--{name}"], []])
+        if draw.random() < 0.3:
+            lines = f"{draw.choice(WORDS)}: {draw.choice(VALUES)}\n" * draw.choice([1, 1, 2])
+            (tmp_path / "c.yaml").write_text(lines, errors="surrogateescape")
+            argv += ["--config", "c.yaml"]
+        try:
+            opts.as_yaml(opts.parse(argv))
+            ends["read"] += 1
+        except SystemExit as end:
+            assert end.code == 0
+            ends["help"] += 1
+        except UsageError as error:
+            assert error.problems and all(what and fix for what, fix in error.problems)
+            ends["refused"] += 1
+    assert min(ends["read"], ends["refused"]) > 100 and ends["help"] > 0
