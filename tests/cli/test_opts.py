@@ -240,7 +240,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
 
 
 def test_no_rule_is_checked_against_a_setting_that_could_not_be_read():
-    # 121 layers are impossible on the default dataset only, and "use 118 or 124" leads astray.
+    # 121 layers are impossible on the default dataset only, so "use 118 or 124" would mislead.
     for line in ("--dataset imagnet --depth 121", "--config absent.yaml --depth 121"):
         assert len(refused(line)) == 1
 
