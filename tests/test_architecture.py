@@ -15,7 +15,7 @@ from helpers.run_main import ROOT
 
 # Lines of a file, a class and a function. Files that are longer, for now:
 MAX_FILE, MAX_CLASS, MAX_FUNCTION = 420, 250, 60
-LONGER = {"opts.py": 488}
+LONGER = {"opts.py": 425}
 # import-linter sees packages only: what the files at the root must not import.
 ABOVE = {
     "errors.py": "cli datasets distributed engine experiment fileio kernels models opts train main",
