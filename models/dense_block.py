@@ -1,10 +1,10 @@
-"""The dense block in plain modules and autograd: the numerical reference.
+"""The dense block in plain modules and autograd: the numerical reference, memory levels 0 and 1.
 
-| memory level | for backward                                                          |
-|--------------|-----------------------------------------------------------------------|
-| 0            | keeps every concatenation and rectification; grows with depth squared |
-| 1            | as 0; concatenations are made anew, ReLU overwrites its input         |
-| 2, 3, 4      | linear in depth: models/memory_efficient.py runs the same modules         |
+| memory level | memory kept for backward                                                    |
+|--------------|-----------------------------------------------------------------------------|
+| 0            | every concatenation and ReLU output; quadratic in depth                     |
+| 1            | as 0, but concatenations are recomputed and ReLU overwrites its input       |
+| 2, 3, 4      | linear in depth: models/memory_efficient.py runs the parameters held here   |
 
 Every level computes the same function with the same parameters, names and buffers.
 """
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from distributed.world import BatchShard
 from kernels.dropout import DropoutSpec, draw_seed
+from models.layers import conv1x1, conv3x3
 from models.sync_batchnorm import BatchNorm, sample_offset
 
-BOTTLENECK_WIDTH = 4  # the 1x1 convolution makes 4k maps (paper, section 3)
+BOTTLENECK_WIDTH = 4  # the 1x1 convolution outputs 4k channels (paper, section 3)
 
 
 class DenseLayer(nn.Module):
     """BN-ReLU-conv3x3, with bottleneck BN-ReLU-conv1x1-BN-ReLU-conv3x3; dropout after each conv.
 
-    Input (N, C, H, W), output the k new maps (N, k, H, W).
+    Input (N, C, H, W), output the layer's k new channels, (N, k, H, W).
     """
 
     def __init__(self, channels: int, growth_rate: int, *, bottleneck: bool, inplace: bool):
@@ -35,20 +36,25 @@ class DenseLayer(nn.Module):
         self.norm1 = BatchNorm(channels)
         if bottleneck:
             width = BOTTLENECK_WIDTH * growth_rate
-            self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+            self.conv1 = conv1x1(channels, width)
             self.norm2 = BatchNorm(width)
-            self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=1, bias=False)
+            self.conv2 = conv3x3(width, growth_rate)
         else:
-            self.conv1 = nn.Conv2d(channels, growth_rate, 3, padding=1, bias=False)
+            self.conv1 = conv3x3(channels, growth_rate)
 
     @property
     def norms(self) -> list[BatchNorm]:
-        """The batch normalisations in the order they run."""
+        """Batch norms in the order they run, each followed by one of `convs`."""
         return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
 
+    @property
+    def convs(self) -> list[nn.Conv2d]:
+        """Convolutions in the order they run."""
+        return [self.conv1, self.conv2] if self.bottleneck else [self.conv1]
+
     def forward(self, x: Tensor, dropouts: tuple[DropoutSpec, DropoutSpec] | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, k, H, W); `dropouts` after the first and the second convolution."""
-        # Parity: after the 1x1 as well as after the 3x3, which most ports forget.
+        """(N, C, H, W) -> (N, k, H, W); `dropouts` follow the first and the second convolution."""
+        # Parity: dropout after the 1x1 convolution, too, which most ports leave out.
         x = self.conv1(F.relu(self.norm1(x), self.inplace))
         x = apply_dropout(x, dropouts and dropouts[0], self.inplace)
         if self.bottleneck:
@@ -58,15 +64,15 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.ModuleDict):
-    """Layers that each see the maps of all before them.
+    """Layers, `denselayer1` and on, that each read the output channels of all layers before.
 
-    Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W): the input, then what each
-    layer added.
+    Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W): the input, then the new
+    channels of each layer.
 
     Attributes:
-        channels, out_channels: maps of the input and of the output.
-        width: maps of each layer's bottleneck; 0 without.
-        shard: this replica's part of the batch; None for one replica.
+        channels, out_channels: of the input and of the output.
+        width: channels of each layer's bottleneck; 0 without.
+        shard: this replica's part of the batch; None in a single process.
     """
 
     shard: BatchShard | None = None
@@ -88,27 +94,24 @@ class DenseBlock(nn.ModuleDict):
         self.width = BOTTLENECK_WIDTH * growth_rate if bottleneck else 0
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
-                self.layer_offset(i),
-                growth_rate,
-                bottleneck=bottleneck,
-                inplace=memory_level >= 1,
+                self.layer_offset(i), growth_rate, bottleneck=bottleneck, inplace=memory_level >= 1
             )
 
     @property
     def norms(self) -> list[BatchNorm]:
-        """The batch normalisations in the order they run."""
+        """Batch norms of all layers in the order they run."""
         return [norm for layer in self.values() for norm in layer.norms]
 
     def layer_offset(self, i: int) -> int:
-        """The first channel that layer i writes: it reads those before."""
+        """Return the first of the k channels that layer i writes; it reads all channels before."""
         return self.channels + i * self.growth_rate
 
     def draw_seed(self, device: torch.device) -> Tensor | None:
-        """The seed of this step's dropout; None where nothing is dropped."""
+        """Draw the seed of this step's dropout; None without dropout."""
         return draw_seed(device) if self.drop_rate > 0 and self.training else None
 
     def dropouts(self, seed: Tensor | None, i: int) -> tuple[DropoutSpec, DropoutSpec] | None:
-        """The dropouts after the two convolutions of layer i."""
+        """Return the dropouts after the two convolutions of layer i; None without dropout."""
         if seed is None:
             return None
         offset = sample_offset(self.shard)
@@ -126,8 +129,9 @@ class DenseBlock(nn.ModuleDict):
 
 
 def _recompute_concat(concat: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManager:
-    """Let operations that keep `concat` for backward keep its parts, which are there anyway."""
-    # Not the tensor, which would be kept; its storage: fake tensors have it too (engine/memory.py).
+    """Make autograd save `parts`, which are saved anyway, where it would save `concat`."""
+    # Compare storages: a reference to the tensor would keep it alive, and the fake tensors of
+    # engine/memory.py have no data pointer.
     storage, shape = concat.untyped_storage()._cdata, concat.shape
 
     def pack(saved: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -141,7 +145,7 @@ def _recompute_concat(concat: Tensor, parts: tuple[Tensor, ...]) -> AbstractCont
 
 
 class Dropout(nn.Module):
-    """Dropout of a tensor (N, C, H, W) in training; `shard` as in `DenseBlock`."""
+    """Dropout in training, (N, C, H, W) -> the same shape; `shard` as in `DenseBlock`."""
 
     shard: BatchShard | None = None
 
@@ -150,20 +154,20 @@ class Dropout(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any (N, C, H, W) -> the same shape."""
+        """(N, C, H, W) -> the same shape."""
         return apply_dropout(x, self.draw(x.device), inplace=False)
 
     def draw(self, device: torch.device) -> DropoutSpec | None:
-        """The dropout of this step; None where nothing is dropped."""
+        """Draw the dropout of this step; None without dropout."""
         if not self.training or self.rate == 0:
             return None
         return DropoutSpec(self.rate, draw_seed(device), 0, sample_offset(self.shard))
 
 
 class DropoutAvgPool(torch.autograd.Function):
-    """Average over 2x2 pixels of what a dropout leaves of (N, C, H, W).
+    """Dropout, then 2x2 average pooling, saving no feature maps.
 
-    Both are linear: backward needs the mask, which it computes again, and no values.
+    Both are linear, so backward needs only the dropout mask, which it recomputes.
     """
 
     @staticmethod
@@ -175,6 +179,7 @@ class DropoutAvgPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         """(N, C, H // 2, W // 2) -> (N, C, H, W)."""
+        # Each output pixel gave a quarter to four input pixels; an odd last row or column got none.
         height, width = (length - length % 2 for length in ctx.size)
         grad = F.interpolate(grad / 4, size=(height, width), mode="nearest")
         grad = F.pad(grad, (0, ctx.size[1] - width, 0, ctx.size[0] - height))
@@ -182,7 +187,7 @@ class DropoutAvgPool(torch.autograd.Function):
 
 
 def apply_dropout(x: Tensor, dropout: DropoutSpec | None, inplace: bool) -> Tensor:
-    """Apply a dropout, or none, to (N, C, H, W)."""
+    """Multiply (N, C, H, W) by the mask of a dropout; None leaves it unchanged."""
     if dropout is None:
         return x
     mask = dropout.mask(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

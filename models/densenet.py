@@ -1,11 +1,11 @@
 """DenseNet (arXiv:1608.06993): stem, dense blocks, transitions, classifier.
 
-Parameters are named as in torchvision, so that weights are exchanged by name with torchvision and
-timm: `features.denseblock1.denselayer1.norm1.weight`, ..., `classifier.bias`.
+Parameters have torchvision's names (`features.denseblock1.denselayer1.norm1.weight`, ...,
+`classifier.bias`), so weights are exchanged with torchvision and timm.
 """
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,20 +18,20 @@ from models.sync_batchnorm import BatchNorm
 
 
 class DenseNet(nn.Module):
-    """A DenseNet in any of its forms: basic, B, C or BC; for CIFAR or for ImageNet sized images.
+    """A DenseNet of any form (basic, B, C or BC), for images of CIFAR's or of ImageNet's size.
 
     Args:
         stages: layers per dense block, e.g. (16, 16, 16) for L=100 with bottleneck.
-        growth_rate: k, feature maps that each layer adds.
-        init_channels: feature maps of the first convolution.
+        growth_rate: k, channels that each layer adds.
+        init_channels: output channels of the first convolution.
         num_classes: outputs.
-        imagenet_stem: 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling (paper Table 1) instead of
-            one 3x3 convolution.
-        bottleneck: put a 1x1 convolution to 4k maps before each 3x3 (DenseNet-B).
-        compression: theta, share of the maps that a transition keeps (DenseNet-C below 1).
+        imagenet_stem: a 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling (paper Table 1) instead
+            of a 3x3 convolution.
+        bottleneck: put a 1x1 convolution to 4k channels before each 3x3 (DenseNet-B).
+        compression: theta, fraction of the channels that a transition keeps (DenseNet-C below 1).
         drop_rate: dropout after each convolution except the first.
-        memory_level: what a dense block keeps for backward, see models/dense_block.py.
-        ops: runs levels 2 to 4.
+        memory_level: 0 to 4, what dense blocks keep for backward, see models/dense_block.py.
+        ops: backend of levels 2 to 4.
 
     Input (N, 3, H, W), output logits (N, num_classes).
     """
@@ -72,7 +72,8 @@ class DenseNet(nn.Module):
                     f"transition{i}", Transition(channels, out_channels, drop_rate)
                 )
                 channels = out_channels
-        self.features.add_module("norm5", BatchNorm(channels))  # 5 however many blocks
+        # Named norm5 for any number of blocks, as in torchvision.
+        self.features.add_module("norm5", BatchNorm(channels))
         self.classifier = nn.Linear(channels, num_classes)
         reset_parameters(self)
 
@@ -83,37 +84,36 @@ class DenseNet(nn.Module):
         return self.classifier(_relu_mean_pool(self.features(images)))
 
     def _forward_memory_efficient(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C): features, ReLU and mean, in little memory where that can be."""
-        *modules, last = self.features
-        x, block = images, None  # a block waits for what reads it: they run together
-        for module in modules:
-            if block is not None and isinstance(module, Transition):
-                x, block = module.forward_with_block(block, x, self.ops, self.memory_level), None
-                continue
-            if block is not None:
-                x, block = block(x), None
-            if isinstance(module, DenseBlock):
-                block = module
+        """(N, 3, H, W) -> (N, C): features, ReLU and mean.
+
+        Runs each block together with the module that reads it, if it can, so that level 4 need not
+        keep the block's output.
+        """
+        x, modules = images, deque(self.features)
+        while modules:
+            module = modules.popleft()
+            reader = modules[0] if modules and isinstance(module, DenseBlock) else None
+            if isinstance(reader, Transition):
+                x = modules.popleft().forward_with_block(module, x, self.ops, self.memory_level)
+            elif len(modules) == 1 and reader and memory_efficient.can_run(module, reader):
+                # The last batch norm, before the mean over all pixels.
+                epilogue = memory_efficient.BlockEpilogue(reader, window=tuple(x.shape[2:]))
+                return memory_efficient.run_dense_block(
+                    module, epilogue, x, self.ops, self.memory_level
+                ).flatten(1)
             else:
                 x = module(x)
-        if block is None:
-            return _relu_mean_pool(last(x))
-        if not memory_efficient.can_run(block, last):
-            return _relu_mean_pool(last(block(x)))
-        epilogue = memory_efficient.BlockEpilogue(last, window=tuple(x.shape[2:]))
-        return memory_efficient.run_dense_block(
-            block, epilogue, x, self.ops, self.memory_level
-        ).flatten(1)
+        return _relu_mean_pool(x)
 
 
 def _relu_mean_pool(features: Tensor) -> Tensor:
-    """(N, C, h, w) -> (N, C): ReLU, which overwrites its input, and mean."""
-    # A mean, since adaptive pooling has no deterministic backward on CUDA.
+    """(N, C, H, W) -> (N, C): ReLU, which overwrites its input, and mean."""
+    # A mean: adaptive pooling has no deterministic backward on CUDA.
     return F.relu(features, inplace=True).mean(dim=(2, 3))
 
 
 def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
-    # Parity: without BN or ReLU, the first dense layer begins with both.
+    # Parity: no BN or ReLU, since the first dense layer begins with both.
     return OrderedDict(conv0=conv3x3(3, channels))
 
 
@@ -127,7 +127,7 @@ def _imagenet_stem(channels: int) -> OrderedDict[str, nn.Module]:
 
 
 class Transition(nn.Sequential):
-    """Between two dense blocks: BN, ReLU, 1x1 convolution, dropout, 2x2 average pooling."""
+    """The layers between two dense blocks: BN, ReLU, 1x1 convolution, dropout, 2x2 average pool."""
 
     def __init__(self, in_channels: int, out_channels: int, drop_rate: float):
         drop = {"drop": Dropout(drop_rate)} if drop_rate > 0 else {}
@@ -142,22 +142,20 @@ class Transition(nn.Sequential):
         )
 
     def forward_with_block(self, block: DenseBlock, x: Tensor, ops: Backend, level: int) -> Tensor:
-        """Run a block and this on what it makes, together where that can be.
+        """Run a dense block, then this transition: in one function if the block can.
 
-        Averages of 2x2 pixels and a 1x1 convolution commute, so that pooling comes first and the
-        convolution has a quarter of the work; not with dropout, which sits between the two.
+        Average pooling and a 1x1 convolution commute. The pooling comes first, which leaves the
+        convolution a quarter of the work; not with dropout, which is between the two.
         """
         if not memory_efficient.can_run(block, self.norm):
             return self(block(x))
-        if hasattr(self, "drop"):
-            epilogue = memory_efficient.BlockEpilogue(self.norm, conv=self.conv)
-            return self._dropout_avg_pool(
-                memory_efficient.run_dense_block(block, epilogue, x, ops, level)
-            )
-        epilogue = memory_efficient.BlockEpilogue(self.norm, window=(2, 2))
-        return self.conv(memory_efficient.run_dense_block(block, epilogue, x, ops, level))
+        has_dropout = hasattr(self, "drop")
+        reads = {"conv": self.conv} if has_dropout else {"window": (2, 2)}
+        epilogue = memory_efficient.BlockEpilogue(self.norm, **reads)
+        x = memory_efficient.run_dense_block(block, epilogue, x, ops, level)
+        return self._dropout_avg_pool(x) if has_dropout else self.conv(x)
 
     def _dropout_avg_pool(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H // 2, W // 2), with nothing kept for backward."""
+        """(N, C, H, W) -> (N, C, H // 2, W // 2), saving no feature maps for backward."""
         dropout = self.drop.draw(x.device)
         return DropoutAvgPool.apply(x, dropout) if dropout else self.pool(x)

@@ -1,4 +1,4 @@
-"""Settings -> network, with its initial weights, as one of several replicas if need be."""
+"""Create the network that the settings describe, with its initial weights."""
 
 from types import SimpleNamespace
 
@@ -18,15 +18,15 @@ def create(
     ops: Backend = REFERENCE,
     shard: BatchShard | None = None,
 ) -> nn.Module:
-    """The network that the settings describe, with the initial weights of `manualSeed`.
+    """Create the network that the settings describe, with the initial weights of `manualSeed`.
 
     Args:
-        ops: what runs its dense blocks.
-        shard: this replica's part of the batch; None for one replica.
+        ops: backend of its dense blocks.
+        shard: this replica's part of each batch; None in a single process.
     """
     torch.manual_seed(opt.manualSeed)
     architecture = ARCHITECTURES[opt.netType]
-    arguments = architecture.arguments(opt)
+    arguments = {name: getattr(opt, flag) for name, flag in architecture.arguments.items()}
     if architecture.uses("kernels"):
         arguments["ops"] = ops
     model = architecture.import_network()(num_classes=num_classes, **arguments)
@@ -36,10 +36,10 @@ def create(
 
 
 def attach_shard(model: nn.Module, shard: BatchShard, sync_norms: bool) -> None:
-    """Make a network one of several replicas.
+    """Make a network one of several replicas: give its modules the shard that they need.
 
     Args:
-        sync_norms: take the moments of the whole batch, not of each replica's images.
+        sync_norms: batch norms use the statistics of the whole batch, not of the replica's images.
     """
     sharded = (DenseBlock, Dropout, BatchNorm) if sync_norms else (DenseBlock, Dropout)
     for module in model.modules():

@@ -1,13 +1,23 @@
-"""What several networks are made of: convolutions, shortcuts, initial weights."""
+"""Parts of several networks: convolutions, shortcuts, sizes of residual blocks, initial weights."""
 
 import math
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.sync_batchnorm import BatchNorm
 
-EXPANSION = 4  # a residual bottleneck puts out this many times the maps of its 3x3 convolution
+EXPANSION = 4  # output channels of a residual bottleneck over those of its 3x3 convolution
+
+
+class BlockSizes(NamedTuple):
+    """Channels and stride of a residual block; `width` is that of its 3x3 convolutions."""
+
+    in_channels: int
+    width: int
+    out_channels: int
+    stride: int
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -21,15 +31,15 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 def conv7x7(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """The first convolution of the ImageNet networks: half the size."""
+    """(N, C, H, W) -> (N, out_channels, ceil(H / 2), ceil(W / 2)): the ImageNet stem."""
     return nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False)
 
 
 class PaddedShortcut(nn.Module):
-    """Every stride-th pixel, and channels of zeros behind those of the input; no parameters."""
+    """Shortcut A: take every stride-th pixel and append channels of zeros; no parameters."""
 
-    # Parity: Lua joins the maps with as many zeros, which can only double them. A stage of
-    # bottlenecks begins with four times the maps (16 -> 64), so here zeros fill up to any width.
+    # Parity: Lua appends as many zeros as there are channels, which only doubles them. The first
+    # bottleneck of a network needs four times as many (16 -> 64): zeros fill up to any width here.
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -41,16 +51,15 @@ class PaddedShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, self.pad_channels))
 
 
-def make_shortcut(
-    kind: str, in_channels: int, out_channels: int, stride: int, *, norm: bool
-) -> nn.Module:
-    """What a residual block adds to its branch.
+def make_shortcut(kind: str, sizes: BlockSizes, *, norm: bool) -> nn.Module:
+    """Build the shortcut of a residual block (arXiv:1512.03385, section 4.1).
 
     Args:
-        kind: where the number of maps changes A pads with zeros and B convolves, elsewhere both
-            are the identity; C convolves in every block (arXiv:1512.03385, section 4.1).
-        norm: normalise after a convolution.
+        kind: A pads with zeros and B convolves where the number of channels changes; both are the
+            identity elsewhere. C convolves in every block.
+        norm: put a batch norm after a convolution.
     """
+    in_channels, _, out_channels, stride = sizes
     if kind == "C" or (kind == "B" and in_channels != out_channels):
         conv = conv1x1(in_channels, out_channels, stride)
         return nn.Sequential(conv, BatchNorm(out_channels)) if norm else conv
@@ -59,30 +68,32 @@ def make_shortcut(
     return nn.Identity()
 
 
-def block_specs(
-    counts: tuple[int, ...], width: int, bottleneck: bool
-) -> list[list[tuple[int, int, int, int]]]:
-    """Stage by stage the channels in, width, channels out and stride of each residual block.
+def block_sizes(counts: tuple[int, ...], width: int, bottleneck: bool) -> list[list[BlockSizes]]:
+    """List the sizes of all residual blocks, stage by stage.
 
     Each stage but the first begins with stride 2 and has twice the width.
 
     Args:
         counts: blocks per stage.
         width: of the first stage, and the channels that enter it.
-        bottleneck: a block puts out four times its width.
+        bottleneck: blocks output four times their width.
     """
-    specs, channels = [], width
+    sizes, channels = [], width
     for i, count in enumerate(counts):
         out_channels = EXPANSION * width if bottleneck else width
-        stage = [(out_channels, width, out_channels, 1)] * count
-        stage[0] = (channels, width, out_channels, 2 if i > 0 else 1)
-        specs.append(stage)
+        first = BlockSizes(channels, width, out_channels, 2 if i > 0 else 1)
+        others = [BlockSizes(out_channels, width, out_channels, 1)] * (count - 1)
+        sizes.append([first, *others])
         channels, width = out_channels, 2 * width
-    return specs
+    return sizes
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Initialise as fb.resnet.torch does (docs/parity.md, rules); `model.classifier` is linear."""
+    """Initialise as fb.resnet.torch does (docs/parity.md, rules).
+
+    Args:
+        model: a network whose attribute `classifier` is its last, linear layer.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # N(0, sqrt(2 / (kh kw C_out))).

@@ -1,9 +1,8 @@
-"""The networks by name: how each is made, its depths, its defaults, its flags. Loads no torch."""
+"""The networks by name: their classes, depths, defaults and flags. Does not import PyTorch."""
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 # Layers per block of the ImageNet networks: paper Table 1; 264 and 232 are in no table of the
 # authors, see docs/parity.md.
@@ -24,7 +23,7 @@ RESNET_STAGES = {
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
 }
-# The flags of dense blocks, with the values that they have for a network without any.
+# Flags that only dense blocks read, with the values that other networks record for them.
 DENSE_BLOCK_FLAGS = {
     "optMemory": None,
     "shareGradInput": False,
@@ -40,7 +39,7 @@ DENSE_BLOCK_FLAGS = {
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """How long and in what batches a network trains unless told otherwise."""
+    """Defaults of `--nEpochs` and `--batchSize`."""
 
     num_epochs: int
     batch_size: int
@@ -48,31 +47,31 @@ class TrainingDefaults:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network as far as its flags are concerned; what has two values is (CIFAR, ImageNet shape).
+    """How flags describe a network. Pairs are values of the (CIFAR shape, ImageNet shape).
 
     Args:
-        title: as the paper writes it.
+        title: the paper's name.
         network: "module:class" in this package.
-        arguments: of the class, from the settings; not `num_classes`, and not `ops`, which networks
-            get that read `--kernels`.
+        arguments: argument of the class -> setting; not `num_classes`, and not `ops`, which
+            networks get that read `--kernels`.
         depths: defaults of `--depth`.
-        imagenet_stages: layers or blocks of each stage of the ImageNet shape, by depth.
-        extra_layers: layers of the CIFAR shape that are in none of its three stages.
-        layers_per_block: in the CIFAR shape (without, with) a bottleneck.
+        imagenet_stages: depth -> layers or blocks of each stage of the ImageNet shape.
+        extra_layers: layers of the CIFAR shape outside of its three stages.
+        layers_per_block: of the CIFAR shape, (without, with) a bottleneck.
         training_defaults: defaults of `--nEpochs` and `--batchSize`.
-        large_training_defaults: at the ImageNet shape, those of depths that have their own.
-        milestones: of the CIFAR shape, parts of all epochs as (numerator, denominator).
-        unused_flags: the flags that it does not read, with the values that they then have.
-        wide_depths: at the ImageNet shape, the DenseNets of growth rate 48 instead of 32.
-        basic_depths: at the ImageNet shape, where the depth decides about bottlenecks: the depths
-            that have none. None: `--bottleneck` decides.
-        shortcuts: defaults of `--shortcutType`; None if it has no shortcuts.
+        large_training_defaults: the same for depths of the ImageNet shape that differ.
+        milestones: of the CIFAR shape, fractions of all epochs as (numerator, denominator).
+        unused_flags: flags that the network does not read, with the values recorded for them.
+        wide_depths: depths of the ImageNet shape with growth rate 48 instead of 32.
+        basic_depths: depths of the ImageNet shape without bottlenecks; None if `--bottleneck`
+            decides.
+        shortcuts: defaults of `--shortcutType`; None without shortcuts.
     """
 
     name: str
     title: str
     network: str
-    arguments: Callable[[SimpleNamespace], dict[str, object]]
+    arguments: dict[str, str]
     depths: tuple[int, int]
     imagenet_stages: dict[int, tuple[int, ...]]
     extra_layers: int
@@ -86,7 +85,7 @@ class Architecture:
     shortcuts: tuple[str, str] | None = None
 
     def uses(self, flag: str) -> bool:
-        """Tell whether a flag has an effect on this network."""
+        """Tell whether the network reads a flag."""
         return flag not in self.unused_flags
 
     def import_network(self) -> Callable:
@@ -95,46 +94,32 @@ class Architecture:
         return getattr(importlib.import_module(f"models.{module}"), name)
 
     def defaults_for(self, is_imagenet: bool, depth: int) -> TrainingDefaults:
-        """Return how the network of this shape and depth trains unless told otherwise."""
+        """Return the training defaults of a shape and depth."""
         own = self.large_training_defaults if is_imagenet else {}
         return own.get(depth, self.training_defaults[is_imagenet])
 
 
-def _densenet(opt: SimpleNamespace) -> dict[str, object]:
-    return {
-        "stages": opt.stages,
-        "growth_rate": opt.growthRate,
-        "init_channels": opt.initChannels,
-        "imagenet_stem": opt.imagenetShape,
-        "bottleneck": opt.bottleneck,
-        "compression": opt.reduction,
-        "drop_rate": opt.dropRate,
-        "memory_level": opt.optMemory,
-    }
-
-
-def _resnet(opt: SimpleNamespace) -> dict[str, object]:
-    return {
-        "stages": opt.stages,
-        "imagenet_stem": opt.imagenetShape,
-        "bottleneck": opt.bottleneck,
-        "shortcut": opt.shortcutType,
-    }
-
-
-def _preresnet(opt: SimpleNamespace) -> dict[str, object]:
-    return _resnet(opt) | {"pre_activation": True}
+# Arguments of the classes -> the settings that they come from.
+_SHARED = {"stages": "stages", "imagenet_stem": "imagenetShape", "bottleneck": "bottleneck"}
+_DENSENET = _SHARED | {
+    "growth_rate": "growthRate",
+    "init_channels": "initChannels",
+    "compression": "reduction",
+    "drop_rate": "dropRate",
+    "memory_level": "optMemory",
+}
+_RESIDUAL = _SHARED | {"shortcut": "shortcutType"}
 
 
 def _residual(
-    name: str, title: str, arguments: Callable, depth: int, unused_flags: dict[str, object]
+    name: str, title: str, network: str, depth: int, unused_flags: dict[str, object]
 ) -> Architecture:
-    """Return a residual network of fb.resnet.torch, whose schedule and stages both kinds share."""
+    """Describe a residual network: both kinds have the schedule and stages of fb.resnet.torch."""
     return Architecture(
         name,
         title,
-        "resnet:ResNet",
-        arguments,
+        network,
+        _RESIDUAL,
         depths=(depth, 50),
         imagenet_stages=RESNET_STAGES,
         extra_layers=2,
@@ -154,19 +139,23 @@ ARCHITECTURES: dict[str, Architecture] = {
             "densenet",
             "DenseNet",
             "densenet:DenseNet",
-            _densenet,
+            _DENSENET,
             depths=(100, 121),
             imagenet_stages=DENSENET_STAGES,
             extra_layers=4,
             layers_per_block=(1, 2),
             training_defaults=(TrainingDefaults(300, 64), TrainingDefaults(90, 256)),
-            # The paper, section 4.2: smaller batches, for ten epochs more.
+            # Paper, section 4.2: smaller batches and ten epochs more, to fit GPU memory.
             large_training_defaults={161: TrainingDefaults(100, 128)},
             milestones=((1, 2), (3, 4)),
             unused_flags={"shortcutType": None},
             wide_depths=(161, 232),
         ),
-        _residual("resnet", "ResNet", _resnet, 110, {"bottleneck": None} | DENSE_BLOCK_FLAGS),
-        _residual("preresnet", "pre-activation ResNet", _preresnet, 164, DENSE_BLOCK_FLAGS),
+        _residual(
+            "resnet", "ResNet", "resnet:ResNet", 110, {"bottleneck": None} | DENSE_BLOCK_FLAGS
+        ),
+        _residual(
+            "preresnet", "pre-activation ResNet", "resnet:PreActResNet", 164, DENSE_BLOCK_FLAGS
+        ),
     )
 }

@@ -1,4 +1,4 @@
-"""Load weights into a network by name."""
+"""Load the weights of another program or version into a network, by name."""
 
 import re
 
@@ -14,8 +14,8 @@ def load_weights(
     """Load a state dict of this project, torchvision, timm or a Lua network.
 
     Args:
-        weights: tensors by name; `norm.1` for `norm1`, as in old torchvision files, and
-            module paths of a Lua network (models/lua_weights.py) are understood too.
+        weights: names and tensors. Names may be those of old torchvision files (`norm.1` for
+            `norm1`) or module positions of a Lua network (models/lua_weights.py).
         reset_classifier: keep the model's own classifier.
 
     Raises:
@@ -28,7 +28,7 @@ def load_weights(
     if reset_classifier:
         weights |= {name: expected[name] for name in expected if name.startswith(classifier)}
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
-    for name in counters - weights.keys():  # absent from files older than PyTorch 0.4.1
+    for name in counters - weights.keys():  # files from before PyTorch 0.4.1 lack them
         weights[name] = expected[name]
     problems = state_dict_mismatches(weights, expected)
     if problems:
@@ -40,7 +40,7 @@ def load_weights(
 
 
 def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """List missing names, unknown names and differing shapes, one phrase each."""
+    """List missing names, unknown names and shapes that differ, one phrase each."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
     problems += [
@@ -52,7 +52,7 @@ def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 def _classifier_prefix(model: nn.Module) -> str:
-    """Return the prefix of the classifier's names, `classifier.` or `fc.`."""
+    """Return the prefix of the classifier's tensors, `classifier.` or `fc.`."""
     (name,) = (name for name, module in model.named_modules() if module is model.classifier)
     return f"{name}."
 
