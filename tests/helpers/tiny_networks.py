@@ -1,4 +1,7 @@
-"""Small networks for the tests, and what one training step of a network comes to."""
+"""Small DenseNets for the tests, and the results of one training step of a network."""
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ Results = dict[str, Tensor]
 
 
 def network(level: int, form: str = "BC", seed: int = 3, **changes) -> DenseNet:
-    """A small network with batch normalisations that a mistake with them would show in."""
+    """A small network in double precision; its batch norms are not near the identity."""
     torch.manual_seed(seed)
     sizes = {"stages": (2, 2), "growth_rate": 5, "init_channels": 7, "num_classes": 3}
     model = DenseNet(**sizes | FORMS[form] | changes, memory_level=level).double()
@@ -41,14 +44,14 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def pictures(form: str = "BC", count: int = 5, seed: int = 4) -> tuple[Tensor, Tensor]:
-    """Five images of odd height and width, with their classes."""
+    """Random images of uneven height and width, with their classes."""
     torch.manual_seed(seed)
     size = (45, 37) if "ImageNet" in form else (13, 10)
     return torch.randn(count, 3, *size, dtype=torch.float64), torch.arange(count) % 3
 
 
 def one_step(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 5, low=None) -> Results:
-    """Loss, every gradient and every buffer of a training step; `low`, a type to cast to."""
+    """Loss, every gradient and every buffer of a training step; `low`, a type to autocast to."""
     images = images.detach().clone().requires_grad_()
     torch.manual_seed(seed)
     with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
@@ -64,6 +67,27 @@ def results(model: nn.Module, **more: Tensor) -> Results:
     return {**more, **gradients, **buffers}
 
 
+def step(
+    level: int,
+    form: str = "BC",
+    change: Callable[[DenseNet], None] | None = None,
+    *,
+    count: int = 5,
+    seed: int = 4,
+    dropout_seed: int = 5,
+    dtype: torch.dtype = torch.float64,
+    low: torch.dtype | None = None,
+) -> Results:
+    """`one_step` of `network(level, form)`, changed before, on `pictures(form, count, seed)`."""
+    model, (images, targets) = network(level, form).to(dtype), pictures(form, count, seed)
+    if change:
+        change(model)
+    return one_step(model, images.to(dtype), targets, dropout_seed, low)
+
+
+level_0_step = cache(lambda form="BC", change=None, **options: step(0, form, change, **options))
+
+
 def largest_difference(got: Results, want: Results) -> float:
     assert got.keys() == want.keys()
     assert all((got[name] is None) == (want[name] is None) for name in want)
@@ -71,7 +95,7 @@ def largest_difference(got: Results, want: Results) -> float:
 
 
 def relative_differences(got: Results, want: Results) -> Results:
-    """Of each result, the largest difference over the largest value."""
+    """The largest difference of each result over its largest value."""
     assert got.keys() == want.keys()
     return {
         name: (got[name].double() - want[name].double()).abs().max() / want[name].abs().max()
@@ -80,7 +104,7 @@ def relative_differences(got: Results, want: Results) -> Results:
 
 
 def mean_error(got: Results, want: Results) -> float:
-    """The mean over all results of a step, relative to the norm of each."""
+    """The mean over all results of a step of the difference's norm, relative to the result's."""
     assert got.keys() == want.keys()
     pairs = [(got[name].double(), want[name].double()) for name in want]
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).mean().item()

@@ -1,4 +1,4 @@
-"""Levels 2 to 4 compute what level 0 does, in every form and precision."""
+"""Memory levels 1 to 4 compute what level 0 does, in every form and precision of a DenseNet."""
 
 import copy
 import pickle
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from helpers.tiny_networks import (
     FORMS,
-    Results,
     largest_difference,
+    level_0_step,
     mean_error,
     network,
     norms,
     one_step,
     pictures,
     relative_differences,
+    step,
 )
 from kernels import reference
 from kernels.backend import REFERENCE
@@ -26,111 +27,109 @@ from models import memory_efficient
 from models.dense_block import DenseBlock
 
 LEVELS = pytest.mark.parametrize("level", [1, 2, 3, 4])
-SHARED = pytest.mark.parametrize("level", memory_efficient.MEMORY_EFFICIENT_LEVELS)
-EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+EFFICIENT_LEVELS = pytest.mark.parametrize("level", memory_efficient.MEMORY_EFFICIENT_LEVELS)
 
 
-@pytest.fixture(params=[1000, 2], ids=["one tile", "ragged tiles"])
-def tiles(request, monkeypatch):
-    """Images in a tile: all five, or two, two and one."""
+@pytest.fixture
+def ragged_tiles(monkeypatch):
+    """Let operations work on two, two and one of five images, as they do in large batches."""
     monkeypatch.setattr(
         reference,
         "_tiles",
-        lambda value: [
-            slice(start, min(start + request.param, len(value)))
-            for start in range(0, len(value), request.param)
-        ],
+        lambda x: [slice(i, min(i + 2, len(x))) for i in range(0, len(x), 2)],
     )
 
 
 # ------------------------------------------------------------------------------------ equal steps
 
 
-@LEVELS
-@EVERY_FORM
-def test_every_level_computes_what_level_0_computes(level, form, tiles):
-    images, targets = pictures(form)
-    want = one_step(network(0, form), images, targets)
-    assert largest_difference(one_step(network(level, form), images, targets), want) < 1e-10
-    moved = network(level, form)
+def move_a_weight(model: nn.Module) -> None:
     with torch.no_grad():
-        moved.features.denseblock1.denselayer1.conv1.weight[0, 0] += 1e-3
-    assert largest_difference(one_step(moved, images, targets), want) > 1e-5
-    if "dropout" in form:
-        other = one_step(network(level, form), images, targets, seed=6)
-        assert largest_difference(other, want) > 1e-3
+        model.features.denseblock1.denselayer1.conv1.weight[0, 0] += 1e-3
 
 
-@SHARED
+def move_a_gamma(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.features.denseblock1.denselayer1.norm1.weight.add_(0.5)
+
+
+@LEVELS
+@pytest.mark.parametrize("form", FORMS)
+def test_every_level_computes_what_level_0_computes(level, form, ragged_tiles):
+    assert largest_difference(step(level, form), level_0_step(form)) < 1e-10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_comparison_notices_a_moved_weight_and_another_mask(form):
+    assert largest_difference(step(2, form, move_a_weight), level_0_step(form)) > 1e-5
+    masked = largest_difference(step(2, form, dropout_seed=6), level_0_step(form)) > 1e-3
+    assert masked == ("dropout" in form)
+
+
+@EFFICIENT_LEVELS
 def test_running_statistics_move_once_a_step_towards_the_unbiased_variance(level):
-    images, targets = pictures()
-    model = network(level)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model, (images, targets) = network(level), pictures()
+    norm = model.features.denseblock1.denselayer1.norm1
+    before = copy.deepcopy(norm.state_dict())
     one_step(model, images, targets)
-    norm = "features.denseblock1.denselayer1.norm1"
-    features = model.features.conv0(images)
-    for name, want in (("running_mean", features.mean((0, 2, 3))),
-                       ("running_var", features.var((0, 2, 3), unbiased=True))):  # fmt: skip
-        old, new = before[f"{norm}.{name}"], model.get_buffer(f"{norm}.{name}")
-        torch.testing.assert_close(new, 0.9 * old + 0.1 * want)
-        assert (new - (0.81 * old + 0.19 * want)).abs().max() > 1e-3  # moved twice
+    x = model.features.conv0(images)
+    for name, batch in (("running_mean", x.mean((0, 2, 3))), ("running_var", x.var((0, 2, 3)))):
+        old, new = before[name], getattr(norm, name)
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * batch)
+        assert (new - (0.81 * old + 0.19 * batch)).abs().max() > 1e-3  # moved twice
+    assert (new - (0.9 * old + 0.1 * x.var((0, 2, 3), unbiased=False))).abs().max() > 1e-6
     assert all(norm.num_batches_tracked == 1 for norm in norms(model))
-    biased = 0.9 * old + 0.1 * features.var((0, 2, 3), unbiased=False)
-    assert (new - biased).abs().max() > 1e-6
 
 
 @LEVELS
-@pytest.mark.parametrize("form", ["BC, dropout", "basic"])
-def test_three_steps_of_nesterov_end_with_the_same_weights(level, form):
-    def three_steps(level: int, num_steps: int = 3) -> Results:
-        model = network(level, form)
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
-        )
-        torch.manual_seed(7)  # one stream of masks through all steps
-        for step in range(num_steps):
-            images, targets = pictures(form, seed=step)
-            torch.manual_seed(100 + step)
-            loss = F.cross_entropy(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return {"loss": loss.detach(), **model.state_dict()}
+@pytest.mark.parametrize("form", ["BC", "basic, dropout"])
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e6])
+def test_gammas_of_any_size_are_supported(level, form, factor):
+    def change(model: nn.Module) -> None:
+        for norm in norms(model):
+            with torch.no_grad():
+                norm.weight[1::2] *= factor
 
-    want = three_steps(0)
-    assert largest_difference(three_steps(level), want) < 1e-10
-    assert largest_difference(three_steps(level, 2), want) > 1e-3
+    got, want = (step(i, form, change, count=3) for i in (level, 0))
+    assert all(tensor.isfinite().all() for tensor in got.values())
+    differences = [(got[n] - want[n]).abs().max() / max(want[n].abs().max(), 1) for n in want]
+    assert max(differences) < 1e-10
+    assert largest_difference(got, level_0_step(form, count=3)) > 1e-3
+
+
+# -------------------------------------------------------------------------------- lower precision
 
 
 @LEVELS
-@EVERY_FORM
-def test_single_precision_is_equal_to_four_digits(level, form):
-    images, targets = pictures(form)
-    images = images.float()
-    got, want = (one_step(network(i, form).float(), images, targets) for i in (level, 0))
-    assert max(relative_differences(got, want).values()) < 1e-4
-    exact = one_step(network(0, form), images.double(), targets)
-    assert max(relative_differences(got, exact).values()) > 1e-7  # it was single precision
-
-
-@LEVELS
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=["bf16", "half"])
 @pytest.mark.parametrize("form", ["BC", "basic, dropout", "ImageNet"])
-def test_autocast_is_as_near_to_single_precision_as_level_0_is(level, low, form):
-    errors = {"level 0": 0.0, "this level": 0.0, "another network": 0.0}
-    for seed in (4, 5, 6):  # one step alone is a matter of luck
-        images, targets = pictures(form, count=16, seed=seed)
-        images = images.float()
-        single = one_step(network(0, form).float(), images, targets)
-        low_0 = one_step(network(0, form).float(), images, targets, low=low)
-        low_n = one_step(network(level, form).float(), images, targets, low=low)
-        assert {n: t.dtype for n, t in low_n.items()} == {n: t.dtype for n, t in low_0.items()}
-        moved = network(level, form).float()
-        with torch.no_grad():
-            moved.features.denseblock1.denselayer1.norm1.weight.add_(0.5)
-        other = one_step(moved, images, targets, low=low)
-        for name, results in zip(errors, (low_0, low_n, other), strict=True):
-            errors[name] += mean_error(results, single)
+def test_single_precision_is_equal_to_four_digits(level, form):
+    got = step(level, form, dtype=torch.float32)
+    want = level_0_step(form, dtype=torch.float32)
+    assert max(relative_differences(got, want).values()) < 1e-4
+    # It was single precision.
+    assert max(relative_differences(got, level_0_step(form)).values()) > 1e-7
+
+
+@LEVELS
+@pytest.mark.parametrize(
+    ("form", "low"),
+    [
+        ("BC", torch.bfloat16),
+        ("basic, dropout", torch.bfloat16),
+        ("ImageNet", torch.bfloat16),
+        ("BC", torch.float16),
+    ],
+)
+def test_autocast_is_as_near_to_single_precision_as_level_0_is(level, form, low):
+    errors = {"this level": 0.0, "level 0": 0.0, "another network": 0.0}
+    for seed in (4, 5, 6):  # the error of one step alone varies much
+        options = {"count": 16, "seed": seed, "dtype": torch.float32}
+        single = level_0_step(form, **options)
+        got, want = step(level, form, low=low, **options), level_0_step(form, low=low, **options)
+        assert {n: t.dtype for n, t in got.items()} == {n: t.dtype for n, t in want.items()}
+        moved = level_0_step(form, move_a_gamma, low=low, **options)
+        for name, found in zip(errors, (got, want, moved), strict=True):
+            errors[name] += mean_error(found, single)
     assert errors["this level"] < 1.25 * errors["level 0"] < errors["another network"]
     assert errors["this level"] > errors["level 0"] / 2  # it was the lower precision
 
@@ -138,67 +137,39 @@ def test_autocast_is_as_near_to_single_precision_as_level_0_is(level, low, form)
 @LEVELS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_network_converted_as_a_whole_trains(level, dtype):
-    images, targets = pictures(count=16)
-    exact = one_step(network(0), images, targets)
-    want, got = (one_step(network(i).to(dtype), images.to(dtype), targets) for i in (0, level))
+    exact = level_0_step(count=16)
+    got, want = (step(i, count=16, dtype=dtype) for i in (level, 0))
     assert {name: t.dtype for name, t in got.items()} == {n: t.dtype for n, t in want.items()}
     error, error_of_level_0 = (mean_error(x, exact) for x in (got, want))
     assert error < max(1.25 * error_of_level_0, 1e-10)
     assert (error > 1e-3) == (dtype == torch.bfloat16)
 
 
-@SHARED
+@EFFICIENT_LEVELS
 @pytest.mark.parametrize("form", ["BC", "basic, dropout"])
-@pytest.mark.parametrize("low", [None, torch.bfloat16])
-def test_the_order_of_pixels_in_memory_does_not_matter(level, form, low):
+def test_the_memory_format_of_images_and_weights_does_not_matter(level, form):
     images, targets = pictures(form)
-    model, twin = (network(level, form).float() for _ in range(2))
-    want = one_step(model, images.float(), targets, low=low)
-    twin.to(memory_format=torch.channels_last)
-    last = images.float().contiguous(memory_format=torch.channels_last)
-    got = one_step(twin, last, targets, low=low)
-    assert max(relative_differences(got, want).values()) < (1e-1 if low else 1e-4)
-    mirrored = one_step(network(level, form).float(), images.flip(2, 3).float(), targets, low=low)
-    assert max(relative_differences(mirrored, want).values()) > 0.2
+    model = network(level, form).to(memory_format=torch.channels_last)
+    got = one_step(model, images.contiguous(memory_format=torch.channels_last), targets)
+    assert largest_difference(got, level_0_step(form)) < 1e-10
+    mirrored = one_step(network(level, form), images.flip(2, 3), targets)
+    assert largest_difference(mirrored, level_0_step(form)) > 1e-3
 
 
-# ------------------------------------------------------------------------------- awkward networks
+# ------------------------------------------------- one block, compared with a plain restatement
 
 
-@LEVELS
-@EVERY_FORM
-@pytest.mark.parametrize("gamma", ["negative", "zero", "tiny", "huge"])
-def test_any_gamma_is_a_gamma(level, form, gamma):
-    factor = {"negative": -1.0, "zero": 0.0, "tiny": 1e-30, "huge": 1e6}[gamma]
-
-    def step(level: int) -> Results:
-        model = network(level, form)
-        for norm in norms(model):
-            with torch.no_grad():
-                norm.weight[1::2] *= factor
-        return one_step(model, images, targets)
-
-    images, targets = pictures(form, count=3)
-    got, want = step(level), step(0)
-    assert all(tensor.isfinite().all() for tensor in got.values())
-    differences = [(got[n] - want[n]).abs().max() / max(want[n].abs().max(), 1) for n in want]
-    assert max(differences) < 1e-10
-    ordinary = one_step(network(0, form), images, targets)
-    assert largest_difference(got, ordinary) > 1e-3
-
-
-def stated(block: DenseBlock, epilogue: memory_efficient.BlockEpilogue, x: Tensor) -> Tensor:
-    """Section 3 of the paper: every layer sees the maps of all before it."""
+def plain_block(block: DenseBlock, epilogue: memory_efficient.BlockEpilogue, x: Tensor) -> Tensor:
+    """Section 3 of the paper: every layer reads the concatenated outputs of all before it."""
 
     def bn_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps))
 
     features = [x]
     for layer in block.values():
-        new = F.conv2d(bn_relu(layer.norm1, torch.cat(features, 1)), layer.conv1.weight,
-                       padding=layer.conv1.padding)  # fmt: skip
-        if layer.bottleneck:
-            new = F.conv2d(bn_relu(layer.norm2, new), layer.conv2.weight, padding=1)
+        new = torch.cat(features, 1)
+        for norm, conv in zip(layer.norms, layer.convs, strict=True):
+            new = F.conv2d(bn_relu(norm, new), conv.weight, padding=conv.weight.shape[2] // 2)
         features.append(new)
     out = bn_relu(epilogue.norm, torch.cat(features, 1))
     if epilogue.window:
@@ -206,152 +177,131 @@ def stated(block: DenseBlock, epilogue: memory_efficient.BlockEpilogue, x: Tenso
     return F.conv2d(out, epilogue.conv.weight)
 
 
-def make_block(
-    bottleneck: bool, window, drop_rate: float = 0.0, layers: int = 2, growth_rate: int = 2
-):
-    """A block and its epilogue: (block, epilogue, all parameters in order)."""
-    options = {"bottleneck": bottleneck, "drop_rate": drop_rate, "memory_level": 2}
-    block = DenseBlock(layers, 3, growth_rate, **options).double()
-    conv = None if window else nn.Conv2d(block.out_channels, 3, 1, bias=False).double()
-    epilogue = memory_efficient.BlockEpilogue(
-        nn.BatchNorm2d(block.out_channels).double(), window, conv
-    )
-    parts = [*block.values(), epilogue.norm, *([conv] if conv else [])]
-    parameters = [p for part in parts for p in part.parameters()]
-    for parameter in parameters:
-        nn.init.normal_(parameter, std=0.7)
-    return block, epilogue, parameters
+class Example:
+    """A block with an epilogue, an input (count, 3, *size), and all parameters in order."""
+
+    def __init__(self, bottleneck: bool, window, *, drop_rate=0.0, layers=2, growth_rate=2,
+                 count=5, size=(5, 4)):  # fmt: skip
+        torch.manual_seed(1)
+        self.block = DenseBlock(layers, 3, growth_rate, bottleneck=bottleneck,
+                                drop_rate=drop_rate, memory_level=2).double()  # fmt: skip
+        channels = self.block.out_channels
+        conv = None if window else nn.Conv2d(channels, 3, 1, bias=False).double()
+        norm = nn.BatchNorm2d(channels).double()
+        self.epilogue = memory_efficient.BlockEpilogue(norm, window, conv)
+        parts = [*self.block.values(), norm, *([conv] if conv else [])]
+        self.parameters = [p for part in parts for p in part.parameters()]
+        for parameter in self.parameters:
+            nn.init.normal_(parameter, std=0.7)
+        self.x = torch.randn(count, 3, *size, dtype=torch.float64, requires_grad=True)
+
+    def run(self, level: int, x: Tensor | None = None, ops=REFERENCE) -> Tensor:
+        """The output at a memory level; of the plain restatement at level 0."""
+        x = self.x if x is None else x
+        if level == 0:
+            return plain_block(self.block, self.epilogue, x)
+        return memory_efficient.run_dense_block(self.block, self.epilogue, x, ops, level)
+
+    def results(self, level: int, loss, x: Tensor | None = None) -> list[Tensor]:
+        """The output and the gradients of loss(output): of the input and of all parameters."""
+        x = self.x if x is None else x
+        out = self.run(level, x)
+        return [out, *torch.autograd.grad(loss(out), [x, *self.parameters])]
 
 
-STAGES = pytest.mark.parametrize("bottleneck", [True, False])
+BLOCKS = pytest.mark.parametrize("bottleneck", [True, False])
 WINDOWS = pytest.mark.parametrize("window", [(2, 2), (5, 4), None])
 
 
-@SHARED
-@STAGES
+@EFFICIENT_LEVELS
+@BLOCKS
 @WINDOWS
-def test_a_stage_equals_the_papers_dense_block(level, bottleneck, window, tiles):
-    block, epilogue, parameters = make_block(bottleneck, window, layers=3)
-    x = torch.randn(5, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    got = memory_efficient.run_dense_block(block, epilogue, x, REFERENCE, level)
-    want = stated(block, epilogue, x)
-    upstream = torch.randn_like(want)
-    gradients = [torch.autograd.grad(out, [x, *parameters], upstream) for out in (got, want)]
-    for mine, theirs in zip((got, *gradients[0]), (want, *gradients[1]), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+def test_a_block_with_its_epilogue_equals_the_paper(level, bottleneck, window, ragged_tiles):
+    example = Example(bottleneck, window, layers=3)
+    weights = torch.randn_like(example.run(0))
+
+    def weighted(out: Tensor) -> Tensor:
+        return (weights * out).sum()
+
+    # The gradient of a mean is one number in memory, expanded to the shape of the output.
+    for loss in (weighted, torch.mean):
+        got, want = (example.results(i, loss) for i in (level, 0))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
-        parameters[0] += 1e-3
-    assert (got - stated(block, epilogue, x)).abs().max() > 1e-5
+        example.parameters[0] += 1e-3
+    assert (got[0] - example.run(0)).abs().max() > 1e-5
 
 
-@SHARED
-@STAGES
-@pytest.mark.parametrize("mean", [100.0, -100.0])
-def test_means_far_from_zero_leave_single_precision_its_digits(level, bottleneck, mean):
-    block, epilogue, parameters = make_block(bottleneck, (2, 2))
-    x = (torch.randn(8, 3, 8, 8, dtype=torch.float64) + mean).float()
-    upstream = torch.randn(8, block.out_channels, 4, 4)
+@EFFICIENT_LEVELS
+@BLOCKS
+def test_means_far_from_zero_leave_single_precision_its_digits(level, bottleneck):
+    example = Example(bottleneck, (2, 2), count=8, size=(8, 8))
+    x = (example.x + 100).detach().float()
+    weights = torch.randn(8, example.block.out_channels, 4, 4)
 
-    def values(run, dtype: torch.dtype) -> list[Tensor]:
-        for module in (block, epilogue.norm):
+    def results(level: int, dtype: torch.dtype, x: Tensor = x) -> list[Tensor]:
+        for module in (example.block, example.epilogue.norm):
             module.to(dtype)
         leaf = x.to(dtype).requires_grad_()
-        out = run(leaf)
-        return [out.detach(), *torch.autograd.grad(out, [leaf, *parameters], upstream.to(dtype))]
+        return example.results(level, lambda out: (out * weights.to(dtype)).sum(), leaf)
 
-    def errors(run) -> list[float]:
-        found = values(run, torch.float32)
-        return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    def error(found: list[Tensor]) -> float:
+        pairs = zip(found, exact, strict=True)
+        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
-    exact = values(lambda leaf: stated(block, epilogue, leaf), torch.float64)
-    assert (
-        max(
-            errors(
-                lambda leaf: memory_efficient.run_dense_block(
-                    block, epilogue, leaf, REFERENCE, level
-                )
-            )
-        )
-        < 5e-4
-    )
-    # Autograd, as a reference.
-    assert max(errors(lambda leaf: stated(block, epilogue, leaf))) < 5e-4
-    assert max(errors(lambda leaf: stated(block, epilogue, leaf.bfloat16().float()))) > 1e-2
+    exact = results(0, torch.float64)
+    assert error(results(level, torch.float32)) < 5e-4
+    assert error(results(0, torch.float32)) < 5e-4  # PyTorch's batch norm
+    assert error(results(0, torch.float32, x.bfloat16())) > 1e-2
 
 
-@SHARED
-@WINDOWS
-def test_a_gradient_that_is_one_number_repeated_is_a_gradient(level, window):
-    block, epilogue, parameters = make_block(True, window)
-    x = torch.randn(5, 3, 5, 4, requires_grad=True, dtype=torch.float64)
-    runs = [
-        lambda: memory_efficient.run_dense_block(block, epilogue, x, REFERENCE, level),
-        lambda: stated(block, epilogue, x),
-    ]
-    got, want = (torch.autograd.grad(run().mean(), [x, *parameters]) for run in runs)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    other = torch.autograd.grad(runs[0]().square().mean(), [x, *parameters])
-    assert max((a - b).abs().max() for a, b in zip(got, other, strict=True)) > 1e-3
-
-
-# ----------------------------------------------------------------------------- finite differences
-
-
-def check_gradients(ops, level: int, *form, size=(5, 4), **sizes) -> bool:
+def gradcheck(level: int, example: Example, ops=REFERENCE) -> bool:
     """Compare with finite differences along a random direction of the input and the parameters."""
-    torch.manual_seed(1)
-    block, epilogue, parameters = make_block(*form, **sizes)
-    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
 
-    def run(x: Tensor, *_: Tensor) -> Tensor:  # the parameters are changed where they stand
+    def run(x: Tensor, *_: Tensor) -> Tensor:  # gradcheck moves the parameters in place
         torch.manual_seed(2)
-        return memory_efficient.run_dense_block(block, epilogue, x, ops, level)
+        return example.run(level, x, ops)
 
+    inputs = (example.x, *example.parameters)
     return torch.autograd.gradcheck(
-        run, (x, *parameters), atol=1e-8, rtol=1e-4, fast_mode=True, raise_exception=False
+        run, inputs, atol=1e-8, rtol=1e-4, fast_mode=True, raise_exception=False
     )
 
 
-@SHARED
-@STAGES
-@WINDOWS
-@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
-def test_gradients_are_those_of_finite_differences(level, bottleneck, window, drop_rate):
-    assert check_gradients(REFERENCE, level, bottleneck, window, drop_rate)
+@EFFICIENT_LEVELS
+@pytest.mark.parametrize(("bottleneck", "window"), [(True, (2, 2)), (False, None)])
+def test_gradients_with_dropout_are_those_of_finite_differences(level, bottleneck, window):
+    assert gradcheck(level, Example(bottleneck, window, drop_rate=0.3, count=2))
 
 
 @pytest.mark.parametrize(
-    ("name", "bottleneck", "window"),
+    "name",
     [
-        ("conv1x1_backward", True, (2, 2)),
-        ("conv1x1_backward", False, None),
-        ("conv3x3_backward", True, (2, 2)),
-        ("conv3x3_backward", False, None),
-        ("norm_relu_avg_pool_backward", True, (2, 2)),
-        ("complete_gradient", True, (2, 2)),
+        "",
+        "conv1x1_backward",
+        "conv3x3_backward",
+        "norm_relu_avg_pool_backward",
+        "complete_gradient",
     ],
 )
-def test_finite_differences_find_an_operation_that_is_one_per_cent_off(name, bottleneck, window):
+def test_finite_differences_find_an_operation_that_is_one_per_cent_off(name):
     def off(*args, **kwargs):
         found = getattr(reference, name)(*args, **kwargs)
         return found * 1.01 if isinstance(found, Tensor) else tuple(1.01 * part for part in found)
 
-    wrong = replace(REFERENCE, **{name: off})
-    tiny = {"layers": 1, "growth_rate": 1 if bottleneck else 2, "size": (3, 3)}
-    assert check_gradients(REFERENCE, 2, bottleneck, window, **tiny)
-    assert not check_gradients(wrong, 2, bottleneck, window, **tiny)
+    example = Example(True, (2, 2), layers=1, growth_rate=1, count=2, size=(3, 3))
+    ops = replace(REFERENCE, **{name: off}) if name else REFERENCE
+    assert gradcheck(2, example, ops) == (not name)
 
 
-# --------------------------------------------------------------------------- copies and state dicts
+# -------------------------------------------------------------------------- copies and state dicts
 
 
-def test_the_state_is_the_same_at_every_level():
-    want = network(0).state_dict()
-    for level in (1, *memory_efficient.MEMORY_EFFICIENT_LEVELS):
-        state = network(level).state_dict()
-        assert list(state) == list(want)
-        assert all(torch.equal(state[name], want[name]) for name in want)
-    assert list(network(2, "basic").state_dict()) != list(want)
+@LEVELS
+def test_the_state_dict_is_the_same_at_every_level(level):
+    state, want = network(level).state_dict(), network(0).state_dict()
+    assert list(state) == list(want)
+    assert all(torch.equal(state[name], want[name]) for name in want)
 
 
 @LEVELS

@@ -1,4 +1,4 @@
-"""Several processes train one network: to the same loss, in the same order, as one process does."""
+"""Several processes train one network to the losses of one process, on images in the same order."""
 
 import json
 import re
@@ -10,16 +10,12 @@ import pytest
 import torch
 
 import checkpoints
-import datasets.factory
-import models.factory
-import opts
 from faults.contract import command, outcome, saved, tiny
 from faults.sabotage import at_batch, both, forget_rng, send
-from fileio import tensor_files
 from helpers.recording import losses, order, record_steps, steps
 from helpers.run_main import run, run_ranks
 
-# 20 steps of 16 images, each of which has to be divisible among four.
+# 20 steps of 16 images: every batch can be divided among four processes.
 FLAGS = {
     "nImages": 320, "imageSize": 16, "depth": 10, "growthRate": 4, "batchSize": 16, "nEpochs": 1,
     "dropRate": 0.2, "nGPU": 0,
@@ -27,15 +23,15 @@ FLAGS = {
 
 
 def trained(directory: Path, size: int, sabotage=None, code: int = 0, **flags) -> Path:
-    """Train in `size` processes; each step is recorded in the run directory's parent."""
+    """Train in `size` processes; record each step beside the run directory."""
     argv = tiny(**FLAGS | flags, save=directory / "run")
     directory.mkdir(exist_ok=True)
     record = partial(record_steps, directory)
-    spoilt = partial(both, record, sabotage) if sabotage else record
+    first = partial(both, record, sabotage) if sabotage else record
     if size == 1:
-        results = [run(argv, spoilt)]
+        results = [run(argv, first)]
     else:
-        results = run_ranks(argv, size, dict.fromkeys(range(size), record) | {0: spoilt})
+        results = run_ranks(argv, size, dict.fromkeys(range(size), record) | {0: first})
     assert {result.code for result in results} == {code}, results
     return directory
 
@@ -46,8 +42,7 @@ def alone(tmp_path_factory) -> Path:
     return trained(tmp_path_factory.mktemp("alone"), 1)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("level", [0, 2, 4])
+@pytest.mark.parametrize(("size", "level"), [(2, 0), (2, 4), (4, 2)])
 def test_with_synchronised_statistics_the_losses_are_those_of_one_process(
     alone, tmp_path, size, level
 ):
@@ -57,50 +52,14 @@ def test_with_synchronised_statistics_the_losses_are_those_of_one_process(
     assert order(found) == order(alone)
 
 
-def test_without_them_the_losses_differ(alone, tmp_path):
+def test_without_synchronised_statistics_the_losses_differ(alone, tmp_path):
     found = trained(tmp_path / "run", 2)
     assert order(found) == order(alone)
     assert ((losses(found) / losses(alone) - 1).abs()[:3] > 1e-3).all()
 
 
-def keep_gradients(path: Path) -> None:
-    """Write the gradients of the first step, as the optimizer gets them."""
-    step = torch.optim.SGD.step
-
-    def step_and_write(self, *args, **kwargs):
-        if not path.exists():
-            [group] = self.param_groups
-            tensor_files.save_weights(path, {str(i): p.grad for i, p in enumerate(group["params"])})
-        return step(self, *args, **kwargs)
-
-    torch.optim.SGD.step = step_and_write
-
-
-def test_the_mean_gradient_is_that_of_the_replicas_batches(tmp_path):
-    """Computed in one process, replica after replica."""
-    flags = FLAGS | {"nImages": 16, "dropRate": 0}
-    results = run_ranks(
-        tiny(**flags, save=tmp_path / "run"), 2, {0: partial(keep_gradients, tmp_path / "grads.pt")}
-    )
-    assert [result.code for result in results] == [0, 0], results
-    opt = opts.parse(tiny(**flags))
-    images, targets = next(
-        datasets.factory.create(opt, torch.device("cpu"), pytest.fail).train.batches(epoch=1)
-    )
-    gradients = []
-    for part in (slice(0, 8), slice(8, 16)):
-        model = models.factory.create(opt, 3).train()
-        loss = torch.nn.functional.cross_entropy(model(images[part]), targets[part])
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    found = checkpoints.load_weights(tmp_path / "grads.pt").values()
-    for mine, first, second in zip(found, *gradients, strict=True):
-        mean = (first + second) / 2
-        assert (mine - mean).abs().max() <= 1e-6 * mean.abs().max()
-    assert any(not torch.allclose(first, second) for first, second in zip(*gradients, strict=True))
-
-
 def record_result(path: Path) -> None:
-    """Write what an evaluation comes to, to the last bit."""
+    """Write the result of an evaluation to the last bit."""
     import train
 
     test = train.Trainer.evaluate
@@ -114,9 +73,9 @@ def record_result(path: Path) -> None:
     train.Trainer.evaluate = test_and_write
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3])
 def test_the_evaluation_is_the_same_number_for_any_number_of_processes(alone, tmp_path, size):
-    """64 images in batches of 5: the last is smaller, and the last round is not for everyone."""
+    """64 images in batches of 5: the last is smaller, and not every process has one to the end."""
     argv = command(testOnly=True, resume=alone / "run", override=True, batchSize=5, nGPU=0)
     want, found = tmp_path / "want.json", tmp_path / "found.json"
     assert run(argv, partial(record_result, want)).code == 0
@@ -127,7 +86,7 @@ def test_the_evaluation_is_the_same_number_for_any_number_of_processes(alone, tm
     assert not any(result.out + result.err for result in results[1:])
 
 
-def test_an_end_of_an_epoch_with_fewer_images_than_processes_is_trained_on_once(tmp_path):
+def test_a_last_batch_with_fewer_images_than_processes_is_trained_on_once(tmp_path):
     """18 images in batches of 4 among 4: the last batch has 2 images, for the first two."""
     flags = {"nImages": 18, "batchSize": 4, "syncBN": True, "dropRate": 0.2}
     want = trained(tmp_path / "one", 1, **flags | {"syncBN": False})
@@ -142,7 +101,7 @@ LONGER = {"nEpochs": 2, "nImages": 80}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    """The run of two processes that nothing disturbed."""
+    """The undisturbed run of two processes."""
     return trained(tmp_path_factory.mktemp("pair"), 2, **LONGER)
 
 
@@ -150,7 +109,7 @@ def test_two_processes_repeat_themselves(pair, tmp_path):
     assert outcome(trained(tmp_path / "again", 2, **LONGER) / "run") == outcome(pair / "run")
 
 
-@pytest.mark.parametrize("batch", [3, 5, 8])
+@pytest.mark.parametrize("batch", [3, 8])
 def test_two_processes_that_were_stopped_end_in_the_same_bits(pair, tmp_path, batch):
     stop = partial(at_batch, partial(send, 15), batch)
     found = trained(tmp_path / "stopped", 2, stop, code=75, **LONGER)
@@ -160,7 +119,7 @@ def test_two_processes_that_were_stopped_end_in_the_same_bits(pair, tmp_path, ba
     assert order(found) == order(pair)
 
 
-def test_a_careless_continuation_would_not(pair, tmp_path):
+def test_two_processes_that_forget_their_random_numbers_end_in_others(pair, tmp_path):
     stop = partial(at_batch, partial(send, 15), 3)
     found = trained(tmp_path / "stopped", 2, stop, code=75, **LONGER)
     argv = tiny(**FLAGS | LONGER, save=found / "run", resume="auto")
@@ -180,19 +139,19 @@ def test_another_number_of_processes_goes_on_with_the_same_order_of_images(alone
     torch.testing.assert_close(losses(found), losses(alone), rtol=1e-4, atol=0)
 
 
-def blind() -> None:
-    """See no checkpoint, as on a machine with a disk of its own."""
+def hide_checkpoints() -> None:
+    """See no checkpoint, as a machine that does not mount the run directory."""
     checkpoints.list_checkpoints = lambda directory: []
     checkpoints.has_checkpoint = lambda directory: False
 
 
-def test_a_run_directory_that_the_first_process_does_not_share_is_no_fresh_start(pair, tmp_path):
+def test_a_run_directory_that_the_first_process_does_not_see_is_not_started_over(pair, tmp_path):
     directory = shutil.copytree(pair / "run", tmp_path / "run")
     for path in directory.glob("model_*.pt"):
         path.unlink()
     before = saved(directory)
     argv = tiny(**FLAGS | LONGER, save=directory, resume="auto")
-    results = run_ranks(argv, 2, {0: blind})
+    results = run_ranks(argv, 2, {0: hide_checkpoints})
     assert [result.code for result in results] == [4, 4], results
     error = results[0].err.splitlines()[-1]
     assert re.fullmatch(r"error: process 1 sees a checkpoint of step 10 .*; fix: .* share", error)
