@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distributed.world import BatchShard
 from kernels.dropout import DropoutSpec, draw_seed
-from models.layers import conv1x1, conv3x3
+from models.layers import make_conv
 from models.sync_batchnorm import BatchNorm, sample_offset
 
 BOTTLENECK_WIDTH = 4  # the 1x1 convolution outputs 4k channels (paper, section 3)
@@ -36,11 +36,11 @@ class DenseLayer(nn.Module):
         self.norm1 = BatchNorm(channels)
         if bottleneck:
             width = BOTTLENECK_WIDTH * growth_rate
-            self.conv1 = conv1x1(channels, width)
+            self.conv1 = make_conv(channels, width, 1)
             self.norm2 = BatchNorm(width)
-            self.conv2 = conv3x3(width, growth_rate)
+            self.conv2 = make_conv(width, growth_rate, 3)
         else:
-            self.conv1 = conv3x3(channels, growth_rate)
+            self.conv1 = make_conv(channels, growth_rate, 3)
 
     @property
     def norms(self) -> list[BatchNorm]:
@@ -54,12 +54,10 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor, dropouts: tuple[DropoutSpec, DropoutSpec] | None = None) -> Tensor:
         """(N, C, H, W) -> (N, k, H, W); `dropouts` follow the first and the second convolution."""
-        # Parity: dropout after the 1x1 convolution, too, which most ports leave out.
-        x = self.conv1(F.relu(self.norm1(x), self.inplace))
-        x = apply_dropout(x, dropouts and dropouts[0], self.inplace)
-        if self.bottleneck:
-            x = self.conv2(F.relu(self.norm2(x), self.inplace))
-            x = apply_dropout(x, dropouts and dropouts[1], self.inplace)
+        for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
+            x = conv(F.relu(norm(x), self.inplace))
+            # Parity: dropout after the 1x1 convolution, too, which most ports leave out.
+            x = apply_dropout(x, dropouts and dropouts[i], self.inplace)
         return x
 
 

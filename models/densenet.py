@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kernels.backend import REFERENCE, Backend
 from models import memory_efficient
 from models.dense_block import DenseBlock, Dropout, DropoutAvgPool
-from models.layers import conv1x1, conv3x3, conv7x7, reset_parameters
+from models.layers import make_conv, reset_parameters
 from models.sync_batchnorm import BatchNorm
 
 
@@ -67,11 +67,9 @@ class DenseNet(nn.Module):
             self.features.add_module(f"denseblock{i}", block)
             channels = block.out_channels
             if i < len(stages):
-                out_channels = math.floor(compression * channels)
-                self.features.add_module(
-                    f"transition{i}", Transition(channels, out_channels, drop_rate)
-                )
-                channels = out_channels
+                transition = Transition(channels, math.floor(compression * channels), drop_rate)
+                self.features.add_module(f"transition{i}", transition)
+                channels = transition.conv.out_channels
         # Named norm5 for any number of blocks, as in torchvision.
         self.features.add_module("norm5", BatchNorm(channels))
         self.classifier = nn.Linear(channels, num_classes)
@@ -114,12 +112,12 @@ def _relu_mean_pool(features: Tensor) -> Tensor:
 
 def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
     # Parity: no BN or ReLU, since the first dense layer begins with both.
-    return OrderedDict(conv0=conv3x3(3, channels))
+    return OrderedDict(conv0=make_conv(3, channels, 3))
 
 
 def _imagenet_stem(channels: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
-        conv0=conv7x7(3, channels),
+        conv0=make_conv(3, channels, 7, stride=2),
         norm0=BatchNorm(channels),
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(3, stride=2, padding=1),
@@ -135,7 +133,7 @@ class Transition(nn.Sequential):
             OrderedDict(
                 norm=BatchNorm(in_channels),
                 relu=nn.ReLU(inplace=True),
-                conv=conv1x1(in_channels, out_channels),
+                conv=make_conv(in_channels, out_channels, 1),
                 **drop,
                 pool=nn.AvgPool2d(2),
             )

@@ -20,19 +20,9 @@ class BlockSizes(NamedTuple):
     stride: int
 
 
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """(N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """(N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-
-
-def conv7x7(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """(N, C, H, W) -> (N, out_channels, ceil(H / 2), ceil(W / 2)): the ImageNet stem."""
-    return nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False)
+def make_conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """(N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)), without bias."""
+    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
 
 
 class PaddedShortcut(nn.Module):
@@ -61,7 +51,7 @@ def make_shortcut(kind: str, sizes: BlockSizes, *, norm: bool) -> nn.Module:
     """
     in_channels, _, out_channels, stride = sizes
     if kind == "C" or (kind == "B" and in_channels != out_channels):
-        conv = conv1x1(in_channels, out_channels, stride)
+        conv = make_conv(in_channels, out_channels, 1, stride)
         return nn.Sequential(conv, BatchNorm(out_channels)) if norm else conv
     if in_channels != out_channels:
         return PaddedShortcut(in_channels, out_channels, stride)

@@ -1,7 +1,7 @@
 """Run a dense block in memory that is linear in its depth: memory levels 2, 3 and 4.
 
-With plain modules every layer copies all earlier feature maps (`torch.cat`), and every batch norm
-computes statistics of them again and keeps its output. Here one `autograd.Function` runs a whole
+With plain modules every layer copies all earlier feature maps (`torch.cat`), computes their batch
+norm statistics again, and autograd keeps the copies. Here one `autograd.Function` runs a whole
 block, together with its epilogue: the batch norm, ReLU and pooling (or 1x1 convolution) that read
 the finished block. docs/memory.md derives the formulas.
 
@@ -30,7 +30,7 @@ Backward, with a buffer G for the gradient of X:
 Left out: a block with frozen, replaced or unlike batch norms, or whose gradient is wanted in
 evaluation, runs as plain modules (`can_run`, models/dense_block.py). Modules inside a block are
 not called, so their hooks do not run. Second derivatives, forward-mode derivatives and torch.func
-transforms raise an error. Parameters that need no gradient save no time.
+transforms raise an error. Gradients of parameters that need none are computed, then dropped.
 """
 
 from collections.abc import Sequence

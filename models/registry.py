@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Layers per block of the ImageNet networks: paper Table 1; 264 and 232 are in no table of the
 # authors, see docs/parity.md.
@@ -110,28 +110,21 @@ _DENSENET = _SHARED | {
 }
 _RESIDUAL = _SHARED | {"shortcut": "shortcutType"}
 
-
-def _residual(
-    name: str, title: str, network: str, depth: int, unused_flags: dict[str, object]
-) -> Architecture:
-    """Describe a residual network: both kinds have the schedule and stages of fb.resnet.torch."""
-    return Architecture(
-        name,
-        title,
-        network,
-        _RESIDUAL,
-        depths=(depth, 50),
-        imagenet_stages=RESNET_STAGES,
-        extra_layers=2,
-        layers_per_block=(2, 3),
-        training_defaults=(TrainingDefaults(164, 64), TrainingDefaults(90, 256)),
-        milestones=((81, 164), (122, 164)),
-        unused_flags=unused_flags,
-        basic_depths=(18, 34),
-        shortcuts=("A", "B"),
-    )
-
-
+_RESNET = Architecture(
+    "resnet",
+    "ResNet",
+    "resnet:ResNet",
+    _RESIDUAL,
+    depths=(110, 50),
+    imagenet_stages=RESNET_STAGES,
+    extra_layers=2,
+    layers_per_block=(2, 3),
+    training_defaults=(TrainingDefaults(164, 64), TrainingDefaults(90, 256)),
+    milestones=((81, 164), (122, 164)),
+    unused_flags={"bottleneck": None} | DENSE_BLOCK_FLAGS,
+    basic_depths=(18, 34),
+    shortcuts=("A", "B"),
+)
 ARCHITECTURES: dict[str, Architecture] = {
     network.name: network
     for network in (
@@ -151,11 +144,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             unused_flags={"shortcutType": None},
             wide_depths=(161, 232),
         ),
-        _residual(
-            "resnet", "ResNet", "resnet:ResNet", 110, {"bottleneck": None} | DENSE_BLOCK_FLAGS
-        ),
-        _residual(
-            "preresnet", "pre-activation ResNet", "resnet:PreActResNet", 164, DENSE_BLOCK_FLAGS
+        _RESNET,
+        replace(
+            _RESNET,
+            name="preresnet",
+            title="pre-activation ResNet",
+            network="resnet:PreActResNet",
+            depths=(164, 50),
+            unused_flags=DENSE_BLOCK_FLAGS,
         ),
     )
 }

@@ -14,15 +14,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import (
-    BlockSizes,
-    block_sizes,
-    conv1x1,
-    conv3x3,
-    conv7x7,
-    make_shortcut,
-    reset_parameters,
-)
+from models.layers import BlockSizes, block_sizes, make_conv, make_shortcut, reset_parameters
 from models.sync_batchnorm import BatchNorm
 
 # Which paths of a pre-activation block read its input after BN and ReLU: the residual branch in
@@ -34,9 +26,8 @@ BRANCH, BOTH, NOTHING = "branch", "both", "nothing"
 class Block(nn.Module):
     """Two 3x3 convolutions; with bottleneck 1x1 to `width` channels, 3x3, 1x1 to `out_channels`.
 
-    BN follows each, ReLU all but the last and the sum. The second convolution has the stride if
-    `strides_late`, else the first. Input (N, in_channels, H, W), output
-    (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    BN follows each convolution, ReLU all but the last; ReLU also follows the sum with the shortcut.
+    The second convolution has the stride if `strides_late`, else the first.
     """
 
     def __init__(self, sizes: BlockSizes, *, shortcut: str, bottleneck: bool, strides_late: bool):
@@ -125,7 +116,7 @@ class ResNet(nn.Module):
             self.bn = BatchNorm(channels)
             self.relu = nn.ReLU(inplace=True)
         else:
-            self.conv1 = conv7x7(3, width) if imagenet_stem else conv3x3(3, width)
+            self.conv1 = make_conv(3, width, 7, 2) if imagenet_stem else make_conv(3, width, 3)
             self.bn1 = BatchNorm(width)
             self.relu = nn.ReLU(inplace=True)
             if imagenet_stem:
@@ -155,11 +146,11 @@ PreActResNet = partial(ResNet, pre_activation=True)
 
 def _pre_activated_stem(width: int, imagenet: bool) -> nn.Module:
     # Made for ImageNet, too: it draws random numbers, on which a seed's weights depend.
-    small = conv3x3(3, width)
+    small = make_conv(3, width, 3)
     if not imagenet:
         return small
-    pool = nn.MaxPool2d(3, stride=2, padding=1)
-    return nn.Sequential(conv7x7(3, width), BatchNorm(width), nn.ReLU(inplace=True), pool)
+    large, pool = make_conv(3, width, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)
+    return nn.Sequential(large, BatchNorm(width), nn.ReLU(inplace=True), pool)
 
 
 def _pre_activated_stages(
@@ -180,7 +171,7 @@ def _convolutions(sizes: BlockSizes, bottleneck: bool, strides_late: bool) -> li
     in_channels, width, out_channels, stride = sizes
     first, second = (1, stride) if strides_late else (stride, 1)
     convs = [
-        (conv1x1 if bottleneck else conv3x3)(in_channels, width, first),
-        conv3x3(width, width, second),
+        make_conv(in_channels, width, 1 if bottleneck else 3, first),
+        make_conv(width, width, 3, second),
     ]
-    return [*convs, conv1x1(width, out_channels)] if bottleneck else convs
+    return [*convs, make_conv(width, out_channels, 1)] if bottleneck else convs
