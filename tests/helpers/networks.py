@@ -1,4 +1,4 @@
-"""Whole networks for the tests, by command line, and what a step of one computes."""
+"""Networks of command lines for the tests, and the results of one training step."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ def network(line: str, num_classes: int = 10) -> nn.Module:
 
 
 def scramble(model: nn.Module) -> nn.Module:
-    """Random BN weights, biases and statistics: at 1 and 0 a mistake with them would not show."""
+    """Randomise batch norms: at weight 1 and bias 0 a mistake with them would not show."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -24,7 +24,7 @@ def scramble(model: nn.Module) -> nn.Module:
 
 
 def one_step(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """What a training step computes: logits, gradients, and the statistics it leaves behind."""
+    """The logits, gradients and buffers of a training step."""
     logits = model.train()(images)
     F.cross_entropy(logits, targets).backward()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}

@@ -134,6 +134,11 @@ def test_autocast_is_as_near_to_single_precision_as_level_0_is(level, form, low)
     assert errors["this level"] > errors["level 0"] / 2  # it was the lower precision
 
 
+@EFFICIENT_LEVELS
+def test_autocast_leaves_double_precision_alone(level):
+    assert largest_difference(step(level, low=torch.bfloat16), level_0_step()) < 1e-10
+
+
 @LEVELS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_network_converted_as_a_whole_trains(level, dtype):
