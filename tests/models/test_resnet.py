@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import models.factory
 import opts
 import train
-from distributed.world import BatchShard, World
 from engine.memory import MemoryEstimate
 from experiment.log import RunLog
 from helpers.networks import one_step, photographs, scramble
@@ -205,19 +204,6 @@ def test_lower_and_double_precision_train_in_channels_last_memory(name, precisio
     large = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert large and all(p.is_contiguous(memory_format=torch.channels_last) for p in large)
     assert set(seen) == {dtype}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("line", ["--depth 20 --shortcutType B", "--dataset imagenet --depth 18"])
-def test_replicas_share_every_batch_norm_when_asked_to(name, line):
-    shard = BatchShard(World(), CPU)
-    for sync in ("true", "false"):
-        opt = opts.parse(f"--netType {name} {line} --nGPU 2 --syncBN {sync}".split())
-        with torch.device("meta"):
-            model = models.factory.create(opt, 10, shard=shard)
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        assert len(norms) > 15
-        assert {norm.shard for norm in norms} == {shard if sync == "true" else None}
 
 
 def test_advice_about_memory_concerns_the_batch_size_alone():

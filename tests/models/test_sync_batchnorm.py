@@ -371,13 +371,20 @@ def test_means_far_from_zero_leave_single_precision_its_digits():
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_the_settings_decide_whether_batch_norms_are_synchronised(sync):
-    line = "--dataset cifar10 --depth 10 --growthRate 4 --dropRate 0.1"
+@pytest.mark.parametrize(
+    ("line", "num_dropouts"),
+    [
+        ("--depth 10 --growthRate 4 --dropRate 0.1", 5),
+        ("--netType resnet --depth 20 --shortcutType B", 0),
+        ("--netType preresnet --depth 20", 0),
+    ],
+)
+def test_the_settings_decide_whether_batch_norms_are_synchronised(line, num_dropouts, sync):
     opt = SimpleNamespace(**vars(opts.parse(line.split())) | {"syncBN": sync})
     shard = make_shards(1, 1)[1]
     model, single = models.factory.create(opt, 10, shard=shard), models.factory.create(opt, 10)
     dropping = [*blocks(model), *(m for m in model.modules() if type(m) is dense_block.Dropout)]
-    assert len(dropping) == 5
+    assert len(dropping) == num_dropouts
     assert all(module.shard is shard for module in dropping)
     assert {norm.shard for norm in norms(model)} == ({shard} if sync else {None})
     assert {getattr(module, "shard", None) for module in single.modules()} == {None}
