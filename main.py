@@ -153,7 +153,7 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
     model = models.factory.create(opt, len(data.classes), ops, shard)
     log = RunLog(directory.path if directory else None)
     capturer = cuda_graph.make_capturer(opt.cudaGraph, device, data.is_resident)
-    return train.create_trainer(opt, model, device, log, world, shard, capturer)
+    return train.Trainer(opt, model, device, log, world, shard, capturer)
 
 
 def read_weights(opt: Settings, world) -> dict:
@@ -267,7 +267,7 @@ def evaluate(opt: Settings, world, device) -> int:
         if opt.optMemory == "auto":
             opt = opt.replace(optMemory=opts.FLAGS["optMemory"].default)  # it is about training
         model = models.factory.create(opt, len(data.classes), ops)
-        trainer = train.create_trainer(opt, model, device, RunLog(None), world)
+        trainer = train.Trainer(opt, model, device, RunLog(None), world)
         models.state_dicts.load_weights(model, weights)  # now that it has the precision of the run
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.evaluate(data.test or data.val, lambda: None, phase="test")

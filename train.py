@@ -1,4 +1,7 @@
-"""The training loop: one SGD step, an epoch of training, an evaluation, the state of a run."""
+"""Train and evaluate a network: SGD steps, epochs, evaluation, and the state that resumes a run.
+
+main.py builds what a Trainer gets; checkpoints.py saves its state; experiment/ prints and logs.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,69 +27,59 @@ from experiment.log import RunLog
 
 
 class Metadata(NamedTuple):
-    """What a checkpoint says of its run, as plain values.
+    """Describe a run in its checkpoints, in plain values."""
 
-    Args:
-        settings: by the names of flags.
-        data: facts that a resumed run must find again, see datasets.factory.DataSplits.
-        overrides: what the run was continued with otherwise, in words.
-    """
-
-    settings: dict[str, object]
-    data: dict[str, object]
-    overrides: list[str]
+    settings: dict[str, object]  # by flag name
+    data: dict[str, object]  # a resumed run must find the same, see datasets.factory.DataSplits
+    overrides: list[str]  # in words: the changes of settings that --override allowed
 
 
 class Trainer:
-    """A network in training: its optimizer, its position in the run and its results so far.
+    """Train and evaluate a network; hold its optimizer, its position in the run and its results.
+
+    A Trainer computes steps, adds up their losses and errors, and stops at the first loss or
+    gradient that is not finite. It leaves to others which images form a batch (the loader), whether
+    a step runs eagerly or as a CUDA graph (StepRunner), what is printed (RunLog), and when to save
+    or to stop (the callbacks that `train` and `evaluate` get).
 
     Args:
-        model: moved to `device`, to channels-last memory, and to float64 if precision is double.
-        make_optimizer: of the network on its device, from its learning rate.
-        precision: single, double, half or bf16.
-        num_crops: evaluate the mean of this many consecutive outputs per image.
-        world: the replicas of the network, this one alone or one of several.
-        shard: this replica's part of each batch; None for one replica.
-        capturer: captures steps over resident data, see engine/cuda_graph.py; None: all eager.
-
-    Attributes:
-        metadata: of the run, which `state_dict` holds as well.
+        opt: the settings; lrShape, precision, tenCrop and the optimizer's are read here.
+        model: moved to `device`, to channels-last memory and to the dtype of `--precision`.
+        world, shard: the processes of the run, and this one's part of each batch; None: only one.
+        capturer: captures steps, see engine/cuda_graph.py; None runs every step eagerly.
     """
 
     def __init__(
         self,
+        opt: SimpleNamespace,
         model: nn.Module,
-        schedule: LRSchedule,
-        *,
-        make_optimizer: Callable[[nn.Module, float | Tensor], torch.optim.Optimizer],
-        precision: str,
         device: torch.device,
         log: RunLog,
-        num_crops: int = 1,
         world: World | None = None,
         shard: BatchShard | None = None,
         capturer: Capturer | None = None,
     ):
+        self.device, self.log = device, log
         self.world, self.shard = world or World(), shard
-        self.precision, mode = precision, PRECISIONS[precision]
-        self.device, self.dtype, self.num_crops = device, mode.dtype, num_crops
+        self.precision, mode = opt.precision, PRECISIONS[opt.precision]
+        self.dtype, self.num_crops = mode.dtype, 10 if opt.tenCrop else 1
         self.model = model.to(device, self.dtype, memory_format=torch.channels_last)
-        self.schedule, self.log = schedule, log
-        # A captured step cannot see a Python number change, so the LR lies in device memory; on
-        # every GPU, so that captured or not makes no difference (there it is rounded to float32).
+        self.schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
+        # A captured step reads its LR from device memory. Every GPU run has it there, captured or
+        # not, so that both train alike (the LR is rounded to float32 there).
         on_device = device.type == "cuda" or capturer is not None
-        lr = torch.tensor(schedule.base_lr, device=device) if on_device else schedule.base_lr
-        self.optimizer = make_optimizer(self.model, lr)
+        lr = torch.tensor(opt.LR, device=device) if on_device else opt.LR
+        self.optimizer = optimizer.create(opt, self.model, lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode.scales_loss)
         self._reducer = GradientReducer(list(model.parameters()), self.world)
         self._guard = NonFiniteGuard(device)
         if not self.scaler.is_enabled():
+            # Fused SGD reads found_inf on the device, and skips its update if it is 1.
             self.optimizer.found_inf = self._guard.found_inf
         self._runner = StepRunner(self.world, shard, capturer, log.warn_once)
 
-        self.metadata = Metadata({}, {}, [])
-        self.epoch, self.step, self.global_step = 1, 0, 0  # step: done in this epoch
-        self.results = Results()
+        self.metadata, self.results = Metadata({}, {}, []), Results()  # main.py sets metadata
+        self.epoch, self.step, self.global_step = opt.epochNumber, 0, 0  # step: done in this epoch
         self.metrics, self._eval_metrics = Metrics(device), Metrics(device)
         self._start_epoch()
 
@@ -94,32 +87,37 @@ class Trainer:
         self.metrics.reset()
         self.time_s = self.data_s = 0.0
 
+    # ---------------------------------------------------------------------------------- training
+
     def train(self, loader, on_step_end: Callable[[], None]) -> dict[str, float]:
-        """Finish the current epoch from wherever it stands; its means, rate and speed.
+        """Train to the end of the current epoch; return its mean loss and errors, LR and speed.
 
         Args:
             loader: `batches(epoch, start)` yields (images, targets) on the device.
             on_step_end: called after each step; may save, may raise to stop.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; the weights are from before that step.
+            NonFiniteError: a loss or gradient is not finite; that step changed no weight.
         """
         self.model.train()
         steps = len(loader.sampler)
         self._guard.start(self.global_step)
         progress = self.log.progress("train", self.epoch, steps, self.step, self.metrics)
+        begin = partial(self._begin_step, steps)
         with progress, _name_batch_on_error(self.epoch, loader.sampler):
-            begin = partial(self._begin_step, steps)
             for stats in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
+                # The speed of an epoch counts its steps, not what the callback takes to save.
                 self.data_s += stats.data_s
                 self.time_s += stats.time_s
-                # Before the device is read, which waits for ever for a peer that is lost.
+                # The callback comes before any read from the device: it raises if a peer is lost,
+                # while a read would wait forever for that peer's part of the step.
                 on_step_end()
-                # On the CPU reading costs nothing; a GPU is read when something is shown.
+                # The check waits for a GPU, so there it is made only when a line is printed anyway.
                 if self.device.type == "cpu" or progress.should_display():
                     self._timed_check_finite()
                 progress.update(stats.num_images, stats.data_s, self._current_lr(steps))
-            self._timed_check_finite()  # waits for the steps that are still on their way
+            # Wait for the steps that a GPU has still queued, then add up all processes' sums.
+            self._timed_check_finite()
             metrics = self.metrics.all_reduced(self.world.all_reduce_)
             progress.finish(metrics, self._current_lr(steps))
         return {
@@ -131,91 +129,94 @@ class Trainer:
         }
 
     def _current_lr(self, steps: int) -> float:
-        """The learning rate of the step that was begun last."""
+        """Return the LR of the step begun last (of the first, before it) in an epoch of `steps`."""
         return self.schedule.lr(self.epoch, max(self.step, 1), steps)
 
     def _begin_step(self, steps: int) -> None:
-        """What of a step is not captured: count it, and set its rate."""
+        """Count a step and set its learning rate: Python work, which a CUDA graph cannot hold."""
         self.step += 1
         self.global_step += 1
         optimizer.set_lr(self.optimizer, self._current_lr(steps))
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
+        """Do one SGD step without waiting for the device, so that a CUDA graph can hold it."""
         self._guard.next_step()
-        if not (self.shard.global_size if self.shard else len(targets)):
-            return  # every image of it was skipped
+        global_size = self.shard.global_size if self.shard else len(targets)
+        if global_size == 0:
+            return  # every image of the batch was unreadable and skipped
+
+        # Forward: the mean loss over this process's images.
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
             logits, loss = self._loss(images, targets)
+
+        # Processes may have unequal shards: weighted, their mean gradient is the global batch's.
         weighted = loss * self.shard.loss_weight if self.shard else loss
         scales_loss = self.scaler.is_enabled()
         if scales_loss:
-            # Loss scaling skips a step by its gradients alone: once a loss was bad, dividing by
-            # zero spoils them; until then dividing by one changes nothing.
+            # GradScaler skips an update only for bad gradients. After a bad loss found_inf is 1, so
+            # dividing by 0 makes the gradients bad; until then the division is by 1.
             self._guard.record_nonfinite(~torch.isfinite(loss.detach()))
             weighted = self.scaler.scale(weighted / (1 - self._guard.found_inf))
+
+        # Backward, then average the gradients over processes.
         weighted.backward()
         finite_loss, finite_gradients = self._reducer.reduce(loss)
+
+        # Record a bad step on the device. With loss scaling, gradients overflow now and then: the
+        # scaler skips such a step and lowers its scale.
         self._guard.check_loss(finite_loss)
-        # Gradients that overflow are usual with loss scaling, which then lowers its scale.
-        self._guard.record_nonfinite(
-            ~finite_loss if scales_loss else ~(finite_loss & finite_gradients)
-        )
+        is_finite = finite_loss if scales_loss else finite_loss & finite_gradients
+        self._guard.record_nonfinite(~is_finite)
+
+        # Update the weights; after a bad step the fused kernel leaves them as they are.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if len(targets):
             self.metrics.add(loss, logits.detach(), targets)
 
     def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and their mean loss; of one empty image and 0 where there are none."""
+        """Return logits and their mean loss; without images, those of one zero image and 0."""
         if len(targets):
             logits = self.model(images)  # (N, C)
             return logits, F.cross_entropy(logits, targets)
-        # The other replicas wait for this one in each batch normalisation and in dropout's draws.
+        # Take part in syncBN's collectives, and draw dropout's seed as the other processes do.
         logits = self.model(images.new_zeros(1, *images.shape[1:]))
         return logits, 0 * logits.sum()
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError if a loss or gradient was not finite yet (waits for the device)."""
-        found = self._guard.first_nonfinite_step()
-        if found:
-            nonfinite_step, what = found
-            step = self.step - (self.global_step - nonfinite_step)
-            raise NonFiniteError(
-                f"{what} is not finite at epoch {self.epoch}, step {step}",
-                "lower --LR, or --precision single; the last checkpoint is from before",
-                step=step,
-            )
+        """Raise NonFiniteError if a loss or gradient was not finite (waits for the device)."""
+        self._guard.check(self.epoch, self.step)
 
     def _timed_check_finite(self) -> None:
-        """The same as a part of the epoch's time."""
         since = time.perf_counter()
         self.check_finite()
         self.time_s += time.perf_counter() - since
+
+    # -------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
     def evaluate(
         self, loader, on_batch_end: Callable[[], None], phase: str = "val"
     ) -> dict[str, float]:
-        """Loss and errors of the network over every image of `loader`, each counted once.
-
-        Of the first replica's network, whose running statistics are the ones that are saved.
-        """
+        """Return loss and errors over every image of `loader`, each counted once."""
+        # Running statistics differ between processes. Rank 0's are saved, so they are evaluated.
         self.world.broadcast_([*self.model.parameters(), *self.model.buffers()])
         self.model.eval()
-        metrics = self._eval_metrics
+        metrics = self._eval_metrics  # separate: an epoch may be evaluated before it ends
         metrics.reset()
         with self.log.progress(phase, self.epoch, len(loader.sampler), 0, metrics) as progress:
             for stats in self._runner.run(self._eval_step, loader, self.epoch):
                 on_batch_end()
                 progress.update(stats.num_images, stats.data_s)
+            # Each process had some of the batches: add up their sums.
             metrics = metrics.all_reduced(self.world.all_reduce_)
             progress.finish(metrics)
         return {f"{phase}_{name}": value for name, value in metrics.compute().items()}
 
     def _eval_step(self, images: Tensor, targets: Tensor) -> None:
         if not len(targets):
-            return
+            return  # no batch is left for this process
         with autocast(self.device, self.precision):
             logits = self.model(images).to(self.dtype)  # (N * crops, C)
             logits = mean_over_crops(logits, self.num_crops)  # (N, C)
@@ -225,7 +226,7 @@ class Trainer:
     # ------------------------------------------------------------------------- results and state
 
     def finish_epoch(self, train: dict, val: dict) -> dict:
-        """Close the current epoch: note its result, move on, return its log record."""
+        """Record the epoch's result, move to the next epoch, and return the epoch's log record."""
         record = {"epoch": self.epoch, **train, **val}
         self.results.add(record)
         self.epoch += 1
@@ -235,7 +236,7 @@ class Trainer:
 
     @property
     def position(self) -> dict[str, int]:
-        """Epoch, steps done in it, and steps done in all."""
+        """The current epoch, the steps done in it, and the steps done in all."""
         return {"epoch": self.epoch, "step": self.step, "global_step": self.global_step}
 
     @property
@@ -244,9 +245,9 @@ class Trainer:
         return self.step == 0 and self.results.last is not None
 
     def state_dict(self) -> dict:
-        """Everything that continuing exactly needs, as plain values and tensors.
+        """Return all that an exact resume needs, as plain values and tensors.
 
-        All replicas have to call it at the same step. fileio/checkpoint_schema.py lists it.
+        Every process must call it at the same step. fileio/checkpoint_schema.py lists the entries.
         """
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -269,16 +270,16 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`; names and shapes were compared before."""
+        """Restore a `state_dict()` whose names and shapes experiment/resume.py has compared."""
         self.model.load_state_dict(state["model"])
         optimizer.load_state_by_name(self.optimizer, self.model, state["momentum"])
-        # With --override loss scaling may be on where it was off, or off.
+        # --override may have switched loss scaling on or off since.
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.results = Results(state["last"], state["best"])
         for name in ("epoch", "step", "global_step", "time_s", "data_s"):
             setattr(self, name, state[name])
-        if state["sums"] and self.world.is_rank0:  # they are those of all replicas
+        if state["sums"] and self.world.is_rank0:  # the sums of all processes: one adds them
             self.metrics.load_state_dict(state["sums"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
@@ -287,7 +288,7 @@ class Trainer:
 
 @contextmanager
 def _name_batch_on_error(epoch: int, sampler) -> Iterator[None]:
-    """Let the error about a step that is not finite name the images of its batch."""
+    """Add the indices of the batch's images to a NonFiniteError."""
     try:
         yield
     except NonFiniteError as error:
@@ -297,32 +298,6 @@ def _name_batch_on_error(epoch: int, sampler) -> Iterator[None]:
 
 
 def mean_over_crops(logits: Tensor, num_crops: int) -> Tensor:
-    """(N * num_crops, C) -> (N, C)."""
-    # It ranks classes as the sum of fb.resnet.torch does, and has a loss.
+    """Average (N * num_crops, C) logits over the crops of each image: (N, C)."""
+    # Ranks classes as fb.resnet.torch's sum over crops does, and has a loss as well.
     return logits.unflatten(0, (-1, num_crops)).mean(dim=1)
-
-
-def create_trainer(
-    opt: SimpleNamespace,
-    model: nn.Module,
-    device: torch.device,
-    log: RunLog,
-    world: World | None = None,
-    shard: BatchShard | None = None,
-    capturer: Capturer | None = None,
-) -> Trainer:
-    """The trainer that the settings describe, at the run's first epoch."""
-    trainer = Trainer(
-        model,
-        LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones),
-        make_optimizer=partial(optimizer.create, opt),
-        precision=opt.precision,
-        device=device,
-        log=log,
-        num_crops=10 if opt.tenCrop else 1,
-        world=world,
-        shard=shard,
-        capturer=capturer,
-    )
-    trainer.epoch = opt.epochNumber
-    return trainer

@@ -1,8 +1,12 @@
-"""The steps of an epoch, batch by batch: eager, or captured once as a CUDA graph and replayed.
+"""Run the steps of an epoch, eagerly or as a CUDA graph that is captured once and replayed.
 
-A replay repeats the very same kernels on the very same memory without Python in between, which for
-a small network is most of the time of a step. So whatever differs from step to step has to lie in
-device memory: the place in the epoch is counted there, and the epoch's plan is copied there.
+A replay launches the kernels of the captured step on the memory of the captured step. It runs no
+Python, which takes most of the time of a small network's step. So a step keeps in device memory
+whatever changes: learning rate, step number, sums, the position in the epoch and the epoch's plan.
+
+The first WARMUP_STEPS steps of each kind run eagerly, the next one is captured, all later ones are
+replays. Left out are images read from files, which the host has to copy step by step, and the last
+batch of an epoch if it is smaller: these run eagerly.
 """
 
 import time
@@ -19,19 +23,19 @@ from errors import UsageError
 
 WARMUP_STEPS = 3  # eager steps before capture: libraries choose algorithms, allocate and compile
 
-_failed_captures: list[torch.cuda.CUDAGraph] = []  # captures that broke off, kept: see `capture`
+_failed_captures: list[torch.cuda.CUDAGraph] = []  # kept alive, see `capture`
 Step = Callable[[Tensor, Tensor], None]
 Capturer = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def make_capturer(requested: str, device: torch.device, resident: bool) -> Capturer | None:
-    """What captures steps for `--cudaGraph`; None to run them eagerly.
+    """Return what captures steps for `--cudaGraph`; None to run them eagerly.
 
     Args:
-        resident: whether the data is in device memory.
+        resident: whether the images are in device memory.
 
     Raises:
-        UsageError: a graph is asked for where there can be none.
+        UsageError: a graph is requested where steps cannot be captured.
     """
     reason = None
     if device.type != "cuda":
@@ -42,50 +46,46 @@ def make_capturer(requested: str, device: torch.device, resident: bool) -> Captu
         raise UsageError(f"cudaGraph: {reason}", "use --cudaGraph auto")
     if reason or requested == "false":
         return None
-    # The default stream cannot be captured; all that runs from here on runs on this one.
+    # CUDA cannot capture the default stream, so everything runs on this one from here on.
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda.set_stream(stream)
-    # Training and evaluation take turns, and so share memory.
+    # Training and evaluation never run at the same time, so their graphs share memory.
     return partial(capture, pool=torch.cuda.graph_pool_handle())
 
 
 def capture(fn: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:
-    """Capture what `fn` does on the current device, without doing it; returns the replay.
+    """Capture what `fn` does on the current device, without doing it; return the replay.
 
     Args:
-        pool: of memory, for graphs that never run at the same time; None for one of its own.
+        pool: memory of graphs that never run at the same time; None for memory of its own.
 
     Raises:
-        RuntimeError: something in `fn` cannot be captured. It has not been done.
+        RuntimeError: something in `fn` cannot be captured; nothing was done.
     """
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     before = generator.clone_state()
+    stream = torch.cuda.current_stream()
     try:
-        # Of this thread only: NCCL's watchdog may call CUDA meanwhile.
-        with torch.cuda.graph(
-            graph,
-            pool=pool,
-            stream=torch.cuda.current_stream(),
-            capture_error_mode="thread_local",
-        ):
+        # Only this thread's calls: NCCL's watchdog thread may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             fn()
     except RuntimeError:
-        generator.graphsafe_set_state(before)  # it would refuse to draw outside of a capture
+        generator.graphsafe_set_state(before)  # else it refuses to draw outside of a capture
         _failed_captures.append(graph)  # the allocator may still refer to it
         raise
     return graph.replay
 
 
 class GraphedStep:
-    """A step over full batches of one split.
+    """A step over the full batches of one split, captured after its warm-up.
 
     Args:
-        loader: with `plan`, `make_batch` and `sampler`, as datasets.memory_loader.MemoryLoader.
-        step: takes a batch; must keep all that changes from step to step on the device.
+        loader: has `plan`, `make_batch` and `sampler`, as datasets.memory_loader.MemoryLoader.
+        step: takes a batch, and keeps on the device all that changes from step to step.
         capturer: `capture`, or a stand-in for it.
-        on_failure: called with the reason when capture fails; the steps then run eagerly.
+        on_failure: gets the reason if capture fails; the steps then run eagerly.
     """
 
     def __init__(self, loader, step: Step, capturer: Capturer, on_failure: Callable[[str], None]):
@@ -107,7 +107,7 @@ class GraphedStep:
         self._batch_start.fill_(self._loader.sampler.local_slice(step).start)
 
     def __call__(self) -> None:
-        """Do the next step."""
+        """Run the next step."""
         self._num_calls += 1
         if self._num_calls == WARMUP_STEPS + 1:
             try:
@@ -125,27 +125,21 @@ class GraphedStep:
 
 
 class StepStats(NamedTuple):
-    """What a step was.
+    """Size and time of one step."""
 
-    Args:
-        num_images: of its batch, over all replicas.
-        data_s: seconds until the batch was there.
-        time_s: seconds in all.
-    """
-
-    num_images: int
-    data_s: float
-    time_s: float
+    num_images: int  # of the batch, over all processes
+    data_s: float  # of waiting for the batch
+    time_s: float  # in all
 
 
 class StepRunner:
-    """Runs a step over the batches of an epoch, and knows which steps are captured.
+    """Run a step over the batches of an epoch, replaying a CUDA graph where it can.
 
     Args:
-        world: the replicas of the network, this one alone or one of several.
-        shard: this replica's part of each batch; None for one replica.
-        capturer: captures steps over resident data; None runs every step eagerly.
-        warn: called with a remark if a step cannot be captured.
+        world: the processes of the run.
+        shard: this process's part of each batch; None for one process.
+        capturer: captures steps over images in device memory; None runs every step eagerly.
+        warn: gets a message if a step cannot be captured.
     """
 
     def __init__(
@@ -157,7 +151,7 @@ class StepRunner:
     ):
         self._world, self._shard, self._capturer, self._warn = world, shard, capturer, warn
         self._graphed_steps: dict[tuple, GraphedStep] = {}
-        self._warmup_steps: Counter[str] = Counter()  # how often each kind of step was done
+        self._warmup_steps: Counter[str] = Counter()  # by the name of the step's function
 
     def run(
         self,
@@ -167,69 +161,56 @@ class StepRunner:
         start: int = 0,
         before_step: Callable[[], None] = lambda: None,
     ) -> Iterator[StepStats]:
-        """Run `step` on each batch of an epoch, one after another.
+        """Run `step` on each batch of an epoch; yield after each.
 
         Args:
             loader: `batches(epoch, start)` yields (images, targets) on the device.
             start: the first step, from 0.
-            before_step: called once a batch is there, ahead of its step and outside of a capture.
-
-        Yields:
-            What was done, after each step.
+            before_step: called before each step, outside of any capture.
         """
         self._count_warmup(step, 0)
-        if self._capturer and loader.sampler.full_steps:
-            # The last batch may be smaller, so another shape: it runs eagerly like all the others.
-            yield from self._replay(step, loader, epoch, start, before_step)
-            start = max(start, loader.sampler.full_steps)
-        if start == len(loader.sampler):
-            return
-        since = time.perf_counter()
-        for images, targets in loader.batches(epoch, start):
-            counts = self._world.all_gather_int(len(targets))
-            self._set_shard(counts)
+        since = time.perf_counter()  # so the first step's time includes the epoch's plan
+        for sizes, run_step in self._prepared_steps(step, loader, epoch, start):
+            if self._shard:
+                self._shard.set_sizes(sizes)
             ready = time.perf_counter()
             before_step()
-            step(images, targets)
-            yield StepStats(sum(counts), ready - since, time.perf_counter() - since)
+            run_step()
+            yield StepStats(sum(sizes), ready - since, time.perf_counter() - since)
             self._count_warmup(step, 1)
             since = time.perf_counter()
 
-    def _replay(
-        self, step: Step, loader, epoch: int, start: int, before_step: Callable[[], None]
-    ) -> Iterator[StepStats]:
-        """The full batches of an epoch, which need not be told how many images they have."""
-        sampler, since = loader.sampler, time.perf_counter()
-        graphed = self._graphed_step(step, loader)
-        graphed.seek(epoch, start)  # its time is the first step's
-        for _ in range(start, sampler.full_steps):
-            self._set_shard([sampler.local_batch] * self._world.size)
-            ready = time.perf_counter()
-            before_step()
-            graphed()
-            yield StepStats(sampler.global_batch, ready - since, time.perf_counter() - since)
-            self._count_warmup(step, 1)
-            since = time.perf_counter()
+    def _prepared_steps(
+        self, step: Step, loader, epoch: int, start: int
+    ) -> Iterator[tuple[list[int], Callable[[], None]]]:
+        """Wait for each batch; yield its size in each process, and the call that runs its step."""
+        sampler = loader.sampler
+        # Full batches have a known size and one shape: a graph fits them all.
+        if self._capturer and sampler.full_steps:
+            graphed = self._graphed_step(step, loader)
+            graphed.seek(epoch, start)
+            for _ in range(start, sampler.full_steps):
+                yield [sampler.local_batch] * self._world.size, graphed
+            start = max(start, sampler.full_steps)
+        # Any other batch may be smaller (unreadable images are skipped): processes exchange sizes.
+        if start < len(sampler):
+            for images, targets in loader.batches(epoch, start):
+                yield self._world.all_gather_int(len(targets)), partial(step, images, targets)
 
     def _graphed_step(self, step: Step, loader) -> GraphedStep:
         key = (id(loader), step.__name__)
         if key not in self._graphed_steps:
-            self._graphed_steps[key] = GraphedStep(
-                loader, step, self._capturer, self._disable_capture
-            )
+            graphed = GraphedStep(loader, step, self._capturer, self._disable_capture)
+            self._graphed_steps[key] = graphed
         return self._graphed_steps[key]
 
     def _disable_capture(self, reason: str) -> None:
-        # What failed once would leave more behind each time. Still by way of GraphedStep: other
-        # eager steps have one exchange more, which the other processes would not have.
+        # Each failed capture keeps memory, so there is no second try. The steps stay GraphedSteps:
+        # other eager steps exchange their sizes, and the other processes would not take part.
         self._capturer = lambda fn: fn
-        self._warn(f"a step cannot be recorded as a CUDA graph: {reason}; it runs eagerly")
+        self._warn(f"a step cannot be captured as a CUDA graph: {reason}; it runs eagerly")
 
     def _count_warmup(self, step: Step, times: int) -> None:
-        """Count steps: after the first few they take as long in every process."""
+        """Count steps. While kernels compile, processes may keep each other waiting for longer."""
         self._warmup_steps[step.__name__] += times
         self._world.in_warmup = self._warmup_steps[step.__name__] <= WARMUP_STEPS + 1
-
-    def _set_shard(self, counts: list[int]) -> None:
-        if self._shard:
-            self._shard.set_sizes(counts)

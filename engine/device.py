@@ -1,4 +1,4 @@
-"""Where a run computes: the device, its arithmetic and how repeatable it is."""
+"""Select the device of a process, configure its arithmetic, and report on it."""
 
 import ctypes
 import os
@@ -14,10 +14,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def select(num_gpus: int | None, process: ProcessInfo = SINGLE_PROCESS) -> torch.device:
-    """The device of this process for `--nGPU`: None takes a GPU where there is one, 0 the CPU.
+    """Return this process's device for `--nGPU`: None prefers a GPU, 0 takes the CPU.
 
     Raises:
-        UsageError: GPUs are asked for that are not there.
+        UsageError: there are fewer GPUs than requested.
     """
     present = torch.cuda.device_count()
     if num_gpus is None:
@@ -43,32 +43,38 @@ def configure(cudnn: str, tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = cudnn == "fastest"
     if cudnn == "deterministic":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)
 
 
 def _keep_freed_memory() -> None:
-    """Tell the C library to use freed memory again, as PyTorch itself does on CUDA.
-
-    glibc gives it back to the system and takes it anew, page by page, in every step: up to a tenth
-    of the time of a step on the CPU. Other libraries have no mallopt and are left alone.
-    """
+    """Let glibc reuse freed memory, as PyTorch does on CUDA; other C libraries lack mallopt."""
+    # By default glibc returns large blocks to the system and gets them back page by page in every
+    # step, which takes up to a tenth of a step's time on the CPU.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest value it accepts
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory in use so far: of the GPU's allocator, or of this process on the CPU."""
+    """Return the peak so far: of the GPU's allocator, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU that this process can still use; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def log_fields(device: torch.device, replicas: int) -> dict[str, object]:
-    """What an epoch's record says of where it ran; a run may go on elsewhere."""
+    """Return the fields of an epoch's record that a resume elsewhere may change."""
     return {
         "memory_mb": peak_memory_mb(device),
         "device": describe(device),
@@ -77,16 +83,8 @@ def log_fields(device: torch.device, replicas: int) -> dict[str, object]:
     }
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU that is free for this process; None for the CPU, where nobody can say."""
-    if device.type != "cuda":
-        return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
-
-
 def describe(device: torch.device) -> str:
-    """The device in words, for the log."""
+    """Return the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

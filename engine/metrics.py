@@ -1,4 +1,4 @@
-"""Top-k errors and the loss as sums, exact however the images are batched; a run's results."""
+"""Add up loss and top-k errors, exactly however the images are batched; keep a run's results."""
 
 import math
 from collections.abc import Callable
@@ -11,18 +11,14 @@ TOP_K = 5
 
 
 class Metrics:
-    """Running sums over images, kept on the device and read only when something is shown.
-
-    Args:
-        device: where the sums are kept.
-    """
+    """Sum loss and errors over images on `device`, which is read only when a result is shown."""
 
     def __init__(self, device: torch.device):
         # Loss, images not in the top 1, not in the top 5, images. float64 counts exactly.
         self._totals = torch.zeros(4, dtype=torch.float64, device=device)
 
     def reset(self) -> None:
-        """Start anew, in the same memory."""
+        """Set the sums to 0, in the same memory: a captured step adds to it."""
         self._totals.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
@@ -42,16 +38,16 @@ class Metrics:
         self._totals[3] += count
 
     def compute(self) -> dict[str, float]:
-        """Mean loss and top-1 and top-5 errors in per cent (waits for the device)."""
+        """Return mean loss, and top-1 and top-5 errors in per cent (waits for the device)."""
         loss, wrong1, wrong5, count = self._totals.tolist()
         count = max(count, 1)
         return {"loss": loss / count, "top1": 100 * wrong1 / count, "top5": 100 * wrong5 / count}
 
     def all_reduced(self, all_reduce_: Callable[[Tensor], None]) -> "Metrics":
-        """The sums over all replicas, for every one of them.
+        """Return the sums over all processes.
 
         Args:
-            all_reduce_: replaces a tensor by its sum over the replicas.
+            all_reduce_: replaces a tensor by its sum over the processes.
         """
         reduced = Metrics(self._totals.device)
         reduced._totals.copy_(self._totals)
@@ -60,11 +56,11 @@ class Metrics:
 
     @property
     def count(self) -> int:
-        """Images added so far (waits for the device)."""
+        """The number of images added so far (waits for the device)."""
         return int(self._totals[3].item())
 
     def state_dict(self) -> dict:
-        """The sums as plain values, for a checkpoint in the middle of an epoch."""
+        """Return the sums as plain values, for a checkpoint in the middle of an epoch."""
         *totals, count = self._totals.tolist()
         return {"totals": totals, "count": int(count)}
 
@@ -75,25 +71,25 @@ class Metrics:
 
 @dataclass
 class Results:
-    """The validation loss and errors of a run's last epoch, and of its best; None before one."""
+    """Keep the validation results of a run's last epoch and of its best; None before the first."""
 
     last: dict | None = None
     best: dict | None = None
 
     def add(self, record: dict) -> None:
-        """Note the result of an epoch, whose log record this is."""
+        """Add the result of an epoch, given its log record."""
         self.last = {name: record[name] for name in ("epoch", "val_loss", "val_top1", "val_top5")}
-        finite = math.isfinite(record["val_loss"])  # an error computed from NaN is no result
+        finite = math.isfinite(record["val_loss"])  # else the error comes from NaN logits
         if finite and (self.best is None or self.last["val_top1"] < self.best["val_top1"]):
             self.best = self.last
 
     @property
     def is_best(self) -> bool:
-        """Whether the epoch that ended last is the best so far."""
+        """Whether the last epoch is the best so far."""
         return self.best is not None and self.best == self.last
 
     def flat(self) -> dict[str, float]:
-        """Return the errors of both by flat names such as `best_top1`."""
+        """Return both results by flat names such as `best_top1`."""
         return {
             f"{which}_{name.removeprefix('val_')}": value
             for which, result in (("last", self.last), ("best", self.best))

@@ -1,4 +1,4 @@
-"""SGD with Nesterov momentum as one fused kernel: its rate, and its state by parameter names."""
+"""Create SGD as one fused kernel; set its learning rate; save its momentum by parameter names."""
 
 from types import SimpleNamespace
 
@@ -9,10 +9,10 @@ MOMENTUM_BUFFER = "momentum_buffer"  # torch.optim.SGD's name of it
 
 
 def create(opt: SimpleNamespace, model: nn.Module, lr: float | Tensor) -> torch.optim.SGD:
-    """Return the optimizer of all parameters of a network that the settings describe.
+    """Return the optimizer of all parameters of a network.
 
     Args:
-        lr: a number, or a scalar tensor on the device for steps that are captured in a CUDA graph.
+        lr: a number, or a scalar tensor on the device for steps that a CUDA graph captures.
     """
     # Parity: one group, so that weight decay acts on BN and biases as well.
     optimizer = torch.optim.SGD(
@@ -32,8 +32,8 @@ def create(opt: SimpleNamespace, model: nn.Module, lr: float | Tensor) -> torch.
 
 def initial_state(opt: SimpleNamespace, parameter: Tensor) -> dict[str, Tensor]:
     """Return what the optimizer keeps for a parameter before its first step."""
-    # In the memory format of the parameter: the fused kernel reads both linearly, and leaves a
-    # buffer of its own undefined if it skips the first step.
+    # Made here, in the parameter's memory format: the fused kernel reads both linearly, and leaves
+    # a buffer that it makes itself uninitialised if it skips the first step.
     return {MOMENTUM_BUFFER: torch.zeros_like(parameter)} if opt.momentum > 0 else {}
 
 
@@ -41,7 +41,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)  # in its place: a captured step reads it there
+            group["lr"].fill_(lr)  # in place: a captured step reads this memory
         else:
             group["lr"] = lr
 
@@ -56,14 +56,14 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def expected_state(settings: dict[str, object], model: nn.Module) -> dict[str, Tensor]:
-    """Return tensors with the names and shapes of `state_by_name` in a run with some settings."""
+    """Return tensors with the names and shapes that `state_by_name` has under some settings."""
     return dict(model.named_parameters()) if settings["momentum"] > 0 else {}
 
 
 def load_state_by_name(
     optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Tensor]
 ) -> None:
-    """Continue with a saved `state_by_name`; with --override momentum may be on, or off, since."""
+    """Restore a `state_by_name`; --override may have switched momentum on or off since."""
     for name, buffer in state_by_name(optimizer, model).items():
         if name in saved:
             buffer.copy_(saved[name])  # copied, not replaced, to keep its memory format

@@ -1,4 +1,4 @@
-"""The precisions of `--precision`, in one table; docs/parity.md says which is the original's."""
+"""Define the values of `--precision`; docs/parity.md says which is the original's."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,17 +8,11 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """How a network computes.
+    """Give the dtypes in which a network computes."""
 
-    Args:
-        dtype: of parameters, buffers and images.
-        autocast: of the products within a forward pass; None keeps `dtype`.
-        scales_loss: multiply the loss, so that small gradients do not become 0.
-    """
-
-    dtype: torch.dtype
-    autocast: torch.dtype | None = None
-    scales_loss: bool = False
+    dtype: torch.dtype  # of parameters, buffers and images
+    autocast: torch.dtype | None = None  # of products in a forward pass; None keeps `dtype`
+    scales_loss: bool = False  # multiply the loss, so that small gradients do not become 0
 
 
 PRECISIONS = {

@@ -265,7 +265,7 @@ def time_beside_trainer(
     num_images = opt.batchSize * burst * (warm_up + turns)
     opt = opt.replace(precision=bare.case.main_precision, nImages=num_images)
     data = datasets.factory.create(opt, device, console.warn)
-    trainer = train.create_trainer(opt, build(bare.case, opt, device), device, RunLog(None))
+    trainer = train.Trainer(opt, build(bare.case, opt, device), device, RunLog(None))
     times: list[tuple[float, float]] = []
     steps, start = 0, _now(device)
 
