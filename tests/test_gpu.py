@@ -220,7 +220,7 @@ def peak_of_a_run(opt, ops, device: torch.device) -> int:
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
-    trainer = train.create_trainer(opt, models.factory.create(opt, 10, ops), device, RunLog(None))
+    trainer = train.Trainer(opt, models.factory.create(opt, 10, ops), device, RunLog(None))
     images = torch.randn(opt.batchSize, 3, 32, 32, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(opt.batchSize, dtype=torch.int64, device=device)

@@ -147,7 +147,7 @@ def prepared(flags: dict[str, object], steps: int):
     engine.device.configure(opt.cudnn, opt.tf32)
     data = datasets.factory.create(opt, device, console.warn)
     model = models.factory.create(opt, len(data.classes))
-    return opt, data, train.create_trainer(opt, model, device, RunLog(None))
+    return opt, data, train.Trainer(opt, model, device, RunLog(None))
 
 
 def timed_steps(trainer, data, before_step: Callable[[int], None]) -> list[float]:

@@ -20,19 +20,15 @@ import torch
 from torch import nn
 
 from cli.flag_types import Settings
-from engine import optimizer
-from engine.schedule import LRSchedule
 from experiment.log import RunLog
 from faults.costs import archive
 from train import Trainer
 
 
 def trainer() -> Trainer:
-    schedule = LRSchedule("multistep", 0.1, 2, [])
-    device = torch.device("cpu")
-    opt = Settings(momentum=0.9, weightDecay=0)
-    return Trainer(nn.Linear(3, 2), schedule, make_optimizer=partial(optimizer.create, opt),
-                   precision="single", device=device, log=RunLog(None))  # fmt: skip
+    opt = Settings(lrShape="multistep", LR=0.1, nEpochs=2, milestones=[], momentum=0.9,
+                   weightDecay=0, precision="single", tenCrop=False, epochNumber=1)  # fmt: skip
+    return Trainer(opt, nn.Linear(3, 2), torch.device("cpu"), RunLog(None))
 
 
 def real_state(step: int = 3) -> dict:

@@ -195,7 +195,7 @@ def test_lower_and_double_precision_train_in_channels_last_memory(name, precisio
         f"{LOOP} --batchSize 8 --netType {name} --depth 20 --precision {precision}".split()
     )
     model, seen = models.factory.create(opt, 10), []
-    trainer = train.create_trainer(opt, model, CPU, RunLog(None))
+    trainer = train.Trainer(opt, model, CPU, RunLog(None))
     before = model.fc.weight.clone()
     model.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     trainer.train(create_data(opt).train, lambda: None)

@@ -240,11 +240,11 @@ def test_the_trainer_takes_turns_with_the_bare_step_on_the_same_network(monkeypa
         network.register_forward_pre_hook(lambda *_: tick(100, "trainer") and None)
         return make(opt, network, *rest)
 
-    bare, make = runner("level-1"), train.create_trainer
+    bare, make = runner("level-1"), train.Trainer
     start = {name: weight.clone() for name, weight in bare.network.named_parameters()}
     bare.run = lambda: tick(10, "bare")
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: tick(1)))
-    monkeypatch.setattr(train, "create_trainer", create)
+    monkeypatch.setattr(train, "Trainer", create)
     monkeypatch.setitem(measure.BURST, "cpu", 2)
     times = measure.time_beside_trainer(bare, settings(TINY), 1, 3)
     assert times == [(10.5, 100.5)] * 3
@@ -373,7 +373,7 @@ def test_a_run_prints_and_writes_a_row_for_every_case_and_trainer(tmp_path, caps
 
 def test_a_case_that_cannot_run_is_reported_with_the_reason(tmp_path, monkeypatch, capsys):
     path = tmp_path / "failed.csv"
-    monkeypatch.setattr(train, "create_trainer", lambda *_: 1 / 0)
+    monkeypatch.setattr(train, "Trainer", lambda *_: 1 / 0)
     flags = ["--only", "level-2*fp32/channels,torchvision/fp32/channels", "--reduction", "0.7"]
     assert benchmark.main([*flags, "--trainer", "--csv", str(path), *QUICK]) == 0
     ours, theirs, trainer = csv.DictReader(path.open())
