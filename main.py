@@ -20,12 +20,13 @@ from fileio import atomic
 
 
 def main(argv: list[str]) -> int:
-    """Run one command line; the exit code is 0, or that of an error class in errors.py."""
+    """Run one command line; return 0, or the exit code of an error class in errors.py."""
     signals.reserve_std_fds()
     process = launcher.from_env()
     handler = SignalHandler(process.has_launcher, verbose=process.is_rank0).install()
     opt = world = None
     try:
+        # Parse the flags, and check paths before torch is imported.
         path_checks.check_working_directory()
         opt = opts.parse(argv, process.size if process.has_launcher else 0)
         if opt.printConfig:
@@ -35,15 +36,17 @@ def main(argv: list[str]) -> int:
         path_checks.check(opt, process.is_rank0)
         if process.is_rank0 and not opt.testOnly:
             check_writable(Path(opt.save))
+        # Start the processes of --nGPU, or meet those that a launcher has started.
         if opt.replicas > 1 and not process.has_launcher:
             return lifecycle.spawn_processes(opt, partial(main, argv))
         world, device = lifecycle.init_processes(opt, process)
         world.check_equal(opts.shared_settings(opt))
+        # Train or evaluate.
         code = evaluate(opt, world, device) if opt.testOnly else run(opt, handler, world, device)
         return lifecycle.exit_with_code(code, world)
     except RunError as error:
-        if isinstance(error, PeerError) and handler.stopped_before_saving:
-            os._exit(Preempted.code)  # the lost process was stopped too
+        if isinstance(error, PeerError) and handler.signum and not handler.can_save:
+            os._exit(Preempted.code)  # the signal ended the lost peer as well
         if opt and opt.debug and not isinstance(error, Preempted):
             traceback.print_exc()
         return lifecycle.exit_with_error(error, opt, process, world)
@@ -55,11 +58,11 @@ def main(argv: list[str]) -> int:
         return lifecycle.exit_with_error(error, opt, process, world)
 
 
-# What is heavy is imported where it is used, so that a mistyped flag is answered at once.
+# The functions below import torch and what needs it, so that a mistyped flag is reported at once.
 
 
 def run(opt: Settings, handler: SignalHandler, world, device) -> int:
-    """Start or continue a run and bring it to its end."""
+    """Train a run from its start, or from its checkpoint, to its end."""
     import checkpoints
     import models.state_dicts
     import train
@@ -67,11 +70,13 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
     from engine.memory import decide_level, memory_errors
     from experiment import console, resume
 
+    # Lock the run directory on rank 0; the other ranks get what they need of it from rank 0.
     ops = select_kernels(opt, device)
-    # Only the first process has the directory; what the others need of it, it tells them.
     lock = RunDirectory(Path(opt.save)) if world.is_rank0 else contextlib.nullcontext()
     with lock as directory, translate_worker_errors():
         world.monitor.set_abort_handler(partial(lifecycle.abort, world, directory))
+
+        # Read the checkpoint, if any, and merge its settings with those given.
         state, is_complete = resume.load_checkpoint(opt, directory, world, console.warn)
         overrides = []
         if state:
@@ -80,28 +85,34 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             console.info(f"=> {opt.save} is already complete")
             console.info(console.format_final(state["last"], state["best"]))
             return 0
-        # What is written down has `auto` as it was given: another machine may decide otherwise.
+        # These keep `--optMemory auto` as given: another machine may choose another level.
         config, settings = opts.as_yaml(opt, exclude=opts.NOT_SAVED), opts.settings(opt)
 
+        # Build data, model and trainer.
         data = create_data(opt, world, device)
         opt, suggestion = decide_level(opt, len(data.classes), device, ops, world, console.warn)
         trainer = create_trainer(opt, data, world, device, ops, directory)
+
+        # Load the checkpoint, or the weights of --retrain.
         if state:
             overrides += resume.restore(trainer, state, data.metadata, console.warn, opt.override)
         elif opt.retrain != "none":
             weights = read_weights(opt, world)
             models.state_dicts.load_weights(trainer.model, weights, opt.resetClassifier)
         trainer.metadata = train.Metadata(settings, data.metadata, overrides)
+
+        # Write the files that describe the run.
         saver = checkpoints.CheckpointSaver(
             directory, trainer, handler, keep=opt.keep, every_s=60 * opt.saveEvery
         )
         if directory:
             write_run_files(config, directory, data, trainer)
         if state:
-            sync_run_files(opt, directory, trainer, saver)
+            resume.sync_run_files(opt, directory, trainer, saver, console.warn)
 
+        # Train.
         handler.enable_saving()
-        for _ in range(trainer.epoch, opt.nEpochs + 1):
+        while trainer.epoch <= opt.nEpochs:
             with memory_errors(opt, suggestion):
                 train_epoch(data, trainer, saver)
         with memory_errors(opt, lambda: "use a smaller --batchSize, with --override true"):
@@ -109,8 +120,88 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
     return 0
 
 
+def train_epoch(data, trainer, saver) -> None:
+    """Train the rest of the current epoch, evaluate it, log it and save it."""
+    import engine.device
+    from experiment.log import EpochRecord
+
+    trained = trainer.train(data.train, saver.on_step_end)
+    since = time.perf_counter()
+    tested = trainer.evaluate(data.val, saver.on_step_end)
+    val_time_s = time.perf_counter() - since
+    record = EpochRecord(
+        **trainer.finish_epoch(trained, tested),
+        val_time_s=val_time_s,
+        **engine.device.log_fields(trainer.device, trainer.world.size),
+    )
+    if trainer.world.is_rank0:
+        trainer.log.epoch(record, trainer.results.is_best)
+    saver.on_epoch_end()
+
+
+def finalize(opt: Settings, directory: RunDirectory | None, data, trainer, saver) -> None:
+    """Evaluate the test set if it was kept for the end, and write how the run ended."""
+    import checkpoints
+    from experiment import console
+
+    tested, results = {}, trainer.results
+    if data.test is not None:
+        # As the paper does on SVHN, test the model with the lowest validation error.
+        kind, result = ("best", results.best) if results.best else ("last", results.last)
+        if directory:  # the other ranks get the weights from rank 0 in `evaluate`
+            weights = checkpoints.load_weights(directory.path / f"model_{kind}.pt")
+            trainer.model.load_state_dict(weights)
+        tested = trainer.evaluate(data.test, saver.raise_if_stopping, phase="test")
+        console.info(console.format_test(tested, f"{kind} model, epoch {result['epoch']}"))
+    if directory:
+        trainer.log.close(opts.training_settings(opt), results.flat() | tested)
+        position = trainer.position | {"epoch": opt.nEpochs}  # the trainer stands at the next one
+        directory.write_status("done", 0, **position, **results.flat(), **tested)
+    console.info(console.format_final(results.last, results.best))
+
+
+def evaluate(opt: Settings, world, device) -> int:
+    """Evaluate the weights of `--resume` or `--retrain`, on the test set where there is one."""
+    import models.factory
+    import models.state_dicts
+    import train
+    from datasets.file_loader import translate_worker_errors
+    from engine.memory import memory_errors
+    from experiment import console, resume
+    from experiment.log import RunLog
+    from fileio import tensor_files
+
+    # Read the checkpoint, or the weights of --retrain.
+    world.monitor.set_abort_handler(partial(lifecycle.abort, world, None))
+    ops = select_kernels(opt, device)
+    state = world.broadcast_result(
+        lambda: resume.find_checkpoint(opt, console.warn),
+        tensor_files.to_bytes,
+        tensor_files.from_bytes,
+    )
+    if state:
+        resume.check_network(opt, state)
+    weights = state["model"] if state else read_weights(opt, world)
+    statistics = (state["data"]["mean"], state["data"]["std"]) if state else None
+    # Build data, model and trainer.
+    with translate_worker_errors():
+        data = create_data(opt, world, device, statistics)
+        if state:
+            resume.check_data({"classes": data.classes}, state)
+        if opt.optMemory == "auto":
+            opt = opt.replace(optMemory=opts.FLAGS["optMemory"].default)  # auto is about training
+        model = models.factory.create(opt, len(data.classes), ops)
+        trainer = train.Trainer(opt, model, device, RunLog(None), world)
+        models.state_dicts.load_weights(model, weights)  # after the trainer has set the dtype
+        # Evaluate.
+        with memory_errors(opt, lambda: "use a smaller --batchSize"):
+            tested = trainer.evaluate(data.test or data.val, lambda: None, phase="test")
+    console.info(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
+    return 0
+
+
 def select_kernels(opt: Settings, device):
-    """What runs dense blocks on the device."""
+    """Select the implementation of dense blocks for the device."""
     import kernels.backend
     from experiment import console
 
@@ -121,7 +212,7 @@ def select_kernels(opt: Settings, device):
 
 
 def create_data(opt: Settings, world, device, statistics=None):
-    """The data of this process. One process of each machine downloads and unpacks it."""
+    """Load this rank's data, which one rank of each machine downloads and unpacks first."""
     import datasets.factory
     from distributed import rendezvous
     from engine.precision import PRECISIONS
@@ -142,7 +233,7 @@ def create_data(opt: Settings, world, device, statistics=None):
 
 
 def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirectory | None):
-    """The network on the device, with its optimizer and its log."""
+    """Build the network on the device, with its optimizer and its log."""
     import models.factory
     import train
     from distributed.world import BatchShard
@@ -157,7 +248,7 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
 
 
 def read_weights(opt: Settings, world) -> dict:
-    """The weights that `--retrain` names, as the first process reads them."""
+    """Read the weights of `--retrain` on rank 0, for all ranks."""
     import checkpoints
     from fileio import tensor_files
 
@@ -169,10 +260,9 @@ def read_weights(opt: Settings, world) -> dict:
 
 
 def write_run_files(config: str, directory: RunDirectory, data, trainer) -> None:
-    """Write what a run is before it starts: its settings, its data, its first images."""
+    """Write the settings, the data's description and the first images before the run starts."""
     import engine.device
 
-    # What it departed from its first settings in is in each status from here on.
     directory.set_status_fields(overrides=trainer.metadata.overrides)
     atomic.atomic_write(directory.path / "config.yaml", config.encode())
     directory.write_json("data.json", data.metadata)
@@ -181,98 +271,6 @@ def write_run_files(config: str, directory: RunDirectory, data, trainer) -> None
     trainer.log.add_text(config=config, device=engine.device.describe(trainer.device))
     if trainer.global_step == 0:
         trainer.log.add_images(next(iter(data.train.batches(trainer.epoch)))[0])
-
-
-def sync_run_files(opt: Settings, directory: RunDirectory | None, trainer, saver) -> None:
-    """Bring the files of a resumed run up to its checkpoint."""
-    import checkpoints
-    from experiment import console, resume
-
-    if trainer.is_between_epochs:
-        saver.save_models()  # the process that wrote the checkpoint may have died before this
-    is_new_directory = False
-    if directory:
-        resume.copy_best_model(opt, trainer, console.warn)
-        is_new_directory = not checkpoints.list_checkpoints(directory.path)
-    if any(trainer.world.all_reduce_max(is_new_directory)):  # it goes on in a directory of its own
-        saver.save()
-
-
-def train_epoch(data, trainer, saver) -> None:
-    """Train an epoch from wherever it stands, evaluate it, log it and save it."""
-    import engine.device
-    from experiment.log import EpochRecord
-
-    trained = trainer.train(data.train, saver.on_step_end)
-    since = time.perf_counter()
-    tested = trainer.evaluate(data.val, saver.on_step_end)
-    val_time_s = time.perf_counter() - since
-    record = EpochRecord(
-        **trainer.finish_epoch(trained, tested),
-        val_time_s=val_time_s,
-        **engine.device.log_fields(trainer.device, trainer.world.size),
-    )
-    if trainer.world.is_rank0:
-        trainer.log.epoch(record, trainer.results.is_best)
-    saver.on_epoch_end()
-
-
-def finalize(opt: Settings, directory: RunDirectory | None, data, trainer, saver) -> None:
-    """Measure the test set if it was kept for the end, and say how the run ended."""
-    import checkpoints
-    from experiment import console
-
-    tested, results = {}, trainer.results
-    if data.test is not None:
-        # The paper's choice on SVHN: the model with the lowest validation error is the one tested.
-        kind, result = ("best", results.best) if results.best else ("last", results.last)
-        if directory:  # the other processes take theirs from this one
-            weights = checkpoints.load_weights(directory.path / f"model_{kind}.pt")
-            trainer.model.load_state_dict(weights)
-        tested = trainer.evaluate(data.test, saver.raise_if_stopping, phase="test")
-        console.info(console.format_test(tested, f"{kind} model, epoch {result['epoch']}"))
-    if directory:
-        trainer.log.close(opts.training_settings(opt), results.flat() | tested)
-        position = trainer.position | {"epoch": opt.nEpochs}  # the last, not the one after it
-        directory.write_status("done", 0, **position, **results.flat(), **tested)
-    console.info(console.format_final(results.last, results.best))
-
-
-def evaluate(opt: Settings, world, device) -> int:
-    """Evaluate the weights of `--resume` or `--retrain`, on the test set where there is one."""
-    import models.factory
-    import models.state_dicts
-    import train
-    from datasets.file_loader import translate_worker_errors
-    from engine.memory import memory_errors
-    from experiment import console, resume
-    from experiment.log import RunLog
-    from fileio import tensor_files
-
-    world.monitor.set_abort_handler(partial(lifecycle.abort, world, None))
-    ops = select_kernels(opt, device)
-    state = world.broadcast_result(
-        lambda: resume.find_checkpoint(opt, console.warn),
-        tensor_files.to_bytes,
-        tensor_files.from_bytes,
-    )
-    if state:
-        resume.check_network(opt, state)
-    weights = state["model"] if state else read_weights(opt, world)
-    statistics = (state["data"]["mean"], state["data"]["std"]) if state else None
-    with translate_worker_errors():
-        data = create_data(opt, world, device, statistics)
-        if state:
-            resume.check_data({"classes": data.classes}, state)
-        if opt.optMemory == "auto":
-            opt = opt.replace(optMemory=opts.FLAGS["optMemory"].default)  # it is about training
-        model = models.factory.create(opt, len(data.classes), ops)
-        trainer = train.Trainer(opt, model, device, RunLog(None), world)
-        models.state_dicts.load_weights(model, weights)  # now that it has the precision of the run
-        with memory_errors(opt, lambda: "use a smaller --batchSize"):
-            tested = trainer.evaluate(data.test or data.val, lambda: None, phase="test")
-    console.info(f" * Results top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Several processes that train one network: starting them, their exchanges, their failures."""
+"""Start the processes of a run, exchange data between them, and detect their failures."""

@@ -1,9 +1,10 @@
-"""Which of a run's processes this is, and `--nGPU N`: starting N of them on this machine.
+"""Find this process's rank and size, and start the processes of `--nGPU N` on this machine.
 
-The only file that reads RANK, WORLD_SIZE and their kin. They are torchrun's, and `spawn` sets
-the same, so that nothing else can tell who started a process.
+Only this file reads RANK, WORLD_SIZE and the other variables of torchrun. `spawn` sets the same
+ones, so no other code depends on which launcher started a process.
 """
 
+import math
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 from distributed.signals import SIGNALS
 
 START_METHOD = "spawn"  # a process that has used CUDA cannot be forked
-GRACE_S = 45  # for the others to end by themselves once one process has ended
+GRACE_S = 45  # for the other processes to exit by themselves once one has exited
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process among those of a run.
+    """One process (rank) of a run.
 
     Args:
-        rank: of `size`, over all machines; 0 prints and writes.
-        local_rank: of `local_size`, on this machine; the number of its GPU.
-        has_launcher: whether a launcher started it, alone or as one of several.
+        rank: of `size`, over all machines; rank 0 prints and writes.
+        local_rank: of `local_size`, on this machine; also the index of its GPU.
+        has_launcher: whether a launcher started it, alone or with others.
         restarted: whether a launcher restarted it automatically after a failure.
     """
 
@@ -39,27 +40,22 @@ class ProcessInfo:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Return whether this process prints and writes."""
         return self.rank == 0
 
 
 SINGLE_PROCESS = ProcessInfo()
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+RANK_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # defaults
 
 
 def from_env() -> ProcessInfo:
-    """This process, as described by the environment of torchrun, `spawn` or Slurm."""
+    """Read the environment that torchrun, `spawn` or Slurm has set for this process."""
     restarted = any(_env_int(name, 0) > 0 for name in RESTART_COUNTS)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return ProcessInfo(restarted=restarted)
-    return ProcessInfo(
-        rank=_env_int("RANK", 0),
-        size=_env_int("WORLD_SIZE", 1),
-        local_rank=_env_int("LOCAL_RANK", 0),
-        local_size=_env_int("LOCAL_WORLD_SIZE", 1),
-        has_launcher=True,
-        restarted=restarted,
-    )
+    numbers = [_env_int(name, default) for name, default in RANK_VARIABLES.items()]
+    return ProcessInfo(*numbers, has_launcher=True, restarted=restarted)
 
 
 def _env_int(name: str, default: int) -> int:
@@ -68,10 +64,10 @@ def _env_int(name: str, default: int) -> int:
 
 
 def spawn(num_procs: int, fn: Callable[[], int]) -> int:
-    """Run `fn` in `num_procs` processes of this machine; the exit code of the run.
+    """Run `fn` in `num_procs` processes of this machine and return the run's exit code.
 
-    Signals are passed on. When one process has ended the others end by themselves, since they
-    notice (distributed/world.py); who does not is killed.
+    Signals are forwarded to them. Once one has exited, the others notice (peer_monitor.py) and
+    exit; those that do not within `GRACE_S` are killed.
 
     Args:
         fn: picklable; returns the exit code of its process.
@@ -79,10 +75,10 @@ def spawn(num_procs: int, fn: Callable[[], int]) -> int:
     import torch.distributed  # noqa: TID251
     import torch.multiprocessing
 
-    # The store is here and not in a replica, so that it outlives each of them; its port is free.
+    # This process owns the store, so that the store outlives every worker; port 0: any free port.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # noqa: TID251
-    # None is to meet a process that cannot handle it yet; `SignalHandler` lets them through.
-    multiprocessing.resource_tracker.ensure_running()  # which would unblock some
+    # Signals stay blocked until a worker's SignalHandler can handle them and unblocks them.
+    multiprocessing.resource_tracker.ensure_running()  # starting it later would unblock some
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     workers = torch.multiprocessing.start_processes(
         _worker_main, (num_procs, store.port, fn), num_procs, join=False, start_method=START_METHOD
@@ -90,40 +86,35 @@ def spawn(num_procs: int, fn: Callable[[], int]) -> int:
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, _: _forward_signal(signum, workers))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    deadline = None
-    while any(process.is_alive() for process in workers):
-        alive = [process.sentinel for process in workers if process.is_alive()]
+    # Wait for all of them, and no longer than GRACE_S after the first has exited.
+    deadline = math.inf
+    while alive := [process.sentinel for process in workers if process.is_alive()]:
         multiprocessing.connection.wait(alive, timeout=1)
-        if deadline is None and len(alive) < num_procs:
-            deadline = time.monotonic() + GRACE_S
-        if deadline is not None and time.monotonic() > deadline:
+        if len(alive) < num_procs:
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        if time.monotonic() > deadline:
             _forward_signal(signal.SIGKILL, workers)
     return combined_exit_code([process.exitcode for process in workers])
 
 
 def _worker_main(local_rank: int, num_procs: int, port: int, fn: Callable[[], int]) -> None:
-    os.environ |= {
-        "RANK": str(local_rank),
-        "WORLD_SIZE": str(num_procs),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(num_procs),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    numbers = (local_rank, num_procs, local_rank, num_procs)
+    os.environ |= dict(zip(RANK_VARIABLES, map(str, numbers), strict=True))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 must not start a second store
     sys.exit(fn())
 
 
-def _forward_signal(signum: int, processes: list) -> None:
-    for process in processes:
+def _forward_signal(signum: int, workers: list) -> None:
+    for process in workers:
         if process.exitcode is None:
-            process.kill() if signum == signal.SIGKILL else os.kill(process.pid, signum)
+            os.kill(process.pid, signum)
 
 
 def combined_exit_code(codes: list[int]) -> int:
-    """One exit code for those of all processes; negative ones were ended by a signal.
+    """Combine the exit codes of all processes; a negative one means that a signal ended it.
 
-    Those that could still speak have agreed, so that what any of them says is what has happened.
+    Processes that could still exit by themselves agree on the cause, so any of their codes holds.
     """
     positive = [code for code in codes if code > 0]
     if positive:

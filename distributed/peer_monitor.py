@@ -1,9 +1,9 @@
-"""Whether all processes of a run are there, and what ended the one that is not.
+"""Detect a lost or failed process of a run, and let all others exit with the same error.
 
-A process that fails leaves a failure record in the store before it ends. Its connections close,
-the others find that out at their next exchange, read the record and end in the same way; without a
-record each checks in, which shows who is missing. A thread of each process asks all others once a
-second whether they are there: a main thread may be waiting for longer than anybody may be lost.
+A failing process writes a failure record to the store before it exits. The others lose their
+connection to it, read the record at their next collective, and exit with its error. Without a
+record each process checks in at the store, which shows the missing ranks. A thread of each process
+runs a heartbeat, because the main thread may be blocked on a GPU for longer than `timeout_s`.
 """
 
 import json
@@ -22,21 +22,21 @@ import torch.distributed as dist  # noqa: TID251
 from distributed.launcher import ProcessInfo
 from errors import PeerError, RunError
 
-MISSING_RANKS_TIMEOUT_S = 3.0  # to answer, once a peer is missing
-ABORT_GRACE_S = 6.0  # to end by itself once one is lost or has failed; then a process is ended
-HEARTBEAT_S = 1.0  # between two questions whether all are there
+MISSING_RANKS_TIMEOUT_S = 3.0  # for all ranks to check in, once a peer is missing
+ABORT_GRACE_S = 6.0  # for the main thread to exit by itself after a failure; then it is aborted
+HEARTBEAT_S = 1.0  # between two heartbeats
 FAILURE_KEY = "notice"
 RERUN_HINT = "run it again with --resume auto; its own messages say more"
 
 
 class PeerMonitor:
-    """What one process knows of the others of its run; nothing to do for a single process.
+    """Watch the other processes of the run; for a single process it does nothing.
 
     Args:
         process: this process.
-        store: that the processes share; None for one process.
-        heartbeat_group: group of gloo, to ask whether all are there; None for one process.
-        timeout_s: longest time without an exchange, and longest wait for an answer.
+        store: of the rendezvous; None for one process.
+        heartbeat_group: gloo group of the heartbeat alone; None for one process.
+        timeout_s: longest time between two collectives, and longest wait for a heartbeat.
     """
 
     def __init__(
@@ -44,9 +44,8 @@ class PeerMonitor:
     ):
         self._process, self._store = process, store
         self._heartbeat_group, self._timeout_s = heartbeat_group, timeout_s
-        self._lost_ranks: list[int] = []
-        self._failure: RunError | None = None  # what the run ends with, once this process knows
-        # When the last exchange ended that has a limit; None while there is none.
+        self._failure: RunError | None = None  # the error that ends the run, once it is known
+        # End of the last collective, while the next is due within timeout_s; None otherwise.
         self._last_collective_at: float | None = None
         self._has_failed = self._is_shutting_down = False
         self._wake = threading.Event()
@@ -56,16 +55,16 @@ class PeerMonitor:
             self._thread.start()
 
     def collective_started(self) -> None:
-        """Stop the clock of `collective_finished`: it waits for the others, or works alone."""
+        """Stop the clock of `collective_finished`: this process waits for peers or works alone."""
         self._last_collective_at = None
 
     def collective_finished(self) -> None:
-        """Expect the next exchange within `timeout_s`: if none comes, all may be waiting."""
+        """Expect the next collective within `timeout_s`; peers may already be waiting in it."""
         self._last_collective_at = time.monotonic()
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Turn what torch raises about a peer into the error that all processes end with."""
+        """Turn torch's error in a collective into the error with which all processes exit."""
         try:
             yield
         except RuntimeError as error:
@@ -74,26 +73,25 @@ class PeerMonitor:
             raise self._find_failure(error) from error
 
     def report_failure(self, error: Exception) -> Exception:
-        """Tell the others what ends this process; what all end with, that of who was first."""
+        """Record this process's error; return the first error recorded, with which all exit."""
         if self._process.size == 1 or self._failure:
             return self._failure or error
-        with suppress(RuntimeError):  # the store is lost, which the others find out as well
+        with suppress(RuntimeError):  # the store is lost, which the others notice as well
             error = self._store_failure(error)
             self._has_failed = True
             self._wake.set()
-            # Until all have read it: the store may end with this process.
+            # Until all have read the record: the store may end with this process.
             self._thread.join(MISSING_RANKS_TIMEOUT_S)
         return error
 
     @property
     def is_reporter(self) -> bool:
-        """Whether it is for this process to say how the run ended: the first that is left."""
-        return self._process.rank == min(
-            set(range(self._process.size)) - set(self._lost_ranks), default=0
-        )
+        """Return whether this process prints how the run ended: the lowest rank not lost."""
+        lost = self._failure.details.get("lost", []) if self._failure else []
+        return self._process.rank == min(set(range(self._process.size)) - set(lost), default=0)
 
     def shutdown(self) -> None:
-        """End together: nobody's peers are gone while it still needs them."""
+        """Wait until all processes shut down, so that none loses a peer that it still needs."""
         if self._process.size > 1:
             self._is_shutting_down = True
             self._wake.set()
@@ -102,16 +100,16 @@ class PeerMonitor:
                 raise self._failure
 
     def set_abort_handler(self, abort: Callable[[RunError], None]) -> None:
-        """Call `abort` if this process has to end and its main thread does not.
+        """Have the heartbeat thread call `abort` if the main thread does not exit after a failure.
 
-        It may be waiting for a GPU whose kernel waits for a peer that is gone.
+        The main thread may wait for a GPU, and its kernel for a lost peer.
         """
         self._abort = abort
 
     # -------------------------------------------------------------------------------- failures
 
     def _store_failure(self, error: Exception) -> Exception:
-        """Record what ends this process, unless another was first: the error that was recorded."""
+        """Write the failure record unless there is one; return the error that is recorded."""
         if isinstance(error, RunError):
             (what, fix), details = error.problems[0], error.details
         else:
@@ -122,74 +120,67 @@ class PeerMonitor:
         return error if first == record else parse_failure(first)
 
     def _find_failure(self, error: RuntimeError) -> RunError:
-        """The error of the process that failed first; else that one is lost, and which."""
+        """Read the failure record; if there is none, write one that names the lost ranks."""
         if not self._failure:
             try:
                 if not self._store.check([FAILURE_KEY]):
                     self._store_failure(self._lost_error(error, self._missing_ranks()))
-                self._read_failure()
-            except RuntimeError:  # the store as well
+                self._failure = parse_failure(self._store.get(FAILURE_KEY))
+            except RuntimeError:
                 self._failure = self._store_lost_error(error)
         return self._failure
 
-    def _read_failure(self) -> None:
-        error = parse_failure(self._store.get(FAILURE_KEY))
-        self._lost_ranks, self._failure = error.details.get("lost", []), error  # as all see it
-
     def _store_lost_error(self, error: RuntimeError | None) -> PeerError:
-        self._lost_ranks = [] if self._process.is_rank0 else [0]
         what = f"the process that held the run together is lost ({first_line(error)})"
-        return PeerError(what, RERUN_HINT, lost=self._lost_ranks)
+        return PeerError(what, RERUN_HINT, lost=[] if self._process.is_rank0 else [0])
 
     def _lost_error(self, error: RuntimeError, lost: list[int]) -> PeerError:
-        names = ", ".join(map(self._describe_rank, lost))
-        what = {
-            0: "the exchange with the others broke",
-            1: f"process {names} is lost",
-        }.get(len(lost), f"processes {names} are lost")
+        names = ", ".join("{} (host {}, {})".format(rank, *self._address(rank)) for rank in lost)
+        counted = {0: "the exchange with the others broke", 1: f"process {names} is lost"}
+        what = counted.get(len(lost), f"processes {names} are lost")
         return PeerError(f"{what} ({first_line(error)})", RERUN_HINT, lost=lost)
 
-    # -------------------------------------------------------------------------- missing ranks
+    # --------------------------------------------------------------------------- missing ranks
 
-    def _describe_rank(self, rank: int) -> str:
-        return "{} (host {}, {})".format(rank, *self._host_and_pid(rank))
-
-    def _host_and_pid(self, rank: int) -> tuple[str, int]:
+    def _address(self, rank: int) -> tuple[str, int]:
+        """Return the host and the process id of a rank."""
         return tuple(json.loads(self._store.get(f"who/{rank}")))
 
     def _has_exited(self, rank: int) -> bool:
-        """Whether a process of this machine has ended; False for those of others."""
-        host, pid = self._host_and_pid(rank)
-        try:
+        """Return whether a process of this machine has exited; False for other machines."""
+        host, pid = self._address(rank)
+        if host != socket.gethostname() or not Path("/proc/self").exists():
+            return False
+        with suppress(OSError):
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return host == socket.gethostname() and Path("/proc/self").exists()
-        return host == socket.gethostname() and state in "ZX"
+            return state in "ZX"
+        return True
 
     def _missing_ranks(self) -> list[int]:
-        """The ranks that do not answer. All others soon do: their exchange broke too."""
+        """Return the ranks that do not check in; the others do, as their collective broke too."""
         self._store.set(f"here/{self._process.rank}", "")
-        end = time.monotonic() + MISSING_RANKS_TIMEOUT_S
+        deadline = time.monotonic() + MISSING_RANKS_TIMEOUT_S
         while True:
             ranks = range(self._process.size)
             absent = [rank for rank in ranks if not self._store.check([f"here/{rank}"])]
-            gone = [rank for rank in absent if self._has_exited(rank)]
-            if gone or not absent or time.monotonic() > end or self._store.check([FAILURE_KEY]):
-                return gone or absent  # who is only slow is not lost
+            exited = [rank for rank in absent if self._has_exited(rank)]
+            has_record = self._store.check([FAILURE_KEY])  # of a process that was faster
+            if exited or not absent or time.monotonic() > deadline or has_record:
+                return exited or absent  # beside one that has exited, the others are only slow
             time.sleep(0.05)
 
     # ------------------------------------------------------------------------------ heartbeat
 
     def _heartbeat_loop(self) -> None:
-        """Once a second: are all there, has one failed, are all ready to leave?"""
+        """Ask once a second: do all processes answer, has one failed, do all shut down?"""
         try:
             while True:
                 self._check_stall()
                 failed, shutting_down = self._exchange_heartbeat()
                 if failed:
                     self._abort_after_grace()
-                    self._read_failure()
-                    self._exchange_heartbeat()  # all have read it
+                    self._failure = parse_failure(self._store.get(FAILURE_KEY))
+                    self._exchange_heartbeat()  # returns once all have read it
                     return
                 if shutting_down == self._process.size:
                     return
@@ -199,14 +190,14 @@ class PeerMonitor:
             self._find_failure(error)
 
     def _exchange_heartbeat(self) -> list[int]:
-        """How many processes have failed, and how many are leaving."""
+        """Return how many processes have failed, and how many are shutting down."""
         states = torch.tensor([self._has_failed, self._is_shutting_down], dtype=torch.int64)
         work = dist.all_reduce(states, group=self._heartbeat_group, async_op=True)
         work.wait(timedelta(seconds=self._timeout_s))
         return states.tolist()
 
     def _check_stall(self) -> None:
-        """Fail when the main thread comes to no exchange: all others may be waiting likewise."""
+        """Record a failure if the main thread reaches no collective: peers may be waiting in it."""
         since = self._last_collective_at
         if since is not None and time.monotonic() - since > self._timeout_s:
             what = f"process {self._process.rank} waits for its device, and has not met the others"
@@ -214,25 +205,28 @@ class PeerMonitor:
             self._has_failed = True
 
     def _abort_after_grace(self, error: RuntimeError | None = None) -> None:
-        """Leave the main thread some seconds to end by itself, even if the store never answers."""
-        timer = threading.Timer(
-            ABORT_GRACE_S, lambda: self._abort(self._failure or self._store_lost_error(error))
-        )
+        """Start a timer that aborts the process, even if the store never answers."""
+
+        def abort() -> None:
+            self._failure = self._failure or self._store_lost_error(error)
+            self._abort(self._failure)
+
+        timer = threading.Timer(ABORT_GRACE_S, abort)
         timer.daemon = True
         timer.start()
 
 
 def first_line(error: RuntimeError | None) -> str:
-    """What torch says, without the place in its source that it begins with."""
+    """Return torch's message without the place in its source at which it begins."""
     return str(error).partition("\n")[0].rpartition("] ")[2]
 
 
 def _is_peer_error(error: RuntimeError) -> bool:
-    """Whether an error during an exchange is the exchange's own."""
-    # A loader process that dies is raised by a signal handler: anywhere.
+    """Return whether the collective itself raised an error that was raised within it."""
+    # A signal handler raises, at any line, when a loader process dies.
     if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
         return False
-    # What cannot be captured runs eagerly, see engine/cuda_graph.py.
+    # A step that cannot be captured runs eagerly, see engine/cuda_graph.py.
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 

@@ -1,4 +1,4 @@
-"""The rendezvous of a run's processes: how they meet, and make sure that they run the same code."""
+"""Let the processes of a run meet, and compute the code version that all must have."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from distributed.peer_monitor import RERUN_HINT, PeerMonitor, first_line
 from distributed.world import LONG_TIMEOUT_S, World
 from errors import PeerError, UsageError
 
-RENDEZVOUS_TIMEOUT_S = 300  # for all processes to be there
+RENDEZVOUS_TIMEOUT_S = 300  # for all processes to join
 
 
 def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: float) -> World:
@@ -26,51 +26,54 @@ def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: fl
         timeout_s: longest wait for them within the run; the rendezvous itself may take longer.
 
     Raises:
-        PeerError: they do not come.
+        PeerError: not all of them join.
+        UsageError: another program has the port.
     """
     if process.size == 1:
         return World(process)
-    timeout = timedelta(seconds=LONG_TIMEOUT_S)  # `World` is faster
+    on_gpu = device.type == "cuda"
+    timeout = timedelta(seconds=LONG_TIMEOUT_S)  # World sets shorter ones
     try:
-        base_store, _, _ = next(
-            dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
-        )
+        base_store = _env_store(RENDEZVOUS_TIMEOUT_S)
         store = dist.PrefixStore(_attempt_id(base_store, process), base_store)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,
             rank=process.rank,
             world_size=process.size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if on_gpu else None,
         )
-        host_group, heartbeat_group = (
-            dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)
-        )
+        groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
         if "EADDRINUSE" in reason:
             port = reason.partition("port: ")[2].partition(",")[0]
             fix = "end the program that has it, or choose another MASTER_PORT"
             raise UsageError(f"port {port} is in use", fix) from error
-        raise PeerError(
-            f"the {process.size} processes do not meet: {reason}", RERUN_HINT
-        ) from error
+        what = f"the {process.size} processes do not meet: {reason}"
+        raise PeerError(what, RERUN_HINT) from error
     store.set(f"who/{process.rank}", json.dumps([socket.gethostname(), os.getpid()]))
-    return World(
-        process, host_group, PeerMonitor(process, store, heartbeat_group, timeout_s), timeout_s
-    )
+    host_group, heartbeat_group = groups
+    monitor = PeerMonitor(process, store, heartbeat_group, timeout_s)
+    return World(process, host_group, monitor, timeout_s)
+
+
+def _env_store(timeout_s: float) -> dist.Store:
+    """Open the store that the launcher's environment names."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    return store
 
 
 def _attempt_id(base_store: dist.Store, process: ProcessInfo) -> str:
-    """A name that only this start of the processes has, agreed through the store.
+    """Agree through the store on a random name for this attempt to start the run.
 
-    torchrun keeps one store from restart to restart. In it lie the addresses of processes that are
-    gone, which gloo would take for those of the new ones. So the first process gives the start a
-    name, and the others ask for it with a word of their own: no old answer is taken for theirs.
+    torchrun keeps one store over all restarts. It still has the addresses of processes that have
+    exited, and gloo would connect to those. So rank 0 draws a name, and each other rank asks for
+    it under a random token of its own, so that it cannot get an answer of an earlier attempt.
 
     Raises:
-        RuntimeError: not all of them come.
+        RuntimeError: not all processes join.
     """
     token = os.urandom(8).hex()
     if not process.is_rank0:
@@ -81,7 +84,7 @@ def _attempt_id(base_store: dist.Store, process: ProcessInfo) -> str:
     absent, end = list(range(1, process.size)), time.monotonic() + RENDEZVOUS_TIMEOUT_S
     while absent:
         for rank in absent:
-            if base_store.check([f"ask/{rank}"]):  # perhaps by a process that is gone
+            if base_store.check([f"ask/{rank}"]):  # perhaps by a process of an earlier attempt
                 base_store.set(f"answer/{base_store.get(f'ask/{rank}').decode()}", token)
         absent = [rank for rank in absent if not base_store.check([f"{token}/{rank}"])]
         if time.monotonic() > end:
@@ -91,7 +94,7 @@ def _attempt_id(base_store: dist.Store, process: ProcessInfo) -> str:
 
 
 def code_version() -> dict[str, str]:
-    """What of this program and of PyTorch has to be the same in every process."""
+    """Return PyTorch's version and a hash of this program, equal in every process."""
     digest = hashlib.sha256()
     for path in source_files(Path(__file__).resolve().parents[1]):
         digest.update(path.read_bytes())
@@ -99,15 +102,15 @@ def code_version() -> dict[str, str]:
 
 
 def source_files(root: Path) -> list[Path]:
-    """The Python files of the program: those at `root` and in its packages, at any depth."""
+    """Return the program's Python files: those at `root` and in its packages, at any depth."""
     packages = [path.parent for path in root.glob("*/__init__.py")]
     return sorted([*root.glob("*.py"), *(file for each in packages for file in each.rglob("*.py"))])
 
 
-def claim_report(process: ProcessInfo, line: str) -> bool:
-    """Whether no other process of the run has claimed to say `line`, which all may have to say."""
+def claim_report(line: str) -> bool:
+    """Return whether this process is the first of the run to claim printing `line`."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
-        return store.add("said/" + hashlib.sha256(line.encode()).hexdigest(), 1) == 1
+        key = "said/" + hashlib.sha256(line.encode()).hexdigest()
+        return _env_store(timeout_s=10).add(key, 1) == 1
     except (RuntimeError, ValueError):
         return True

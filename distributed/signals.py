@@ -1,4 +1,4 @@
-"""How a run is asked to stop: a signal sets a flag, the training loop acts on it between steps."""
+"""Handle signals: the first requests a stop, on which the training loop acts between two steps."""
 
 import contextlib
 import ctypes
@@ -11,26 +11,29 @@ import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PREEMPTED = 75  # the exit code of errors.Preempted: run it again
-DUPLICATE_SIGNAL_S = 2.0  # a launcher repeats what its processes may have been told already
+DUPLICATE_SIGNAL_S = 2.0  # a launcher repeats signals that its processes may have had already
 STARTUP_TIMEOUT_S = 20  # until all processes of a run can stop together
 NOTHING_SAVED = "stopped: {}, there was nothing to save; to go on: run it again"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class SignalHandler:
-    """Turns the first signal into a request and the second into an immediate exit.
+    """Record the first signal as a request to stop; exit at the second.
 
     Until `enable_saving` there is nothing to save, and the first signal ends the process at once.
 
     Args:
-        has_launcher: this is one process of several, which stop together, and which may be told
-            twice: by the launcher, and by whoever told the launcher.
-        verbose: whether this process prints that it stops.
+        has_launcher: a launcher started this process. It stops together with the run's other
+            processes, and may get a signal twice, from its sender and from the launcher.
+        verbose: print that the process stops.
+
+    Attributes:
+        signum: the signal that requested the stop, 0 before.
+        can_save: whether the loop runs, saves and reads `signum`.
     """
 
     def __init__(self, has_launcher: bool = False, verbose: bool = True) -> None:
-        self.signum = 0  # of the signal that asked to stop
-        self.can_save = False
+        self.signum, self.can_save = 0, False
         self._has_launcher, self._verbose = has_launcher, verbose
         self._requested_at = 0.0
 
@@ -38,9 +41,7 @@ class SignalHandler:
         """Handle SIGINT, SIGTERM, SIGUSR1 and SIGHUP from now on."""
         for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, SIGNALS
-        )  # distributed/launcher.py has blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launcher.spawn has blocked them
         if self._has_launcher:
             self._startup_watchdog()
             die_with_parent()
@@ -56,24 +57,19 @@ class SignalHandler:
                 )
             elif not self.can_save and not self._has_launcher:
                 _write_stderr(NOTHING_SAVED.format(name))
-                os._exit(PREEMPTED)  # no clean-up: files are whole at every moment
+                os._exit(PREEMPTED)  # no clean-up: every file is complete at any moment
         elif not self._has_launcher or time.monotonic() - self._requested_at > DUPLICATE_SIGNAL_S:
             os._exit(128 + signum)
 
     def enable_saving(self) -> None:
-        """From now on there is something to save, and somebody who looks at `signum`."""
+        """Leave it to the loop, from now on, to save and stop at a signal."""
         self.can_save = True
 
-    @property
-    def stopped_before_saving(self) -> bool:
-        """Whether it was asked for while there was nothing to save."""
-        return bool(self.signum) and not self.can_save
-
     def _startup_watchdog(self) -> None:
-        """In a thread: end a process that was asked to stop and cannot do so with the others.
+        """Start a thread that ends the process if it cannot stop together with the others.
 
-        The main thread may be waiting for them where no handler in Python is called; the number of
-        a signal is written to a pipe all the same.
+        The main thread may be blocked in C code, where Python calls no signal handler. Python
+        writes the signal's number to the wakeup pipe nevertheless.
         """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -92,24 +88,24 @@ class SignalHandler:
 
 
 def die_with_parent() -> None:
-    """Have the kernel send SIGTERM when the launcher is gone, or there would soon be two runs."""
+    """Have the kernel send SIGTERM when the launcher exits: a restart would run beside this one."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it went in between
+        if os.getppid() != parent:  # it exited before the call
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def reserve_std_fds() -> None:
-    """Have /dev/null in the place of a standard file that is closed.
+    """Open /dev/null for each of stdin, stdout and stderr that is closed.
 
-    Else the next file opened, a checkpoint say, would be written to by whoever reports an error.
+    Else the next file opened, such as a checkpoint, gets the descriptor, and messages go into it.
     """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
 
 
 def _write_stderr(line: str) -> None:
@@ -118,13 +114,13 @@ def _write_stderr(line: str) -> None:
 
 
 def ignore_signals() -> None:
-    """In a loader process: its parent decides when to stop, also when the whole group is told."""
+    """Ignore signals in a loader process, even to the whole group: its parent decides to stop."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def kill_children() -> None:
-    """End the loader processes after a failure: they ignore the signal that exiting sends them."""
+    """Kill the loader processes after a failure: they ignore the signal sent at exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,8 +1,8 @@
-"""What the processes of a run compute together and agree on.
+"""Exchange data between the processes of a run: numbers on the host, tensors on the device.
 
-Tensors of the training device are reduced by NCCL on GPUs and by gloo on CPUs; the few numbers that
-processes agree on always go through gloo, on the host, where a lost peer is noticed at once and a
-GPU need not be waited for. What happens then is the matter of peer_monitor.py.
+Tensors go through NCCL between GPUs and through gloo between CPUs. Numbers always go through gloo
+on the host, which notices a lost peer at once and need not wait for a GPU. peer_monitor.py
+translates the errors.
 """
 
 import json
@@ -18,17 +18,22 @@ from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from distributed.peer_monitor import PeerMonitor
 from errors import UsageError
 
-LONG_TIMEOUT_S = 3600  # for what one process does while the others wait: a download, a save
+LONG_TIMEOUT_S = 3600  # for work of one process while the others wait: a download, a save
+MIN_INT = torch.iinfo(torch.int64).min
 
 
 class World:
-    """The processes of a run, this one alone or as one of several.
+    """The processes (ranks) of a run, which may be this one alone.
 
     Args:
-        process: which of the processes this is; rank and size are kept there alone.
-        host_group: group of gloo, for numbers on the host; None for one process.
+        process: this process.
+        host_group: gloo group for numbers on the host; None for one process.
         monitor: of the other processes; None for one process.
-        timeout_s: longest wait for the others where all do the same, unless `in_warmup`.
+        timeout_s: longest wait in a collective that all enter at the same step, unless `in_warmup`.
+
+    Attributes:
+        in_warmup: whether ranks may still keep each other waiting, until each has compiled its
+            kernels and tried its algorithms.
     """
 
     def __init__(
@@ -39,45 +44,24 @@ class World:
         timeout_s: float = 0.0,
     ):
         self.process, self.monitor = process, monitor or PeerMonitor(process)
+        self.rank, self.size, self.is_rank0 = process.rank, process.size, process.is_rank0
         self._host_group, self._timeout_s = host_group, timeout_s
-        # Kernels are compiled and algorithms tried in the first steps, in each process for itself.
         self.in_warmup = True
-
-    @property
-    def rank(self) -> int:
-        """The number of this process, from 0."""
-        return self.process.rank
-
-    @property
-    def size(self) -> int:
-        """How many processes there are."""
-        return self.process.size
-
-    @property
-    def is_rank0(self) -> bool:
-        """Whether this is the process that prints and writes."""
-        return self.process.is_rank0
 
     # ----------------------------------------------------------------------------- on the host
 
     def all_reduce_max(self, *values: int) -> list[int]:
-        """The largest of each value over all processes."""
+        """Return the maximum of each value over all ranks."""
         if self.size == 1:
             return list(values)
-        agreed = torch.tensor(values, dtype=torch.int64)
-        self._wait(
-            lambda: dist.all_reduce(agreed, dist.ReduceOp.MAX, self._host_group, async_op=True)
-        )
-        return agreed.tolist()
+        maxima = torch.tensor(values, dtype=torch.int64)
+        self._on_host(dist.all_reduce, maxima, dist.ReduceOp.MAX)
+        return maxima.tolist()
 
     def all_gather_int(self, value: int) -> list[int]:
-        """The value of each process, by rank."""
-        if self.size == 1:
-            return [value]
-        gathered = torch.zeros(self.size, dtype=torch.int64)
-        gathered[self.rank] = value
-        self._wait(lambda: dist.all_reduce(gathered, group=self._host_group, async_op=True))
-        return gathered.tolist()
+        """Return the value of each rank."""
+        own = [value if rank == self.rank else MIN_INT for rank in range(self.size)]
+        return self.all_reduce_max(*own)
 
     def broadcast_result(
         self,
@@ -85,60 +69,59 @@ class World:
         pack: Callable[[object], bytes] = bytes,
         unpack: Callable[[bytes], object] = bytes,
     ) -> object:
-        """What `fn` returns in the first process; the others wait for it.
+        """Call `fn` on rank 0 and return its result on every rank.
 
         Args:
-            pack, unpack: make bytes of what it returns, and that again of bytes.
+            pack, unpack: convert the result to bytes and back.
 
         Raises:
-            RunError: raised by `fn`; in every process.
+            RunError: raised by `fn`; on every rank.
         """
-        if self.is_rank0:
-            self.monitor.collective_started()  # it may take its time
-            value = fn()
-            if self.size > 1:
-                self._broadcast_bytes(0, pack(value))
-            return value
-        return unpack(self._broadcast_bytes(0, b""))
+        if not self.is_rank0:
+            return unpack(self._broadcast_bytes(0, b""))
+        self.monitor.collective_started()  # fn may take long
+        value = fn()
+        if self.size > 1:
+            self._broadcast_bytes(0, pack(value))
+        return value
 
     def all_gather_json(self, value: object) -> list:
-        """A plain value (JSON) of each process, by rank."""
+        """Return the plain value (JSON) of each rank."""
         if self.size == 1:
             return [value]
         data = json.dumps(value).encode()
         return [json.loads(self._broadcast_bytes(rank, data)) for rank in range(self.size)]
 
     def _broadcast_bytes(self, rank: int, data: bytes) -> bytes:
-        """The bytes that `rank` has, in every process."""
+        """Return the `data` of one rank on every rank."""
         length = torch.tensor([len(data) if rank == self.rank else 0])
-        self._wait_long(lambda: dist.broadcast(length, rank, self._host_group, async_op=True))
+        self._on_host(dist.broadcast, length, rank, long=True)
         content = torch.zeros(int(length), dtype=torch.uint8)
         if rank == self.rank and data:
             content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if len(content):
-            self._wait_long(lambda: dist.broadcast(content, rank, self._host_group, async_op=True))
+            self._on_host(dist.broadcast, content, rank, long=True)
         return content.numpy().tobytes()
 
     def check_equal(self, values: dict[str, object]) -> None:
-        """Compare what every process must have alike.
+        """Check that all ranks have the same values.
 
         Raises:
-            UsageError: it differs; names the process and what.
+            UsageError: names the first value that differs, and the rank.
         """
-        gathered = self.all_gather_json(values)
-        for rank, other in enumerate(gathered):
-            differing = [name for name in values if other.get(name) != gathered[0].get(name)]
-            if differing:
-                name = differing[0]
-                pair = " and ".join(_shorten(each.get(name)) for each in (gathered[0], other))
-                raise UsageError(
-                    f"{name} differs between processes 0 and {rank}: {pair}",
-                    "start every process with the same flags, data and versions",
-                )
+        first, *others = self.all_gather_json(values)
+        for rank, other in enumerate(others, start=1):
+            for name in values:
+                if first.get(name) != other.get(name):
+                    pair = " and ".join(_shorten(each.get(name)) for each in (first, other))
+                    raise UsageError(
+                        f"{name} differs between processes 0 and {rank}: {pair}",
+                        "start every process with the same flags, data and versions",
+                    )
 
     @contextmanager
     def local_rank0_first(self) -> Iterator[None]:
-        """Let one process of each machine do something before the others do it too."""
+        """Run the body on one rank of each machine before the others run it."""
         is_local_rank0 = self.process.local_rank == 0
         if not is_local_rank0:
             self._barrier()
@@ -148,56 +131,55 @@ class World:
 
     def _barrier(self) -> None:
         if self.size > 1:
-            self._wait_long(
-                lambda: dist.all_reduce(torch.zeros(1), group=self._host_group, async_op=True)
-            )
+            self._on_host(dist.all_reduce, torch.zeros(1), long=True)
 
     # --------------------------------------------------------------------------- on the device
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """Replace a contiguous tensor by its sum over all processes; ordered after its making."""
+        """Replace a contiguous tensor by its sum over all ranks, in the order of the stream."""
         if self.size > 1:
-            self._on_device(tensor, lambda **options: dist.all_reduce(tensor, **options))
+            self._on_device(dist.all_reduce, tensor)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """(size, *tensor.shape): a tensor of each process."""
+        """Gather the tensor of each rank: (size, *tensor.shape)."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        flat = gathered.view(-1), tensor.reshape(-1)
-        self._on_device(tensor, lambda **options: dist.all_gather_into_tensor(*flat, **options))
+        self._on_device(dist.all_gather_into_tensor, gathered.view(-1), tensor.reshape(-1))
         return gathered
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
-        """Replace tensors by those of the first process, a broadcast per type."""
+        """Replace tensors by those of rank 0, with one broadcast per dtype."""
         if self.size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in same_dtype])
-            self._on_device(flat, lambda flat=flat, **options: dist.broadcast(flat, 0, **options))
+            self._on_device(dist.broadcast, flat, 0)
             sizes = [tensor.numel() for tensor in same_dtype]
             for tensor, part in zip(same_dtype, flat.split(sizes), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
     # --------------------------------------------------------------------------------- waiting
 
-    def _wait(self, start: Callable, timeout_s: float | None = None) -> None:
-        with self.monitor.translate_errors():
-            wait_s = timeout_s or (LONG_TIMEOUT_S if self.in_warmup else self._timeout_s)
-            self.monitor.collective_started()
-            start().wait(timedelta(seconds=wait_s))
-            if wait_s != LONG_TIMEOUT_S:
-                self.monitor.collective_finished()
-
-    def _on_device(self, tensor: Tensor, start: Callable) -> None:
-        """Exchange tensors of the device; a GPU is not waited for, and so no limit is kept here."""
+    def _on_device(self, collective: Callable, tensor: Tensor, *args: object) -> None:
         if tensor.device.type == "cpu":
-            self._wait(lambda: start(async_op=True))
-        else:
+            self._wait(lambda: collective(tensor, *args, async_op=True))
+        else:  # only the stream waits, so the host has no timeout to keep here
             with self.monitor.translate_errors():
-                start()
+                collective(tensor, *args)
 
-    def _wait_long(self, start: Callable) -> None:
-        self._wait(start, LONG_TIMEOUT_S)
+    def _on_host(
+        self, collective: Callable, tensor: Tensor, *args: object, long: bool = False
+    ) -> None:
+        self._wait(lambda: collective(tensor, *args, group=self._host_group, async_op=True), long)
+
+    def _wait(self, start: Callable, long: bool = False) -> None:
+        """Start a collective and wait for it; `long`: one rank may work alone before it."""
+        with self.monitor.translate_errors():
+            long = long or self.in_warmup
+            self.monitor.collective_started()
+            start().wait(timedelta(seconds=LONG_TIMEOUT_S if long else self._timeout_s))
+            if not long:
+                self.monitor.collective_finished()
 
 
 def _shorten(value: object) -> str:
@@ -206,26 +188,26 @@ def _shorten(value: object) -> str:
 
 
 class BatchShard:
-    """What one replica has of a global batch, for the parts of a network that need to know.
+    """This rank's part of a global batch, for the layers that compute over the whole batch.
 
     Args:
-        world: of the replicas.
-        device: of the tensors that are exchanged.
+        world: of the ranks that share the batch.
+        device: of the tensors that they exchange.
+
+    Attributes:
+        weights: (size,) float64: the part of the batch that each rank has.
+        offset: index in the global batch of this rank's first image.
+        global_size: images in the global batch.
     """
 
     def __init__(self, world: World, device: torch.device):
-        self._world = world
+        self._world, self.rank = world, world.rank
         self.weights = torch.full((world.size,), 1 / world.size, dtype=torch.float64, device=device)
         self._sizes: list[int] = []
         self.offset, self.global_size = 0, 0
 
-    @property
-    def rank(self) -> int:
-        """This replica's index in `weights`."""
-        return self._world.rank
-
     def set_sizes(self, sizes: list[int]) -> None:
-        """Begin a step of which replica r has `sizes[r]` images."""
+        """Begin a step in which rank r has `sizes[r]` images."""
         if sizes != self._sizes:
             self._sizes = list(sizes)
             self.offset, self.global_size = sum(sizes[: self.rank]), sum(sizes)
@@ -233,13 +215,13 @@ class BatchShard:
 
     @property
     def loss_weight(self) -> float:
-        """What this replica's mean loss counts for in the mean of all replicas' losses."""
+        """Return the weight of this rank's mean loss in the mean over all ranks' losses."""
         return self._sizes[self.rank] * self._world.size / self.global_size
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the replicas."""
+        """Replace a tensor by its sum over the ranks."""
         self._world.all_reduce_(tensor)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """(size, *tensor.shape): the tensor of each replica."""
+        """Gather the tensor of each rank: (size, *tensor.shape)."""
         return self._world.all_gather(tensor)

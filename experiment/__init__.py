@@ -1,1 +1,1 @@
-"""A run as its user sees it: its directory, console, log, and how it is resumed."""
+"""What the user sees of a run: its directory, console and log, and how it is resumed."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run in a terminal: lines, a progress bar, warnings."""
+"""Print a run's results, progress and warnings in the terminal."""
 
 import contextlib
 import os
@@ -7,40 +7,40 @@ import time
 
 from errors import printable
 
-SHOW_EVERY_S = {True: 1.0, False: 60.0}  # on a terminal, elsewhere
-_silenced = False  # only the first process of a run prints
+SHOW_EVERY_S = {True: 1.0, False: 60.0}  # with a progress bar, without
+_silenced = False  # only rank 0 of a run prints
 
 
 def silence() -> None:
-    """Print nothing from now on: another process of the run does."""
+    """Print nothing from now on, on a rank other than 0."""
     global _silenced
     _silenced = True
 
 
 def info(line: str) -> None:
-    """Print a line; a closed standard output must not end a run of days."""
+    """Print a line; go on if standard output is closed, since the run may have taken days."""
     try:
         if not _silenced:
-            # A path may hold what the encoding of the output does not have.
+            # A path may hold characters that the output cannot encode.
             encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:
-        sys.stdout = None  # print() to None does nothing from now on
+        sys.stdout = None  # makes later calls of print() do nothing
 
 
 def warn(line: str) -> None:
-    """Print a remark to standard error, which may be closed as well."""
+    """Print a note to standard error, which may be closed as well."""
     with contextlib.suppress(OSError):
         if not _silenced:
             print(f"note: {printable(line)}", file=sys.stderr, flush=True)
 
 
 class Progress:
-    """One pass over the data: a bar on a terminal, the lines of the Lua code elsewhere.
+    """Show one pass over the data: a bar on a terminal, elsewhere the lines of the Lua code.
 
     Args:
         name: train, val or test.
-        steps, done: of the pass, and of these done before.
+        steps, done: number of steps of the pass, and how many of them were done before.
         metrics: of the pass so far, see engine/metrics.py.
     """
 
@@ -48,6 +48,9 @@ class Progress:
         self.name, self.epoch, self.metrics = name, epoch, metrics
         self.steps, self.done = steps, done
         self._bar = None
+        self._start_interval()
+
+    def _start_interval(self) -> None:
         self._displayed_at = time.monotonic()
         self._interval_steps = self._interval_images = 0
         self._interval_data_s = 0.0
@@ -70,11 +73,10 @@ class Progress:
             self._bar.close()
 
     def should_display(self) -> bool:
-        """Whether the next `update` shows something, and so reads the device."""
-        interval_s = SHOW_EVERY_S[self._bar is not None]
+        """Return whether the next `update` displays the metrics, and so reads the device."""
         if _silenced or self.done + 1 >= self.steps:  # `finish` displays the last step
             return False
-        return time.monotonic() - self._displayed_at >= interval_s
+        return time.monotonic() - self._displayed_at >= SHOW_EVERY_S[self._bar is not None]
 
     def update(self, num_images: int, data_s: float, lr: float | None = None) -> None:
         """Count one step of `num_images` that waited `data_s` seconds for its batch."""
@@ -89,7 +91,7 @@ class Progress:
             self._display(self.metrics, lr)
 
     def finish(self, metrics, lr: float | None = None) -> None:
-        """Show the result of the whole pass."""
+        """Display the metrics of the whole pass."""
         if self._interval_steps and not _silenced:
             self._display(metrics, lr)
 
@@ -110,24 +112,22 @@ class Progress:
                 f"top1 {means['top1']:7.3f}  top5 {means['top5']:7.3f}"
             )
             info(line + (f"  LR {lr:.6g}" if lr is not None else ""))
-        self._displayed_at = time.monotonic()
-        self._interval_steps = self._interval_images = 0
-        self._interval_data_s = 0.0
+        self._start_interval()
 
 
 def _supports_bar() -> bool:
-    """Whether standard error is a terminal that can draw a line anew."""
+    """Return whether standard error is a terminal that can redraw a line."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return is_terminal and os.environ.get("TERM") != "dumb"
 
 
 def format_test(tested: dict, model: str) -> str:
-    """The result on a test set that was kept for the end."""
+    """Format the errors on a test set that is measured once, at the end."""
     return f" * Test top1: {tested['test_top1']:6.3f}  top5: {tested['test_top5']:6.3f}  ({model})"
 
 
 def format_final(last: dict | None, best: dict | None) -> str:
-    """The last line of a run: the errors of its last epoch and of its best, each labelled."""
+    """Format the last line of a run: the errors of its last epoch and of its best."""
 
     def labelled(which: str, result: dict | None) -> str:
         if result is None:

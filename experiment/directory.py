@@ -1,4 +1,4 @@
-"""The run directory: who may write it, and what its status.json says."""
+"""Lock a run directory against a second writer, and write its status.json."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from fileio.atomic import atomic_write, read_json, storage_error
 
 
 def check_writable(directory: Path) -> None:
-    """Raise StorageError when `directory` cannot be made or written; make nothing."""
+    """Raise StorageError if `directory` cannot be created or written; create nothing."""
     ancestor = directory.absolute()
     while not os.path.lexists(ancestor):
         ancestor = ancestor.parent
@@ -25,11 +25,11 @@ def check_writable(directory: Path) -> None:
 
 
 class RunDirectory:
-    """One run's directory, locked against a second writer for as long as it is open.
+    """The directory of one run, locked against a second writer until it is closed.
 
     Raises:
-        StorageError: it cannot be made or written.
-        BusyError: another process has it open.
+        StorageError: it cannot be created or written.
+        BusyError: another process has locked it.
     """
 
     def __init__(self, path: Path):
@@ -45,8 +45,8 @@ class RunDirectory:
             raise storage_error(error, path) from error
 
     def _acquire_lock(self) -> None:
-        # A POSIX record lock: the kernel drops it with the process, however that ends, and the
-        # loader processes forked later do not inherit it (they would with flock).
+        # A POSIX record lock: the kernel releases it when the process ends in any way, and loader
+        # processes that are forked later do not inherit it, as they would with flock.
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -66,56 +66,54 @@ class RunDirectory:
         self._lock.flush()
 
     def verify_lock(self) -> None:
-        """Raise BusyError when another node has taken the directory over.
+        """Raise BusyError if a process of another machine has overwritten the lock file.
 
-        A lock may not reach from node to node; what stands in its file does.
+        A network file system may share the file's content between machines, and not the lock.
         """
         self._lock.seek(0)
         owner = self._lock.read().strip()
         if owner != self._owner:
-            self._status.clear()  # the verdict is for the other one to give
-            raise BusyError(
-                f"run directory {self.path} was taken over by {owner or 'nobody known'}",
-                "let that one end the run",
-            )
+            self._status.clear()  # the other process writes the run's outcome
+            what = f"run directory {self.path} was taken over by {owner or 'nobody known'}"
+            raise BusyError(what, "let that one end the run")
 
     def write_json(self, name: str, value: object) -> None:
-        """Write a small JSON file whole."""
+        """Write a small JSON file atomically."""
         atomic_write(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
 
     def write_status(self, state: str, code: int | None = None, **more: object) -> None:
-        """Write `status.json`, the verdict for whoever cannot see the exit code.
+        """Write `status.json`, for programs that cannot see the exit code.
 
         Args:
             state: running, preempted, failed or done.
-            more: added to what this process has said before, such as the last checkpoint.
+            more: fields to add to those written before, such as the last checkpoint.
         """
         self._status |= {"state": state, "code": code, **more}
         self.write_json("status.json", self._status)
 
     def set_status_fields(self, **more: object) -> None:
-        """Have `more` in every status that is written from now on."""
+        """Add fields to every status that is written from now on."""
         self._status |= more
 
     def read_status(self) -> dict:
-        """What `status.json` says, {} when there is none."""
+        """Read `status.json`; {} if there is none."""
         return read_json(self.path / "status.json")
 
     def close(self) -> None:
-        """Let another process have the directory."""
+        """Release the lock."""
         self._lock.close()
 
     def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Only what this process has begun is its to report: a refused second start is not.
+        # A start that is refused before it wrote a status leaves the earlier one.
         if "state" in self._status and isinstance(error, Exception):
             self.write_outcome(error)
         self.close()
 
     def write_outcome(self, error: Exception) -> None:
-        """Write down what has ended the run: a RunError, or else a bug."""
+        """Write the error that ended the run to `status.json`: a RunError, or else a bug."""
         state = "preempted" if isinstance(error, Preempted) else "failed"
         if not isinstance(error, RunError):
             error = RunError(f"a bug: {type(error).__name__}: {error}", "report it")
@@ -124,7 +122,7 @@ class RunDirectory:
 
 
 def write_outcome_for_lost_rank(path: Path, error: RunError) -> None:
-    """Write down what has ended a run whose first process is gone, where `path` can be reached."""
+    """Write the outcome for rank 0, which is lost, if `path` exists on this machine."""
     if path.is_dir():
         with contextlib.suppress(RunError), RunDirectory(path) as directory:
             directory.set_status_fields(**directory.read_status())

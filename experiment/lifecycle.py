@@ -1,6 +1,6 @@
-"""The life of a run's processes: starting them, meeting the others, and saying how the run ended.
+"""Start the processes of a run, let them meet, and report how the run ended.
 
-What is heavy is imported where it is used, so that a mistyped flag is answered at once.
+Functions import torch where they need it, so that a mistyped flag is reported at once.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from experiment.directory import RunDirectory, write_outcome_for_lost_rank
 
 
 def spawn_processes(opt: SimpleNamespace, fn: Callable[[], int]) -> int:
-    """`--nGPU N`: run N processes of this machine, each on a GPU of its own; the exit code."""
+    """Run `--nGPU N` processes on this machine, one for each GPU; return the exit code."""
     import engine.device
 
-    engine.device.select(opt.nGPU)  # all of them are there
+    engine.device.select(opt.nGPU)  # raises if there are fewer
     return launcher.spawn(opt.nGPU, fn)
 
 
 def init_processes(opt: SimpleNamespace, process: launcher.ProcessInfo):
-    """Meet the other processes of the run, if any: the `World`, and the device of this one."""
+    """Meet the other processes of the run, if any; return the `World` and this one's device."""
     if process.has_launcher:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
 
     import engine.device
     from distributed import rendezvous
@@ -48,8 +48,8 @@ def init_processes(opt: SimpleNamespace, process: launcher.ProcessInfo):
 
 
 def exit_with_code(code: int, world) -> int:
-    """End a run that is done together with the others; the exit code."""
-    with contextlib.suppress(RunError):  # whatever becomes of the others
+    """Exit together with the other processes of a run that is done; return the exit code."""
+    with contextlib.suppress(RunError):  # the run is done even if a peer fails now
         world.monitor.shutdown()
     if world.size > 1:
         kill_children()
@@ -58,10 +58,10 @@ def exit_with_code(code: int, world) -> int:
 
 
 def _exit_now(code: int) -> None:
-    """End one of several processes without PyTorch's teardown.
+    """Exit one of several processes without PyTorch's teardown.
 
-    It may wait for processes that are gone, and a process that had gloo groups may abort in it
-    ("terminate called without an active exception", torch 2.11): a finished run would end in 134.
+    The teardown may wait for lost peers, and may abort a process that had gloo groups ("terminate
+    called without an active exception", torch 2.11): a finished run would exit with 134.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):
@@ -72,20 +72,19 @@ def _exit_now(code: int) -> None:
 def exit_with_error(
     error: Exception, opt: SimpleNamespace | None, process: launcher.ProcessInfo, world
 ) -> int:
-    """Say on standard error how the run ended, once for all its processes; the exit code."""
+    """Print how the run ended, on one process of it, and return the exit code."""
+    # Tell the other processes; one of them may have failed before, and then its error counts.
     if isinstance(error, Preempted):
-        with contextlib.suppress(RunError):  # it is saved, whatever becomes of the others
+        with contextlib.suppress(RunError):  # the run is saved even if a peer fails now
             world.monitor.shutdown()
     else:
         kill_children()
-        if world:
-            error = world.monitor.report_failure(
-                error
-            )  # or what another process has failed with before
+        error = world.monitor.report_failure(error) if world else error
+    # Report it once.
     code = error.code if isinstance(error, RunError) else 1
     if isinstance(error, RunError) and _should_report(error, process, world):
         print_error(error)
-        if world and not process.is_rank0:  # which is lost
+        if world and not process.is_rank0:  # rank 0 is lost
             write_outcome_for_lost_rank(Path(opt.save), error)
     if world and world.size > 1:
         _exit_now(code)
@@ -93,24 +92,23 @@ def exit_with_error(
 
 
 def _should_report(error: RunError, process: launcher.ProcessInfo, world) -> bool:
-    """Whether this is the process that says how the run ended."""
     if world:
         return world.monitor.is_reporter
     if not process.has_launcher:
         return True
     from distributed import rendezvous
 
-    return rendezvous.claim_report(process, error.report())
+    return rendezvous.claim_report(error.report())
 
 
 def print_error(error: RunError) -> None:
-    """Print the line, or lines, of an error."""
-    with contextlib.suppress(OSError):  # whoever was to read it may be gone
+    """Print an error, a line for each problem."""
+    with contextlib.suppress(OSError):  # the reader of standard error may have exited
         print(error.report(), file=sys.stderr, flush=True)
 
 
 def abort(world, directory: RunDirectory | None, error: RunError) -> None:
-    """End a process whose main thread waits for what will never come."""
+    """Abort this process, whose main thread is blocked in a collective that cannot complete."""
     if directory:
         directory.write_outcome(error)
     if world.monitor.is_reporter:

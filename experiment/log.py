@@ -1,4 +1,4 @@
-"""The log of a run: an `EpochRecord` a line in log.jsonl, the curves in TensorBoard."""
+"""Write the log of a run: one `EpochRecord` a line to log.jsonl, curves to TensorBoard."""
 
 import contextlib
 import errno
@@ -22,17 +22,17 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """A line of log.jsonl: what an epoch came to. Errors are in per cent.
+    """The results of one epoch: a line of log.jsonl. Errors (top1, top5) are in per cent.
 
     Args:
         epoch: from 1.
         lr: learning rate of its last step.
-        images_per_s: trained, over all processes.
-        data_wait: share of the training time that was spent waiting for batches.
+        images_per_s: training images over all processes.
+        data_wait: fraction of the training time spent waiting for batches.
         time_s, val_time_s: seconds of training and of evaluation.
-        memory_mb: most memory in use so far, in MB.
-        device: in words.
-        replicas: processes of the run.
+        memory_mb: peak memory so far, in MB.
+        device: its name.
+        replicas: number of processes.
         torch: PyTorch's version.
     """
 
@@ -55,7 +55,7 @@ class EpochRecord:
 
 
 class RunLog:
-    """The console and the files of one run.
+    """Log one run to the console and to its files.
 
     Args:
         directory: the run directory; None to print only (evaluation without a run).
@@ -69,16 +69,16 @@ class RunLog:
     # ------------------------------------------------------------------------------------ files
 
     def open(self, next_epoch: int) -> None:
-        """Start or continue the files: cut them back to the epochs before `next_epoch`."""
+        """Open the files, and drop records of `next_epoch` and later."""
         kept = [line for line in read_log(self.directory) if line["epoch"] < next_epoch]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
         atomic_write(self.directory / LOG, lines.encode())
         self._writer = _open_tensorboard(self.directory / "tensorboard", next_epoch)
 
     def epoch(self, record: EpochRecord, is_best: bool) -> None:
-        """Add one epoch's record to log.jsonl and TensorBoard, and print its result."""
+        """Write one epoch's record to log.jsonl and TensorBoard, and print its result."""
         values = asdict(record)
-        # NaN is no JSON: a number that is not finite is written as null.
+        # JSON has no NaN: write null for a number that is not finite.
         jsonable = {key: value if _is_finite(value) else None for key, value in values.items()}
         try:
             _append(self.directory / LOG, json.dumps(jsonable) + "\n")
@@ -97,14 +97,16 @@ class RunLog:
         info(f" * Finished epoch # {record.epoch}     {errors}{best}\n")
 
     def add_text(self, **texts: str) -> None:
-        """Show texts, such as the config, in TensorBoard."""
-        for name, text in texts.items():
-            self._with_tensorboard(
-                lambda writer, n=name, t=text: writer.add_text(n, f"```\n{t}\n```", 0)
-            )
+        """Write texts, such as the config, to TensorBoard."""
+
+        def write(writer) -> None:
+            for name, text in texts.items():
+                writer.add_text(name, f"```\n{text}\n```", 0)
+
+        self._with_tensorboard(write)
 
     def add_images(self, images: Tensor) -> None:
-        """Show a grid of up to 64 images (N, 3, H, W) as the network gets them in TensorBoard."""
+        """Write a grid of up to 64 images (N, 3, H, W), as the network sees them."""
         from torchvision.utils import make_grid
 
         if not len(images):  # every image of the first batch was skipped
@@ -112,47 +114,41 @@ class RunLog:
         shown = images[:64].float().cpu()
         low, high = shown.min(), shown.max()
         grid = make_grid((shown - low) / (high - low).clamp(min=1e-6), nrow=8)
-        self._with_tensorboard(
-            lambda writer: writer.add_image("augmented training images", grid, 0)
-        )
+        self._with_tensorboard(lambda writer: writer.add_image("augmented training images", grid))
 
     def close(self, settings: dict[str, object], results: dict[str, float]) -> None:
-        """End the files of a complete run: TensorBoard gets its settings and final errors."""
-        jsonable = {
-            name: as_text(value) if isinstance(value, list) else value
-            for name, value in settings.items()
-        }
+        """Write a complete run's settings and final errors to TensorBoard, and close it."""
+        # TensorBoard takes no lists.
+        flat = {n: as_text(v) if isinstance(v, list) else v for n, v in settings.items()}
         errors = {f"final/{name}": value for name, value in results.items() if "top" in name}
-        self._with_tensorboard(lambda writer: writer.add_hparams(jsonable, errors, run_name="."))
+        self._with_tensorboard(lambda writer: writer.add_hparams(flat, errors, run_name="."))
         self._with_tensorboard(lambda writer: writer.close())
         self._writer = None
 
     def _with_tensorboard(self, write: Callable) -> None:
-        """Let `write` add to TensorBoard; training never ends because curves cannot be kept."""
+        """Call `write` with the TensorBoard writer; if it fails, train on without TensorBoard."""
         if self._writer:
             try:
                 write(self._writer)
-            except Exception as error:  # of a thread that TensorBoard writes in: any kind
+            except Exception as error:  # TensorBoard re-raises any error of its thread
                 self._writer = None
                 self.warn_once(f"no TensorBoard from here on: {error}")
 
     def warn_once(self, line: str) -> None:
-        """Say a remark that is true until the end of the run."""
+        """Print a note unless this run has printed it before."""
         if line not in self._warned:
             self._warned.add(line)
             warn(f"{line}; training goes on")
 
     # ---------------------------------------------------------------------------------- console
 
-    def progress(
-        self, name: str, epoch: int, steps: int, done: int, metrics: Metrics
-    ) -> "Progress":
-        """The progress of one pass over a split; use as a context manager."""
+    def progress(self, name: str, epoch: int, steps: int, done: int, metrics: Metrics) -> Progress:
+        """Return the progress of one pass over a split, a context manager."""
         return Progress(name, epoch, steps, done, metrics)
 
 
 def read_log(directory: Path) -> list[dict]:
-    """The records of a run's log.jsonl; a last line cut off by a crash is left out."""
+    """Read the records of log.jsonl, up to a line that is no record, such as one cut by a crash."""
     path = directory / LOG
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -167,7 +163,7 @@ def read_log(directory: Path) -> list[dict]:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a whole line to a file, or nothing of it."""
+    """Append a whole line to a file, or nothing."""
     with open(path, "ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -184,7 +180,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _tensorboard_tag(key: str) -> str:
-    """train_top1 -> error_top1/train, so that TensorBoard draws the splits together."""
+    """Map train_top1 to error_top1/train, so that TensorBoard draws the splits together."""
     split, _, name = key.partition("_")
     if split in ("train", "val"):
         return f"{name.replace('top', 'error_top')}/{split}"
@@ -192,18 +188,18 @@ def _tensorboard_tag(key: str) -> str:
 
 
 def _open_tensorboard(directory: Path, next_epoch: int):
-    """A TensorBoard writer that hides what a killed process wrote of `next_epoch` and later."""
+    """Open TensorBoard; hide what a killed process wrote for `next_epoch` and later."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = _thread_excepthook
         return SummaryWriter(str(directory), purge_step=next_epoch)
-    except Exception as error:  # of an installation that does not fit together: any kind
+    except Exception as error:  # a broken installation raises errors of any kind
         warn(f"no TensorBoard: {error}; training goes on")
         return None
 
 
 def _thread_excepthook(failure) -> None:
-    """Print what ended a thread, except TensorBoard's: that is raised again at the next write."""
+    """Print the error of a thread, unless TensorBoard raises it again at the next write."""
     if "tensorboard" not in type(failure.thread).__module__:
         threading.__excepthook__(failure)

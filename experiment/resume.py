@@ -1,4 +1,4 @@
-"""What an earlier call left: finding it, and refusing to go on with it as something else."""
+"""Find the checkpoint to resume, and check it against the current settings, data and network."""
 
 import math
 from collections.abc import Callable
@@ -19,35 +19,68 @@ from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, tensor_files
 from fileio.atomic import atomic_write
 
-DATA_FINGERPRINTS = ("training_set", "test_set")  # of the images themselves
-MAX_FRUITLESS_RESTARTS = 3  # automatic starts without progress; the next would be no better
+DATA_FINGERPRINTS = ("training_set", "test_set")  # hashes of the images themselves
+FIXED_AT_START = ("epochNumber", "retrain", "resetClassifier")  # a resumed run has its own
+MAX_FRUITLESS_RESTARTS = 3  # automatic restarts in a row that made no progress
+Warn = Callable[[str], None]
+
+# ----------------------------------------------------------------------- finding the checkpoint
 
 
-def find_checkpoint(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict | None:
-    """The checkpoint that `--resume` names, None to start afresh.
+def load_checkpoint(
+    opt: SimpleNamespace, directory: RunDirectory | None, world, warn: Warn
+) -> tuple[dict | None, bool]:
+    """Read the checkpoint to resume on rank 0, and return it on every rank.
+
+    Args:
+        directory: of the run; None on all ranks but 0.
+
+    Returns:
+        Its state, None to start afresh; and whether the run is already complete.
 
     Raises:
-        CheckpointError: there is none where one is asked for, or none is valid.
+        CheckpointError, UsageError: as `find_checkpoint`.
+        CheckpointError: a rank sees a newer checkpoint than rank 0.
+        PeerError: the run makes no progress, see `check_progress`.
+    """
+
+    def read() -> tuple[dict | None, bool]:
+        state = find_checkpoint(opt, warn)
+        is_trained = state is not None and state["epoch"] > opt.nEpochs
+        if is_trained and directory.read_status().get("state") == "done":
+            return state, True
+        check_progress(directory, state, world.process.restarted)
+        return state, False
+
+    found = world.broadcast_result(read, tensor_files.to_bytes, tensor_files.from_bytes)
+    check_shared_filesystem(Path(opt.save), world)
+    return found
+
+
+def find_checkpoint(opt: SimpleNamespace, warn: Warn) -> dict | None:
+    """Read the checkpoint that `--resume` names; return None to start afresh.
+
+    Raises:
+        CheckpointError: none is there although one is named, or none is valid.
         UsageError: starting afresh would overwrite a run.
     """
-    save, source = Path(opt.save), Path(opt.save if opt.resume == "auto" else opt.resume)
-    is_own, state = source.resolve() == save.resolve(), None
+    save = Path(opt.save)
+    source = save if opt.resume == "auto" else Path(opt.resume)
+    state = None
+    # Read the file that is named, or the newest valid one of a directory.
     if opt.resume != "none":
-        state = (
-            checkpoints.load(source)
-            if source.is_file()
-            else checkpoints.load_latest(source, warn, quarantine=is_own and not opt.testOnly)
-        )
-    if state is not None:
-        state = state | {"settings": _parse_saved_settings(state)}
-    must_exist = opt.resume != "none" if opt.testOnly else opt.resume not in ("none", "auto")
-    if state is None and must_exist:
-        raise CheckpointError(f"no checkpoint in {source}", "name a run directory that has one")
-    # An older checkpoint's later history would be mixed with the new one in the same directory.
+        is_own = source.resolve() == save.resolve()
+        if source.is_file():
+            state = checkpoints.load(source)
+        else:
+            state = checkpoints.load_latest(source, warn, quarantine=is_own and not opt.testOnly)
+        if state is not None:
+            state = state | {"settings": _parse_saved_settings(state)}
+        elif opt.testOnly or opt.resume != "auto":
+            raise CheckpointError(f"no checkpoint in {source}", "name a run directory that has one")
+    # Resuming an older checkpoint in place would leave newer ones of another history beside it.
     newest = checkpoints.list_checkpoints(save)[:1]
-    continues = state is not None and source.resolve() in [
-        path.resolve() for path in (save, *newest)
-    ]
+    continues = state and source.resolve() in [path.resolve() for path in (save, *newest)]
     if not continues and not opt.testOnly and checkpoints.has_checkpoint(save):
         raise UsageError(
             f"{save} already holds a run",
@@ -59,10 +92,10 @@ def find_checkpoint(opt: SimpleNamespace, warn: Callable[[str], None]) -> dict |
 
 
 def _parse_saved_settings(state: dict) -> dict[str, object]:
-    """Read a state's settings, with the default of each flag that it does not know.
+    """Parse a checkpoint's settings; a flag that it does not know has its default.
 
     Raises:
-        CheckpointError: they are none, or its statistics of the data are none.
+        CheckpointError: a setting or a statistic of the data is invalid.
     """
     flags, given = opts.FLAGS, state["settings"]
     try:
@@ -74,51 +107,13 @@ def _parse_saved_settings(state: dict) -> dict[str, object]:
     except (KeyError, TypeError, ValueError) as error:
         what = f"the checkpoint has invalid settings or statistics: {error.args[0]}"
         raise CheckpointError(what, "use another checkpoint") from error
-    # A flag that a checkpoint does not know yet had the meaning of its default.
     return {name: flag.default for name, flag in flags.items()} | read
 
 
-def load_checkpoint(
-    opt: SimpleNamespace, directory: RunDirectory | None, world, warn: Callable[[str], None]
-) -> tuple[dict | None, bool]:
-    """Read the checkpoint to go on from in the first process, for all of them.
-
-    Args:
-        directory: of the run; None in all but the first process.
-
-    Returns:
-        Its state, None to start afresh; and whether nothing is left to do.
-
-    Raises:
-        CheckpointError, UsageError: as `find_checkpoint`.
-        CheckpointError: a process sees a newer checkpoint than the first.
-        PeerError: the run does not get on, see `check_progress`.
-    """
-
-    def read() -> tuple[dict | None, bool]:
-        state = find_checkpoint(opt, warn)
-        if state and is_complete(opt, state, directory.read_status()):
-            return state, True
-        check_progress(directory, state, world.process.restarted)
-        return state, False
-
-    found = world.broadcast_result(read, tensor_files.to_bytes, tensor_files.from_bytes)
-    check_shared_filesystem(Path(opt.save), world.all_gather_int(newest_step(Path(opt.save))))
-    return found
-
-
-def newest_step(directory: Path) -> int:
-    """The step of the newest checkpoint that can be seen in a directory, -1 for none."""
+def check_shared_filesystem(directory: Path, world) -> None:
+    """Raise CheckpointError when a rank sees a newer checkpoint than rank 0, which resumes."""
     found = checkpoints.list_checkpoints(directory)
-    return checkpoints.checkpoint_step(found[0]) if found else -1
-
-
-def check_shared_filesystem(directory: Path, steps: list[int]) -> None:
-    """Raise CheckpointError when a process sees a newer checkpoint than the first, which resumes.
-
-    Args:
-        steps: `newest_step` of each process.
-    """
+    steps = world.all_gather_int(checkpoints.checkpoint_step(found[0]) if found else -1)
     rank = max(range(len(steps)), key=lambda rank: steps[rank])
     if steps[rank] > steps[0]:
         current = f"step {steps[0]}" if steps[0] >= 0 else "none"
@@ -129,8 +124,46 @@ def check_shared_filesystem(directory: Path, steps: list[int]) -> None:
         )
 
 
+def check_progress(directory: RunDirectory, state: dict | None, restarted: bool) -> None:
+    """Count the automatic restarts in a row that find the run at the same step.
+
+    status.json keeps the count. A start by hand and progress reset it; a start that a signal
+    stopped did not fail and does not count.
+
+    Args:
+        state: the checkpoint to resume, None at the beginning of the run.
+        restarted: whether a launcher restarted the run, see distributed/launcher.py.
+
+    Raises:
+        PeerError: the third in a row; whatever restarts the run would never stop.
+    """
+    step = state["global_step"] if state else 0
+    status = directory.read_status()
+    previous = status.get("start", {})
+    num_fruitless = 0
+    if restarted and previous.get("global_step") == step:
+        num_fruitless = previous.get("in_vain", 0) + (status.get("state") != "preempted")
+    reason = status.get("reason", "it was killed")
+    # This function refused the last start already, so the cause is that of an earlier one.
+    if num_fruitless > MAX_FRUITLESS_RESTARTS:
+        reason = previous.get("reason", reason)
+    start = {"global_step": step, "in_vain": num_fruitless, "reason": reason}
+    directory.set_status_fields(start=start)
+    if restarted:  # at once: it may not live until its first status
+        directory.write_status("running")
+    if num_fruitless >= MAX_FRUITLESS_RESTARTS:
+        raise PeerError(
+            f"{num_fruitless} automatic starts in a row found the run at step {step}; "
+            f"the one before ended with: {reason}",
+            "look into the cause, then start it by hand, which counts anew",
+        )
+
+
+# ------------------------------------------------------------------------- comparing settings
+
+
 def check_network(opt: SimpleNamespace, state: dict) -> None:
-    """Raise CheckpointError when the checkpoint is of another network than the settings say."""
+    """Raise CheckpointError when the settings describe another network than the checkpoint's."""
     differing = opts.differences(opts.settings(opt), state["settings"], "model")
     if differing:
         saved = " ".join(f"{name}={saved}" for name, _, saved in differing)
@@ -142,12 +175,12 @@ def check_network(opt: SimpleNamespace, state: dict) -> None:
 
 
 class ResumedRun(NamedTuple):
-    """What a run goes on with.
+    """The settings and the state with which a run is resumed.
 
     Args:
-        opt: its settings: those given, with what it began with and what a longer run keeps.
-        state: its checkpoint, at the start of the epoch where that has other batches now.
-        overrides: what `--override` has changed over its life, in words, this time included.
+        opt: the settings given, with those that the run keeps from its start.
+        state: its checkpoint, moved to the start of the epoch if the batches have changed.
+        overrides: every change that `--override` has allowed, also earlier, in words.
     """
 
     opt: Settings
@@ -155,8 +188,8 @@ class ResumedRun(NamedTuple):
     overrides: list[str]
 
 
-def merge_settings(opt: Settings, state: dict, warn: Callable[[str], None]) -> ResumedRun:
-    """Compare the settings given with those of a checkpoint, and return what the run goes on with.
+def merge_settings(opt: Settings, state: dict, warn: Warn) -> ResumedRun:
+    """Compare the settings given with the checkpoint's, and merge them.
 
     Raises:
         CheckpointError: the checkpoint is of another network.
@@ -164,9 +197,13 @@ def merge_settings(opt: Settings, state: dict, warn: Callable[[str], None]) -> R
     """
     check_network(opt, state)
     saved = state["settings"]
-    opt = opt.replace(
-        **_settings_fixed_at_start(opt, saved, warn), **_saved_schedule(opt, saved, warn)
-    )
+    # Take over what does not change when a run is resumed.
+    for name in FIXED_AT_START:
+        if getattr(opt, name) not in (opts.FLAGS[name].default, saved[name]):
+            warn(f"{name} has no effect on a run that is resumed")
+    fixed = {name: saved[name] for name in FIXED_AT_START}
+    opt = opt.replace(**fixed, **_saved_schedule(opt, saved, warn))
+    # Compare the rest.
     changed = opts.differences(opts.settings(opt), saved, "training")
     if opt.nEpochs < saved["nEpochs"]:
         changed.append(("nEpochs", str(opt.nEpochs), str(saved["nEpochs"])))
@@ -178,26 +215,14 @@ def merge_settings(opt: Settings, state: dict, warn: Callable[[str], None]) -> R
         )
     for change in changes:
         warn(f"override: {change}")
-    position = f"epoch {state['epoch']} step {state['step']}"
-    overrides = state["overrides"] + [f"{position}: {change}" for change in changes]
+    overrides = state["overrides"] + [f"{_position(state)}: {change}" for change in changes]
     if {"batchSize", "manualSeed"} & {name for name, _, _ in changed}:
         state = _rewind_to_epoch_start(state, warn)
     return ResumedRun(opt, state, overrides)
 
 
-def _settings_fixed_at_start(
-    opt: Settings, saved: dict, warn: Callable[[str], None]
-) -> dict[str, object]:
-    """The settings that a run has from its start, which is past."""
-    names = ("epochNumber", "retrain", "resetClassifier")
-    for name in names:
-        if getattr(opt, name) not in (opts.FLAGS[name].default, saved[name]):
-            warn(f"{name} has no effect on a run that is resumed")
-    return {name: saved[name] for name in names}
-
-
-def _saved_schedule(opt: Settings, saved: dict, warn: Callable[[str], None]) -> dict:
-    """A longer run goes on at the rates it had, unless milestones are given."""
+def _saved_schedule(opt: Settings, saved: dict, warn: Warn) -> dict:
+    """Return the saved milestones if the run keeps them: they do not move with `nEpochs`."""
     is_longer = opt.nEpochs > saved["nEpochs"]
     if opt.nEpochs < saved["nEpochs"]:
         return {}
@@ -208,71 +233,40 @@ def _saved_schedule(opt: Settings, saved: dict, warn: Callable[[str], None]) -> 
         return {}
     if is_longer:
         warn(f"milestones stay {opts.as_text(saved['milestones'])}; --milestones sets others")
-    return {"milestones": saved["milestones"]}  # also when it is continued once more
+    return {"milestones": saved["milestones"]}  # of equal length too: it may have been longer once
 
 
-def _rewind_to_epoch_start(state: dict, warn: Callable[[str], None]) -> dict:
-    """Put a checkpoint from the middle of an epoch whose batches are others now at its start."""
+def _position(state: dict) -> str:
+    return f"epoch {state['epoch']} step {state['step']}"
+
+
+def _rewind_to_epoch_start(state: dict, warn: Warn) -> dict:
+    """Move a checkpoint to the start of its epoch, whose batches are others now."""
     if not state["step"]:
         return state
     warn(f"epoch {state['epoch']} starts anew, its batches are others now")
     return checkpoint_schema.rewind_to_epoch_start(state)
 
 
-def is_complete(opt: SimpleNamespace, state: dict, status: dict) -> bool:
-    """Whether nothing is left to do: every epoch trained, and the end written down."""
-    return state["epoch"] > opt.nEpochs and status.get("state") == "done"
+# ------------------------------------------------------------------------- restoring the state
 
 
-def check_progress(directory: RunDirectory, state: dict | None, is_automatic: bool) -> None:
-    """Count the automatic starts in a row that find the run where the start before found it.
-
-    The count lies in status.json. A start by hand sets it back to 0, and so does progress; a start
-    that was stopped by a signal is no failure and does not count.
+def restore(trainer, state: dict, metadata: dict, warn: Warn, override: bool = False) -> list[str]:
+    """Load a checkpoint into a trainer; return what `override` has allowed to change, in words.
 
     Args:
-        state: the checkpoint that the run goes on from, None at its beginning.
-        is_automatic: whether a launcher starts the run anew, see distributed/launcher.py.
+        metadata: of the current data, see datasets.factory.DataSplits.
 
     Raises:
-        PeerError: it is the third; whatever restarts the run would do so for ever.
+        CheckpointError: the data or the network's shapes differ; the trainer is unchanged.
     """
-    step = state["global_step"] if state else 0
-    status = directory.read_status()
-    previous = status.get("start", {})
-    num_fruitless = 0
-    if is_automatic and previous.get("global_step") == step:
-        num_fruitless = previous.get("in_vain", 0) + (status.get("state") != "preempted")
-    reason = status.get("reason", "it was killed")
-    # Refused by this function already at the last start: the cause is older.
-    if num_fruitless > MAX_FRUITLESS_RESTARTS:
-        reason = previous.get("reason", reason)
-    directory.set_status_fields(
-        start={"global_step": step, "in_vain": num_fruitless, "reason": reason}
-    )
-    if is_automatic:  # at once: it may not live until its first status
-        directory.write_status("running")
-    if num_fruitless >= MAX_FRUITLESS_RESTARTS:
-        raise PeerError(
-            f"{num_fruitless} automatic starts in a row found the run at step {step}; "
-            f"the one before ended with: {reason}",
-            "look into the cause, then start it by hand, which counts anew",
-        )
-
-
-def restore(
-    trainer, state: dict, facts: dict, warn: Callable[[str], None], override: bool = False
-) -> list[str]:
-    """Put a trainer where the checkpoint was; what `override` has changed, in words.
-
-    Raises:
-        CheckpointError: the data or the network's shapes differ; the trainer is untouched.
-    """
-    where = f"epoch {state['epoch']} step {state['step']}"
-    changes = [f"{where}: data {change}" for change in check_data(facts, state, override)]
+    changes = [
+        f"{_position(state)}: data {change}" for change in check_data(metadata, state, override)
+    ]
     for change in changes:
         warn(f"override: {change}")
     _check_shapes(trainer.model, state)
+    # Say what may change the rounding, and rewind where the random numbers cannot continue.
     threads, device = torch.get_num_threads(), trainer.device.type
     if state["device"] != device:
         warn(f"the run was on {state['device']}, now on {device}: it goes on, not bit for bit")
@@ -286,36 +280,20 @@ def restore(
     return changes
 
 
-def copy_best_model(opt: SimpleNamespace, trainer, warn: Callable[[str], None]) -> None:
-    """Let a run that goes on in another directory have its best model there as well."""
-    current = Path(opt.save) / "model_best.pt"
-    source = Path(opt.resume)
-    saved = (source if source.is_dir() else source.parent) / current.name
-    if trainer.results.best is None or current.exists():
-        return
-    newest = None if opt.resume == "auto" else checkpoints.load_latest(saved.parent, warn, False)
-    # Its best may be of an epoch after the checkpoint that was named.
-    if newest and newest["best"] == trainer.results.best and saved.is_file():
-        atomic_write(current, saved.read_bytes())
-    else:
-        warn(f"{current} is gone: the best result is forgotten and starts anew")
-        trainer.results.best = None
-
-
-def check_data(facts: dict, state: dict, override: bool = False) -> list[str]:
-    """Compare `facts` about the data with the checkpoint's; what may differ and does, in words.
+def check_data(metadata: dict, state: dict, override: bool = False) -> list[str]:
+    """Compare the data with the checkpoint's; return the differences that are allowed, in words.
 
     Args:
-        override: the images themselves may be others; never the classes or the counts.
+        override: allow other images; other classes or counts never.
 
     Raises:
         CheckpointError: anything else differs.
     """
-    previous = state["data"]
-    # A fact that an older version did not write down is not compared.
-    changed = [name for name in facts if name in previous and facts[name] != previous[name]]
+    saved = state["data"]
+    # An older version did not write every entry.
+    changed = [name for name in metadata if name in saved and metadata[name] != saved[name]]
     changed.sort(key=lambda name: name in DATA_FINGERPRINTS)
-    shown = [f"{name} {_shorten(facts[name])}, was {_shorten(previous[name])}" for name in changed]
+    shown = [f"{name} {_shorten(metadata[name])}, was {_shorten(saved[name])}" for name in changed]
     is_content_only = set(changed) <= {"mean", "std", *DATA_FINGERPRINTS}
     if changed and not (override and is_content_only):
         fix = "restore the data, or start another run from its weights with --retrain"
@@ -335,6 +313,33 @@ def _check_shapes(model: nn.Module, state: dict) -> None:
             f"checkpoint does not fit the network: {problems[0]} ({len(problems)} in all)",
             "use a checkpoint of this network",
         )
+
+
+def sync_run_files(opt: Settings, directory: RunDirectory | None, trainer, saver, warn: Warn):
+    """Bring the model files of a resumed run up to its checkpoint."""
+    if trainer.is_between_epochs:
+        saver.save_models()  # a crash may have come between the checkpoint and the model files
+    is_new_directory = False
+    if directory:
+        copy_best_model(opt, trainer, warn)
+        is_new_directory = not checkpoints.list_checkpoints(directory.path)
+    if any(trainer.world.all_reduce_max(is_new_directory)):
+        saver.save()  # so that `--resume auto` works from here on
+
+
+def copy_best_model(opt: Settings, trainer, warn: Warn) -> None:
+    """Copy the best model so far to the new directory of a run that is resumed from another."""
+    current, source = Path(opt.save) / "model_best.pt", Path(opt.resume)
+    saved = (source if source.is_dir() else source.parent) / current.name
+    if trainer.results.best is None or current.exists():
+        return
+    newest = None if opt.resume == "auto" else checkpoints.load_latest(saved.parent, warn, False)
+    # The best model there may be of an epoch after the checkpoint that was named.
+    if newest and newest["best"] == trainer.results.best and saved.is_file():
+        atomic_write(current, saved.read_bytes())
+    else:
+        warn(f"{current} is gone: the best result is forgotten and starts anew")
+        trainer.results.best = None
 
 
 def _shorten(value: object) -> str:
