@@ -1,38 +1,397 @@
-"""What a run may be continued as, elsewhere, longer, otherwise, and what is refused."""
+"""What a run may be resumed as, and what is refused: by small checkpoints, and by tiny runs."""
 
+import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import checkpoints
-from faults.contract import command, digests, records, refused, saved, tiny
+import opts
+from distributed.launcher import ProcessInfo
+from distributed.world import World
+from errors import CheckpointError, PeerError, RunError, UsageError
+from experiment import resume
+from experiment.directory import RunDirectory
+from faults.contract import command, records, refused, tiny
 from faults.sabotage import at_batch, send
 from helpers.run_main import run
 from helpers.sample_data import write_folder
+
+EARLIER = "epoch 1 step 0: LR 0.1, was 0.2"
+BEST = {"epoch": 1, "val_loss": 1.0, "val_top1": 50.0, "val_top5": 5.0}
+DATA = {
+    "classes": ["cat", "dog"], "train": 32, "val": 6, "test": None,
+    "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "training_set": "abc", "test_set": "def",
+}  # fmt: skip
+
+
+def given(**flags: object) -> opts.Settings:
+    """The settings of a command line of four epochs with milestones 2 and 3."""
+    return opts.parse(tiny(**{"nEpochs": 4, **flags}))
+
+
+def state_of(step: int = 7, **flags: object) -> dict:
+    """A valid checkpoint from the middle of the second epoch of such a run."""
+    weights = nn.Linear(3, 2).state_dict()
+    return {
+        "model": weights, "momentum": dict(weights), "scaler": {},
+        "rng": {"cpu": torch.get_rng_state()}, "epoch": 2, "step": 3, "global_step": step,
+        "device": "cpu", "threads": 1, "replicas": 1,
+        "sums": {"totals": [1.0, 2.0, 3.0], "count": 24}, "time_s": 1.0, "data_s": 0.5,
+        "best": BEST, "last": BEST, "settings": opts.settings(given(**flags)), "data": DATA,
+        "overrides": [EARLIER],
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------- finding the checkpoint
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A run with checkpoints of steps 3 and 7, one with step 5, remains of two, and nothing."""
+    for name, steps in (("run", (3, 7)), ("other", (5,)), ("a", ()), ("b", ()), ("empty", ())):
+        (tmp_path / name).mkdir()
+        for step in steps:
+            checkpoints.save(tmp_path / name, state_of(step), keep=9)
+    for left_over in ("a/model_last.pt", "b/checkpoint_000000003.pt.corrupt"):
+        (tmp_path / left_over).touch()
+    return tmp_path
+
+
+OLD, NEW = "run/checkpoint_000000003.pt", "run/checkpoint_000000007.pt"
+HOLDS = "already holds a run; fix: add --resume auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "test_only", "found"),
+    [
+        ("none", "empty", False, None),
+        ("none", "run", False, HOLDS),
+        ("none", "a", False, HOLDS),
+        ("none", "b", False, HOLDS),
+        ("none", "run", True, None),
+        ("auto", "empty", False, None),
+        ("auto", "empty", True, "no checkpoint in .*empty; fix: "),
+        ("auto", "run", False, 7),
+        ("run", "run", False, 7),
+        (NEW, "run", False, 7),
+        (OLD, "run", False, HOLDS),  # newer checkpoints of another history would stay beside it
+        (OLD, "run", True, 3),
+        (OLD, "empty", False, 3),
+        ("other", "empty", False, 5),
+        ("other", "run", False, HOLDS),
+        ("other", "run", True, 5),
+        ("empty", "new", False, "no checkpoint in .*empty; fix: name a run directory"),
+        ("missing", "new", False, "no checkpoint in .*missing"),
+        ("missing", "new", True, "no checkpoint in .*missing"),
+    ],
+)
+def test_the_checkpoint_that_a_flag_names_is_found_or_refused(place, name, save, test_only, found):
+    opt, notes = settings_in(place, name, save, test_only), []
+    if isinstance(found, str):
+        with pytest.raises(RunError) as caught:
+            resume.find_checkpoint(opt, notes.append)
+        assert re.search(found, caught.value.report())
+        assert caught.value.code == (2 if found == HOLDS else 4)
+    else:
+        state = resume.find_checkpoint(opt, notes.append)
+        assert (state and state["global_step"]) == found
+    fresh = [f"nothing to resume in {place / save}: starting afresh"]
+    assert notes == (fresh if (name, found) == ("auto", None) else [])
+
+
+def settings_in(place: Path, name: str, save: str, test_only: bool = False) -> opts.Settings:
+    source = name if name in ("none", "auto") else str(place / name)
+    return given(save=place / save).replace(resume=source, testOnly=test_only)
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "test_only", "is_moved"),
+    [("auto", "run", False, True), ("auto", "run", True, False), ("run", "new", False, False)],
+)
+def test_only_its_own_run_sets_a_damaged_checkpoint_aside(place, name, save, test_only, is_moved):
+    (place / NEW).write_bytes(b"")
+    notes = []
+    state = resume.find_checkpoint(settings_in(place, name, save, test_only), notes.append)
+    assert state["global_step"] == 3 and len(notes) == 1 and "is empty" in notes[0]
+    assert (place / NEW).exists() == (not is_moved)
+
+
+def test_a_flag_that_a_checkpoint_does_not_know_yet_has_its_default(tmp_path):
+    state = state_of()
+    del state["settings"]["syncBN"]
+    checkpoints.save(tmp_path, state, keep=1)
+    same, other = (given(save=tmp_path, syncBN=sync, resume="auto") for sync in (None, True))
+    state = resume.find_checkpoint(same, pytest.fail)
+    assert resume.merge_settings(same, state, pytest.fail).overrides == [EARLIER]
+    del state["settings"]["dropRate"]  # not read by `find_checkpoint`
+    with pytest.raises(UsageError, match=r"syncBN true, was false; dropRate 0\.0, was not set"):
+        resume.merge_settings(other, state, pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "named"),
+    [
+        ({"nEpochs": "many"}, {}, "'many' is not a whole number"),
+        ({}, {"mean": [0.0]}, "mean and std"),
+        ({}, {"std": [1.0, 1.0, float("nan")]}, "mean and std"),
+        ({}, {"mean": None}, "NoneType"),
+    ],
+)
+def test_a_checkpoint_with_invalid_settings_is_refused(tmp_path, settings, data, named):
+    state = state_of(nEpochs=5)
+    state |= {"settings": state["settings"] | settings, "data": DATA | data}
+    checkpoints.save(tmp_path, state, keep=1)
+    with pytest.raises(CheckpointError, match=f"invalid settings or statistics: .*{named}"):
+        resume.find_checkpoint(given(save=tmp_path, resume="auto"), pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "status", "is_complete"),
+    [(1, "done", True), (2, "done", False), (4, "done", False), (1, "running", False)],
+)
+def test_a_run_is_complete_once_its_end_is_written(place, num_epochs, status, is_complete):
+    opt = given(save=place / "run", resume="auto", nEpochs=num_epochs)  # a checkpoint of epoch 2
+    with RunDirectory(place / "run") as directory:
+        directory.write_status(status)
+        state, complete = resume.load_checkpoint(opt, directory, World(), pytest.fail)
+    assert (state["global_step"], complete) == (7, is_complete)
+
+
+@pytest.mark.parametrize(
+    ("save", "others", "pattern"),
+    [
+        ("run", [7, 3], None),
+        ("run", [9, 12], "process 2 sees a checkpoint of step 12 in .*run, 0 sees step 7"),
+        ("empty", [-1], None),
+        ("empty", [3], "process 1 sees a checkpoint of step 3 in .*empty, 0 sees none"),
+    ],
+)
+def test_a_process_that_sees_a_newer_checkpoint_is_named(place, save, others, pattern):
+    world = SimpleNamespace(all_gather_int=lambda step: [step, *others])
+    with pytest.raises(CheckpointError, match=pattern) if pattern else nullcontext():
+        resume.check_shared_filesystem(place / save, world)
+
+
+def test_the_third_restart_in_a_row_without_progress_is_refused(place):
+    """test_faults_restarts.py has the rest."""
+    opt, by_hand, again = settings_in(place, "auto", "run"), ProcessInfo(), ProcessInfo(restarted=1)
+    processes = [by_hand, again, again, again, by_hand, again, again, again]
+    ends = ["failed", "failed", "preempted", "running", "failed", "failed", "failed", "failed"]
+    counts = []
+    for start, (process, end) in enumerate(zip(processes, ends, strict=True), start=1):
+        with RunDirectory(place / "run") as directory:
+            refusal = pytest.raises(PeerError, match=r"^3 .* at step 7; .* with: cause 7")
+            with refusal if start == 8 else nullcontext():
+                resume.load_checkpoint(opt, directory, World(process), pytest.fail)
+            directory.write_status(end, reason=f"cause {start}")
+            counts.append(directory.read_status()["start"]["in_vain"])
+    assert counts == [0, 1, 2, 2, 0, 1, 2, 3]
+
+
+# -------------------------------------------------------------------------- comparing settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        ({"depth": 16}, "checkpoint is a densenet with depth=10, settings say depth=16"),
+        ({"growthRate": 3}, "with growthRate=2 initChannels=4, settings say growthRate=3 initCh"),
+        ({"bottleneck": False}, "bottleneck=true.*settings say bottleneck=false"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(flags, pattern):
+    with pytest.raises(CheckpointError, match=pattern):
+        resume.merge_settings(given(**flags, override=True), state_of(), pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "has_other_batches"),
+    [
+        ({"batchSize": 4}, ["batchSize 4, was 8"], True),
+        ({"manualSeed": 1}, ["manualSeed 1, was 0"], True),
+        ({"LR": 0.2}, ["LR 0.2, was 0.1"], False),
+        ({"nImages": 40}, ["nImages 40, was 32"], False),
+        ({"lrShape": "cosine"}, ["lrShape cosine, was multistep", "milestones , was 2,3"], False),
+        ({"milestones": "2,4"}, ["milestones 2,4, was 2,3"], False),
+        ({"nEpochs": 2}, ["milestones 1,2, was 2,3", "nEpochs 2, was 4"], False),
+        ({"batchSize": 16, "LR": 0.5}, ["batchSize 16, was 8", "LR 0.5, was 0.1"], True),
+    ],
+)
+def test_other_training_needs_an_override(flags, changes, has_other_batches):
+    with pytest.raises(UsageError) as caught:
+        resume.merge_settings(given(**flags), state_of(), pytest.fail)
+    ((what, fix),) = caught.value.problems
+    assert what == f"settings differ from the checkpoint's: {'; '.join(changes)}"
+    assert fix == "give the same flags, or --override true to go on with these"
+
+    opt, state, notes = given(**flags, override=True), state_of(), []
+    merged, moved, overrides = resume.merge_settings(opt, state, notes.append)
+    assert notes[: len(changes)] == [f"override: {change}" for change in changes]
+    assert overrides == [EARLIER, *(f"epoch 2 step 3: {change}" for change in changes)]
+    assert {name: getattr(merged, name) for name in flags} == {n: getattr(opt, n) for n in flags}
+    if has_other_batches:
+        assert notes[len(changes) :] == ["epoch 2 starts anew, its batches are others now"]
+        assert moved == state | {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
+    else:
+        assert moved is state and len(notes) == len(changes)
+    begun, notes = state_of() | {"step": 0}, []  # nothing of the epoch is done yet
+    assert resume.merge_settings(opt, begun, notes.append).state is begun
+    assert len(notes) == len(changes)
+
+
+LONGER = {"nEpochs": 8}
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved", "kept", "note"),
+    [
+        ({}, {}, {"milestones": [2, 3]}, None),
+        (LONGER, {}, {"milestones": [2, 3]}, "milestones stay 2,3; --milestones sets others"),
+        ({}, {"milestones": 2}, {"milestones": [2]}, None),
+        (LONGER | {"milestones": "2,3"}, {}, {"milestones": [2, 3]}, None),
+        (LONGER | {"lrShape": "cosine"}, {"lrShape": "cosine"}, {"milestones": None},
+         "the cosine spans 8 epochs now, it was 4"),
+        ({"epochNumber": 2}, {}, {"epochNumber": 1}, "epochNumber has no effect on a run that is"),
+        ({"retrain": "a"}, {"retrain": "b"}, {"retrain": "b"}, "retrain has no effect on a run"),
+        ({"retrain": "b"}, {"retrain": "b"}, {"retrain": "b"}, None),
+        ({}, {"retrain": "b", "resetClassifier": True}, {"resetClassifier": True}, None),
+        ({"optMemory": 4, "keep": 5}, {}, {"optMemory": 4, "keep": 5}, None),
+    ],
+)  # fmt: skip
+def test_what_a_run_keeps_from_its_start(flags, saved, kept, note):
+    notes, state = [], state_of(**saved)
+    opt, same, overrides = resume.merge_settings(given(**flags), state, notes.append)
+    assert {name: getattr(opt, name) for name in kept} == kept
+    assert len(notes) == (note is not None) and all(line.startswith(note) for line in notes)
+    assert same is state and overrides == [EARLIER]
+
+
+# --------------------------------------------------------------------------- restoring the state
+
+
+class FakeTrainer:
+    """What `restore` needs of a trainer; it keeps what is loaded."""
+
+    def __init__(self, size: int = 1):
+        self.model, self.device = nn.Linear(3, 2), torch.device("cpu")
+        self.world, self.loaded = World(ProcessInfo(size=size)), []
+        self.load_state_dict = self.loaded.append
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "expected"),
+    [
+        ({}, 1, []),
+        ({"device": "cuda", "threads": 2}, 1,
+         ["the run was on cuda, now on cpu: it goes on, not bit for bit", "epoch 2 starts anew, "]),
+        ({"threads": 2}, 1, ["1 threads, the run had 2: rounding can differ"]),
+        ({"replicas": 2}, 2, []),
+        ({}, 2, ["2 processes, the run had 1: the images keep their order"]),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_other_surroundings_is_loaded_with_a_note(changes, size, expected):
+    notes, trainer, state = [], FakeTrainer(size), state_of() | changes
+    assert resume.restore(trainer, state, DATA, notes.append) == []
+    assert len(notes) == len(expected) and all(map(str.startswith, notes, expected))
+    assert trainer.loaded == [state | {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
+                              if "device" in changes else state]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"model": {}}, r"does not fit the network: .*missing \(2 in all\)"),
+        ({"momentum": {"weight": torch.zeros(2, 3)}}, r"network: .*bias is missing \(1 in all\)"),
+        ({"momentum": {"weight": torch.zeros(2, 3), "bias": torch.zeros(5)}}, "bias has shape"),
+    ],
+)
+def test_a_checkpoint_whose_tensors_do_not_fit_is_not_loaded(changes, pattern):
+    trainer = FakeTrainer()
+    with pytest.raises(CheckpointError, match=pattern):
+        resume.restore(trainer, state_of() | changes, DATA, pytest.fail)
+    assert trainer.loaded == []
+    resume.restore(trainer, state_of(momentum=0) | {"momentum": {}}, DATA, pytest.fail)
+    assert len(trainer.loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown", "may_override"),
+    [
+        ({"training_set": "xyz"}, ["training_set xyz, was abc"], True),
+        ({"test_set": "x" * 99, "mean": [0.1, 0.5, 0.5]},
+         ["mean [0.1, 0.5, 0.5], was [0.5, 0.5, 0.5]", f"test_set {'x' * 64}, was def"], True),
+        ({"train": 33, "test_set": "xyz"}, ["train 33, was 32", "test_set xyz, was def"], False),
+        ({"classes": list("abcd")}, ["classes 4 values, was ['cat', 'dog']"], False),
+    ],
+)  # fmt: skip
+def test_other_data_is_refused_and_other_images_may_be_overridden(changes, shown, may_override):
+    trainer, data, notes = FakeTrainer(), DATA | changes | {"new entry": 1}, []
+    for override in [False] if may_override else [False, True]:
+        with pytest.raises(CheckpointError) as caught:
+            resume.restore(trainer, state_of(), data, notes.append, override)
+        ((what, fix),) = caught.value.problems
+        assert what == f"the data is not the checkpoint's: {', '.join(shown)}"
+        assert "--retrain" in fix and fix.endswith("--override true") == may_override
+    assert trainer.loaded == [] and notes == []
+    if may_override:
+        changed = resume.restore(trainer, state_of(), data, notes.append, override=True)
+        assert changed == [f"epoch 2 step 3: data {line}" for line in shown]
+        assert notes == [f"override: {line}" for line in changed] and len(trainer.loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "best", "is_copied", "is_forgotten"),
+    [
+        ("other", BEST, True, False),
+        ("other/checkpoint_000000005.pt", BEST, True, False),
+        ("other", BEST | {"epoch": 2}, False, True),  # the best model there is of another epoch
+        ("other", None, False, False),
+        ("auto", BEST, False, True),
+    ],
+)
+def test_the_best_model_comes_along_or_is_forgotten(place, source, best, is_copied, is_forgotten):
+    (place / "other" / "model_best.pt").write_bytes(b"weights")
+    copied, saves, notes = place / "empty" / "model_best.pt", [], []
+    trainer = SimpleNamespace(
+        results=SimpleNamespace(best=best), is_between_epochs=source == "auto", world=World()
+    )
+    saver = SimpleNamespace(save=lambda: saves.append("checkpoint"),
+                            save_models=lambda: saves.append("models"))  # fmt: skip
+    opt = settings_in(place, source, "empty")
+    with RunDirectory(place / "empty") as directory:
+        resume.sync_run_files(opt, directory, trainer, saver, notes.append)
+        assert (copied.exists() and copied.read_bytes() == b"weights") == is_copied
+        assert trainer.results.best == (None if is_forgotten else best)
+        gone = f"{copied} is gone: the best result is forgotten and starts anew"
+        assert notes == [gone] * is_forgotten
+        assert saves == ["models"] * trainer.is_between_epochs + ["checkpoint"]
+
+        # With a checkpoint and a best model of its own there is nothing to do.
+        checkpoints.save(directory.path, state_of(), keep=1)
+        copied.write_bytes(b"own")
+        trainer.is_between_epochs = False
+        for own in (directory, None):
+            resume.sync_run_files(opt, own, trainer, saver, pytest.fail)
+        assert len(saves) == 1 + (source == "auto") and copied.read_bytes() == b"own"
+
+
+# ----------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run of three epochs with milestones 2 and 3."""
     directory = tmp_path_factory.mktemp("finished")
-    assert run(tiny(nEpochs=3, keep=9, save=directory)).code == 0
+    assert run(tiny(nEpochs=3, save=directory)).code == 0
     return directory
-
-
-@pytest.fixture
-def again(finished, tmp_path) -> Path:
-    """A copy of it that a test may change."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def rewrite(path: Path, **changes: object) -> None:
-    """Change entries of a checkpoint."""
-    state = torch.load(path, weights_only=True)
-    torch.save(state | changes, path)
 
 
 def rates(directory: Path) -> list[float]:
@@ -40,52 +399,24 @@ def rates(directory: Path) -> list[float]:
     return [record["lr"] for record in records(directory)]
 
 
-@pytest.mark.parametrize("how", ["auto", "directory"])
-def test_a_longer_run_keeps_the_milestones_it_had(again, how):
-    argv = tiny(nEpochs=5, save=again) if how == "auto" else command(nEpochs=5)
-    result = run([*argv, f"--resume={'auto' if how == 'auto' else again}"])
-    assert result.code == 0
-    assert ("milestones stay 2,3" in result.err) == (how == "auto")  # else they come with the run
-    assert rates(again) == [0.1, 0.01, 0.001, 0.001, 0.001]
-    assert yaml.safe_load((again / "config.yaml").read_text())["milestones"] == [2, 3]
+def test_a_longer_run_keeps_its_milestones_unless_others_are_given(finished, tmp_path):
+    """Also when its directory is all that is given, and what it began with is gone."""
+    longer = Path(shutil.copytree(finished, tmp_path / "longer"))
+    result = run(command(resume=longer, nEpochs=5, retrain="/nowhere.pt"))
+    assert result.code == 0 and "retrain has no effect" in result.err
+    assert rates(longer) == [0.1, 0.01, 0.001, 0.001, 0.001]
+    config = (finished / "config.yaml").read_text().replace("nEpochs: 3", "nEpochs: 5")
+    assert (longer / "config.yaml").read_text() == config
+    assert yaml.safe_load(config)["milestones"] == [2, 3]
 
-
-def test_other_milestones_of_a_longer_run_have_to_be_overridden(again):
-    argv = command(nEpochs=5, milestones="2,5", resume=again)
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    argv = command(nEpochs=5, milestones="2,5", resume=other)
     refused(run(argv), 2, "milestones 2,5, was 2,3")
     assert run([*argv, "--override=true"]).code == 0
-    assert rates(again) == [0.1, 0.01, 0.001, 0.01, 0.001]
+    assert rates(other) == [0.1, 0.01, 0.001, 0.01, 0.001]
 
 
-def test_a_sound_checkpoint_of_another_version_is_named_and_stays(again):
-    for path in again.glob("checkpoint_*.pt"):
-        rewrite(path, format=2)
-    before = saved(again)
-    refused(run(command(resume=again)), 4, "has format 2, this program reads 1")
-    assert saved(again) == before and not list(again.glob("*.corrupt"))
-
-
-def test_testing_does_not_touch_a_damaged_checkpoint(again):
-    newest, older = checkpoints.list_checkpoints(again)[:2]
-    newest.write_bytes(newest.read_bytes()[:-100])
-    before = saved(again)
-    result = run(command(testOnly=True, resume=again))
-    assert result.code == 0 and "trying the one before" in result.err
-    assert saved(again) == before
-    alone = run(command(testOnly=True, resume=older))
-    assert result.out.splitlines()[-1] == alone.out.splitlines()[-1]
-
-
-def test_the_best_model_comes_along_to_another_directory(finished, tmp_path):
-    there = tmp_path / "there"
-    source = finished / "checkpoint_000000008.pt"
-    assert run(command(resume=source, save=there, nEpochs=3)).code == 0
-    assert digests(checkpoints.load_weights(there / "model_best.pt")) == digests(
-        checkpoints.load_weights(finished / "model_best.pt")
-    )
-
-
-def test_a_best_model_that_is_gone_is_forgotten_and_not_missed_at_the_end(tmp_path):
+def test_a_best_model_that_is_gone_is_not_missed_at_the_end(tmp_path):
     assert run(tiny(nEpochs=2, validSize=8, save=tmp_path)).code == 0
     (tmp_path / "model_best.pt").unlink()
     worse = command(resume=tmp_path, nEpochs=3, LR=1e4, milestones=3, override=True)
@@ -94,73 +425,27 @@ def test_a_best_model_that_is_gone_is_forgotten_and_not_missed_at_the_end(tmp_pa
     assert "the best result is forgotten" in result.err or "(best: epoch 2)" in result.out
 
 
-def test_weights_to_begin_with_are_no_part_of_a_resumed_run(again):
-    config = (again / "config.yaml").read_text()
-    result = run(command(resume=again, nEpochs=4, retrain="/nowhere.pt"))
-    assert result.code == 0 and "retrain has no effect" in result.err
-    assert (again / "config.yaml").read_text() == config.replace("nEpochs: 3", "nEpochs: 4")
-
-
-def test_a_fine_tuned_run_is_tested_and_resumed_by_its_directory(finished, tmp_path):
-    weights = finished / "model_last.pt"
-    fine = {"retrain": weights, "resetClassifier": True, "nClasses": 5, "save": tmp_path}
-    assert run(tiny(nEpochs=1, **fine)).code == 0
-    assert run(command(testOnly=True, resume=tmp_path)).code == 0
-    assert run(command(resume=tmp_path, nEpochs=2)).code == 0
-
-
-def test_an_epoch_stopped_on_another_device_starts_anew(tmp_path):
-    stopped = run(tiny(nEpochs=1, save=tmp_path), partial(at_batch, partial(send, 15), 2))
-    assert stopped.code == 75
-    (path,) = tmp_path.glob("checkpoint_*.pt")
-    rewrite(path, device="cuda")
-    result = run(command(resume=tmp_path))
-    assert result.code == 0
-    assert "the run was on cuda, now on cpu" in result.err and "epoch 1 starts anew" in result.err
-    assert checkpoints.load_latest(tmp_path, print)["global_step"] == 2 + 4
-
-
-def test_another_batch_size_starts_the_epoch_anew(tmp_path):
+def test_other_batches_start_the_epoch_again(tmp_path):
     stopped = run(tiny(nEpochs=1, save=tmp_path), partial(at_batch, partial(send, 15), 3))
     assert stopped.code == 75
     result = run(command(resume=tmp_path, batchSize=16, override=True))
     assert result.code == 0 and "epoch 1 starts anew" in result.err
-    state = checkpoints.load_latest(tmp_path, print)
-    assert state["global_step"] == 3 + 2
+    state = checkpoints.load_latest(tmp_path, pytest.fail)
+    assert (state["epoch"], state["global_step"]) == (2, 3 + 2)
     assert state["overrides"] == ["epoch 1 step 3: batchSize 16, was 8"]
 
 
-def test_a_log_with_rubbish_in_it_is_cut_there(again):
-    whole = records(again)
-    with open(again / "log.jsonl", "ab") as file:
-        file.write(b"\xff\xfe\n[1]\n")
-    assert run(command(resume=again, nEpochs=4)).code == 0
-    assert records(again)[:3] == whole and len(records(again)) == 4
-
-
-@pytest.fixture
-def folders(tmp_path) -> Path:
-    """A run on a folder of two classes, and the same images under other names of classes."""
-    counts = {split: {"a": 6, "b": 6} for split in ("train", "val")}
-    write_folder(tmp_path / "data", counts, size=8)
-    shutil.copytree(tmp_path / "data", tmp_path / "renamed")
-    for split in ("train", "val"):
-        (tmp_path / "renamed" / split / "a").rename(tmp_path / "renamed" / split / "z")
+def test_testing_normalises_as_the_network_was_trained_and_refuses_other_classes(tmp_path):
+    data, directory = tmp_path / "data", tmp_path / "run"
+    write_folder(data, {split: {"a": 6, "b": 6} for split in ("train", "val")}, size=8)
     flags = tiny(dataset="folder", nImages=None, nClasses=None, nEpochs=1)
-    assert run([*flags, f"--data={tmp_path / 'data'}", f"--save={tmp_path / 'run'}"]).code == 0
-    return tmp_path
-
-
-def test_testing_on_other_classes_is_refused(folders):
-    test = command(testOnly=True, resume=folders / "run")
-    assert run(test).code == 0
-    refused(run([*test, f"--data={folders / 'renamed'}"]), 4, "classes")
-
-
-def test_testing_normalises_as_the_network_was_trained(folders):
-    test = command(testOnly=True, resume=folders / "run")
+    assert run([*flags, f"--data={data}", f"--save={directory}"]).code == 0
+    test = command(testOnly=True, resume=directory)
     before = run(test).out.splitlines()[-1]
-    for path in sorted((folders / "data" / "train" / "a").iterdir())[1:]:
+    for path in sorted((data / "train" / "a").iterdir())[1:]:
         path.unlink()
     assert run(test).out.splitlines()[-1] == before
-    refused(run(command(resume=folders / "run", nEpochs=2)), 4, "mean .*, was")
+    refused(run(command(resume=directory, nEpochs=2)), 4, "mean .*, was")
+    for split in ("train", "val"):
+        (data / split / "a").rename(data / split / "z")
+    refused(run(test), 4, "classes")
