@@ -106,8 +106,6 @@ class PeerMonitor:
         """
         self._abort = abort
 
-    # -------------------------------------------------------------------------------- failures
-
     def _store_failure(self, error: Exception) -> Exception:
         """Write the failure record unless there is one; return the error that is recorded."""
         if isinstance(error, RunError):
@@ -140,10 +138,7 @@ class PeerMonitor:
         what = counted.get(len(lost), f"processes {names} are lost")
         return PeerError(f"{what} ({first_line(error)})", RERUN_HINT, lost=lost)
 
-    # --------------------------------------------------------------------------- missing ranks
-
     def _address(self, rank: int) -> tuple[str, int]:
-        """Return the host and the process id of a rank."""
         return tuple(json.loads(self._store.get(f"who/{rank}")))
 
     def _has_exited(self, rank: int) -> bool:
@@ -168,8 +163,6 @@ class PeerMonitor:
             if exited or not absent or time.monotonic() > deadline or has_record:
                 return exited or absent  # beside one that has exited, the others are only slow
             time.sleep(0.05)
-
-    # ------------------------------------------------------------------------------ heartbeat
 
     def _heartbeat_loop(self) -> None:
         """Ask once a second: do all processes answer, has one failed, do all shut down?"""

@@ -60,7 +60,6 @@ def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: fl
 
 
 def _env_store(timeout_s: float) -> dist.Store:
-    """Open the store that the launcher's environment names."""
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     return store
 

@@ -48,8 +48,6 @@ class World:
         self._host_group, self._timeout_s = host_group, timeout_s
         self.in_warmup = True
 
-    # ----------------------------------------------------------------------------- on the host
-
     def all_reduce_max(self, *values: int) -> list[int]:
         """Return the maximum of each value over all ranks."""
         if self.size == 1:
@@ -133,8 +131,6 @@ class World:
         if self.size > 1:
             self._on_host(dist.all_reduce, torch.zeros(1), long=True)
 
-    # --------------------------------------------------------------------------- on the device
-
     def all_reduce_(self, tensor: Tensor) -> None:
         """Replace a contiguous tensor by its sum over all ranks, in the order of the stream."""
         if self.size > 1:
@@ -157,8 +153,6 @@ class World:
             sizes = [tensor.numel() for tensor in same_dtype]
             for tensor, part in zip(same_dtype, flat.split(sizes), strict=True):
                 tensor.copy_(part.view(tensor.shape))
-
-    # --------------------------------------------------------------------------------- waiting
 
     def _on_device(self, collective: Callable, tensor: Tensor, *args: object) -> None:
         if tensor.device.type == "cpu":
@@ -198,10 +192,12 @@ class BatchShard:
         weights: (size,) float64: the part of the batch that each rank has.
         offset: index in the global batch of this rank's first image.
         global_size: images in the global batch.
+        all_reduce_, all_gather: as in `World`.
     """
 
     def __init__(self, world: World, device: torch.device):
-        self._world, self.rank = world, world.rank
+        self.rank, self._num_ranks = world.rank, world.size
+        self.all_reduce_, self.all_gather = world.all_reduce_, world.all_gather
         self.weights = torch.full((world.size,), 1 / world.size, dtype=torch.float64, device=device)
         self._sizes: list[int] = []
         self.offset, self.global_size = 0, 0
@@ -216,12 +212,4 @@ class BatchShard:
     @property
     def loss_weight(self) -> float:
         """Return the weight of this rank's mean loss in the mean over all ranks' losses."""
-        return self._sizes[self.rank] * self._world.size / self.global_size
-
-    def all_reduce_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks."""
-        self._world.all_reduce_(tensor)
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Gather the tensor of each rank: (size, *tensor.shape)."""
-        return self._world.all_gather(tensor)
+        return self._sizes[self.rank] * self._num_ranks / self.global_size

@@ -116,7 +116,6 @@ class Progress:
 
 
 def _supports_bar() -> bool:
-    """Return whether standard error is a terminal that can redraw a line."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return is_terminal and os.environ.get("TERM") != "dumb"
 

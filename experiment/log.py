@@ -66,8 +66,6 @@ class RunLog:
         self._writer = None
         self._warned: set[str] = set()
 
-    # ------------------------------------------------------------------------------------ files
-
     def open(self, next_epoch: int) -> None:
         """Open the files, and drop records of `next_epoch` and later."""
         kept = [line for line in read_log(self.directory) if line["epoch"] < next_epoch]
@@ -139,8 +137,6 @@ class RunLog:
         if line not in self._warned:
             self._warned.add(line)
             warn(f"{line}; training goes on")
-
-    # ---------------------------------------------------------------------------------- console
 
     def progress(self, name: str, epoch: int, steps: int, done: int, metrics: Metrics) -> Progress:
         """Return the progress of one pass over a split, a context manager."""

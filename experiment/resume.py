@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,8 +22,6 @@ DATA_FINGERPRINTS = ("training_set", "test_set")  # hashes of the images themsel
 FIXED_AT_START = ("epochNumber", "retrain", "resetClassifier")  # a resumed run has its own
 MAX_FRUITLESS_RESTARTS = 3  # automatic restarts in a row that made no progress
 Warn = Callable[[str], None]
-
-# ----------------------------------------------------------------------- finding the checkpoint
 
 
 def load_checkpoint(
@@ -159,9 +156,6 @@ def check_progress(directory: RunDirectory, state: dict | None, restarted: bool)
         )
 
 
-# ------------------------------------------------------------------------- comparing settings
-
-
 def check_network(opt: SimpleNamespace, state: dict) -> None:
     """Raise CheckpointError when the settings describe another network than the checkpoint's."""
     differing = opts.differences(opts.settings(opt), state["settings"], "model")
@@ -174,22 +168,13 @@ def check_network(opt: SimpleNamespace, state: dict) -> None:
         )
 
 
-class ResumedRun(NamedTuple):
-    """The settings and the state with which a run is resumed.
-
-    Args:
-        opt: the settings given, with those that the run keeps from its start.
-        state: its checkpoint, moved to the start of the epoch if the batches have changed.
-        overrides: every change that `--override` has allowed, also earlier, in words.
-    """
-
-    opt: Settings
-    state: dict
-    overrides: list[str]
-
-
-def merge_settings(opt: Settings, state: dict, warn: Warn) -> ResumedRun:
+def merge_settings(opt: Settings, state: dict, warn: Warn) -> tuple[Settings, dict, list[str]]:
     """Compare the settings given with the checkpoint's, and merge them.
+
+    Returns:
+        The settings given, with those that the run keeps from its start; the checkpoint, moved to
+        the start of its epoch if the batches have changed; and every change that `--override`
+        has allowed so far, in words.
 
     Raises:
         CheckpointError: the checkpoint is of another network.
@@ -218,7 +203,7 @@ def merge_settings(opt: Settings, state: dict, warn: Warn) -> ResumedRun:
     overrides = state["overrides"] + [f"{_position(state)}: {change}" for change in changes]
     if {"batchSize", "manualSeed"} & {name for name, _, _ in changed}:
         state = _rewind_to_epoch_start(state, warn)
-    return ResumedRun(opt, state, overrides)
+    return opt, state, overrides
 
 
 def _saved_schedule(opt: Settings, saved: dict, warn: Warn) -> dict:
@@ -246,9 +231,6 @@ def _rewind_to_epoch_start(state: dict, warn: Warn) -> dict:
         return state
     warn(f"epoch {state['epoch']} starts anew, its batches are others now")
     return checkpoint_schema.rewind_to_epoch_start(state)
-
-
-# ------------------------------------------------------------------------- restoring the state
 
 
 def restore(trainer, state: dict, metadata: dict, warn: Warn, override: bool = False) -> list[str]:

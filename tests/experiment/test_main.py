@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import checkpoints
 from faults.contract import command, digests, outcome, records, refused, saved, status, tiny
@@ -101,13 +100,6 @@ def test_the_digits_are_learnt(tmp_path):
     assert json.loads((tmp_path / "data.json").read_text())["train"] == 1437
 
 
-def test_the_default_directory_is_named_after_the_run(tmp_path):
-    result = run(tiny(nEpochs=1, manualSeed=7), partial(os.chdir, tmp_path))
-    (made,) = (tmp_path / "checkpoints").iterdir()
-    assert made.name == "synthetic-densenet-BC-L10-k2-seed7"
-    assert " * Test " not in result.out and "test_top1" not in status(made)  # no validation set
-
-
 # -------------------------------------------------------------------------------------- test only
 
 
@@ -139,19 +131,6 @@ def test_only_testing_a_run_in_progress_is_not_upset_by_its_retention(plain, tmp
     result = run(command(resume=directory, testOnly=True), retention)
     assert result.code == 0, result
     assert numbers(result.out) == [errors(records(plain)[1])]
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "pattern"),
-    [
-        ({}, 2, r"testOnly without weights.*; fix: add --resume DIR or --retrain FILE"),
-        ({"resume": "auto"}, 4, r"no checkpoint in .*run; fix: "),
-        ({"retrain": "nothing.pt"}, 4, r"no such file: nothing.pt; fix: "),
-    ],
-)
-def test_only_testing_needs_weights(tmp_path, flags, code, pattern):
-    refused(run(tiny(testOnly=True, save=tmp_path / "run", **flags)), code, pattern)
-    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------- resuming
@@ -228,29 +207,7 @@ def test_a_fine_tuned_run_has_a_new_classifier_and_is_resumed_and_tested(plain, 
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "pattern"),
-    [
-        ({"depth": 16}, r"weights do not fit the network: .* is missing; .*\d+ in all; fix: give"),
-        ({"nClasses": 5}, "classifier.*; fix: add --resetClassifier"),
-    ],
-)
-def test_weights_of_another_network_are_named(plain, tmp_path, flags, pattern):
-    refused(run(tiny(**flags, retrain=plain / "model_last.pt", save=tmp_path)), 4, pattern)
-
-
 # ------------------------------------------------------------------------------- the command line
-
-
-def test_the_resolved_settings_are_printed_as_a_config(tmp_path):
-    here = partial(os.chdir, tmp_path)
-    text = run("-depth 40 -bottleneck false -printConfig", here).out
-    settings = yaml.safe_load(text)
-    assert (settings["depth"], settings["bottleneck"]) == (40, False)
-    assert (settings["initChannels"], settings["milestones"]) == (16, [150, 225])
-    (tmp_path / "c.yaml").write_text(text)
-    assert run("--config c.yaml --printConfig true", here).out == text
-    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,6 @@ def stopped_run(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.fixture
-def begun(stopped_run, tmp_path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(stopped_run, tmp_path / "begun"))
-
-
 def test_the_same_command_gives_the_same_run(uninterrupted, tmp_path):
     assert finish(tmp_path / "same", **RUN, saveEvery=EVERY_STEP) == uninterrupted
     other = finish(tmp_path / "other", **RUN, manualSeed=1)
@@ -84,8 +78,10 @@ def test_a_run_stopped_by_a_signal_resumes_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("forget", [forget_rng, forget_position])
-def test_a_resume_that_forgets_something_ends_differently(uninterrupted, begun, forget):
-    other = finish(begun, forget, **RUN)
+def test_a_resume_that_forgets_something_ends_differently(
+    uninterrupted, stopped_run, tmp_path, forget
+):
+    other = finish(shutil.copytree(stopped_run, tmp_path / "begun"), forget, **RUN)
     assert other["weights"] != uninterrupted["weights"]
     assert other["log"] != uninterrupted["log"]
 
@@ -176,21 +172,6 @@ def test_a_folder_of_images_resumes_alike_with_any_number_of_workers(photographs
 # ------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("changes", "code", "pattern"),
-    [
-        ({"depth": 16}, 4, r"is a densenet with depth=10, settings say depth=16"),
-        ({"nClasses": 4}, 4, r"the data is not the checkpoint's: classes"),
-        ({"LR": 0.1, "dropRate": 0}, 2, r"LR 0.1, was 0.05; dropRate 0.0, was 0.2; fix: .*overr"),
-    ],
-)
-def test_a_run_is_not_resumed_as_another_one(begun, changes, code, pattern):
-    """test_continuing.py has all that may differ."""
-    before = saved(begun)
-    refused(run(tiny(**RUN | changes, resume="auto", save=begun)), code, pattern)
-    assert saved(begun) == before
-
-
 def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
     for threads, remarked in ((1, False), (2, True)):
         argv = tiny(**RUN, resume=stopped_run, save=tmp_path / str(threads))
@@ -200,18 +181,24 @@ def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
         assert (remark in result.err) == remarked
 
 
-def test_an_override_is_said_and_recorded(stopped_run, tmp_path):
+def test_an_override_is_said_and_recorded_and_other_batches_start_the_epoch_again(
+    stopped_run, tmp_path
+):
+    before = saved(stopped_run)
     changes = {"LR": 0.01, "batchSize": 16}
-    argv = tiny(**RUN | changes, resume=stopped_run, save=tmp_path, override=True)
-    result = run(argv, stopped(1))
-    assert result.code == 75
+    argv = tiny(**RUN | changes, resume=stopped_run, save=tmp_path)
+    refused(run(argv), 2, "batchSize 16, was 8; LR 0.01, was 0.05; fix: .*--override true")
+    result = run([*argv, "--override=true"], stopped(1))
+    assert result.code == 75 and saved(stopped_run) == before
     assert "note: override: LR 0.01, was 0.05" in result.err
+    assert "epoch 1 starts anew" in result.err
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()).items() >= changes.items()
     overrides = ["epoch 1 step 17: batchSize 16, was 8", "epoch 1 step 17: LR 0.01, was 0.05"]
-    assert checkpoints.load_latest(tmp_path, pytest.fail)["overrides"] == overrides
     again = tiny(**RUN | changes, resume="auto", save=tmp_path)  # now they are the run's own
-    assert run(again, stopped(1)).code == 75
-    assert checkpoints.load_latest(tmp_path, pytest.fail)["overrides"] == overrides
+    assert run(again, stopped(STEPS // 2 - 1)).code == 75
+    state = checkpoints.load_latest(tmp_path, pytest.fail)
+    assert (state["epoch"], state["step"], state["global_step"]) == (1, STEPS // 2, 17 + STEPS // 2)
+    assert state["overrides"] == overrides
 
 
 def test_a_run_whose_data_has_changed_is_refused(tmp_path):
