@@ -13,7 +13,7 @@ import yaml
 
 import checkpoints
 from faults.contract import TINY, command, outcome, records, refused, saved, status, tiny
-from faults.sabotage import at_batch, forget_position, forget_rng, kill_after, send
+from faults.sabotage import at_batch, forget_position, forget_rng, kill_after, no_fsync, send
 from helpers.run_main import run
 from helpers.sample_data import write_folder
 
@@ -48,7 +48,7 @@ def stopped_run(tmp_path_factory) -> Path:
 
 
 def test_the_same_command_gives_the_same_run(uninterrupted, tmp_path):
-    assert finish(tmp_path / "same", **RUN, saveEvery=EVERY_STEP) == uninterrupted
+    assert finish(tmp_path / "same", no_fsync, **RUN, saveEvery=EVERY_STEP) == uninterrupted
     other = finish(tmp_path / "other", **RUN, manualSeed=1)
     for part in ("weights", "momentum", "rng", "log"):
         assert other[part] != uninterrupted[part]
@@ -93,7 +93,8 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(uninte
     for _ in range(20):
         # A few steps at a time, so that the run is still young at the twentieth kill.
         moment = partial(kill_after, draws.uniform(0, 0.004))
-        result = run(argv, partial(at_batch, moment, draws.randint(2, 7), "any"))
+        killed = partial(at_batch, moment, draws.randint(2, 7), "any")
+        result = run(argv, killed)
         assert result.code == -signal.SIGKILL, result
         reached.append(max((path.name for path in tmp_path.glob("checkpoint_*.pt")), default=""))
     assert reached == sorted(reached) and len(set(reached)) > 10  # each went on, mostly mid-epoch
