@@ -134,7 +134,7 @@ class PeerMonitor:
 
     def _lost_error(self, error: RuntimeError, lost: list[int]) -> PeerError:
         names = ", ".join("{} (host {}, {})".format(rank, *self._address(rank)) for rank in lost)
-        counted = {0: "the exchange with the others broke", 1: f"process {names} is lost"}
+        counted = {0: "the connection to the others broke", 1: f"process {names} is lost"}
         what = counted.get(len(lost), f"processes {names} are lost")
         return PeerError(f"{what} ({first_line(error)})", RERUN_HINT, lost=lost)
 
@@ -193,7 +193,7 @@ class PeerMonitor:
         """Record a failure if the main thread reaches no collective: peers may be waiting in it."""
         since = self._last_collective_at
         if since is not None and time.monotonic() - since > self._timeout_s:
-            what = f"process {self._process.rank} waits for its device, and has not met the others"
+            what = f"process {self._process.rank} waits for its device, and has exchanged nothing"
             self._store_failure(PeerError(f"{what} for {self._timeout_s:g} s", RERUN_HINT))
             self._has_failed = True
 

@@ -74,7 +74,7 @@ class RunDirectory:
         owner = self._lock.read().strip()
         if owner != self._owner:
             self._status.clear()  # the other process writes the run's outcome
-            what = f"run directory {self.path} was taken over by {owner or 'nobody known'}"
+            what = f"run directory {self.path} was taken over by {owner or 'an unknown process'}"
             raise BusyError(what, "let that one end the run")
 
     def write_json(self, name: str, value: object) -> None:

@@ -229,7 +229,7 @@ def _rewind_to_epoch_start(state: dict, warn: Warn) -> dict:
     """Move a checkpoint to the start of its epoch, whose batches are others now."""
     if not state["step"]:
         return state
-    warn(f"epoch {state['epoch']} starts anew, its batches are others now")
+    warn(f"epoch {state['epoch']} starts again: its batches have changed")
     return checkpoint_schema.rewind_to_epoch_start(state)
 
 
@@ -320,7 +320,7 @@ def copy_best_model(opt: Settings, trainer, warn: Warn) -> None:
     if newest and newest["best"] == trainer.results.best and saved.is_file():
         atomic_write(current, saved.read_bytes())
     else:
-        warn(f"{current} is gone: the best result is forgotten and starts anew")
+        warn(f"{current} is gone: the best result is forgotten, the next epoch sets one")
         trainer.results.best = None
 
 

@@ -15,7 +15,7 @@ import checkpoints
 import opts
 from distributed.launcher import ProcessInfo
 from distributed.world import World
-from errors import CheckpointError, RunError, UsageError
+from errors import CheckpointError, PeerError, RunError, UsageError
 from experiment import resume
 from experiment.directory import RunDirectory
 from faults.contract import command, records, refused, tiny
@@ -173,6 +173,19 @@ def test_a_process_that_sees_a_newer_checkpoint_is_named(place, save, others, pa
         resume.check_shared_filesystem(place / save, world)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_restart_without_progress_is_counted_and_the_third_refused(place, count):
+    """test_faults_restarts.py has the rest."""
+    opt, world = settings_in(place, "auto", "run"), World(ProcessInfo(restarted=True))
+    with RunDirectory(place / "run") as directory:
+        start = {"global_step": 7, "in_vain": count, "reason": "a"}
+        directory.write_status("failed", reason="b", start=start)
+        refusal = pytest.raises(PeerError, match=r"^3 .* at step 7; .* ended with: b$")
+        with refusal if count == 2 else nullcontext():
+            resume.load_checkpoint(opt, directory, world, pytest.fail)
+        assert directory.read_status()["start"] == start | {"in_vain": count + 1, "reason": "b"}
+
+
 # -------------------------------------------------------------------------- comparing settings
 
 
@@ -215,7 +228,7 @@ def test_other_training_needs_an_override(flags, changes, has_other_batches):
     assert overrides == [EARLIER, *(f"epoch 2 step 3: {change}" for change in changes)]
     assert {name: getattr(merged, name) for name in flags} == {n: getattr(opt, n) for n in flags}
     if has_other_batches:
-        assert notes[len(changes) :] == ["epoch 2 starts anew, its batches are others now"]
+        assert notes[len(changes) :] == ["epoch 2 starts again: its batches have changed"]
         assert moved == state | {"step": 0, "sums": None, "time_s": 0.0, "data_s": 0.0}
     else:
         assert moved is state and len(notes) == len(changes)
@@ -268,7 +281,7 @@ class FakeTrainer:
     [
         ({}, 1, []),
         ({"device": "cuda", "threads": 2}, 1,
-         ["the run was on cuda, now on cpu: it goes on, not bit for bit", "epoch 2 starts anew, "]),
+         ["the run was on cuda, now on cpu: it goes on, not bit for bit", "epoch 2 starts again"]),
         ({"threads": 2}, 1, ["1 threads, the run had 2: rounding can differ"]),
         ({"replicas": 2}, 2, []),
         ({}, 2, ["2 processes, the run had 1: the images keep their order"]),
@@ -347,7 +360,7 @@ def test_the_best_model_comes_along_or_is_forgotten(place, source, best, is_copi
         resume.sync_run_files(opt, directory, trainer, saver, notes.append)
         assert (copied.exists() and copied.read_bytes() == b"weights") == is_copied
         assert trainer.results.best == (None if is_forgotten else best)
-        gone = f"{copied} is gone: the best result is forgotten and starts anew"
+        gone = f"{copied} is gone: the best result is forgotten, the next epoch sets one"
         assert notes == [gone] * is_forgotten
         assert saves == ["models"] * trainer.is_between_epochs + ["checkpoint"]
 

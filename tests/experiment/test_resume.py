@@ -192,7 +192,7 @@ def test_an_override_is_said_and_recorded_and_other_batches_start_the_epoch_agai
     result = run([*argv, "--override=true"], stopped(1))
     assert result.code == 75 and saved(stopped_run) == before
     assert "note: override: LR 0.01, was 0.05" in result.err
-    assert "epoch 1 starts anew" in result.err
+    assert "epoch 1 starts again" in result.err
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()).items() >= changes.items()
     overrides = ["epoch 1 step 17: batchSize 16, was 8", "epoch 1 step 17: LR 0.01, was 0.05"]
     again = tiny(**RUN | changes, resume="auto", save=tmp_path)  # now they are the run's own
