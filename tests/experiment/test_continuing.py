@@ -173,16 +173,17 @@ def test_a_process_that_sees_a_newer_checkpoint_is_named(place, save, others, pa
         resume.check_shared_filesystem(place / save, world)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("count", [-1, 0, 1, 2])
 def test_a_restart_without_progress_is_counted_and_the_third_refused(place, count):
-    """test_faults_restarts.py has the rest."""
-    opt, world = settings_in(place, "auto", "run"), World(ProcessInfo(restarted=True))
+    """A start by hand sets the count to 0; test_faults_restarts.py has the rest."""
+    opt, world = settings_in(place, "auto", "run"), World(ProcessInfo(restarted=count >= 0))
     with RunDirectory(place / "run") as directory:
         start = {"global_step": 7, "in_vain": count, "reason": "a"}
         directory.write_status("failed", reason="b", start=start)
         refusal = pytest.raises(PeerError, match=r"^3 .* at step 7; .* ended with: b$")
         with refusal if count == 2 else nullcontext():
             resume.load_checkpoint(opt, directory, world, pytest.fail)
+        directory.write_status("running")
         assert directory.read_status()["start"] == start | {"in_vain": count + 1, "reason": "b"}
 
 
@@ -324,9 +325,9 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_not_loaded(changes, pattern):
 )  # fmt: skip
 def test_other_data_is_refused_and_other_images_may_be_overridden(changes, shown, may_override):
     trainer, data, notes = FakeTrainer(), DATA | changes | {"new entry": 1}, []
-    for override in [False] if may_override else [False, True]:
+    for override in [{}] if may_override else [{}, {"override": True}]:
         with pytest.raises(CheckpointError) as caught:
-            resume.restore(trainer, state_of(), data, notes.append, override)
+            resume.restore(trainer, state_of(), data, notes.append, **override)
         ((what, fix),) = caught.value.problems
         assert what == f"the data is not the checkpoint's: {', '.join(shown)}"
         assert "--retrain" in fix and fix.endswith("--override true") == may_override
