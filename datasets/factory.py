@@ -1,7 +1,8 @@
 """dataset name -> training, validation and test batches. The only file here that sees `opt`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,6 @@ from datasets.fingerprints import hash_files, hash_images
 from datasets.memory_loader import (
     Augmentation,
     ImageTensors,
-    InMemoryDataset,
     MemoryLoader,
     channel_statistics,
     normalise_pixels,
@@ -81,25 +81,32 @@ def create(
         raise DataError(error.strerror, "raise it with ulimit -n, or lower --nThreads") from error
     dataset = DATASETS[opt.dataset]
     is_on_disk = dataset.is_read_from_disk(opt.imageSize)
-    # A network that knows its statistics is tested without its training images being decoded.
+    # A network that knows its statistics is tested without decoding its training images.
     test_only = dataset.is_image_folder and opt.testOnly and statistics and not is_on_disk
     if is_on_disk or not statistics:
         statistics = dataset.statistics_at(opt.imageSize)
-    loaders = _LoaderFactory(opt, device, dtype, process, statistics)
+
+    # List the image files, or read all images into memory.
     if is_on_disk or test_only:
-        data = _from_files(loaders, test_only, warn, all_gather)
+        train, test, classes, fingerprints = _index_files(opt, test_only)
     else:
-        data = _from_memory(loaders, _load(opt, warn))
-    for split in (data.train, data.val, data.test):
-        if isinstance(split, FileLoader):
-            split.start()
-    data.metadata |= {
-        "classes": data.classes,
-        "train": data.train.sampler.num_images if data.train else None,
-        "val": data.val.sampler.num_images,
-        "test": data.test.sampler.num_images if data.test else None,
-    }
-    return data
+        train, test, classes, fingerprints = _read_images(opt, warn)
+
+    # Hold out validation images; compute the statistics of the rest if nothing tells them.
+    split, kept, held_out = {}, None, ()
+    if train is not None:
+        kept, held_out = split_indices(len(train), opt.validSize, opt.manualSeed)
+        split = {"held_out": held_out.tolist()}
+        statistics = statistics or channel_statistics(train.pixels, kept)
+    mean, std = statistics
+
+    unreadable = partial(UnreadableImages, opt.onBadImage, warn=warn, all_gather=all_gather)
+    loaders = _LoaderFactory(opt, device, dtype, process, statistics, unreadable)
+    metadata = {"mean": list(mean), "std": list(std)} | split | fingerprints
+    parts = loaders.make_all(train, test, kept, held_out)
+    sizes = (part.sampler.num_images if part else None for part in parts)
+    metadata |= {"classes": classes} | dict(zip(("train", "val", "test"), sizes, strict=True))
+    return DataSplits(*parts, classes, metadata)
 
 
 def evaluation_loader(
@@ -117,8 +124,10 @@ def evaluation_loader(
         statistics: mean and std that the network was trained with.
         unreadable: told of the images that cannot be read.
     """
-    loaders = _LoaderFactory(opt, device, dtype, SINGLE_PROCESS, statistics)
-    return loaders.file_loader(samples, torch.arange(len(samples)), unreadable)
+    loaders = _LoaderFactory(
+        opt, device, dtype, SINGLE_PROCESS, statistics, lambda total: unreadable
+    )
+    return loaders.make(samples, torch.arange(len(samples)))
 
 
 def published_statistics(opt: SimpleNamespace) -> Statistics | None:
@@ -129,56 +138,57 @@ def published_statistics(opt: SimpleNamespace) -> Statistics | None:
 
 @dataclass(frozen=True)
 class _LoaderFactory:
-    """Makes the batches of splits, all normalised and sampled in the same way.
-
-    A split for training is shuffled and augmented; any other is for evaluation.
-    """
+    """Make the loaders of all splits, which normalise and sample alike."""
 
     opt: SimpleNamespace
     device: torch.device
     dtype: torch.dtype
     process: ProcessInfo
-    statistics: Statistics | None
+    statistics: Statistics
+    make_unreadable: Callable[[int], UnreadableImages]  # from the number of images
 
-    def memory_loader(
-        self, images: ImageTensors, indices: Tensor, training: bool = False
-    ) -> MemoryLoader:
-        """Batch some of the images that lie on the device."""
-        mean, std = self.statistics
-        flip, pad = DATASETS[self.opt.dataset].flip, self.opt.imageSize // PAD_DIVISOR
-        return MemoryLoader(
-            images,
-            self._make_sampler(indices, training),
-            mean=mean,
-            std=std,
-            dtype=self.dtype,
-            augmentation=Augmentation(pad, flip) if training and self.opt.augment else None,
-        )
-
-    def file_loader(
+    def make_all(
         self,
-        samples: Samples,
-        indices: Tensor,
-        unreadable: UnreadableImages,
-        training: bool = False,
-    ) -> FileLoader:
-        """Batch some image files, which worker processes decode anew each time."""
+        train: ImageTensors | Samples | None,
+        test: ImageTensors | Samples,
+        kept: Tensor | None,
+        held_out: Tensor | tuple,
+    ) -> tuple[MemoryLoader | FileLoader | None, ...]:
+        """Make the training, validation and test loaders, and start their workers."""
+        if isinstance(test, ImageTensors):
+            train, test = train.to(self.device), test.to(self.device)
+        test_loader = self.make(test, torch.arange(len(test)))
+        train_loader = None if train is None else self.make(train, kept, training=True)
+        parts = train_loader, test_loader, None
+        if len(held_out):
+            parts = train_loader, self.make(train, held_out), test_loader
+        for part in parts:
+            if isinstance(part, FileLoader):
+                part.start()
+        return parts
+
+    def make(
+        self, images: ImageTensors | Samples, indices: Tensor, training: bool = False
+    ) -> MemoryLoader | FileLoader:
+        """Batch some of the images: shuffled and augmented for training, in order if not."""
+        opt, sampler = self.opt, self._make_sampler(indices, training)
+        if isinstance(images, ImageTensors):
+            mean, std = self.statistics
+            flip, pad = DATASETS[opt.dataset].flip, opt.imageSize // PAD_DIVISOR
+            augmentation = Augmentation(pad, flip) if training and opt.augment else None
+            return MemoryLoader(
+                images, sampler, mean=mean, std=std, dtype=self.dtype, augmentation=augmentation
+            )
         transform, normalise = self._pipeline(training)
         return FileLoader(
-            ImageFileDataset(samples, transform, self.opt.manualSeed),
-            self._make_sampler(indices, training),
-            num_workers=self.opt.nThreads,
-            unreadable=unreadable,
-            image_size=self.opt.imageSize,
+            ImageFileDataset(images, transform, opt.manualSeed),
+            sampler,
+            num_workers=opt.nThreads,
+            unreadable=self.make_unreadable(len(indices)),
+            image_size=opt.imageSize,
             normalise=normalise,
             device=self.device,
         )
-
-    @property
-    def metadata(self) -> dict:
-        """The statistics, as a checkpoint has them."""
-        mean, std = self.statistics
-        return {"mean": list(mean), "std": list(std)}
 
     def _make_sampler(self, indices: Tensor, training: bool) -> BatchSampler:
         if training:
@@ -211,72 +221,38 @@ class _LoaderFactory:
         )
 
 
-def _load(opt: SimpleNamespace, warn: Callable[[str], None]) -> InMemoryDataset:
-    """Read a dataset into memory."""
+Parts = tuple[ImageTensors | Samples | None, ImageTensors | Samples, list[str], dict[str, str]]
+
+
+def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Parts:
+    """Read a dataset into memory: training and test images, classes, fingerprints."""
     dataset = DATASETS[opt.dataset]
     load = dataset.import_loader()
     if dataset.is_generated:
         classes = opt.nClasses or dataset.num_classes
-        return load(opt.nImages, classes, opt.imageSize, opt.manualSeed)
-    if dataset.is_image_folder:
-        return load(Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn)
-    return load(Path(opt.data))
-
-
-def _from_memory(loaders: _LoaderFactory, data: InMemoryDataset) -> DataSplits:
-    """Put all images on the device, where their batches are cut out."""
-    opt = loaders.opt
+        data = load(opt.nImages, classes, opt.imageSize, opt.manualSeed)
+    elif dataset.is_image_folder:
+        data = load(Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn)
+    else:
+        data = load(Path(opt.data))
     _check_classes(opt, data.classes)
     data.check()
-    kept, held_out = split_indices(len(data.train), opt.validSize, opt.manualSeed)
-    digests = {"training_set": hash_images(data.train), "test_set": hash_images(data.test)}
-    if loaders.statistics is None:
-        loaders = replace(loaders, statistics=channel_statistics(data.train.pixels, kept))
-    train, test = data.train.to(loaders.device), data.test.to(loaders.device)
-    metadata = loaders.metadata | {"held_out": held_out.tolist()} | digests
-    return DataSplits(
-        *_make_loaders(loaders.memory_loader, train, test, kept, held_out), data.classes, metadata
-    )
+    fingerprints = {"training_set": hash_images(data.train), "test_set": hash_images(data.test)}
+    return data.train, data.test, data.classes, fingerprints
 
 
-def _from_files(
-    loaders: _LoaderFactory, test_only: bool, warn: Callable[[str], None], all_gather: AllGather
-) -> DataSplits:
-    """Leave the images in their files."""
+def _index_files(opt: SimpleNamespace, test_only: bool) -> Parts:
+    """List the files of a dataset in place of its images; no training files if `test_only`."""
     from datasets.image_folder import index_folder
 
-    opt, root = loaders.opt, Path(loaders.opt.data)
-    files = index_folder(root)
-    _check_classes(opt, files.classes)
-
-    def make_loader(samples: Samples, indices: Tensor, training: bool = False) -> FileLoader:
-        unreadable = UnreadableImages(opt.onBadImage, len(indices), warn, all_gather)
-        return loaders.file_loader(samples, indices, unreadable, training)
-
-    test_set = {"test_set": hash_files(files.val, root / "val")}
+    root = Path(opt.data)
+    index = index_folder(root)
+    _check_classes(opt, index.classes)
+    test_set = {"test_set": hash_files(index.val, root / "val")}
     if test_only:
-        test_loader = make_loader(files.val, torch.arange(len(files.val)))
-        return DataSplits(None, test_loader, None, files.classes, loaders.metadata | test_set)
-    kept, held_out = split_indices(len(files.train), opt.validSize, opt.manualSeed)
-    training_set = {"training_set": hash_files(files.train, root / "train")}
-    metadata = loaders.metadata | {"held_out": held_out.tolist()} | training_set | test_set
-    parts = _make_loaders(make_loader, files.train, files.val, kept, held_out)
-    return DataSplits(*parts, files.classes, metadata)
-
-
-def _make_loaders(
-    make_loader: Callable,
-    train: ImageTensors | Samples,
-    test: ImageTensors | Samples,
-    kept: Tensor,
-    held_out: Tensor,
-) -> tuple:
-    """Batch what trains, what is measured after every epoch, and what once at the end."""
-    test_loader = make_loader(test, torch.arange(len(test)))
-    train_loader = make_loader(train, kept, training=True)
-    if len(held_out):
-        return train_loader, make_loader(train, held_out), test_loader
-    return train_loader, test_loader, None
+        return None, index.val, index.classes, test_set
+    fingerprints = {"training_set": hash_files(index.train, root / "train")} | test_set
+    return index.train, index.val, index.classes, fingerprints
 
 
 def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:

@@ -91,19 +91,6 @@ class UnreadableImages:
                     self.add(reason)
 
 
-class _EpochBatchSampler:
-    """A batch sampler that yields the (epoch, index) keys of the batches of one epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 class FileLoader:
     """The batches of one split read from files; the same interface as `memory_loader.MemoryLoader`.
 
@@ -128,10 +115,10 @@ class FileLoader:
     ):
         self.sampler, self.unreadable = sampler, unreadable
         self.normalise, self.device = normalise, device
-        self._batch_sampler = _EpochBatchSampler()
+        self._batches: list[list[tuple[int, int]]] = []  # keys of the epoch under way
         self._loader = DataLoader(
             dataset,
-            batch_sampler=self._batch_sampler,
+            batch_sampler=self._batches,
             num_workers=num_workers,
             collate_fn=partial(_collate, image_size),
             pin_memory=device.type == "cuda",
@@ -162,7 +149,7 @@ class FileLoader:
         """
         keys = [(epoch, index) for index in self.sampler.epoch_indices(epoch).tolist()]
         steps = range(start, len(self.sampler))
-        self._batch_sampler.batches = [keys[self.sampler.local_slice(step)] for step in steps]
+        self._batches[:] = [keys[self.sampler.local_slice(step)] for step in steps]
         for images, targets, unreadable in self._loader:
             for reason in unreadable:
                 self.unreadable.add(reason)

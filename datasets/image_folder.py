@@ -93,35 +93,29 @@ def load_folder(
     Raises:
         DataError: as `index_folder`, or an image cannot be read.
     """
-    files = index_folder(root)
-    train, test = (
-        _decode_all(samples, size, num_workers, on_bad_image, warn)
-        for samples in (files.train, files.val)
-    )
-    return InMemoryDataset(train, test, files.classes)
+    index = index_folder(root)
 
+    def decode_all(samples: Samples) -> ImageTensors:
+        batches = FileLoader(
+            ImageFileDataset(samples, ResizeAndCrop(size), seed=0),
+            BatchSampler(torch.arange(len(samples)), batch_size=256),
+            num_workers=num_workers,
+            unreadable=UnreadableImages(on_bad_image, len(samples), warn),
+            image_size=size,
+            device=torch.device("cpu"),
+        )
+        pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
+        labels = torch.empty(len(samples), dtype=torch.int64)
+        count = 0
+        for images, targets in batches.batches(epoch=0):
+            if not len(targets):  # every image of it was skipped
+                continue
+            pixels[count : count + len(targets)] = images
+            labels[count : count + len(targets)] = targets
+            count += len(targets)
+        return ImageTensors(pixels[:count], labels[:count])
 
-def _decode_all(
-    samples: Samples, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
-) -> ImageTensors:
-    batches = FileLoader(
-        ImageFileDataset(samples, ResizeAndCrop(size), seed=0),
-        BatchSampler(torch.arange(len(samples)), batch_size=256),
-        num_workers=num_workers,
-        unreadable=UnreadableImages(on_bad_image, len(samples), warn),
-        image_size=size,
-        device=torch.device("cpu"),
-    )
-    pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
-    labels = torch.empty(len(samples), dtype=torch.int64)
-    count = 0
-    for images, targets in batches.batches(epoch=0):
-        if not len(targets):  # every image of it was skipped
-            continue
-        pixels[count : count + len(targets)] = images
-        labels[count : count + len(targets)] = targets
-        count += len(targets)
-    return ImageTensors(pixels[:count], labels[:count])
+    return InMemoryDataset(decode_all(index.train), decode_all(index.val), index.classes)
 
 
 class ResizeAndCrop:
