@@ -1,1 +1,1 @@
-"""The datasets, from files and archives to batches on the training device."""
+"""Read datasets from files and archives, and batch them on the training device."""

@@ -1,5 +1,6 @@
-"""CIFAR-10 and CIFAR-100, read by torchvision from the official archives."""
+"""Read CIFAR-10 and CIFAR-100 from the official archives, with torchvision."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,25 +11,15 @@ from datasets.memory_loader import ImageTensors, InMemoryDataset
 from errors import DataError
 
 
-def cifar10(root: Path) -> InMemoryDataset:
-    """50,000 training and 10,000 test images of 10 classes."""
-    return _load(CIFAR10, root)
-
-
-def cifar100(root: Path) -> InMemoryDataset:
-    """50,000 training and 10,000 test images of 100 classes."""
-    return _load(CIFAR100, root)
-
-
 def _load(dataset_class: type[CIFAR10], root: Path) -> InMemoryDataset:
+    """Read 50,000 training and 10,000 test images of 10 or 100 classes."""
     if not (root / dataset_class.base_folder).is_dir():
-        unpack(
-            fetch(dataset_class.url, root / dataset_class.filename, dataset_class.tgz_md5),
-            dataset_class.base_folder,
-        )
+        path = root / dataset_class.filename
+        archive = fetch(dataset_class.url, path, dataset_class.tgz_md5)
+        unpack(archive, dataset_class.base_folder)
     try:
         parts = {train: dataset_class(str(root), train=train) for train in (True, False)}
-    except RuntimeError as error:  # torchvision found a file missing or with another sum
+    except RuntimeError as error:  # a file is missing or has another MD5
         folder = root / dataset_class.base_folder
         raise DataError(f"damaged files in {folder}", f"delete {folder} and run again") from error
     return InMemoryDataset(_images(parts[True]), _images(parts[False]), parts[True].classes)
@@ -37,3 +28,6 @@ def _load(dataset_class: type[CIFAR10], root: Path) -> InMemoryDataset:
 def _images(part: CIFAR10) -> ImageTensors:
     pixels = torch.from_numpy(part.data).contiguous()  # (N, 32, 32, 3), stored channel by channel
     return ImageTensors(pixels, torch.tensor(part.targets))
+
+
+cifar10, cifar100 = partial(_load, CIFAR10), partial(_load, CIFAR100)

@@ -1,4 +1,4 @@
-"""Decode one image file, with limits on what it may cost."""
+"""Decode one image file, within limits on time and memory."""
 
 import os
 import stat
@@ -8,26 +8,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Of Pillow's formats those that datasets have; among the others is one that runs Ghostscript.
+# Formats that datasets use; Pillow would pass another, PostScript, to Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-MAX_PIXELS = 2**26  # of one image; a few kilobytes can claim more than memory holds
-# A progressive JPEG goes over its pixels ten times. It could do so in every twenty bytes; where
-# pixels times bytes are more than this, which would take seconds, they are counted.
+MAX_PIXELS = 2**26  # of one image; a file of a few kilobytes can decode to many gigabytes
+# A progressive JPEG has about ten scans, but can have one every twenty bytes. Count the scans
+# where pixels times bytes exceed this, because decoding could take seconds.
 MAX_SCANS, MAX_DECODE_COST = 100, 2**36
-MAX_ASPECT = 100  # of the sides; resized to a given width, a line would be as large
+MAX_ASPECT = 100  # a line of pixels, resized by its shorter side, would be huge
 
 
 def decode(path: str | Path) -> Image.Image:
-    """An image file as RGB, whatever its own format and colours.
+    """Decode an image file to RGB from any format and colour mode.
 
     Raises:
-        Exception: any kind, when the file is damaged: it is the decoder's.
+        Exception: any type, from the decoder of a damaged file.
     """
     info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):  # a pipe would never end
+    if not stat.S_ISREG(info.st_mode):  # reading a pipe could block forever
         raise ValueError("not a regular file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # size is checked here, other remarks are of no use
+        warnings.simplefilter("ignore")  # sizes are checked here, other warnings tell users nothing
         with Image.open(path, formats=FORMATS) as image:  # noqa: TID251
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
@@ -35,9 +35,9 @@ def decode(path: str | Path) -> Image.Image:
             if width * height * info.st_size > MAX_DECODE_COST and _scans(path) > MAX_SCANS:
                 raise ValueError(f"more than {MAX_SCANS} scans")
             image.load()
-            if image.mode.startswith("I;16"):  # convert() would cut off at 255
+            if image.mode.startswith("I;16"):  # convert() would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+            return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
 
 
 def _scans(path: str | Path) -> int:

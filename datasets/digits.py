@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1,797 grey images of 8x8 pixels, no download."""
+"""Handwritten digits from scikit-learn: 1,797 grey images of 8x8 pixels, without a download."""
 
 from pathlib import Path
 
@@ -11,14 +11,10 @@ TEST_EVERY = 5  # images 0, 5, 10, ... are the test set; scikit-learn has no spl
 
 
 def digits(root: Path) -> InMemoryDataset:
-    """1,437 training and 360 test images of the ten digits; `root` is not used."""
+    """Return 1,437 training and 360 test images of the ten digits; `root` is unused."""
     data = load_digits()
     grey = torch.from_numpy(data.images / 16 * 255).round().to(torch.uint8)  # (N, 8, 8)
-    images = ImageTensors(
-        grey[..., None].expand(-1, -1, -1, 3), torch.from_numpy(data.target).long()
-    )
+    pixels, labels = grey[..., None].expand(-1, -1, -1, 3), torch.from_numpy(data.target).long()
     is_test = torch.arange(len(grey)) % TEST_EVERY == 0
-    train, test = (
-        ImageTensors(images.pixels[part], images.labels[part]) for part in (~is_test, is_test)
-    )
+    train, test = (ImageTensors(pixels[part], labels[part]) for part in (~is_test, is_test))
     return InMemoryDataset(train, test, [str(digit) for digit in range(10)])

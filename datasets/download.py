@@ -1,4 +1,4 @@
-"""Official archives: found or downloaded, checked against their published sums, then unpacked."""
+"""Download official archives, check them against their published MD5, and unpack them."""
 
 import hashlib
 import os
@@ -17,28 +17,27 @@ from errors import DataError, StorageError
 from fileio import limits
 from fileio.atomic import NO_SPACE, storage_error
 
-TIMEOUT_S = 60  # a server that says nothing for so long is given up
+TIMEOUT_S = 60  # without an answer of the server
 MAX_TRIES, RETRY_DELAY_S = 3, 5  # of a download, and seconds between them
-# Seconds of the processor that unpacking may take, and bytes of the archive in each more: several
-# times what CIFAR needs.
+# Unpacking may take UNPACK_S of CPU time and 1 s per UNPACK_RATE bytes: CIFAR needs a fraction.
 UNPACK_S, UNPACK_RATE = 4, 2**23
-MAX_FILES, MAX_BYTES = 1000, 2**28  # in an archive, and in a file of it
+MAX_FILES, MAX_BYTES = 1000, 2**28  # files in an archive, bytes in each
 
 
 def fetch(url: str, path: Path, md5: str) -> Path:
-    """The file at `path`, downloaded from `url` with progress when absent, with the right sum.
+    """Download `url` to `path` if it is absent, and check its MD5; return `path`.
 
     Raises:
-        DataError: no network, or the file is not the one published.
+        DataError: the download failed, or the file is not the published one.
         StorageError: the directory cannot be written.
     """
     if not path.exists():
         _download(url, path, md5)
-    _check(path, md5, f"delete {path} and run again")
+    _check_md5(path, md5, f"delete {path} and run again")
     return path
 
 
-def _check(path: Path, md5: str, fix: str) -> None:
+def _check_md5(path: Path, md5: str, fix: str) -> None:
     try:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
@@ -51,18 +50,17 @@ def _check(path: Path, md5: str, fix: str) -> None:
 def _download(url: str, path: Path, md5: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Under another name until it is whole, so that a partial file never passes for the archive.
+        # A partial file has another name, so that it never passes for the archive.
         partial = Path(tempfile.mkdtemp(prefix=".download-", dir=path.parent))
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path.parent}: {error.strerror}", "name another --data"
-        ) from error
+        what = f"cannot write {path.parent}: {error.strerror}"
+        raise StorageError(what, "name another --data") from error
     fix = f"put the file at {path.absolute()}"
     try:
         for retries_left in reversed(range(MAX_TRIES)):
             try:
                 _download_rest(url, partial / path.name)
-                _check(partial / path.name, md5, fix)
+                _check_md5(partial / path.name, md5, fix)
                 break
             except (OSError, HTTPException, DataError) as error:
                 if getattr(error, "errno", None) in NO_SPACE:
@@ -70,7 +68,7 @@ def _download(url: str, path: Path, md5: str) -> None:
                 if not retries_left:
                     what = f"cannot download {url} in {MAX_TRIES} tries: {error}"
                     raise DataError(what, fix) from error
-                if isinstance(error, DataError):  # another file; else the rest is asked for
+                if isinstance(error, DataError):  # the MD5 is wrong: start again
                     (partial / path.name).unlink()
             time.sleep(RETRY_DELAY_S)
         os.replace(partial / path.name, path)
@@ -79,13 +77,12 @@ def _download(url: str, path: Path, md5: str) -> None:
 
 
 def _download_rest(url: str, path: Path) -> None:
-    """Fetch what is missing of a file; OSError or HTTPException leave what has come so far."""
+    """Download the missing rest of a file; on OSError or HTTPException keep what has arrived."""
     offset = path.stat().st_size if path.exists() else 0
     request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})  # noqa: S310
     with urlopen(request, timeout=TIMEOUT_S) as response, open(path, "ab") as file:  # noqa: S310
-        if response.status != HTTPStatus.PARTIAL_CONTENT:  # the whole file comes again
+        if response.status != HTTPStatus.PARTIAL_CONTENT:  # the server sends the whole file
             file.truncate(0)
-        # Without a terminal there is no bar.
         with tqdm(total=response.length, unit="B", unit_scale=True, disable=None) as progress:
             while part := response.read(2**20):
                 file.write(part)
@@ -95,11 +92,11 @@ def _download_rest(url: str, path: Path) -> None:
 
 
 def unpack(archive: Path, folder: str) -> None:
-    """Unpack a checked tar archive's `folder` beside it, all or nothing.
+    """Unpack `folder` of a tar archive beside it, all or nothing.
 
     Raises:
-        DataError: the archive is damaged, lacks `folder`, names files outside itself or is larger
-            inside than any dataset.
+        DataError: the archive is damaged, lacks `folder`, names files outside itself, or unpacks
+            to more than a dataset can have.
     """
     try:
         with (
@@ -111,17 +108,15 @@ def unpack(archive: Path, folder: str) -> None:
                 _check_members(tar)
                 tar.extractall(partial, filter="data")
             os.replace(Path(partial) / folder, archive.parent / folder)
-    except Exception as error:  # hostile or damaged bytes can raise anything in a parser
+    except Exception as error:  # parsers raise any type on damaged or hostile bytes
         if getattr(error, "errno", None) in NO_SPACE:
             raise storage_error(error, archive) from error
-        raise DataError(
-            f"cannot unpack {archive}: {str(error) or 'no memory for it'}",
-            f"delete {archive} and run again",
-        ) from error
+        what = f"cannot unpack {archive}: {str(error) or 'no memory for it'}"
+        raise DataError(what, f"delete {archive} and run again") from error
 
 
 def _check_members(tar: tarfile.TarFile) -> None:
-    """Refuse all that a dataset has no use for: links, devices, paths that lead elsewhere."""
+    """Raise TarError on links, devices, paths outside the archive, and too much data."""
     for count, member in enumerate(tar):
         if count >= MAX_FILES or member.size > MAX_BYTES:
             raise tarfile.TarError(f"{member.name} is too large, or one too many")

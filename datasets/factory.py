@@ -1,4 +1,4 @@
-"""dataset name -> training, validation and test batches. The only file here that sees `opt`."""
+"""Make the training, validation and test loaders of a run; no other file here reads `opt`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,32 +24,34 @@ from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from errors import DataError
 from fileio import limits
 
-OPEN_FILES, OPEN_FILES_PER_WORKER = 64, 48  # that are open at once, and the pipes of each worker
+OPEN_FILES, OPEN_FILES_PER_WORKER = 64, 48  # open at once, and pipes of each worker
 PAD_DIVISOR = 8  # random crops shift by up to an eighth of the image: 4 pixels of 32
 Samples = Sequence[tuple[str, int]]  # (path, class number) of each image
-AllGather = Callable[[list[str]], list[list[str]]]
+Images = ImageTensors | Samples
+Loader = MemoryLoader | FileLoader
 
 
 @dataclass
 class DataSplits:
-    """The splits of a run, as batches on the training device.
+    """Hold the loaders of a run, which batch each split on the training device.
 
     Args:
-        train: None where nothing is to be trained and its images were not needed.
-        val: measured after every epoch. Held out of training with `validSize`; else the test set.
-        test: measured once, at the end, with `validSize`; else None.
-        metadata: what a resumed run must find again: classes, counts, statistics, split, digests.
+        train: None for a test that needs no training images.
+        val: for the test after every epoch: held out of training with `validSize`, else the test
+            set.
+        test: for one test at the end, with `validSize`; else None.
+        metadata: classes, counts, statistics, split and fingerprints, which a resumed run compares.
     """
 
-    train: MemoryLoader | FileLoader | None
-    val: MemoryLoader | FileLoader
-    test: MemoryLoader | FileLoader | None
+    train: Loader | None
+    val: Loader
+    test: Loader | None
     classes: list[str]
     metadata: dict
 
     @property
     def is_resident(self) -> bool:
-        """Whether all images lie on the training device."""
+        """Whether all images are on the training device."""
         return isinstance(self.train, MemoryLoader)
 
 
@@ -61,19 +63,19 @@ def create(
     dtype: torch.dtype = torch.float32,
     statistics: Statistics | None = None,
     process: ProcessInfo = SINGLE_PROCESS,
-    all_gather: AllGather = lambda found: [found],
+    all_gather: Callable[[list[str]], list[list[str]]] = lambda found: [found],
 ) -> DataSplits:
-    """Read, check and split the dataset that the settings name.
+    """Read, check and split the dataset of the settings.
 
     Args:
-        warn: called with remarks for the user.
+        warn: called with notes for the user.
         dtype: of normalised images.
-        statistics: mean and std that a trained network expects, instead of the data's.
-        process: the process that the batches are for.
-        all_gather: exchanges plain values between all processes; `World.all_gather_json`.
+        statistics: mean and std that a trained network expects, in place of the data's.
+        process: the rank that the batches are for.
+        all_gather: exchanges plain values between all ranks; `World.all_gather_json`.
 
     Raises:
-        DataError: it is missing, damaged or not as the settings say.
+        DataError: the dataset is missing, damaged or not as the settings say.
     """
     try:
         limits.allow_open_files(OPEN_FILES + OPEN_FILES_PER_WORKER * opt.nThreads)
@@ -100,6 +102,7 @@ def create(
         statistics = statistics or channel_statistics(train.pixels, kept)
     mean, std = statistics
 
+    # Batch each split, and record what a resumed run compares.
     unreadable = partial(UnreadableImages, opt.onBadImage, warn=warn, all_gather=all_gather)
     loaders = _LoaderFactory(opt, device, dtype, process, statistics, unreadable)
     metadata = {"mean": list(mean), "std": list(std)} | split | fingerprints
@@ -117,21 +120,19 @@ def evaluation_loader(
     unreadable: UnreadableImages,
     dtype: torch.dtype = torch.float32,
 ) -> FileLoader:
-    """Batch image files, in their order, as a network of these settings is evaluated on them.
+    """Batch image files in their order, as `--testOnly` does.
 
     Args:
-        samples: (path, number) of each image; batches have the numbers as targets.
-        statistics: mean and std that the network was trained with.
-        unreadable: told of the images that cannot be read.
+        samples: (path, number) of each image; the numbers become targets.
+        statistics: mean and std of the network's training.
+        unreadable: counts the images that cannot be read.
     """
-    loaders = _LoaderFactory(
-        opt, device, dtype, SINGLE_PROCESS, statistics, lambda total: unreadable
-    )
+    loaders = _LoaderFactory(opt, device, dtype, SINGLE_PROCESS, statistics, lambda _: unreadable)
     return loaders.make(samples, torch.arange(len(samples)))
 
 
 def published_statistics(opt: SimpleNamespace) -> Statistics | None:
-    """Return mean and std that are the same for all weights, None where they are not."""
+    """Return the mean and std that all weights share; None if they depend on the run."""
     dataset = DATASETS[opt.dataset]
     return None if dataset.is_generated else dataset.statistics_at(opt.imageSize)
 
@@ -148,12 +149,8 @@ class _LoaderFactory:
     make_unreadable: Callable[[int], UnreadableImages]  # from the number of images
 
     def make_all(
-        self,
-        train: ImageTensors | Samples | None,
-        test: ImageTensors | Samples,
-        kept: Tensor | None,
-        held_out: Tensor | tuple,
-    ) -> tuple[MemoryLoader | FileLoader | None, ...]:
+        self, train: Images | None, test: Images, kept: Tensor | None, held_out: Tensor | tuple
+    ) -> tuple[Loader | None, Loader, Loader | None]:
         """Make the training, validation and test loaders, and start their workers."""
         if isinstance(test, ImageTensors):
             train, test = train.to(self.device), test.to(self.device)
@@ -167,9 +164,7 @@ class _LoaderFactory:
                 part.start()
         return parts
 
-    def make(
-        self, images: ImageTensors | Samples, indices: Tensor, training: bool = False
-    ) -> MemoryLoader | FileLoader:
+    def make(self, images: Images, indices: Tensor, training: bool = False) -> Loader:
         """Batch some of the images: shuffled and augmented for training, in order if not."""
         opt, sampler = self.opt, self._make_sampler(indices, training)
         if isinstance(images, ImageTensors):
@@ -193,14 +188,12 @@ class _LoaderFactory:
     def _make_sampler(self, indices: Tensor, training: bool) -> BatchSampler:
         if training:
             return BatchSampler(indices, self.opt.batchSize, self.opt.manualSeed, self.process)
-        # Evaluation computes the same batches on any number of processes.
-        crops = 10 if self.opt.tenCrop else 1
-        return BatchSampler(
-            indices, max(1, self.opt.batchSize // crops), None, self.process, whole_batches=True
-        )
+        # Evaluation computes the same batches for any world size.
+        batch_size = max(1, self.opt.batchSize // (10 if self.opt.tenCrop else 1))
+        return BatchSampler(indices, batch_size, None, self.process, whole_batches=True)
 
     def _pipeline(self, training: bool) -> tuple[Callable, Callable]:
-        """PIL image -> one tensor, and a batch of those -> what the network gets."""
+        """Return the transform of one PIL image, and the normalisation of a batch."""
         opt = self.opt
         if DATASETS[opt.dataset].is_read_from_disk(opt.imageSize):
             from datasets import transforms
@@ -212,20 +205,20 @@ class _LoaderFactory:
             return crop(opt.imageSize), normalise
         from datasets.image_folder import ResizeAndCrop
 
-        mean, std = (
-            torch.tensor(value, dtype=self.dtype, device=self.device) for value in self.statistics
-        )
-        return (
-            ResizeAndCrop(opt.imageSize),
-            lambda pixels: normalise_pixels(pixels, mean, std).permute(0, 3, 1, 2),
-        )
+        mean, std = torch.tensor(self.statistics, dtype=self.dtype, device=self.device)
+
+        def normalise(pixels: Tensor) -> Tensor:
+            return normalise_pixels(pixels, mean, std).permute(0, 3, 1, 2)
+
+        return ResizeAndCrop(opt.imageSize), normalise
 
 
-Parts = tuple[ImageTensors | Samples | None, ImageTensors | Samples, list[str], dict[str, str]]
+# Training set, test set, classes, fingerprints.
+Contents = tuple[Images | None, Images, list[str], dict[str, str]]
 
 
-def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Parts:
-    """Read a dataset into memory: training and test images, classes, fingerprints."""
+def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
+    """Read a dataset into memory."""
     dataset = DATASETS[opt.dataset]
     load = dataset.import_loader()
     if dataset.is_generated:
@@ -241,7 +234,7 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Parts:
     return data.train, data.test, data.classes, fingerprints
 
 
-def _index_files(opt: SimpleNamespace, test_only: bool) -> Parts:
+def _index_files(opt: SimpleNamespace, test_only: bool) -> Contents:
     """List the files of a dataset in place of its images; no training files if `test_only`."""
     from datasets.image_folder import index_folder
 
@@ -257,7 +250,5 @@ def _index_files(opt: SimpleNamespace, test_only: bool) -> Parts:
 
 def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:
     if opt.nClasses not in (None, len(classes)):
-        raise DataError(
-            f"nClasses is {opt.nClasses} but {opt.dataset} has {len(classes)} classes",
-            f"use --nClasses {len(classes)} or leave it out",
-        )
+        what = f"nClasses is {opt.nClasses} but {opt.dataset} has {len(classes)} classes"
+        raise DataError(what, f"use --nClasses {len(classes)} or leave it out")

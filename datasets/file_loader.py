@@ -1,10 +1,11 @@
-"""Images that stay in files: decoded, transformed and batched by worker processes."""
+"""Decode, transform and batch image files in worker processes, anew in each epoch."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,35 +18,32 @@ from distributed.signals import ignore_signals, kill_children
 from errors import DataError
 
 WORKER_TIMEOUT_S = 300
-MAX_SKIPPED_FRACTION = 0.001  # of the images, more bad ones than this stop a run that skips them
-Sample = tuple[Tensor, int] | str  # (image, class), or why there is none
+MAX_SKIPPED_FRACTION = 0.001  # of the images; with more unreadable ones even `skip` stops
+Sample = tuple[Tensor, int] | str  # (image, class), or why the image cannot be read
 
 
 class ImageFileDataset(Dataset):
-    """Files and classes as a dataset keyed by (epoch, index): what is random depends on no order.
+    """Read image files by (epoch, index), which also seeds the transform.
 
     Args:
         samples: (path, class number) of each image.
         transform: PIL image -> tensor; draws from torch's generator.
-        seed: of the transform's randomness.
+        seed: of the transform's random numbers, with epoch and index.
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]], transform: Callable, seed: int):
         self.samples, self.transform, self.seed = samples, transform, seed
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of one (epoch, index), or the reason why it cannot be read."""
+        """Read and transform one image, or return the reason why it cannot be read."""
         epoch, index = key
         path, label = self.samples[index]
         try:
             image = decode(path)
-        except Exception as error:  # a damaged file makes decoders raise anything
+        except Exception as error:  # decoders raise any type on a damaged file
             return f"{path}: {error}"
-        # Without this the draws would depend on which worker got the image, and in the main
-        # process they would disturb the network's own.
+        # Without a seed the draws would depend on the worker that gets the image; without the
+        # fork they would change the network's random numbers in the main process.
         with torch.random.fork_rng(devices=[]):
             seed = generator("image", self.seed, epoch, index).initial_seed()
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
@@ -54,13 +52,13 @@ class ImageFileDataset(Dataset):
 
 @dataclass
 class UnreadableImages:
-    """What to do about images that cannot be read, and which those were.
+    """Count the images that cannot be read, and stop when they are too many.
 
     Args:
         policy: "error" stops at the first, "skip" after a thousandth of the images.
         total: images in the split.
-        warn: called with a line for each image that is skipped.
-        all_gather: what each replica has found, from what this one has.
+        warn: called with a line for each skipped image.
+        all_gather: collects the reasons from all ranks.
     """
 
     policy: str
@@ -70,7 +68,7 @@ class UnreadableImages:
     seen: dict[str, None] = field(default_factory=dict)
 
     def add(self, reason: str) -> None:
-        """Count a bad image; raise DataError when there are too many."""
+        """Count an unreadable image; raise DataError if there are too many."""
         if self.policy == "error":
             fix = "replace or remove the file, or --onBadImage skip"
             raise DataError(f"cannot read image {reason}", fix)
@@ -84,22 +82,21 @@ class UnreadableImages:
             )
 
     def sync(self) -> None:
-        """At the end of a pass: count what the other replicas have found as well."""
+        """Count also what the other ranks found in this epoch."""
         if self.policy == "skip":
-            for found in self.all_gather(list(self.seen)):
-                for reason in found:
-                    self.add(reason)
+            for reason in chain(*self.all_gather(list(self.seen))):
+                self.add(reason)
 
 
 class FileLoader:
-    """The batches of one split read from files; the same interface as `memory_loader.MemoryLoader`.
+    """Batch one split from files; the same interface as `memory_loader.MemoryLoader`.
 
     Args:
-        sampler: the samples of the split, and which of them this replica gets when.
-        num_workers: processes that decode; 0 decodes in this one.
-        unreadable: what to do about images that cannot be read.
-        image_size: height and width in pixels of what `dataset` yields.
-        normalise: makes what the network gets of a batch on the device; None: as transformed.
+        sampler: divides the split among steps and ranks.
+        num_workers: processes that decode; 0 decodes in this process.
+        unreadable: counts the images that cannot be read.
+        image_size: height and width in pixels of the images of `dataset`.
+        normalise: applied to each batch on the device; None leaves it as transformed.
     """
 
     def __init__(
@@ -125,23 +122,22 @@ class FileLoader:
             persistent_workers=num_workers > 0,
             timeout=WORKER_TIMEOUT_S if num_workers > 0 else 0,
             worker_init_fn=_init_worker,
-            # Python 3.14 would start them anew, which takes seconds and copies of all paths.
+            # Python 3.14 forks no longer by default; to spawn takes seconds and copies all paths.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # or each epoch would draw from the network's
+            generator=torch.Generator(),  # the default would draw from the network's
         )
 
     def start(self) -> None:
-        """Start the workers now, so that none has to be forked while another may be dying."""
+        """Start the workers now: a fork is unsafe once a worker may be dying."""
         if self._loader.num_workers:
             iter(self._loader)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this replica has of steps `start`, `start` + 1, ... of an epoch.
+        """Yield this rank's batches of an epoch from step `start` on.
 
         Yields:
             images: (n, 3, H, W), or (10 n, 3, H, W) of ten crops each; normalised.
-            targets: (n,) int64. n is 0 where a step has nothing for this replica, or where every
-                image was skipped.
+            targets: (n,) int64. n is 0 if a step has no image for this rank, or all were skipped.
 
         Raises:
             DataError: an image cannot be read.
@@ -157,19 +153,19 @@ class FileLoader:
         self.unreadable.sync()
 
     def _on_device(self, images: Tensor) -> Tensor:
-        # What is not augmented crosses as bytes, at a quarter of the cost of numbers.
-        on_device = images.to(self.device, non_blocking=True)
-        # Of no image it is not known how the transform would have laid it out.
-        normalised = self.normalise(on_device) if self.normalise and len(on_device) else on_device
-        return normalised.contiguous(memory_format=torch.channels_last)
+        # Normalise after the copy: without augmentation images are uint8, a quarter of float32.
+        images = images.to(self.device, non_blocking=True)
+        if self.normalise and len(images):  # an empty batch is (0, 3, H, W) already
+            images = self.normalise(images)
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
 def translate_worker_errors() -> Iterator[None]:
-    """Turn what torch raises about a dead or hanging loader process into a DataError.
+    """Turn torch's errors about a dead or hanging worker into a DataError.
 
-    Around all that happens while there are workers: a death is raised by a signal handler, wherever
-    the main thread is at that moment.
+    Enclose the whole lifetime of the workers: a signal handler of torch raises the error wherever
+    the main thread is when a worker dies.
     """
     try:
         yield
@@ -178,8 +174,8 @@ def translate_worker_errors() -> Iterator[None]:
         is_worker_error = first_line.startswith(("DataLoader worker (pid", "DataLoader timed out"))
         if isinstance(error, RuntimeError) and not is_worker_error:
             raise
-        # The other kinds come from the pipe on which a dying worker was handing over a batch.
-        kill_children()  # and with them the handler that would raise once more, anywhere
+        # A connection error comes from the pipe through which a dying worker sent a batch.
+        kill_children()  # or the handler would raise once more for the other workers
         raise DataError(
             f"a loader process was killed or hung: {first_line}",
             "often memory ran out: lower --nThreads or add memory",
@@ -187,14 +183,14 @@ def translate_worker_errors() -> Iterator[None]:
 
 
 def _init_worker(_: int) -> None:
-    # A signal to the whole process group would end the workers first, and the parent could not
-    # finish its step. What ends a worker reaches the parent; it need not print it as well.
+    # A signal to the whole process group would end the workers, and the parent could not finish
+    # its step. The parent reports a worker's error, so the worker need not print it.
     ignore_signals()
     sys.excepthook = lambda *_: None
 
 
 def _collate(image_size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (n, 3, H, W), targets (n,), and what could not be read."""
+    """Collate samples to images (n, 3, H, W), targets (n,), and reasons for what is missing."""
     readable = [sample for sample in samples if not isinstance(sample, str)]
     unreadable = [sample for sample in samples if isinstance(sample, str)]
     if not readable:

@@ -1,4 +1,4 @@
-"""Whether a dataset is the one that a run began with: digests of what is in it."""
+"""Hash a dataset, so that a resumed run can check that it has not changed."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from datasets.memory_loader import ImageTensors
 
 
 def hash_images(images: ImageTensors) -> str:
-    """SHA-256 of all pixels and labels."""
+    """Hash all pixels and labels with SHA-256."""
     digest = hashlib.sha256(str(tuple(images.pixels.shape)).encode())
     for values in (images.pixels, images.labels):
         digest.update(values.contiguous().numpy())
@@ -17,12 +17,12 @@ def hash_images(images: ImageTensors) -> str:
 
 
 def hash_files(samples: Sequence[tuple[str, int]], root: Path) -> str:
-    """SHA-256 of the names below `root`, the classes and the sizes of files, which are not read."""
+    """Hash paths below `root`, classes and file sizes with SHA-256; read no file."""
     digest, start = hashlib.sha256(), len(str(root))
     for path, label in samples:
         try:
             size = os.stat(path).st_size
-        except OSError:  # whoever reads it will say so
+        except OSError:  # the loader will report it
             size = None
         digest.update(repr((os.fsencode(path[start:]), label, size)).encode())
     return digest.hexdigest()

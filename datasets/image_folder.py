@@ -1,4 +1,4 @@
-"""Folders of images, one directory a class: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
+"""List or load folders of images: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
 
 import os
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Samples = list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class FolderIndex:
-    """The files of a dataset: (path, class number) of each image, and the classes' names."""
+    """List (path, class number) of each image of both splits, and the class names."""
 
     train: Samples
     val: Samples
@@ -31,8 +31,8 @@ def index_folder(root: Path) -> FolderIndex:
     """List the images below `root`.
 
     Raises:
-        DataError: a class is empty, train and val do not have the same classes, or a directory
-            contains itself.
+        DataError: a class is empty, train and val have different classes, or a link leads to a
+            directory listed before.
     """
     (train, classes), (val, others) = (_index_split(root / split) for split in ("train", "val"))
     if classes != others:
@@ -40,10 +40,8 @@ def index_folder(root: Path) -> FolderIndex:
         shown = ", ".join(
             f"only in {split}: {' '.join(sorted(only[split])[:5])}" for split in only if only[split]
         )
-        raise DataError(
-            f"train and val in {root} have different classes: {shown}",
-            "give both the same class directories",
-        )
+        what = f"train and val in {root} have different classes: {shown}"
+        raise DataError(what, "give both the same class directories")
     return FolderIndex(train, val, classes)
 
 
@@ -61,10 +59,10 @@ def _index_split(directory: Path) -> tuple[Samples, list[str]]:
 
 
 def find_image_files(directory: Path) -> list[str]:
-    """The image files in a directory, with those in directories below it and behind links.
+    """List the image files in a directory and its subdirectories, following links.
 
     Raises:
-        DataError: a directory cannot be read, or contains itself.
+        DataError: a directory cannot be read, or a link leads to a directory listed before.
     """
 
     def raise_error(error: OSError) -> None:
@@ -73,7 +71,7 @@ def find_image_files(directory: Path) -> list[str]:
     folders, seen = [], set()
     for folder, _, names in os.walk(directory, onerror=raise_error, followlinks=True):
         info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in seen:  # two links to where they are: endless
+        if (info.st_dev, info.st_ino) in seen:  # a loop of links would never end
             raise DataError(f"{folder} is a link to a directory listed before", "remove the link")
         seen.add((info.st_dev, info.st_ino))
         folders.append((folder, names))
@@ -88,10 +86,10 @@ def find_image_files(directory: Path) -> list[str]:
 def load_folder(
     root: Path, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
 ) -> InMemoryDataset:
-    """A folder whose images are decoded once into memory, at `size` pixels.
+    """Decode a folder of images once into memory, at `size` x `size` pixels.
 
     Raises:
-        DataError: as `index_folder`, or an image cannot be read.
+        DataError: see `index_folder`; or an image cannot be read.
     """
     index = index_folder(root)
 
@@ -108,7 +106,7 @@ def load_folder(
         labels = torch.empty(len(samples), dtype=torch.int64)
         count = 0
         for images, targets in batches.batches(epoch=0):
-            if not len(targets):  # every image of it was skipped
+            if not len(targets):  # all were skipped
                 continue
             pixels[count : count + len(targets)] = images
             labels[count : count + len(targets)] = targets
@@ -119,7 +117,7 @@ def load_folder(
 
 
 class ResizeAndCrop:
-    """PIL image -> (size, size, 3) uint8: the shorter side resized to it, the centre cut out."""
+    """Resize the shorter side, then crop the centre: PIL image -> (size, size, 3) uint8."""
 
     def __init__(self, size: int):
         self.size = size

@@ -1,4 +1,4 @@
-"""Sets that fit in memory: one uint8 tensor on the training device, whole batches cut from it."""
+"""Datasets that fit in memory: one uint8 tensor on the training device, indexed by batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from errors import DataError
 
 @dataclass(frozen=True)
 class ImageTensors:
-    """Pictures and their classes.
+    """Hold images and their classes.
 
     Args:
         pixels: (N, H, W, 3) uint8.
@@ -27,13 +27,13 @@ class ImageTensors:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "ImageTensors":
-        """The same on another device."""
+        """Copy images and labels to another device."""
         return ImageTensors(self.pixels.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shift by up to `pad` pixels, and mirror half of the images if `flip`."""
+    """Shift images by up to `pad` pixels; mirror half of them if `flip`."""
 
     pad: int
     flip: bool
@@ -41,11 +41,11 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What stands at each place of an epoch: a function of (seed, epoch).
+    """Say which image each position of an epoch has and how it is augmented.
 
     Args:
-        indices: (n,) which image.
-        offset: (n, 2) rows and columns that it is shifted by; None without augmentation.
+        indices: (n,) images.
+        offset: (n, 2) shift in rows and columns; None without augmentation.
         flipped: (n, 1) bool; None without mirroring.
     """
 
@@ -54,24 +54,23 @@ class EpochPlan:
     flipped: Tensor | None = None
 
     def at(self, positions: Tensor | slice) -> "EpochPlan":
-        """The plan of some places."""
-        offset = None if self.offset is None else self.offset[positions]
-        flipped = None if self.flipped is None else self.flipped[positions]
-        return EpochPlan(self.indices[positions], offset, flipped)
+        """Select some positions."""
+        parts = (self.indices, self.offset, self.flipped)
+        return EpochPlan(*(None if part is None else part[positions] for part in parts))
 
     def copy_(self, other: "EpochPlan") -> None:
-        """Become another epoch's plan of the same split, in the same memory."""
+        """Overwrite this plan in place with that of another epoch of the same split."""
         for name in ("indices", "offset", "flipped"):
             if getattr(self, name) is not None:
                 getattr(self, name).copy_(getattr(other, name))
 
 
 class MemoryLoader:
-    """The batches of one split: which images, and how they are changed, belongs to (seed, epoch).
+    """Batch one split; order and augmentation are functions of (seed, epoch).
 
     Args:
-        images: all pictures, on the device where batches are wanted.
-        sampler: the images of the split, and which of them this replica gets when.
+        images: the whole dataset, on the device of the batches.
+        sampler: divides the split among steps and ranks.
         mean, std: per channel, of pixels from 0 to 255.
         dtype: of the images yielded.
         augmentation: None only normalises.
@@ -89,22 +88,21 @@ class MemoryLoader:
     ):
         device = images.pixels.device
         self.images, self.sampler, self.augmentation = images, sampler.to(device), augmentation
-        self.mean = torch.tensor(mean, dtype=dtype, device=device)
-        self.std = torch.tensor(std, dtype=dtype, device=device)
+        self.mean, self.std = torch.tensor([mean, std], dtype=dtype, device=device)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this replica has of steps `start`, `start` + 1, ... of an epoch.
+        """Yield this rank's batches of an epoch from step `start` on.
 
         Yields:
             images: (n, 3, H, W), normalised, channels last in memory.
-            targets: (n,) int64. n is 0 where a step has nothing for this replica.
+            targets: (n,) int64. n is 0 if a step has no image for this rank.
         """
         plan = self.plan(epoch)
         for step in range(start, len(self.sampler)):
             yield self.make_batch(plan.at(self.sampler.local_slice(step)))
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Order and augmentation of an epoch, drawn at once on the device."""
+        """Draw the order and augmentation of a whole epoch on the device."""
         indices = self.sampler.epoch_indices(epoch)
         if self.augmentation is None:
             return EpochPlan(indices)
@@ -115,7 +113,7 @@ class MemoryLoader:
         return EpochPlan(indices, offset, flipped if self.augmentation.flip else None)
 
     def make_batch(self, plan: EpochPlan) -> tuple[Tensor, Tensor]:
-        """The batch of a plan, as `batches` yields it; reads nothing back from the device."""
+        """Build the batch of a plan without reading anything back from the device."""
         if self.augmentation is None:
             batch = normalise_pixels(self.images.pixels[plan.indices], self.mean, self.std)
         else:
@@ -128,7 +126,7 @@ def crop_and_flip(pixels: Tensor, plan: EpochPlan, mean: Tensor, std: Tensor) ->
 
     Args:
         pixels: (N, H, W, 3) uint8.
-        plan: of n images.
+        plan: which n images, and how each is augmented.
 
     Returns:
         (n, H, W, 3) of the type of `mean`.
@@ -140,7 +138,8 @@ def crop_and_flip(pixels: Tensor, plan: EpochPlan, mean: Tensor, std: Tensor) ->
     columns = plan.offset[:, 1:] + torch.arange(width, device=device)  # (n, W)
     if plan.flipped is not None:
         columns = torch.where(plan.flipped, width - 1 - columns, columns)
-    inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]  # (n, H, W)
+    is_row, is_column = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    inside = is_row[:, :, None] & is_column[:, None, :]  # (n, H, W)
     source = pixels[
         plan.indices[:, None, None],
         rows.clamp(0, height - 1)[:, :, None],
@@ -154,51 +153,41 @@ def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (pixels.to(mean.dtype) - mean) / std
 
 
-def _within(position: Tensor, size: int) -> Tensor:
-    return (position >= 0) & (position < size)
-
-
 def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel over all pixels of some images, on a scale of 255.
+    """Compute mean and standard deviation per channel of some images, on a scale of 255.
 
     Args:
         pixels: (N, H, W, 3) uint8.
-        indices: (n,) the images that count.
+        indices: (n,) images to include.
     """
-    # In whole numbers: exact, so that no order of summation or thread count shows in a run.
+    # Integers sum exactly, so that the result does not depend on the number of threads.
     total = torch.zeros(3, dtype=torch.int64)
     sum_of_squares = torch.zeros(3, dtype=torch.int64)
-    for part in indices.split(1024):  # in parts, since int64 is eight times uint8
+    for part in indices.split(1024):  # in parts, because int64 takes eight times the memory
         values = pixels[part].long().flatten(0, 2)  # (n H W, 3)
         total += values.sum(dim=0)
         sum_of_squares += values.square().sum(dim=0)
     count = len(indices) * pixels.shape[1] * pixels.shape[2]
     mean = total.double() / count
     std = (sum_of_squares.double() / count - mean.square()).clamp(min=0).sqrt()
-    # A channel without contrast carries nothing; dividing by 1 keeps it finite.
+    # A constant channel has std 0: divide it by 1, which keeps it finite.
     return mean.tolist(), torch.where(std > 0, std, torch.ones(())).tolist()
 
 
 @dataclass(frozen=True)
 class InMemoryDataset:
-    """A dataset in memory.
-
-    Args:
-        train, test: the two parts as they were published.
-        classes: name of each class number.
-    """
+    """Hold a dataset in memory: its published training and test sets, and its class names."""
 
     train: ImageTensors
     test: ImageTensors
     classes: list[str]
 
     def check(self) -> None:
-        """Raise DataError when a part has no images or a label that is no class."""
+        """Raise DataError if a part has no images or a label outside the classes."""
         for split, labels in (("training", self.train.labels), ("test", self.test.labels)):
             if labels.numel() == 0:
                 raise DataError(f"there are no {split} images", "check the dataset")
-            low, high = labels.min().item(), labels.max().item()
-            if low < 0 or high >= len(self.classes):
-                bad = low if low < 0 else high
-                expected = f"a class from 0 to {len(self.classes) - 1}"
-                raise DataError(f"{split} label {bad} is not {expected}", "check the dataset")
+            for label in (labels.min().item(), labels.max().item()):
+                if not 0 <= label < len(self.classes):
+                    what = f"{split} label {label} is not a class from 0 to {len(self.classes) - 1}"
+                    raise DataError(what, "check the dataset")

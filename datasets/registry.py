@@ -1,4 +1,4 @@
-"""The datasets by name and what is known of each before it is read. Loads no torch."""
+"""Describe each dataset by name before it is read: sizes, defaults, loader. Loads no torch."""
 
 import importlib
 from collections.abc import Callable
@@ -7,29 +7,30 @@ from dataclasses import dataclass
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, from 0 to 255
 
 SMALL_IMAGE = 64  # up to this size in pixels: the CIFAR network shape, and the data in memory
-# Of ImageNet's training pixels from 0 to 1, as in fb.resnet.torch.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# Mean and std of training pixels as in fb.resnet.torch: ImageNet's from 0 to 1, CIFAR's to 255.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10 = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+CIFAR100 = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
+SYNTHETIC = (127.5,) * 3, (64.0,) * 3
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a dataset before it is read, and where the code that reads it is.
+    """Describe a dataset before it is read, and name the function that reads it.
 
     Args:
         loader: "module:function" in this package; returns an `InMemoryDataset`.
-        image_size: height and width in pixels; where the size can be chosen, the default.
-        num_classes: None if only the data tells; of a generated dataset the default.
-        num_images: of the training and the test set; None if only the data tells.
-        statistics: published mean and std per channel; None to compute those of the
-            training images.
+        image_size: height and width in pixels; the default if the size can be chosen.
+        num_classes: the default of a generated dataset; None if only the data tells.
+        num_images: in the training and test sets; None if only the data tells.
+        statistics: published mean and std per channel; None computes them from the training images.
         flip: whether a mirrored image still shows its class.
-        augment, valid_size: the defaults of `--augment` and `--validSize`.
-        num_epochs: default of `--nEpochs` up to 64 pixels; None: the network's.
-        marks_augmentation: whether the names of augmented runs get the + of the paper's tables.
-        is_image_folder: whether its images are files, `train/CLASS/IMAGE` and `val/CLASS/IMAGE`.
-        is_named_by_directory: whether the directory's name says which images they are.
-        is_generated: whether it is as large as `--nImages`, `--nClasses` and `--imageSize` say.
+        augment, valid_size: defaults of `--augment` and `--validSize`.
+        num_epochs: default of `--nEpochs` up to 64 pixels; None takes the network's.
+        marks_augmentation: whether names of augmented runs get the + of the paper's tables.
+        is_image_folder: whether images are files, `train/CLASS/IMAGE` and `val/CLASS/IMAGE`.
+        is_named_by_directory: whether the directory's name identifies the dataset.
+        is_generated: whether `--nImages`, `--nClasses` and `--imageSize` set its size.
     """
 
     name: str
@@ -49,89 +50,50 @@ class Dataset:
 
     @property
     def fixed_size(self) -> int | None:
-        """The only size that its images have, in pixels; None if the size can be chosen."""
+        """Height and width in pixels; None if the size can be chosen."""
         return None if self.is_image_folder or self.is_generated else self.image_size
 
     def is_read_from_disk(self, image_size: int) -> bool:
-        """Tell whether images of this size are decoded anew each time they are used."""
+        """Tell whether images of this size are decoded from their files in every epoch."""
         return self.is_image_folder and image_size > SMALL_IMAGE
 
     def statistics_at(self, image_size: int) -> Statistics | None:
-        """Return mean and std that are constants; None: those of the training images."""
+        """Return constant mean and std; None if the training images determine them."""
         if self.is_read_from_disk(image_size):
             return tuple(tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return self.statistics
 
     def import_loader(self) -> Callable:
-        """Import the function that reads it, and with it the library that this takes."""
+        """Import the function that reads the dataset, and with it the libraries it needs."""
         module, function = self.loader.split(":")
         return getattr(importlib.import_module(f"datasets.{module}"), function)
 
 
-DATASETS: dict[str, Dataset] = {
-    dataset.name: dataset
-    for dataset in (
-        Dataset(
-            "cifar10",
-            "cifar:cifar10",
-            image_size=32,
-            num_classes=10,
-            num_images=(50_000, 10_000),
-            statistics=((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),  # as in fb.resnet.torch
-            marks_augmentation=True,
-        ),
-        Dataset(
-            "cifar100",
-            "cifar:cifar100",
-            image_size=32,
-            num_classes=100,
-            num_images=(50_000, 10_000),
-            statistics=((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),  # as in fb.resnet.torch
-            marks_augmentation=True,
-        ),
-        Dataset(
-            "svhn",
-            "svhn:svhn",
-            image_size=32,
-            num_classes=10,
-            num_images=(604_388, 26_032),
-            statistics=((0.0,) * 3, (255.0,) * 3),  # pixels are divided by 255
-            flip=False,
-            augment=False,
-            valid_size=6000,
-            num_epochs=40,
-        ),
-        Dataset(
-            "imagenet",
-            "image_folder:load_folder",
-            image_size=224,
-            num_classes=1000,
-            num_images=(1_281_167, 50_000),
-            is_image_folder=True,
-        ),
-        Dataset(
-            "folder",
-            "image_folder:load_folder",
-            image_size=224,
-            is_image_folder=True,
-            is_named_by_directory=True,
-        ),
-        Dataset(
-            "digits",
-            "digits:digits",
-            image_size=8,
-            num_classes=10,
-            num_images=(1_437, 360),
-            flip=False,
-            augment=False,
-        ),
-        Dataset(
-            "synthetic",
-            "synthetic:synthetic",
-            image_size=32,
-            num_classes=10,
-            statistics=((127.5,) * 3, (64.0,) * 3),
-            is_generated=True,
-        ),
-    )
-}
+_ALL = (
+    # name, loader, image size, classes, (training, test) images, statistics
+    Dataset("cifar10", "cifar:cifar10", 32, 10, (50_000, 10_000), CIFAR10, marks_augmentation=True),
+    Dataset(
+        "cifar100", "cifar:cifar100", 32, 100, (50_000, 10_000), CIFAR100, marks_augmentation=True
+    ),
+    Dataset(
+        "svhn",
+        "svhn:svhn",
+        image_size=32,
+        num_classes=10,
+        num_images=(604_388, 26_032),
+        statistics=((0.0,) * 3, (255.0,) * 3),  # pixels are divided by 255
+        flip=False,
+        augment=False,
+        valid_size=6000,
+        num_epochs=40,
+    ),
+    Dataset(
+        "imagenet", "image_folder:load_folder", 224, 1000, (1_281_167, 50_000), is_image_folder=True
+    ),
+    Dataset(
+        "folder", "image_folder:load_folder", 224, is_image_folder=True, is_named_by_directory=True
+    ),
+    Dataset("digits", "digits:digits", 8, 10, (1_437, 360), flip=False, augment=False),
+    Dataset("synthetic", "synthetic:synthetic", 32, 10, None, SYNTHETIC, is_generated=True),
+)
+DATASETS: dict[str, Dataset] = {dataset.name: dataset for dataset in _ALL}

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what was drawn before."""
+"""Seed random numbers by their purpose, so that they do not depend on earlier draws."""
 
 import hashlib
 
@@ -6,15 +6,15 @@ import torch
 
 
 def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded with a key such as ("crop", seed, epoch).
+    """Seed a generator with a key such as ("crop", seed, epoch).
 
-    Equal keys give equal numbers, in any process and at any point of a run, so that any step can
-    be replayed. The numbers of the CPU and of a GPU differ.
+    Equal keys give equal numbers in any process and at any point of a run, so that any step can
+    be replayed. A CPU and a GPU give different numbers.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
 
 def permutation(size: int, *key: object, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The order of `size` things that belongs to a key."""
+    """Permute `size` indices as the key determines."""
     return torch.randperm(size, generator=generator(*key, device=device), device=device)

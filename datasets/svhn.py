@@ -1,4 +1,4 @@
-"""Street View House Numbers, read by torchvision: train and extra together, as in the paper."""
+"""Read SVHN with torchvision; as in the paper, `train` and `extra` are the training set."""
 
 from pathlib import Path
 
@@ -11,14 +11,11 @@ from errors import DataError
 
 
 def svhn(root: Path) -> InMemoryDataset:
-    """604,388 training and 26,032 test images of the ten digits."""
-    parts = {split: _read(root, split) for split in ("train", "extra", "test")}
-    train = ImageTensors(
-        torch.cat([parts["train"].pixels, parts["extra"].pixels]),
-        torch.cat([parts["train"].labels, parts["extra"].labels]),
-    )
-    classes = [str(digit) for digit in range(10)]
-    return InMemoryDataset(train, parts["test"], classes)
+    """Read 604,388 training and 26,032 test images of the ten digits."""
+    train, extra, test = (_read(root, split) for split in ("train", "extra", "test"))
+    pixels = torch.cat([train.pixels, extra.pixels])
+    labels = torch.cat([train.labels, extra.labels])
+    return InMemoryDataset(ImageTensors(pixels, labels), test, [str(i) for i in range(10)])
 
 
 def _read(root: Path, split: str) -> ImageTensors:
@@ -26,7 +23,7 @@ def _read(root: Path, split: str) -> ImageTensors:
     path = fetch(url, root / filename, md5)
     try:
         part = SVHN(str(root), split=split)
-    except Exception as error:  # scipy's reader raises many kinds on a file it cannot parse
+    except Exception as error:  # scipy raises many types on a file that it cannot parse
         raise DataError(f"cannot read {path}: {error}", f"delete {path} and run again") from error
     pixels = torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous()  # (N, 32, 32, 3)
     return ImageTensors(pixels, torch.from_numpy(part.labels))

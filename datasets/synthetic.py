@@ -1,4 +1,4 @@
-"""Random images of a chosen size, number and number of classes: for benchmarks and tests."""
+"""Generate random images of any size, number and number of classes, for benchmarks and tests."""
 
 import torch
 
@@ -9,12 +9,10 @@ NOISE = 32  # std of the noise on a class's pattern, of 255
 
 
 def synthetic(num_images: int, num_classes: int, size: int, seed: int) -> InMemoryDataset:
-    """`num_images` to train on and a fifth as many to test: four coloured squares and noise.
+    """Generate `num_images` training and a fifth as many test images of `size` x `size` pixels.
 
-    The colours belong to the class, so that a network can learn them in a few steps.
-
-    Args:
-        size: height and width in pixels.
+    An image is four coloured squares and noise. Each class has its own colours, so that a network
+    learns them in a few steps.
     """
     rng = generator("synthetic", seed, num_classes, size)
     colours = torch.randint(32, 224, (num_classes, 2, 2, 3), generator=rng)
@@ -30,7 +28,7 @@ def synthetic(num_images: int, num_classes: int, size: int, seed: int) -> InMemo
 def _noisy(patterns: torch.Tensor, count: int, rng: torch.Generator) -> ImageTensors:
     labels = torch.randint(len(patterns), (count,), generator=rng)
     pixels = torch.empty(count, *patterns.shape[1:], dtype=torch.uint8)
-    for part in torch.arange(count).split(1024):  # the noise is larger than the bytes it makes
+    for part in torch.arange(count).split(1024):  # float noise takes four times the memory
         noise = torch.randn(len(part), *patterns.shape[1:], generator=rng) * NOISE
         pixels[part] = (patterns[labels[part]] + noise).clamp(0, 255).to(torch.uint8)
     return ImageTensors(pixels, labels)

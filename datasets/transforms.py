@@ -1,7 +1,6 @@
-"""For images above 64 pixels: the pipelines of fb.resnet.torch in torchvision.transforms.v2.
+"""Transform images above 64 pixels as fb.resnet.torch does, with torchvision.transforms.v2.
 
-What needs no random numbers and no single image, from bytes to normalised numbers, is left to
-`Normalise`: on the device, for a whole batch.
+Workers transform single images; `Normalise` works on a whole batch on the device.
 """
 
 import torch
@@ -10,11 +9,11 @@ from torchvision.transforms import v2
 
 from datasets.registry import IMAGENET_MEAN, IMAGENET_STD
 
-# Of the colours of ImageNet's training pixels.
+# Principal components of the colours of ImageNet's training pixels.
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 BICUBIC = v2.InterpolationMode.BICUBIC
-RESIZE = 256 / 224  # validation images are this much larger than the crop
+RESIZE = 256 / 224  # the shorter side of a validation image over that of its crop
 
 
 class Lighting(nn.Module):
@@ -35,20 +34,15 @@ class Lighting(nn.Module):
 
 
 def training(size: int, augment: bool) -> v2.Compose:
-    """PIL image -> (3, size, size) from 0 to 1: random area and aspect, colours, mirror."""
+    """Augment for training: PIL image -> (3, size, size), from 0 to 1."""
     if not augment:
         return validation(size)
     return v2.Compose(
         [
-            v2.RandomResizedCrop(
-                size,
-                scale=(0.08, 1),
-                ratio=(3 / 4, 4 / 3),
-                interpolation=BICUBIC,
-            ),
+            v2.RandomResizedCrop(size, (0.08, 1), (3 / 4, 4 / 3), interpolation=BICUBIC),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
-            # Brightness, contrast and saturation in random order, as there.
+            # Parity: brightness, contrast and saturation in random order.
             v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
             Lighting(0.1),
             v2.RandomHorizontalFlip(),
@@ -57,17 +51,17 @@ def training(size: int, augment: bool) -> v2.Compose:
 
 
 def validation(size: int) -> v2.Compose:
-    """PIL image -> (3, size, size) uint8: the centre of the image resized to 256/224 of it."""
+    """Resize to 256/224 of `size`, crop the centre: PIL image -> (3, size, size) uint8."""
     return v2.Compose([_resize(size), v2.CenterCrop(size), v2.ToImage()])
 
 
 def ten_crops(size: int) -> v2.Compose:
-    """PIL image -> (10, 3, size, size) uint8: corners, centre, and all of them mirrored."""
+    """Crop corners and centre, and mirror them: PIL image -> (10, 3, size, size) uint8."""
     return v2.Compose([_resize(size), v2.ToImage(), v2.TenCrop(size), torch.stack])
 
 
 class Normalise:
-    """(N, 3, H, W) of bytes, or of numbers from 0 to 1, -> mean 0 and std 1 on ImageNet."""
+    """Map (N, 3, H, W), uint8 or floats from 0 to 1, to mean 0 and std 1 on ImageNet."""
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype):
         self.mean, self.std = (
