@@ -26,8 +26,7 @@ def normalised(image: torch.Tensor) -> torch.Tensor:
 
 
 def picture(height: int, width: int) -> Image.Image:
-    pixels = noise(1, max(height, width))[0, :height, :width]
-    return Image.fromarray(pixels)
+    return Image.fromarray(noise(1, max(height, width))[0, :height, :width])
 
 
 def grey(value: int, size: int = 16) -> Image.Image:
@@ -60,27 +59,22 @@ def equal(got: torch.Tensor, wanted: np.ndarray) -> bool:
     )
 
 
-# -------------------------------------------------------------------------------------- evaluation
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_validation_resizes_to_256_and_takes_the_centre_224(shape):
+@pytest.mark.parametrize(
+    ("shape", "size", "side"),
+    [*((shape, 224, 256) for shape in SHAPES),
+     *(((200, 300), size, side) for size, side in ((112, 128), (96, 110), (65, 74)))],
+)  # fmt: skip
+def test_validation_resizes_to_256_of_224_and_takes_the_centre(shape, size, side):
     image = picture(*shape)
-    got = normalised(transforms.validation(224)(image))
+    got = normalised(transforms.validation(size)(image))
     assert got.dtype == torch.float32
-    assert equal(got, middle(resized(image, 256), 224))
-    assert not equal(got, middle(resized(image, 255), 224))
-    bilinear = resized(image, 256, Image.Resampling.BILINEAR)
-    assert min(shape) == 256 or not equal(got, middle(bilinear, 224))
+    assert equal(got, middle(resized(image, side), size))
+    assert not equal(got, middle(resized(image, side - 1), size))
+    bilinear = resized(image, side, Image.Resampling.BILINEAR)
+    assert min(shape) == side or not equal(got, middle(bilinear, size))
 
 
-@pytest.mark.parametrize(("size", "side"), [(112, 128), (96, 110), (65, 74)])
-def test_other_sizes_keep_the_proportion_of_224_to_256(size, side):
-    image = picture(200, 300)
-    assert equal(normalised(transforms.validation(size)(image)), middle(resized(image, side), size))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(300, 400), (90, 500)])
 def test_ten_crops_are_corners_and_centre_and_all_of_them_mirrored(shape):
     image = picture(*shape)
     whole = resized(image, 256)
@@ -92,22 +86,16 @@ def test_ten_crops_are_corners_and_centre_and_all_of_them_mirrored(shape):
     assert torch.equal(got[4], centre) and not torch.equal(got[0], centre)
 
 
-# ---------------------------------------------------------------------------------------- training
-
-
 @pytest.mark.parametrize("size", [65, 224])
 @pytest.mark.parametrize("shape", SHAPES[:2])
-def test_training_images_have_the_size_and_are_finite(size, shape):
-    got = transforms.training(size, augment=True)(picture(*shape))
-    assert got.shape == (3, size, size) and got.dtype == torch.float32
-    assert got.isfinite().all()
-
-
-def test_without_augmentation_training_sees_what_validation_sees():
-    image = picture(100, 80)
-    wanted = transforms.validation(65)(image)
-    assert torch.equal(transforms.training(65, augment=False)(image), wanted)
-    assert not torch.equal(transforms.training(65, augment=True)(image), wanted)
+def test_training_images_have_the_size_and_without_augmentation_are_those_of_validation(
+    shape, size
+):
+    image = picture(*shape)
+    got = transforms.training(size, augment=True)(image)
+    assert got.shape == (3, size, size) and got.dtype == torch.float32 and got.isfinite().all()
+    plain = transforms.training(size, augment=False)(image)
+    assert torch.equal(plain, transforms.validation(size)(image)) and not torch.equal(plain, got)
 
 
 def test_training_images_are_normalised_on_average():
@@ -121,14 +109,11 @@ def test_training_images_are_normalised_on_average():
 
 
 def test_crops_cover_8_to_100_per_cent_at_aspects_from_3_4_to_4_3():
-    # The colour of a pixel says where it was.
-    rows, columns = np.mgrid[0:256, 0:256]
-    places = Image.fromarray(np.stack([rows, columns, 0 * rows], -1).astype(np.uint8))
+    rows, columns = np.mgrid[0:256, 0:256]  # the colour of a pixel tells its position
+    positions = Image.fromarray(np.stack([rows, columns, 0 * rows], -1).astype(np.uint8))
     crop = transforms.training(64, augment=True).transforms[0]
-    boxes = []
-    for _ in range(400):
-        pixels = np.asarray(crop(places)).astype(int)
-        boxes.append([np.ptp(pixels[..., axis]) + 1 for axis in (0, 1)])
+    drawn = [np.asarray(crop(positions)).astype(int) for _ in range(400)]
+    boxes = [[np.ptp(pixels[..., axis]) + 1 for axis in (0, 1)] for pixels in drawn]
     heights, widths = np.array(boxes, dtype=float).T
     areas, aspects = heights * widths / 256**2, widths / heights
     assert areas.min() > 0.07 and areas.max() <= 1.01
@@ -141,10 +126,8 @@ def test_half_of_the_training_images_are_mirrored():
     slope = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
     image = Image.fromarray(np.stack([slope] * 3, -1))
     pipeline = transforms.training(8, augment=True)
-    mirrored = 0
-    for _ in range(300):
-        got = pipeline(image)[0]
-        mirrored += bool(got[:, 0].mean() > got[:, -1].mean())
+    drawn = [pipeline(image)[0] for _ in range(300)]
+    mirrored = sum(bool(got[:, 0].mean() > got[:, -1].mean()) for got in drawn)
     assert 110 < mirrored < 190  # 150 and 4.6 deviations
 
 
@@ -160,30 +143,20 @@ def test_brightness_changes_by_up_to_four_tenths():
     assert 0.599 < min(factors) < 0.65 and 1.35 < max(factors) < 1.401
 
 
-def jittered(image: Image.Image, count: int) -> torch.Tensor:
+def jittered(image: Image.Image, count: int = 200) -> torch.Tensor:
     """(count, 3) the colour of a corner pixel of an image under the colour jitter alone."""
-    until_lighting = transforms.training(4, augment=True).transforms[1:4]
-    drawn = []
-    for _ in range(count):
-        value = image
-        for part in until_lighting:
-            value = part(value)
-        drawn.append(value[:, 0, 0])
-    return torch.stack(drawn)
+    jitter = transforms.v2.Compose(transforms.training(4, augment=True).transforms[1:4])
+    return torch.stack([jitter(image)[:, 0, 0] for _ in range(count)])
 
 
 def test_saturation_and_contrast_change_too():
-    red = Image.new("RGB", (4, 4), (150, 50, 50))
-    colours = jittered(red, 200)
+    colours = jittered(Image.new("RGB", (4, 4), (150, 50, 50)))
     spread = (colours[:, 0] - colours[:, 1]) / colours.mean(dim=1)
     assert spread.max() / spread.min() > 3  # one of the two alone: at most 1.4 / 0.6
     half = Image.new("L", (4, 4), 60)
     half.paste(140, (2, 0, 4, 4))
-    relative = jittered(half.convert("RGB"), 200)[:, 0] / (60 / 255)
+    relative = jittered(half.convert("RGB"))[:, 0] / (60 / 255)
     assert relative.min() < 0.55 and relative.max() > 1.5  # brightness alone: 0.6 to 1.4
-
-
-# ---------------------------------------------------------------------------------------- lighting
 
 
 def covariance_of_colours(eigenvalues) -> np.ndarray:
@@ -216,15 +189,11 @@ def test_lighting_keeps_its_weakest_direction():
     assert not np.allclose(deviations(VECTORS.T), 0.1 * VALUES, rtol=0.06)  # rows for columns
 
 
-@pytest.mark.parametrize(
-    "pipeline",
-    [transforms.training(8, True), transforms.validation(8), transforms.ten_crops(8)],
-    ids=["training", "validation", "ten crops"],
-)
-def test_pipelines_can_be_sent_to_loader_processes(pipeline):
-    image = picture(20, 30)
-    sent = pickle.loads(pickle.dumps(pipeline))
-    torch.manual_seed(1)
-    here = pipeline(image)
-    torch.manual_seed(1)
-    assert torch.equal(sent(image), here)
+def test_pipelines_can_be_sent_to_loader_processes():
+    image, training = picture(20, 30), transforms.training(8, True)
+    for pipeline in (training, transforms.validation(8), transforms.ten_crops(8)):
+        sent = pickle.loads(pickle.dumps(pipeline))
+        torch.manual_seed(1)
+        here = pipeline(image)
+        torch.manual_seed(1)
+        assert torch.equal(sent(image), here)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 import datasets.factory
 from datasets.factory import DataSplits
 from engine.precision import PRECISIONS
+from errors import DataError, RunError
 
 CIFAR_KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -25,6 +27,21 @@ def create_data(opt: SimpleNamespace, warn=pytest.fail, **more) -> DataSplits:
     """The data of settings on the CPU, with images in the type that their precision has."""
     dtype = PRECISIONS[opt.precision].dtype
     return datasets.factory.create(opt, torch.device("cpu"), warn, dtype=dtype, **more)
+
+
+def read_all(loader) -> tuple[torch.Tensor, list[int]]:
+    """All images and class numbers of the first epoch of a loader."""
+    images, targets = zip(*loader.batches(1), strict=True)
+    return torch.cat(images), torch.cat(targets).tolist()
+
+
+def error_line(call, *args, of: type[RunError] = DataError) -> str:
+    """The one line that a user reads when `call(*args)` raises a RunError."""
+    with pytest.raises(of) as error:
+        call(*args)
+    line = error.value.report()
+    assert re.fullmatch("error: [^\n]+; fix: [^\n]+", line)
+    return line
 
 
 def noise(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
