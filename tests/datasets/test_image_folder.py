@@ -56,20 +56,15 @@ def test_train_and_val_with_different_classes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_class_without_images_is_refused_and_named(tmp_path, split):
-    write_folder(tmp_path, COUNTS)
-    write_folder(tmp_path, {split: {"camel": 0}})
-    for _ in range(2):
+    write_folder(tmp_path, {other: CLASSES for other in COUNTS if other != split})
+    for _ in range(2):  # no directory, then one without classes
+        assert str(tmp_path / split) in error_line(index_folder, tmp_path)
+        (tmp_path / split).mkdir(exist_ok=True)
+    write_folder(tmp_path, {split: CLASSES | {"camel": 0}})
+    for _ in range(2):  # without a file, then without an image
         line = error_line(index_folder, tmp_path)
         assert str(tmp_path / split) in line and "camel" in line and "at least one image" in line
         (tmp_path / split / "camel" / "notes.txt").write_text("no camels yet")
-
-
-@pytest.mark.parametrize("missing", ["train", "val"])
-def test_a_split_that_is_missing_or_has_no_class_is_refused(tmp_path, missing):
-    write_folder(tmp_path, {split: CLASSES for split in COUNTS if split != missing})
-    assert str(tmp_path / missing) in error_line(index_folder, tmp_path)
-    (tmp_path / missing).mkdir()
-    assert str(tmp_path / missing) in error_line(index_folder, tmp_path)
 
 
 # --------------------------------------------------------------------------------- small: in memory
@@ -102,10 +97,6 @@ def test_statistics_are_those_of_the_images_that_train(tmp_path, valid):
     np.testing.assert_allclose(data.metadata["std"], kept.std(axis=0), rtol=1e-12)
     everything = pixels.reshape(-1, 3).mean(axis=0)
     assert np.allclose(data.metadata["mean"], everything, rtol=1e-12) == (valid == 0)
-    # Normalised with them, the training images have mean 0 and standard deviation 1.
-    images, _ = read_all(data.train)
-    assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-12
-    assert (images.transpose(0, 1).flatten(1).std(dim=1, correction=0) - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (16, 16), (5, 7), (8, 30)])
@@ -184,19 +175,6 @@ def test_ten_crops_are_evaluated_a_tenth_of_the_batch_at_a_time(tmp_path):
     wanted = by_hand(files(tmp_path / "val"), transforms.ten_crops(65))
     assert torch.equal(torch.cat([images for images, _ in batches]), wanted)
     assert len(next(data.train.batches(1))[1]) == 12  # training has no crops
-
-
-def test_a_bad_image_in_a_large_folder_follows_the_settings(tmp_path):
-    counts = {"train": {"a": 2, "b": 2}, "val": {"a": 2, "b": 2}}
-    write_folder(tmp_path, counts, size=70)
-    bad = tmp_path / "train" / "b" / "0003.png"
-    bad.write_bytes(b"")
-    warned = []
-    for policy, shown in (("error", f"cannot read image {bad}"), ("skip", "1 of 4 images")):
-        data = create(tmp_path, "--onBadImage", policy, size=65, warn=warned.append)
-        assert shown in error_line(list, data.train.batches(1))
-        assert len(list(data.val.batches(1))) == 1  # the other split is whole
-    assert len(warned) == 1 and str(bad) in warned[0]
 
 
 @pytest.mark.parametrize("size", [8, 65])
