@@ -17,7 +17,7 @@ from datasets.batch_sampler import BatchSampler
 from datasets.decode import decode
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from faults import costs
-from helpers.sample_data import error_line, noise
+from helpers.sample_data import error_line, noise, same_batches
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -44,18 +44,8 @@ def loader():
     """Makes FileLoader, and ends their processes after the test however that ends."""
     made = []
 
-    def make(
-        samples,
-        transform=to_pixels,
-        *,
-        indices=range(23),
-        batch_size=4,
-        seed=None,
-        image_seed=0,
-        num_workers=0,
-        on_bad_image="error",
-        warn=pytest.fail,
-    ):
+    def make(samples, transform=to_pixels, *, indices=range(23), batch_size=4, seed=None,
+             image_seed=0, num_workers=0, on_bad_image="error", warn=pytest.fail):  # fmt: skip
         batches = FileLoader(
             ImageFileDataset(samples, transform, image_seed),
             BatchSampler(torch.tensor([*indices][: len(samples)]), batch_size, seed),
@@ -66,7 +56,7 @@ def loader():
             device=torch.device("cpu"),
         )
         made.append(batches)
-        return batches  # fmt: skip
+        return batches
 
     yield make
     for batches in made:
@@ -75,19 +65,11 @@ def loader():
 
 
 def epoch(batches: FileLoader, number: int = 1, start: int = 0) -> list:
-    read = batches.batches(number, start)
-    return [(images.clone(), targets.tolist()) for images, targets in read]
-
-
-def same(some: list, others: list) -> bool:
-    return len(some) == len(others) and all(
-        torch.equal(images, pixels) and targets == labels
-        for (images, targets), (pixels, labels) in zip(some, others, strict=True)
-    )
+    return list(batches.batches(number, start))
 
 
 def targets_of(batches: list) -> list[int]:
-    return [target for _, targets in batches for target in targets]
+    return [target for _, targets in batches for target in targets.tolist()]
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -178,7 +160,7 @@ def test_a_skipped_image_is_counted_and_nothing_takes_its_place(
     )
     for number in (1, 2):
         read = epoch(batches, number)
-        assert [targets for _, targets in read] == [
+        assert [targets.tolist() for _, targets in read] == [
             [i for i in range(11) if i != 7], list(range(11, 22)), []
         ]  # fmt: skip
         assert all(len(images) == len(targets) for images, targets in read)
@@ -220,7 +202,7 @@ def test_ranks_that_stop_at_the_first_unreadable_image_have_nothing_to_compare()
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_counts_every_image_once_and_in_order(samples, loader, workers):
     indices = [4, 2, 20, 9, 17, 11]
-    read = list(loader(samples, indices=indices, num_workers=workers).batches(1))
+    read = epoch(loader(samples, indices=indices, num_workers=workers))
     assert [targets.tolist() for _, targets in read] == [[4, 2, 20, 9], [17, 11]]
     wanted = torch.from_numpy(noise(23, 12)[indices]).permute(0, 3, 1, 2).double()
     assert torch.equal(torch.cat([images for images, _ in read]), wanted)
@@ -237,13 +219,15 @@ def test_batches_are_the_same_for_any_number_of_workers_and_any_start(samples, l
     wanted = {number: epoch(make(), number) for number in (1, 2)}
     two = make(num_workers=2)
     for number in (1, 2, 1):  # the processes stay for the next epoch
-        assert same(epoch(two, number), wanted[number])
+        assert same_batches(epoch(two, number), wanted[number])
     for start in (0, 2, 5, 6):
-        assert same(epoch(two, 2, start), wanted[2][start:])
-        assert same(epoch(make(), 2, start), wanted[2][start:])
+        assert same_batches(epoch(two, 2, start), wanted[2][start:])
+        assert same_batches(epoch(make(), 2, start), wanted[2][start:])
     next(iter(two.batches(1)))  # an epoch that is left early does not disturb the next
-    assert same(epoch(two, 2), wanted[2])
-    assert not same(wanted[1], wanted[2]) and not same(epoch(make(seed=4)), wanted[1])
+    assert same_batches(epoch(two, 2), wanted[2])
+    assert not same_batches(wanted[1], wanted[2]) and not same_batches(
+        epoch(make(seed=4)), wanted[1]
+    )
 
 
 def test_what_is_random_belongs_to_seed_epoch_and_image_and_not_to_the_batch(samples, loader):
@@ -279,7 +263,7 @@ def test_loading_and_the_generators_of_the_process_leave_each_other_alone(
     assert states() == before
     torch.manual_seed(2)
     assert states() != before
-    assert same(load(), first)
+    assert same_batches(load(), first)
 
 
 # -------------------------------------------------------------------------------- loader processes
@@ -323,6 +307,6 @@ def test_loader_processes_leave_signals_to_their_parent(samples, loader, number)
     for worker in workers:
         os.kill(worker.pid, number)
     got += read
-    assert same([(images, targets.tolist()) for images, targets in got], wanted)
-    assert same(epoch(batches, 2), wanted)
+    assert same_batches(got, wanted)
+    assert same_batches(epoch(batches, 2), wanted)
     assert [worker.is_alive() for worker in workers] == [True, True]

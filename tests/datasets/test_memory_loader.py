@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from datasets.batch_sampler import BatchSampler
 from datasets.memory_loader import Augmentation, ImageTensors, MemoryLoader, channel_statistics
-from helpers.sample_data import noise
+from helpers.sample_data import noise, same_batches
 
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 PAD = 4
@@ -63,13 +63,6 @@ def padded_first(pixels: torch.Tensor, dy: int, dx: int, mirror: int) -> torch.T
     return normalised(black.permute(1, 2, 0))
 
 
-def same(some: list, others: list) -> bool:
-    return len(some) == len(others) and all(
-        torch.equal(images, wanted) and torch.equal(targets, labels)
-        for (images, targets), (wanted, labels) in zip(some, others, strict=True)
-    )
-
-
 def test_order_and_crops_belong_to_seed_epoch_and_step_and_to_nothing_else():
     images = numbered(50)
 
@@ -82,7 +75,7 @@ def test_order_and_crops_belong_to_seed_epoch_and_step_and_to_nothing_else():
     list(augmented(images).batches(1))
     assert torch.equal(torch.get_rng_state(), state)  # the network's draws are left alone
     for start in (0, 1, 3, 4):
-        assert same(epoch(start=start), wanted[start:])
+        assert same_batches(epoch(start=start), wanted[start:])
     for other in (epoch(seed=6), epoch(number=3)):
         assert labels_of(other) != labels_of(wanted)
 

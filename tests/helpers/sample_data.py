@@ -35,6 +35,14 @@ def read_all(loader) -> tuple[torch.Tensor, list[int]]:
     return torch.cat(images), torch.cat(targets).tolist()
 
 
+def same_batches(some: list, others: list) -> bool:
+    """Whether two lists of (images, targets) are equal to the last bit."""
+    return len(some) == len(others) and all(
+        torch.equal(images, wanted) and torch.equal(targets, labels)
+        for (images, targets), (wanted, labels) in zip(some, others, strict=True)
+    )
+
+
 def error_line(call, *args, of: type[RunError] = DataError) -> str:
     """The one line that a user reads when `call(*args)` raises a RunError."""
     with pytest.raises(of) as error:
