@@ -114,9 +114,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, l
     path.write_bytes(costs.png(*size, depth=1, colour=0, rows=1000))
     batches = loader([(str(path), 0)], transforms.validation(56))
     assert f"cannot read image {path}" in error_line(epoch, batches)
-    path.write_bytes(
-        costs.png(1000, 1000, depth=1, colour=0)
-    )  # made in the same way, but of a size that is allowed
+    path.write_bytes(costs.png(1000, 1000, depth=1, colour=0))  # the same, of an allowed size
     assert len(epoch(batches)) == 1
 
 
@@ -133,9 +131,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(
-    ("damage", "workers"), [*((damage, 0) for damage in BAD), ("truncated", 1)]
-)
+@pytest.mark.parametrize(("damage", "workers"), [*dict.fromkeys(BAD, 0).items(), ("truncated", 1)])
 def test_an_unreadable_image_stops_the_run_and_is_named(loader, samples, damage, workers):
     path = Path(samples[5][0])
     Image.fromarray(noise(1, 64)[0]).save(path, format="JPEG")
