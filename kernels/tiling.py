@@ -1,7 +1,7 @@
-"""How the work of each Triton kernel is cut into tiles: a fixed table, so that runs repeat.
+"""The tile sizes of each Triton kernel: a fixed table without autotuning, so that runs repeat.
 
-Sizes are powers of two, as Triton wants them. They fit the registers and the shared memory of
-compute capability 8.0 and later without spilling (tests/kernels/test_triton_compiles.py).
+Sizes are powers of two, as Triton requires, and fit the registers and shared memory of compute
+capability 8.0 and later without spilling (tests/kernels/test_triton_compiles.py).
 """
 
 import math
@@ -17,58 +17,61 @@ VECTOR_BYTES = 16  # the widest load of a thread
 
 @dataclass(frozen=True)
 class Tile:
-    """Constants of a kernel, by parameter name, and how it is run.
+    """The constexpr sizes of a kernel, by parameter name, and its launch options.
 
     Args:
         sizes: such as ROWS, CHANNELS and FEATURES of a tile.
         warps: of 32 threads, per program.
-        stages: how many steps ahead a loop loads.
+        stages: of software pipelining: a loop loads this many steps ahead.
     """
 
     sizes: Mapping[str, int]
     warps: int = 4
     stages: int = 2
 
+    def blocks(self, name: str, count: int) -> int:
+        """The number of tiles that cover `count` rows, channels or features."""
+        return cdiv(count, self.sizes[name])
+
 
 def conv1x1(dtype: torch.dtype, features: int) -> Tile:
-    """Of the 1x1 convolution."""
+    """Return the tile of the 1x1 convolution."""
     block = min(_next_power_of_2(features), 128)
     rows = 128 if block == 128 and dtype != torch.float32 else 64
     return Tile({"ROWS": rows, "CHANNELS": 32, "FEATURES": block}, warps=8, stages=3)
 
 
 def conv3x3(dtype: torch.dtype, channels: int, features: int) -> Tile:
-    """Of the 3x3 convolution."""
+    """Return the tile of the 3x3 convolution, with all features."""
     block = _next_power_of_2(features)
-    little_empty = -channels % 64 < 32  # of the last step
-    wide = dtype != torch.float32 and block < 64 and little_empty
+    # 64 channels a step where the last step would leave less than half of them empty.
+    wide = dtype != torch.float32 and block < 64 and -channels % 64 < 32
     sizes = {"ROWS": 64, "CHANNELS": 64 if wide else 32, "FEATURES": block}
     return Tile(sizes, warps=8, stages=1)
 
 
 def conv1x1_backward(dtype: torch.dtype, features: int) -> Tile:
-    """Of the backward of the 1x1 convolution."""
-    # Three products of TF32 in place of one take the registers that more features would need.
+    """Return the tile of the backward of the 1x1 convolution."""
+    # In float32 a product is three of TF32, whose registers leave room for fewer features.
     block = min(_next_power_of_2(features), 64 if dtype == torch.float32 else 256)
     sizes = {"ROWS": 32, "CHANNELS": 64, "FEATURES": block}
     return Tile(sizes, warps=8, stages=1 if block == 256 else 2)
 
 
 def conv3x3_backward(dtype: torch.dtype, features: int) -> Tile:
-    """Of the backward of the 3x3 convolution to its input."""
+    """Return the tile of the backward of the 3x3 convolution to its input."""
     block, single = _next_power_of_2(features), dtype == torch.float32
-    # Three taps side by side where one would leave the product too thin.
-    taps = 3 if block == 16 and not single else 1
+    taps = 3 if block == 16 and not single else 1  # see triton_backward.tap_columns
     rows = 32 if block == 64 and single else 64
     sizes = {"ROWS": rows, "CHANNELS": 64, "FEATURES": block, "TAPS": taps}
     return Tile(sizes, warps=8, stages=1)
 
 
 def conv3x3_weight_backward(dtype: torch.dtype, features: int) -> Tile:
-    """Of the backward of the 3x3 convolution to its weight."""
+    """Return the tile of the backward of the 3x3 convolution to its weight."""
     block = _next_power_of_2(features)
     rows, taps = 32 if dtype == torch.float32 else 64, 3 if block == 16 else 1
-    return Tile({"ROWS": rows, "CHANNELS": 64, "FEATURES": block, "TAPS": taps}, warps=4, stages=2)
+    return Tile({"ROWS": rows, "CHANNELS": 64, "FEATURES": block, "TAPS": taps})
 
 
 ELEMENTWISE = Tile({"ROWS": 64, "CHANNELS": 64})
@@ -77,31 +80,30 @@ REDUCE_PARTIALS = Tile({"NORM_SPLITS": 256, "NORM_CHANNELS": 16, "SPLITS": 64, "
 
 
 def norm_relu_avg_pool(window: tuple[int, int]) -> Tile:
-    """Of the average over windows: as many pixels of the input, whatever the window."""
+    """Return the tile of the pooling: 64 pixels of the input, whatever the window."""
     pixels = min(_next_power_of_2(window[0] * window[1], 1), 16)
     return Tile({"ROWS": 64 // pixels, "PIXELS": pixels, "CHANNELS": 64})
 
 
 def splits(num_rows: int, tile: Tile, column_blocks: int) -> tuple[int, int]:
-    """(ranges of rows, rows in each but the last) of a backward kernel: whole tiles.
+    """Split the rows of a backward kernel: (number of splits, rows in each but the last).
 
-    Each range has a share of every sum, so that there are no more of them than keep a GPU busy.
+    Each split writes partial sums: use no more splits than fill the GPU. Rows are whole tiles.
     """
-    num_tiles = cdiv(num_rows, tile.sizes["ROWS"])
-    tiles_each = cdiv(num_tiles, max(1, BACKWARD_PROGRAMS // column_blocks))
+    tiles_each = cdiv(tile.blocks("ROWS", num_rows), max(1, BACKWARD_PROGRAMS // column_blocks))
     rows_per_split = tiles_each * tile.sizes["ROWS"]
     return cdiv(num_rows, rows_per_split), rows_per_split
 
 
 def cdiv(count: int, size: int) -> int:
-    """How many blocks of a size hold `count`."""
+    """Divide and round up."""
     return -(-count // size)
 
 
 def vector_width(*tensors: Tensor) -> int:
-    """How many channels a thread may load at once from all of these maps.
+    """Return how many channels a thread may load at once from each of these (N, H, W, C) tensors.
 
-    The memory of a tensor begins at a multiple of 16 bytes; its views and rows need not.
+    PyTorch allocates at multiples of 16 bytes, but a view or a row may start anywhere.
     """
     return math.gcd(
         *(
@@ -118,10 +120,10 @@ def vector_width(*tensors: Tensor) -> int:
 
 
 def weight_vector_width(weight: Tensor) -> int:
-    """How many input channels of a weight (F, C, h, w) a thread may load at once."""
+    """Return how many input channels of a weight (F, C, h, w) a thread may load at once."""
     return vector_width(weight.permute(0, 2, 3, 1)) if weight.stride(1) == 1 else 1
 
 
 def _next_power_of_2(count: int, minimum: int = 16) -> int:
-    """The next power of two; a product of tiles wants 16 or more."""
+    """Round up; tl.dot requires 16 or more."""
     return max(minimum, 1 << (count - 1).bit_length())

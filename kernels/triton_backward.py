@@ -1,8 +1,9 @@
-"""Backward kernels: each program handles some rows of a block of the source's channels.
+"""Backward kernels: each program handles a split, some rows, of a block of the source's channels.
 
-It recomputes Z, forms dz, the gradient at the norm's output where Z > 0, adds scale * dz to the
-gradient of the source and keeps its share of the sums over rows: dbeta, dgamma and the gradient of
-the weight. `reduce_partials` adds the shares in a fixed order: every run gives the same bits.
+It recomputes Z, forms dz, the gradient of the norm's output, adds scale * dz to the gradient of the
+source, and stores its partial sums over rows: dbeta, dgamma and the gradient of the weight.
+`reduce_partials` adds the partial sums in a fixed order: every run gives the same bits, which
+atomic additions would not. kernels/triton_common.py explains the parameters.
 """
 
 import triton
@@ -29,9 +30,11 @@ def complete_gradient(
     target, target_stride, num_rows, channels, columns,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The complete gradient (kernels/feature_maps.py) through dropout; 0 in columns >= channels.
+    """target = mask * (grad - mean_correction - (value - mean) * rstd * var_correction), (M, C).
 
-    Without `mean` no norm has read the maps, and `grad` is complete.
+    See kernels/feature_maps.py. Without `mean` no norm reads the maps, and `grad` is complete.
+    Program (i, j) computes rows block i of channel block j. `columns` >= C is the width of the
+    target, whose other columns become 0: conv3x3_backward reads whole tiles without a mask.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -39,11 +42,11 @@ def complete_gradient(
     out = tl.load(tile_pointers(grad, rows, grad_stride, c, VECTOR), mask, 0.0).to(tl.float32)
     if mean is not None:
         x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-        factor = tl.load(rstd + c, c < channels, 0.0) * tl.load(
-            var_correction + c, c < channels, 0.0
-        )
-        offset = tl.load(mean_correction + c, c < channels, 0.0)
-        out -= normalise(x, factor, offset - tl.load(mean + c, c < channels, 0.0) * factor)
+        # Both corrections as one affine function of x.
+        inside = c < channels
+        factor = tl.load(rstd + c, inside, 0.0) * tl.load(var_correction + c, inside, 0.0)
+        offset = tl.load(mean_correction + c, inside, 0.0)
+        out -= normalise(x, factor, offset - tl.load(mean + c, inside, 0.0) * factor)
     if seed is not None:
         out = apply_dropout(
             out, rows, c, channels, seed, layer_id, first_row, threshold, keep_scale
@@ -58,20 +61,24 @@ def add_gradient(
     dz, x, normed, norm_mean, scale, grad, grad_stride, rows, c, mask, inside,
     OVERWRITE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Mask dz by the ReLU, add scale * dz to `grad`; sum dz and dz * (x - mean) over the rows."""
+    """Mask dz by the ReLU, and add scale * dz to `grad` (overwrite it if OVERWRITE).
+
+    Returns the sums over the tile's rows of dz (dbeta) and dz * (x - mean) (dgamma / rstd).
+    """
     dz = tl.where(normed <= 0, 0.0, dz)
     pointers = tile_pointers(grad, rows, grad_stride, c, VECTOR)
     out = dz * scale[None, :]
     if not OVERWRITE:
         out += tl.load(pointers, mask, 0.0).to(tl.float32)
     tl.store(pointers, out.to(grad.dtype.element_ty), mask)
+    # The mean is subtracted before the sum: sum(dz * x) - mean * sum(dz) would cancel.
     centred = x.to(tl.float32) - tl.load(norm_mean + c, inside, 0.0)[None, :]
     return tl.sum(dz, 0), tl.sum(dz * centred, 0)
 
 
 @triton.jit
 def store_sums(partial, split, dbeta, dgamma, c, channels):
-    """Keep the sums of one program: (programs, 2, channels)."""
+    """Store the sums of one program: partial is (splits, 2, C)."""
     tl.store(partial + (2 * split) * channels + c, dbeta, c < channels)
     tl.store(partial + (2 * split + 1) * channels + c, dgamma, c < channels)
 
@@ -86,9 +93,11 @@ def conv1x1_backward(
     VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
     WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the 1x1 convolution, given the complete gradient `d` of its output.
+    """Backward of conv1x1: dz = d W and dW = d^T Z, given the complete gradient `d`, (M, F).
 
-    A launch takes FEATURES features, from `first_feature` on.
+    Program (i, j) handles channel block i of split j, `rows_per_split` rows. A launch takes only
+    FEATURES of the F features, from `first_feature` on: the products need d and W in registers.
+    Further launches add to `grad`, and store their sums from `first_split` on.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1)
@@ -98,16 +107,19 @@ def conv1x1_backward(
     w = load_weight(
         weight, f * weight_f, f < features, c, c < channels, WEIGHT_C, WEIGHT_VECTOR
     ).to(value.dtype.element_ty)
+    # Sums over the split's rows stay in registers until its last tile.
     dbeta, dgamma = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     dw = tl.zeros([CHANNELS, FEATURES], tl.float32)
     for start in range(split * rows_per_split, last, ROWS):
         rows = start + tl.arange(0, ROWS)
         d_mask = tile_mask(rows < last, f < features, TARGET_VECTOR)
+        # Rows beyond the split have d = 0, so that they add nothing to any sum.
         upstream = tl.load(tile_pointers(d, rows, d_stride, f, TARGET_VECTOR), d_mask, 0.0)
         mask = tile_mask(rows < last, c < channels, VECTOR)
         x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
         normed = normalise(x, scale, bias)
         z = relu(normed).to(x.dtype)
+        # x is loaded once for both products.
         dw = dot(tl.trans(z), upstream, dw, PRECISION)
         dz = dot(upstream, tl.trans(w), tl.zeros([ROWS, CHANNELS], tl.float32), PRECISION)
         sums = add_gradient(
@@ -124,10 +136,12 @@ def conv1x1_backward(
 
 @triton.jit
 def tap_columns(group, FEATURES: tl.constexpr, TAPS: tl.constexpr):
-    """What the columns of a tile stand for that has TAPS taps of a 3x3 kernel side by side.
+    """Split the columns of a tile into TAPS taps (dy, dx) of a 3x3 kernel, FEATURES columns each.
 
-    Returns feature, row and column of the kernel from -1 to 1, and whether there is such a tap:
-    tiles are powers of two, so that beside three taps there is room for a fourth.
+    A few features make a thin product; three taps side by side make it wide enough. The width of a
+    tile is a power of two, so that three taps take the space of four.
+
+    Returns each column's feature, dy and dx from -1 to 1, and False where it belongs to no tap.
     """
     column = tl.arange(0, FEATURES if TAPS == 1 else 4 * FEATURES)
     tap = group * TAPS + column // FEATURES
@@ -136,7 +150,11 @@ def tap_columns(group, FEATURES: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def load_shifted(d, f, dy, dx, real, rows, inside, height, width, FEATURES: tl.constexpr):
-    """The gradients of the output pixels that have read each row through each column's tap."""
+    """Load, for each row and column, d of the output pixel that read this row through this tap.
+
+    Output pixel p reads input pixel p + (dy, dx), so that row r was read by r - (dy, dx). `d` has
+    exactly FEATURES columns, which are 0 from F on: see `complete_gradient`.
+    """
     near = shifted_mask(rows[:, None], inside[:, None], -dy[None, :], -dx[None, :], height, width)
     mask = tl.max_constancy(near & real[None, :], [1, FEATURES])
     offset = f - (dy * width + dx) * FEATURES
@@ -153,15 +171,17 @@ def conv3x3_backward(
     TAPS: tl.constexpr, VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
     WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the 3x3 convolution to its input, given the complete gradient of its output.
+    """Backward of conv3x3 to its input: dz = sum over taps of shifted(d) W[:, :, dy, dx].
 
-    `d` has FEATURES columns, of which those beyond `features` are 0.
+    `d` is the complete gradient of the output, (M, FEATURES), 0 from column F on. One program
+    computes a (ROWS, CHANNELS) tile of dz; those of the same rows are neighbours.
     """
     blocks = tl.cdiv(channels, CHANNELS)
     split = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     rows = split * ROWS + tl.arange(0, ROWS)
     dz = tl.zeros([ROWS, CHANNELS], tl.float32)
+    # TAPS taps in one product.
     for group in range(9 // TAPS):
         f, dy, dx, real = tap_columns(group, FEATURES, TAPS)
         shifted = load_shifted(d, f, dy, dx, real, rows, rows < num_rows, height, width, FEATURES)
@@ -169,6 +189,7 @@ def conv3x3_backward(
         used = real & (f < features)
         w = load_weight(weight, columns, used, c, c < channels, WEIGHT_C, WEIGHT_VECTOR)
         dz = dot(shifted, tl.trans(w.to(shifted.dtype)), dz, PRECISION)
+    # x is loaded last: it would occupy registers during the products.
     mask = tile_mask(rows < num_rows, c < channels, VECTOR)
     x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
     scale, bias = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
@@ -182,12 +203,17 @@ def conv3x3_backward(
 @kernel
 def conv3x3_weight_backward(
     d, value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
-    weight_f, weight_y, weight_x, weight_partials, dweight_size,
+    weight, weight_f, weight_y, weight_x, weight_partials, dweight_size,
     height, width, num_rows, channels, features, rows_per_split,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr, TAPS: tl.constexpr,
-    VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the 3x3 convolution to its weight, some taps of a range of rows."""
+    """Backward of conv3x3 to its weight: dW[:, :, dy, dx] = shifted(d)^T Z; `d` as above.
+
+    Program (i, j) sums TAPS taps of one channel block over split j, `rows_per_split` rows, into
+    weight_partials[j], which is laid out as the weight in memory.
+    """
     groups: tl.constexpr = 9 // TAPS
     c = tl.program_id(0) // groups * CHANNELS + tl.arange(0, CHANNELS)
     f, dy, dx, real = tap_columns(tl.program_id(0) % groups, FEATURES, TAPS)
@@ -215,7 +241,10 @@ def norm_relu_avg_pool_backward(
     height, width, window_h, window_w, num_rows, channels, rows_per_split,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the average over windows; pixels outside of every window have gradient 0."""
+    """Backward of norm_relu_avg_pool: dz = out_grad of a pixel's window / area, 0 outside of all.
+
+    Program (i, j) handles channel block i of split j, `rows_per_split` rows of the source.
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1)
     last = tl.minimum((split + 1) * rows_per_split, num_rows)
@@ -225,6 +254,7 @@ def norm_relu_avg_pool_backward(
         rows = start + tl.arange(0, ROWS)
         mask = tile_mask(rows < last, c < channels, VECTOR)
         x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
+        # The row of out_grad that belongs to each pixel's window.
         out_h, out_w = height // window_h, width // window_w
         y, left = rows // width % height // window_h, rows % width // window_w
         window = (rows // (height * width) * out_h + y) * out_w + left
@@ -248,45 +278,45 @@ def reduce_partials(
     NORM_SPLITS: tl.constexpr, NORM_CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Add the shares of all programs: the first programs dbeta and dgamma, the others dweight."""
+    """Add the partial sums of all programs: dbeta and dgamma, (C,), and dweight.
+
+    The first programs handle NORM_CHANNELS channels of the norm each, and add to the corrections of
+    the source's gradient (kernels/feature_maps.py); the others ELEMENTS elements of the weight. One
+    launch does both: launches cost more than these sums.
+    """
     blocks = tl.cdiv(channels, NORM_CHANNELS)
     block = tl.program_id(0)
     if block < blocks:
         c = block * NORM_CHANNELS + tl.arange(0, NORM_CHANNELS)
         inside = c < channels
-        total_beta = sum_partials(partial, num_splits, 2 * channels, c, inside, NORM_SPLITS)
-        total_gamma = sum_partials(
-            partial + channels, num_splits, 2 * channels, c, inside, NORM_SPLITS
-        )
+        sums, stride = partial + c, 2 * channels
+        total_beta = sum_partials(sums, num_splits, stride, inside, NORM_SPLITS)
         rstd = tl.load(norm_rstd + c, inside, 0.0)
-        total_gamma *= rstd
+        total_gamma = sum_partials(sums + channels, num_splits, stride, inside, NORM_SPLITS) * rstd
         tl.store(dbeta + c, total_beta, inside)
         tl.store(dgamma + c, total_gamma, inside)
         scale = tl.load(norm_weight + c, inside, 0.0).to(tl.float32) * rstd / num_rows
-        tl.store(
-            mean_correction + c,
-            tl.load(mean_correction + c, inside, 0.0) + scale * total_beta,
-            inside,
-        )
-        tl.store(
-            var_correction + c,
-            tl.load(var_correction + c, inside, 0.0) + scale * total_gamma,
-            inside,
-        )
+        add_to(mean_correction + c, scale * total_beta, inside)
+        add_to(var_correction + c, scale * total_gamma, inside)
     elif weight_partials is not None:
         i = (block - blocks) * ELEMENTS + tl.arange(0, ELEMENTS)
-        total = sum_partials(
-            weight_partials, num_weight_partials, dweight_size, i, i < dweight_size, SPLITS
-        )
+        elements = weight_partials + i
+        total = sum_partials(elements, num_weight_partials, dweight_size, i < dweight_size, SPLITS)
         tl.store(dweight + i, total, i < dweight_size)
 
 
 @triton.jit
-def sum_partials(partial, num_splits, stride, column, inside, SPLITS: tl.constexpr):
-    """The sum over rows of a matrix (num_splits, stride), in a fixed order."""
-    total = tl.zeros(column.shape, tl.float32)
+def sum_partials(pointers, num_splits, stride, inside, SPLITS: tl.constexpr):
+    """Sum columns of a matrix over its rows, `stride` apart, in an order that never changes."""
+    total = tl.zeros(pointers.shape, tl.float32)
     for first in range(0, num_splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
-        pointers = partial + (split.to(tl.int64) * stride)[:, None] + column[None, :]
-        total += tl.sum(tl.load(pointers, (split < num_splits)[:, None] & inside[None, :], 0.0), 0)
+        rows = pointers[None, :] + (split.to(tl.int64) * stride)[:, None]
+        total += tl.sum(tl.load(rows, (split < num_splits)[:, None] & inside[None, :], 0.0), 0)
     return total
+
+
+@triton.jit
+def add_to(pointers, x, inside):
+    """Add to values in memory that no other program writes."""
+    tl.store(pointers, tl.load(pointers, inside, 0.0) + x, inside)

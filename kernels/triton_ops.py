@@ -1,8 +1,8 @@
 """The operations of a dense block in Triton: kernels/reference.py, function by function.
 
-An operation is one kernel, and where it sums over rows a second one that adds what each program
-of the first has summed, in a fixed order: every run gives the same bits. Nothing else is launched.
-Given tensors without memory an operation allocates what it would and launches nothing.
+Each operation launches one kernel, and a second one where sums over rows are wanted: it combines
+the partial sums of the first in a fixed order, so that every run gives the same bits.
+With meta or fake tensors an operation allocates its tensors and launches nothing.
 """
 
 import torch
@@ -19,11 +19,11 @@ from kernels.tiling import Tile
 def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
     """See kernels.reference.copy_with_stats."""
     value, tile, channels = value.contiguous(), tiling.ELEMENTWISE, value.shape[3]
-    num_splits = tiling.cdiv(target.num_pixels, tile.sizes["ROWS"])
+    num_splits = tile.blocks("ROWS", target.num_pixels)
     partial = _new_float32(target.value, num_splits, 2, channels)
     _launch(
         triton_forward.copy_with_stats,
-        (num_splits, tiling.cdiv(channels, tile.sizes["CHANNELS"])),
+        (num_splits, tile.blocks("CHANNELS", channels)),
         tile,
         value=value,
         target=target.value,
@@ -41,10 +41,8 @@ def conv1x1(
     dropout: DropoutSpec | None,
 ) -> None:  # fmt: skip
     """See kernels.reference.conv1x1."""
-    features = len(weight)
-    tile = tiling.conv1x1(source.value.dtype, features)
-    blocks = tiling.cdiv(features, tile.sizes["FEATURES"])
-    _forward(triton_forward.conv1x1, tile, blocks, source, norm, weight, target, dropout)
+    tile = tiling.conv1x1(source.value.dtype, len(weight))
+    _forward(triton_forward.conv1x1, tile, source, norm, weight, target, dropout)
 
 
 def conv3x3(
@@ -54,7 +52,7 @@ def conv3x3(
     """See kernels.reference.conv3x3."""
     features, channels = weight.shape[:2]
     tile = tiling.conv3x3(source.value.dtype, channels, features)
-    _forward(triton_forward.conv3x3, tile, 1, source, norm, weight, target, dropout)
+    _forward(triton_forward.conv3x3, tile, source, norm, weight, target, dropout)
 
 
 def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int, int]) -> Tensor:
@@ -64,12 +62,12 @@ def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int,
     rows, tile = out.numel() // channels, tiling.norm_relu_avg_pool(window)
     _launch(
         triton_forward.norm_relu_avg_pool,
-        (tiling.cdiv(rows, tile.sizes["ROWS"]), tiling.cdiv(channels, tile.sizes["CHANNELS"])),
+        (tile.blocks("ROWS", rows), tile.blocks("CHANNELS", channels)),
         tile,
-        **_input_args(source, norm),
+        **_source_args(source, norm),
         target=out,
-        **_shape_args(source.value),
-        **_window_args(window),
+        window_h=window[0],
+        window_w=window[1],
         num_outputs=rows,
         VECTOR=tiling.vector_width(source.value),
     )
@@ -77,27 +75,25 @@ def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int,
 
 
 def _forward(
-    kernel, tile: Tile, blocks: int, source: FeatureMaps, norm: NormParams, weight: Tensor,
+    kernel, tile: Tile, source: FeatureMaps, norm: NormParams, weight: Tensor,
     target: FeatureMaps, dropout: DropoutSpec | None,
 ) -> None:  # fmt: skip
     out, features = target.value, len(weight)
-    num_splits = tiling.cdiv(target.num_pixels, tile.sizes["ROWS"])
+    num_splits = tile.blocks("ROWS", target.num_pixels)
+    # Statistics only where the target wants them.
     partial = None if target.var is None else _new_float32(out, num_splits, 2, features)
     _launch(
         kernel,
-        (num_splits * blocks,),
+        (num_splits * tile.blocks("FEATURES", features),),
         tile,
-        **_input_args(source, norm),
+        **_source_args(source, norm),
         **_weight_args(weight),
+        **_dropout_args(dropout, out),
         target=out,
         target_stride=_row_stride(out),
-        **_dropout_args(dropout, out),
         partial=partial,
-        **_shape_args(source.value),
-        features=features,
         VECTOR=tiling.vector_width(source.value),
         TARGET_VECTOR=tiling.vector_width(out),
-        PRECISION=_precision(out),
     )
     if partial is not None:
         _reduce_stats(target, partial, tile)
@@ -107,7 +103,7 @@ def _reduce_stats(target: FeatureMaps, partial: Tensor, tile: Tile) -> None:
     num_splits, _, channels = partial.shape
     _launch(
         triton_forward.reduce_stats,
-        (tiling.cdiv(channels, tiling.REDUCE_STATS.sizes["CHANNELS"]),),
+        (tiling.REDUCE_STATS.blocks("CHANNELS", channels),),
         tiling.REDUCE_STATS,
         partial=partial,
         mean=target.mean,
@@ -128,40 +124,39 @@ def conv1x1_backward(
     target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
     dropout: DropoutSpec | None, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See kernels.reference.conv1x1_backward; `target.grad` may become the complete gradient."""
+    """See kernels.reference.conv1x1_backward; may complete `target.grad` in place."""
     value, (features, channels) = source.value, weight.shape[:2]
     d = target.grad.contiguous()
-    if dropout and target.mean is None:  # others may read a gradient that no norm has added to
+    if dropout and target.mean is None:  # the caller's own gradient, which others may read
         d = torch.empty_like(d)
     if dropout or target.mean is not None:
         _complete_gradient(target, dropout, d)
     tile = tiling.conv1x1_backward(value.dtype, features)
-    column_blocks = tiling.cdiv(channels, tile.sizes["CHANNELS"])
+    column_blocks, feature_blocks = (
+        tile.blocks("CHANNELS", channels), tile.blocks("FEATURES", features)
+    )  # fmt: skip
     splits, rows_per_split = tiling.splits(source.num_pixels, tile, column_blocks)
-    feature_blocks = tiling.cdiv(features, tile.sizes["FEATURES"])
     norm_partials = _new_float32(value, feature_blocks * splits, 2, channels)
     weight_partials = _new_float32(value, splits, weight.numel())
-    for block in range(feature_blocks):  # the source's gradient is a sum over features
+    # dz is a sum over features: the launches after the first add to the source's gradient.
+    for block in range(feature_blocks):
         _launch(
             triton_backward.conv1x1_backward,
             (column_blocks, splits),
             tile,
             d=d,
             d_stride=_row_stride(d),
-            **_input_args(source, norm),
-            **_grad_args(source),
+            **_source_args(source, norm),
             **_weight_args(weight),
+            **_grad_args(source),
             partial=norm_partials,
             weight_partials=weight_partials,
             dweight_size=weight.numel(),
-            **_shape_args(value),
-            features=features,
             first_feature=block * tile.sizes["FEATURES"],
             rows_per_split=rows_per_split,
             first_split=block * splits,
             OVERWRITE=overwrite and block == 0,
             TARGET_VECTOR=tiling.vector_width(d),
-            PRECISION=_precision(value),
         )
     return _reduce_partials(source, norm, norm_partials, weight, weight_partials)
 
@@ -173,33 +168,33 @@ def conv3x3_backward(
     """See kernels.reference.conv3x3_backward."""
     value, (features, channels) = source.value, weight.shape[:2]
     tile = tiling.conv3x3_backward(value.dtype, features)
-    # Each row is read at nine places, so that it is formed once.
+    # Nine taps read each row of the complete gradient, so that it is computed once, beforehand.
     d = value.new_empty((*value.shape[:3], tile.sizes["FEATURES"]))
     _complete_gradient(target, dropout, d)
-    num_splits = tiling.cdiv(source.num_pixels, tile.sizes["ROWS"])
+    num_splits = tile.blocks("ROWS", source.num_pixels)
     norm_partials = _new_float32(value, num_splits, 2, channels)
     _launch(
         triton_backward.conv3x3_backward,
-        (num_splits * tiling.cdiv(channels, tile.sizes["CHANNELS"]),),
+        (num_splits * tile.blocks("CHANNELS", channels),),
         tile,
         d=d,
-        **_input_args(source, norm),
-        **_grad_args(source),
+        **_source_args(source, norm),
         **_weight_args(weight),
+        **_grad_args(source),
         partial=norm_partials,
-        **_shape_args(value),
-        features=features,
         OVERWRITE=overwrite,
-        PRECISION=_precision(value),
     )
-    weight_partials = _conv3x3_weight(d, source, norm, weight)
+    weight_partials = _conv3x3_weight_backward(d, source, norm, weight)
     return _reduce_partials(source, norm, norm_partials, weight, weight_partials)
 
 
-def _conv3x3_weight(d: Tensor, source: FeatureMaps, norm: NormParams, weight: Tensor) -> Tensor:
+def _conv3x3_weight_backward(
+    d: Tensor, source: FeatureMaps, norm: NormParams, weight: Tensor
+) -> Tensor:
+    """Return the weight's gradient in parts to be added: (splits, size of the weight)."""
     value, (features, channels) = source.value, weight.shape[:2]
     tile = tiling.conv3x3_weight_backward(value.dtype, features)
-    blocks = tiling.cdiv(channels, tile.sizes["CHANNELS"]) * (9 // tile.sizes["TAPS"])
+    blocks = tile.blocks("CHANNELS", channels) * (9 // tile.sizes["TAPS"])
     splits, rows_per_split = tiling.splits(source.num_pixels, tile, blocks)
     partials = _new_float32(value, splits, weight.numel())
     _launch(
@@ -207,15 +202,12 @@ def _conv3x3_weight(d: Tensor, source: FeatureMaps, norm: NormParams, weight: Te
         (blocks, splits),
         tile,
         d=d,
-        **_input_args(source, norm),
-        **_weight_strides(weight),
+        **_source_args(source, norm),
+        **_weight_args(weight),
         weight_partials=partials,
         dweight_size=weight.numel(),
-        **_shape_args(value),
-        features=features,
         rows_per_split=rows_per_split,
         VECTOR=tiling.vector_width(value),
-        PRECISION=_precision(value),
     )
     return partials
 
@@ -225,7 +217,7 @@ def norm_relu_avg_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """See kernels.reference.norm_relu_avg_pool_backward."""
     grad, tile, channels = grad.contiguous(), tiling.ELEMENTWISE, source.value.shape[3]
-    column_blocks = tiling.cdiv(channels, tile.sizes["CHANNELS"])
+    column_blocks = tile.blocks("CHANNELS", channels)
     splits, rows_per_split = tiling.splits(source.num_pixels, tile, column_blocks)
     partials = _new_float32(source.value, splits, 2, channels)
     _launch(
@@ -233,11 +225,11 @@ def norm_relu_avg_pool_backward(
         (column_blocks, splits),
         tile,
         out_grad=grad,
-        **_input_args(source, norm),
+        **_source_args(source, norm),
         **_grad_args(source),
         partial=partials,
-        **_shape_args(source.value),
-        **_window_args(window),
+        window_h=window[0],
+        window_w=window[1],
         rows_per_split=rows_per_split,
         GRAD_VECTOR=tiling.vector_width(grad),
     )
@@ -252,15 +244,13 @@ def complete_gradient(x: FeatureMaps) -> Tensor:
 
 
 def _complete_gradient(x: FeatureMaps, dropout: DropoutSpec | None, out: Tensor) -> None:
+    """Write mask * complete gradient to the first channels of `out`, and 0 to its others."""
     grad, tile = x.grad, tiling.ELEMENTWISE
-    if x.mean is None:
+    if x.mean is None:  # the caller's own gradient, in any memory layout
         grad = grad.contiguous()
     _launch(
         triton_backward.complete_gradient,
-        (
-            tiling.cdiv(x.num_pixels, tile.sizes["ROWS"]),
-            tiling.cdiv(out.shape[3], tile.sizes["CHANNELS"]),
-        ),
+        (tile.blocks("ROWS", x.num_pixels), tile.blocks("CHANNELS", out.shape[3])),
         tile,
         grad=grad,
         grad_stride=_row_stride(grad),
@@ -282,28 +272,28 @@ def _complete_gradient(x: FeatureMaps, dropout: DropoutSpec | None, out: Tensor)
 
 
 def _reduce_partials(
-    source: FeatureMaps,
-    norm: NormParams,
-    norm_partials: Tensor,
-    weight: Tensor | None,
+    source: FeatureMaps, norm: NormParams, norm_partials: Tensor, weight: Tensor | None,
     weight_partials: Tensor | None,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Add the shares of all programs: the gradients of weight, gamma and beta.
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Add up partial sums, also into the source's corrections: (dweight or None, dgamma, dbeta).
 
     Args:
-        norm_partials: (programs, 2, C), dbeta and dgamma / rstd.
-        weight_partials: (programs, size of the weight), None without a weight.
+        norm_partials: (splits, 2, C): dbeta and dgamma / rstd.
+        weight_partials: (splits, size of the weight), None without a weight.
     """
     num_splits, _, channels = norm_partials.shape
     dgamma, dbeta = torch.empty_like(source.mean), torch.empty_like(source.mean)
-    dweight = None if weight is None else _empty_gradient(weight)
-    size = 0 if weight is None else weight.numel()
-    sizes = tiling.REDUCE_PARTIALS.sizes
-    norm_blocks = tiling.cdiv(channels, sizes["NORM_CHANNELS"])
+    dweight, size, num_weight_partials = None, 0, 0
+    if weight is not None:
+        dweight = torch.empty_like(weight, dtype=torch.float32)
+        # The kernels index partial sums by the weight's strides.
+        assert dweight.stride() == weight.stride(), "a weight has gaps in memory"
+        size, num_weight_partials = weight.numel(), len(weight_partials)
+    tile = tiling.REDUCE_PARTIALS
     _launch(
         triton_backward.reduce_partials,
-        (norm_blocks + tiling.cdiv(size, sizes["ELEMENTS"]),),
-        tiling.REDUCE_PARTIALS,
+        (tile.blocks("NORM_CHANNELS", channels) + tile.blocks("ELEMENTS", size),),
+        tile,
         partial=norm_partials,
         num_splits=num_splits,
         norm_rstd=source.rstd,
@@ -315,7 +305,7 @@ def _reduce_partials(
         num_rows=source.num_pixels,
         channels=channels,
         weight_partials=weight_partials,
-        num_weight_partials=0 if weight_partials is None else len(weight_partials),
+        num_weight_partials=num_weight_partials,
         dweight=dweight,
         dweight_size=size,
     )
@@ -326,41 +316,13 @@ def _reduce_partials(
 
 
 def _row_stride(x: Tensor) -> int:
-    """From one pixel to the next, over the ends of rows and images."""
+    """Return the distance in memory from one pixel to the next, also over the ends of images."""
     # A contiguous tensor may have any stride where it is one pixel wide.
     return x.shape[3] if x.is_contiguous() else x.stride(2)
 
 
-def _shape_args(value: Tensor) -> dict:
-    images, height, width, channels = value.shape
-    rows = images * height * width
-    return {"height": height, "width": width, "num_rows": rows, "channels": channels}
-
-
-def _window_args(window: tuple[int, int]) -> dict:
-    return {"window_h": window[0], "window_w": window[1]}
-
-
-def _weight_args(weight: Tensor) -> dict:
-    return {
-        "weight": weight,
-        **_weight_strides(weight),
-        "WEIGHT_VECTOR": tiling.weight_vector_width(weight),
-    }
-
-
-def _weight_strides(weight: Tensor) -> dict:
-    """In memory, of (F, C, h, w); one kernel per stride of C, which is 1 where C is last."""
-    stride_f, stride_c, stride_y, stride_x = weight.stride()
-    return {
-        "weight_f": stride_f,
-        "weight_y": stride_y,
-        "weight_x": stride_x,
-        "WEIGHT_C": stride_c,
-    }
-
-
-def _input_args(x: FeatureMaps, norm: NormParams) -> dict:
+def _source_args(x: FeatureMaps, norm: NormParams) -> dict:
+    images, height, width, channels = x.value.shape
     return {
         "value": x.value,
         "value_stride": _row_stride(x.value),
@@ -368,6 +330,25 @@ def _input_args(x: FeatureMaps, norm: NormParams) -> dict:
         "norm_rstd": x.rstd,
         "norm_weight": norm.weight,
         "norm_bias": norm.bias,
+        "height": height,
+        "width": width,
+        "num_rows": images * height * width,
+        "channels": channels,
+    }
+
+
+def _weight_args(weight: Tensor) -> dict:
+    # One kernel per stride of C, which is 1 in channels-last weights.
+    stride_f, stride_c, stride_y, stride_x = weight.stride()
+    return {
+        "weight": weight,
+        "weight_f": stride_f,
+        "weight_y": stride_y,
+        "weight_x": stride_x,
+        "features": len(weight),
+        "WEIGHT_C": stride_c,
+        "WEIGHT_VECTOR": tiling.weight_vector_width(weight),
+        "PRECISION": _precision(weight),
     }
 
 
@@ -380,20 +361,14 @@ def _grad_args(x: FeatureMaps) -> dict:
 
 
 def _dropout_args(dropout: DropoutSpec | None, value: Tensor) -> dict:
+    dropped = dropout or DropoutSpec(0.0, None, 0)
     return {
-        "seed": dropout and dropout.seed,
-        "layer_id": dropout.layer_id if dropout else 0,
-        "first_row": dropout.sample_offset * value.shape[1] * value.shape[2] if dropout else 0,
-        "threshold": dropout.threshold if dropout else 0,
-        "keep_scale": dropout.scale if dropout else 1.0,
+        "seed": dropped.seed,
+        "layer_id": dropped.layer_id,
+        "first_row": dropped.sample_offset * value.shape[1] * value.shape[2],
+        "threshold": dropped.threshold,
+        "keep_scale": dropped.scale,
     }
-
-
-def _empty_gradient(weight: Tensor) -> Tensor:
-    """Room for the gradient of a weight, in the same order in memory."""
-    dweight = torch.empty_like(weight, dtype=torch.float32)
-    assert dweight.stride() == weight.stride(), "a weight has gaps in memory"
-    return dweight
 
 
 def _new_float32(like: Tensor, *shape: int) -> Tensor:
@@ -401,15 +376,16 @@ def _new_float32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _precision(x: Tensor) -> str:
-    """How products are formed; three of TF32 are nearly as good as one in single precision."""
+    """How tl.dot multiplies float32; three products of TF32 nearly reach float32's precision."""
     if x.device.type == "cpu":
         return "interpreted"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _launch(kernel, grid: tuple[int, ...], tile: Tile, **arguments) -> None:
+    """Launch a kernel on the device of its first argument; nothing for meta and fake tensors."""
     tensor = next(iter(arguments.values()))
-    if tensor.is_meta or type(tensor) is not Tensor:  # a fake tensor: only memory is to be counted
+    if tensor.is_meta or type(tensor) is not Tensor:
         return
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
