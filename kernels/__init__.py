@@ -1,1 +1,1 @@
-"""The operations of a dense block, in plain PyTorch and in Triton."""
+"""The operations of a dense block: a specification in PyTorch, and Triton kernels."""

@@ -1,6 +1,6 @@
-"""The operations of a dense block, in plain PyTorch and in Triton, and the choice between them.
+"""Choose the implementation of the dense block's operations: plain PyTorch or Triton.
 
-Nothing outside this folder knows which one runs.
+Code outside of this package calls a `Backend` and does not know which one it is.
 """
 
 import importlib.util
@@ -17,14 +17,14 @@ from errors import UsageError
 from kernels import reference
 from kernels.feature_maps import FeatureMaps
 
-MIN_CAPABILITY = (8, 0)  # compute capability: bf16 and asynchronous copies
+MIN_CAPABILITY = (8, 0)  # of a GPU: bf16 and asynchronous copies
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations that dense blocks are made of; kernels/reference.py specifies them.
+    """The operations of a dense block, which kernels/reference.py specifies.
 
-    A value: its functions are found by name, so that it is copied and pickled with a network.
+    Functions of a module are pickled by name, so that a backend is copied with its network.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Backend:
 
     @classmethod
     def from_module(cls, module: ModuleType) -> Self:
-        """Take the operations that a module has."""
+        """Collect the operations of a module by their names."""
         operations = [field.name for field in fields(cls) if field.name != "name"]
         return cls(module.__name__, *(getattr(module, name) for name in operations))
 
@@ -48,10 +48,13 @@ REFERENCE = Backend.from_module(reference)
 
 
 def select(requested: str, device: torch.device, precision: str) -> tuple[Backend, str | None]:
-    """Choose the backend for `--kernels`, with a remark where Triton was expected but is not used.
+    """Choose the backend for `--kernels`.
+
+    Returns:
+        The backend, and a warning if a GPU will run without Triton, else None.
 
     Raises:
-        UsageError: Triton is asked for by name and cannot be used.
+        UsageError: Triton is requested by name and cannot be used.
     """
     if requested == "torch":
         return REFERENCE, None
@@ -66,8 +69,8 @@ def select(requested: str, device: torch.device, precision: str) -> tuple[Backen
 
 
 def _compile_error(device: torch.device) -> str | None:
-    """Why a first kernel cannot be compiled and run, None if it can."""
-    try:  # no compiler, no matching driver, a broken installation: whatever is raised there
+    """Compile and run one kernel: the reason why that fails, or None."""
+    try:  # no compiler, no matching driver, a broken installation raise all kinds of errors
         from kernels import triton_ops  # noqa: TID251
 
         value = torch.zeros(1, 1, 1, 1, device=device)
@@ -82,7 +85,7 @@ def _compile_error(device: torch.device) -> str | None:
 
 
 def _missing_requirement(device: torch.device, precision: str) -> str | None:
-    """Why Triton cannot be used, None if it can."""
+    """Check installation, precision and device: the reason why Triton cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if precision == "double":

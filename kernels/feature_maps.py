@@ -1,4 +1,4 @@
-"""What the kernels work on: channels-last feature maps with their statistics and gradient."""
+"""The operands of the kernels: channels-last feature maps with statistics and gradient."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 @dataclass
 class FeatureMaps:
-    """Feature maps, the moments of their channels and what backward gathers for them.
+    """Feature maps, the statistics of their channels, and their gradient so far.
 
-    Each batch normalisation that reads these maps adds to `grad`, to `mean_correction` and to
-    `var_correction`. The gradient is complete only when the last one has run, as
+    The backward of a batch normalisation needs sums over the whole batch. All that read these maps
+    share mean and rstd, so that each adds scale * dz to `grad` at once, and its sums to
+    `mean_correction` and `var_correction`. When the last one has run, the complete gradient is
 
         grad - mean_correction - (value - mean) * rstd * var_correction
 
-    so that no reader needs a reduction over the whole batch before it can write (see
-    docs/memory.md). Views share memory: `channels` of a buffer writes into the buffer.
+    See docs/memory.md, "Deferred correction".
 
     Args:
         value: (N, H, W, C).
-        mean: (C,), of the batch in training, the running one in evaluation; None when no batch
+        mean: (C,), of the batch in training, the running one in evaluation; None if no batch
             normalisation reads these maps.
         rstd: (C,), 1 / sqrt(variance + eps).
-        var: (C,), biased variance of the batch; None where the moments are known already.
-        grad: (N, H, W, C) or None outside of backward.
-        mean_correction, var_correction: (C,), sums over the readers of scale * dbeta / M
-            and of scale * dgamma / M.
+        var: (C,), biased variance of the batch; None if forward must not compute statistics.
+        grad: (N, H, W, C), in backward.
+        mean_correction, var_correction: (C,), sums over all readers of scale * dbeta / M and
+            scale * dgamma / M; scale = gamma * rstd, M = N * H * W.
         eps: of every batch normalisation that reads these maps.
     """
 
@@ -42,7 +42,7 @@ class FeatureMaps:
     eps: float = 1e-5
 
     def channels(self, start: int, stop: int) -> FeatureMaps:
-        """Channels `start` to `stop`, sharing memory."""
+        """Return channels [start, stop) as a view: writing to it writes to these maps."""
         return replace(
             self,
             **{
@@ -54,18 +54,18 @@ class FeatureMaps:
 
     @property
     def num_pixels(self) -> int:
-        """M = N * H * W, the values that one channel has."""
+        """M = N * H * W."""
         return self.value.shape[0] * self.value.shape[1] * self.value.shape[2]
 
 
 @dataclass(frozen=True)
 class NormParams:
-    """The learned part of a batch normalisation: weight (gamma) and bias (beta), (C,) each."""
+    """The parameters of a batch normalisation: weight (gamma) and bias (beta), (C,) each."""
 
     weight: Tensor
     bias: Tensor
 
     def affine(self, x: FeatureMaps) -> tuple[Tensor, Tensor]:
-        """(scale, shift) such that the normalised value is value * scale + shift; (C,) each."""
+        """Return (scale, shift), (C,) each: the normalised value is value * scale + shift."""
         scale = self.weight * x.rstd
         return scale, torch.addcmul(self.bias, x.mean, scale, value=-1)

@@ -1,8 +1,13 @@
 """The operations of a dense block in plain PyTorch: the specification, and what CPUs run.
 
-Every operation reads maps through a batch normalisation and a ReLU, Z = relu(norm(value)). It
-works on tiles of whole images, small enough that what one PyTorch call writes is still in the
-cache when the next one reads it. On CUDA one tile is the whole batch.
+Every operation but the copy reads feature maps (N, H, W, C) through a batch normalisation and a
+ReLU: Z = relu((value - mean) * rstd * gamma + beta). It writes into given memory, since a dense
+block keeps the maps of all layers in one buffer. Forward also computes the statistics of what it
+writes, once for every later batch normalisation; backward defers the terms of these statistics
+(see kernels/feature_maps.py).
+
+On the CPU an operation works on tiles of whole images, small enough that what one PyTorch call
+writes is still in the cache when the next one reads it. On CUDA one tile is the whole batch.
 """
 
 from collections.abc import Iterator
@@ -15,13 +20,13 @@ from kernels.dropout import DropoutSpec
 from kernels.feature_maps import FeatureMaps, NormParams
 
 TILE_BYTES = 8_000_000  # that an operation reads at a time on the CPU: half of a usual cache
-VECTOR_CHANNELS = 64  # batch norm's kernels are slow on fewer
+VECTOR_CHANNELS = 64  # PyTorch's batch norm is slow with fewer channels
 
 # ------------------------------------------------------------------------------------- forward
 
 
 def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
-    """Write given maps, (N, H, W, C), and the moments of their channels."""
+    """target.value = value, (N, H, W, C), and the statistics of the target."""
     tile_stats = []
     for tile in _tiles(value):
         target.value[tile] = value[tile]
@@ -29,45 +34,17 @@ def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
     _reduce_stats(tile_stats, target)
 
 
-def conv1x1(
+def conv(
     source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
     dropout: DropoutSpec | None,
 ) -> None:  # fmt: skip
-    """1x1 convolution: write dropout(Z W^T) and its moments.
+    """target.value = dropout(conv2d(Z, weight)), padded to keep H and W, and its statistics.
 
     Args:
         source: C channels.
-        weight: (F, C, 1, 1).
-        target: F channels; its moments are written where it has room for them.
+        weight: (F, C, 1, 1) or (F, C, 3, 3).
+        target: F channels; its statistics are computed only if `target.var` is a tensor.
     """
-    _forward(source, norm, weight, target, dropout)
-
-
-def conv3x3(
-    source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
-    dropout: DropoutSpec | None,
-) -> None:  # fmt: skip
-    """3x3 convolution with padding: write dropout(conv(Z)) and its moments, weight (k, C, 3, 3)."""
-    _forward(source, norm, weight, target, dropout)
-
-
-def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int, int]) -> Tensor:
-    """Average of Z over each window of pixels: (N, H // h, W // w, C)."""
-    affine = norm.affine(source)
-    height, width = source.value.shape[1:3]
-    pooled = source.value.new_empty(
-        len(source.value), height // window[0], width // window[1], source.value.shape[3]
-    )
-    for tile in _tiles(source.value):
-        z = _affine(source.value[tile], *affine).relu_()
-        pooled[tile] = _nhwc(F.avg_pool2d(_nchw(z), window))
-    return pooled
-
-
-def _forward(
-    source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
-    dropout: DropoutSpec | None,
-) -> None:  # fmt: skip
     affine = norm.affine(source)
     weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
     tile_stats = []
@@ -83,41 +60,73 @@ def _forward(
         _reduce_stats(tile_stats, target)
 
 
+conv1x1 = conv3x3 = conv  # two names: other backends have a kernel for each
+
+
+def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int, int]) -> Tensor:
+    """Return avg_pool2d(Z, window): (N, H // h, W // w, C)."""
+    affine = norm.affine(source)
+    height, width = source.value.shape[1:3]
+    pooled = source.value.new_empty(
+        len(source.value), height // window[0], width // window[1], source.value.shape[3]
+    )
+    for tile in _tiles(source.value):
+        z = _affine(source.value[tile], *affine).relu_()
+        pooled[tile] = _nhwc(F.avg_pool2d(_nchw(z), window))
+    return pooled
+
+
 # ------------------------------------------------------------------------------------ backward
 
 
-def conv1x1_backward(
+def conv_backward(
     target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
     dropout: DropoutSpec | None, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Backward of `conv1x1`: the gradients of its weight and of the norm's weight and bias.
+    """Backward of `conv`: return dweight, dgamma and dbeta, and add to the gradient of the source.
 
-    Adds to `source.grad` (overwrites it if `overwrite`), `source.mean_correction`
-    and `source.var_correction`.
+    Adds to `source.mean_correction`, `source.var_correction` and `source.grad`, or overwrites
+    `source.grad` if `overwrite`.
 
     Args:
-        target: with its complete gradient.
+        target: all its readers' backwards have run; its complete gradient is used.
     """
-    return _backward(target, source, norm, weight, dropout, overwrite)
+    scale, shift = norm.affine(source)
+    dweight = torch.zeros_like(weight, dtype=scale.dtype)
+    weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
+    padding = weight.shape[-1] // 2
+    sums = _NormGradSums(source)
+    for tile in _tiles(source.value):
+        # The gradient of the convolution's output, before dropout.
+        upstream = _complete_tile(target, tile)
+        if dropout:
+            upstream.mul_(dropout.mask(upstream, tile.start))
+        # Recompute Z, then the gradients of weight and Z: two calls are faster than one.
+        value = _compact(source.value[tile], scale)
+        z = _affine(value, scale, shift).relu_()
+        for output_mask in ((False, True, False), (True, False, False)):
+            grads = torch.ops.aten.convolution_backward(
+                _nchw(upstream), _nchw(z), weight, None,
+                (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, output_mask,
+            )  # fmt: skip
+            if grads[1] is not None:
+                dweight += grads[1]
+        # Through ReLU and norm to the source; z's memory is free for the product.
+        dz = _relu_backward(_nhwc(grads[0]), z)
+        sums.add(dz, torch.mul(dz, value, out=z))
+        _scale_into(source.grad[tile], dz, scale, overwrite)
+    return dweight, *sums.finish(norm, scale)
 
 
-def conv3x3_backward(
-    target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
-    dropout: DropoutSpec | None, overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Backward of `conv3x3`, as `conv1x1_backward`."""
-    return _backward(target, source, norm, weight, dropout, overwrite)
+conv1x1_backward = conv3x3_backward = conv_backward
 
 
 def norm_relu_avg_pool_backward(
     grad: Tensor, source: FeatureMaps, norm: NormParams, window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Backward of `norm_relu_avg_pool`: the gradients of the norm's weight and bias.
+    """Backward of `norm_relu_avg_pool`, given the gradient of its result: return dgamma and dbeta.
 
     Overwrites `source.grad` and adds to `source.mean_correction` and `source.var_correction`.
-
-    Args:
-        grad: of what `norm_relu_avg_pool` returned.
     """
     scale, shift = norm.affine(source)
     sums = _NormGradSums(source)
@@ -134,45 +143,17 @@ def norm_relu_avg_pool_backward(
 
 
 def complete_gradient(x: FeatureMaps) -> Tensor:
-    """The complete gradient of maps that every reader has been through: (N, H, W, C)."""
+    """Return the gradient of maps all of whose readers' backwards have run: (N, H, W, C)."""
     out = torch.empty_like(x.value, memory_format=torch.contiguous_format)
     for tile in _tiles(x.value):
         out[tile] = _complete_tile(x, tile)
     return out
 
 
-def _backward(
-    target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
-    dropout: DropoutSpec | None, overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    scale, shift = norm.affine(source)
-    dweight = torch.zeros_like(weight, dtype=scale.dtype)
-    weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
-    padding = weight.shape[-1] // 2
-    sums = _NormGradSums(source)
-    for tile in _tiles(source.value):
-        upstream = _complete_tile(target, tile)
-        if dropout:
-            upstream.mul_(dropout.mask(upstream, tile.start))
-        value = _compact(source.value[tile], scale)
-        z = _affine(value, scale, shift).relu_()
-        for wanted in ((False, True, False), (True, False, False)):  # one by one is faster
-            grads = torch.ops.aten.convolution_backward(
-                _nchw(upstream), _nchw(z), weight, None,
-                (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, wanted,
-            )  # fmt: skip
-            if grads[1] is not None:
-                dweight += grads[1]
-        dz = _relu_backward(_nhwc(grads[0]), z)
-        sums.add(dz, torch.mul(dz, value, out=z))
-        _scale_into(source.grad[tile], dz, scale, overwrite)
-    return dweight, *sums.finish(norm, scale)
-
-
 class _NormGradSums:
-    """dbeta = sum of dz and dgamma = sum of dz * normalised value, tile by tile.
+    """Sum dbeta = sum(dz) and dgamma = sum(dz * (value - mean) * rstd) tile by tile.
 
-    They complete the gradient of the maps that the norm reads: see `FeatureMaps`.
+    They are also the corrections of the source's gradient: see `FeatureMaps`.
     """
 
     def __init__(self, source: FeatureMaps):
@@ -185,7 +166,7 @@ class _NormGradSums:
         self.dz_value += _channel_sum(dz_value)
 
     def finish(self, norm: NormParams, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(dgamma, dbeta), also added to the source's var_correction and mean_correction."""
+        """Return (dgamma, dbeta), and add them to the source's corrections."""
         source = self.source
         dweight = source.rstd * (self.dz_value - source.mean * self.dz)
         source.mean_correction.addcmul_(scale, self.dz, value=1 / source.num_pixels)
@@ -194,22 +175,23 @@ class _NormGradSums:
 
 
 def _complete_tile(x: FeatureMaps, tile: slice) -> Tensor:
-    """The complete gradient of a tile, in memory of its own."""
-    if x.mean is None:
+    """Return the complete gradient of a tile, in new memory."""
+    if x.mean is None:  # no norm reads these maps
         return x.grad[tile].clone()
+    # Both corrections as one affine function of the value.
     scale = -x.rstd * x.var_correction
     shift = -x.mean_correction - x.mean * scale
     return _affine(x.value[tile], scale, shift).add_(_compact(x.grad[tile], scale))
 
 
-# --------------------------------------------------------------------------------- small parts
+# ------------------------------------------------------------------------------------- helpers
 
 
 def _tiles(value: Tensor) -> Iterator[slice]:
-    """Slices of images."""
+    """Cut a batch into slices of as equal a size as possible."""
     images = len(value)
     count = 1 if value.is_cuda else -(-value.numel() * value.element_size() // TILE_BYTES)
-    size = max(1, -(-images // max(1, count)))  # of equal size, as far as possible
+    size = max(1, -(-images // max(1, count)))
     for start in range(0, images, size):
         yield slice(start, min(start + size, images))
 
@@ -223,11 +205,11 @@ def _nhwc(x: Tensor) -> Tensor:
 
 
 def _affine(value: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """value * scale + shift per channel, in memory of its own, rounded once."""
+    """Return value * scale + shift per channel, in new memory, rounded once."""
     if value.dtype == scale.dtype:
         return value * scale if shift is None else torch.addcmul(shift, value, scale)
-    # Half precision maps with single precision factors: of all kernels that have both, batch
-    # norm's is fast, and only on memory without gaps.
+    # 16-bit maps with float32 factors: of PyTorch's kernels that take both, only batch norm's is
+    # fast, and only on contiguous memory.
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
     x = _nchw(value.contiguous())
     return _nhwc(torch.batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0, False))
@@ -242,33 +224,33 @@ def _scale_into(grad: Tensor, dz: Tensor, scale: Tensor, overwrite: bool) -> Non
     else:
         width = grad.shape[2]
         sums = grad.contiguous()
-        # A whole row of pixels at a time: the vector units want more channels than maps have.
+        # A whole row of pixels at a time: a pixel has too few channels to fill vector units.
         sums.flatten(2).addcmul_(dz.flatten(2), scale.to(dz.dtype).repeat(width))
         grad.copy_(sums)
 
 
 def _compact(value: Tensor, scale: Tensor) -> Tensor:
-    """Half precision maps without gaps, which their kernels need to be fast; others as they are."""
+    """Make 16-bit maps contiguous, since their kernels are slow otherwise."""
     return value if value.dtype == scale.dtype else value.contiguous()
 
 
 def _relu_backward(dz: Tensor, z: Tensor) -> Tensor:
-    """dz where z > 0, else 0; overwrites dz."""
+    """Set dz to 0 where z <= 0, in place."""
     return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
 
 
 def _channel_sum(x: Tensor) -> Tensor:
-    """(n, H, W, C) without gaps -> (C,), in single precision or better."""
+    """Sum contiguous (n, H, W, C) to (C,), in float32 or float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     columns = x.flatten(2).flatten(0, 1).sum(0)  # (W * C,): long rows are summed much faster
     return columns.unflatten(0, x.shape[2:]).sum(0, dtype=wide)
 
 
 def _grouped_stats(value: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Moments of groups of values in (n, H, W, C): mean, biased variance, values in a group.
+    """Return mean and biased variance, (groups, C) each, and the number of values in a group.
 
-    Neighbouring pixels are taken for channels of their own until a row is long enough for the
-    vector units, so that mean and variance have the shape (groups, C).
+    Every groups-th pixel of a row belongs to the same group: neighbours are treated as further
+    channels until there are enough of them for the vector units.
     """
     width, channels = value.shape[2:]
     max_groups = max(1, VECTOR_CHANNELS // channels)
@@ -278,13 +260,14 @@ def _grouped_stats(value: Tensor) -> tuple[Tensor, Tensor, int]:
     rows = value.reshape(-1, groups * channels)
     torch.batch_norm_update_stats(rows, mean, var, 1.0)
     count = len(rows)
+    # PyTorch's running variance is unbiased.
     var = var * ((count - 1) / count) if count > 1 else torch.zeros_like(var)
     return mean.view(groups, channels), var.view(groups, channels), count
 
 
 def _reduce_stats(tile_stats: list[tuple[Tensor, Tensor, int]], target: FeatureMaps) -> None:
-    # Centred in each group, then by the law of total variance: mean of squares minus square of
-    # mean would lose all digits where a mean is far from 0.
+    """Combine the statistics of all groups of all tiles by the law of total variance."""
+    # E[x^2] - E[x]^2 would lose all digits where a mean is far from 0.
     fractions = [count / target.num_pixels for *_, count in tile_stats]
     mean = sum(
         means.sum(0) * fraction for (means, *_), fraction in zip(tile_stats, fractions, strict=True)
