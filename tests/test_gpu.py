@@ -1,4 +1,4 @@
-"""On a CUDA device: precisions, backends, graphs, memory and resuming (`make gpu`)."""
+"""Tests that need a CUDA device: precisions, backends, graphs, memory, resuming (`make gpu`)."""
 
 import json
 import os
@@ -15,9 +15,13 @@ import torch.nn.functional as F
 
 import datasets.factory
 import kernels.backend
+import models.factory
 import opts
+import train
 from engine.gradients import GradientReducer
 from engine.memory import MemoryEstimate
+from experiment.log import RunLog
+from helpers.run_main import ROOT
 from helpers.tiny_networks import (
     FORMS,
     Results,
@@ -29,43 +33,38 @@ from helpers.tiny_networks import (
 )
 from kernels.backend import REFERENCE
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-SMALL = (
-    "--dataset synthetic --imageSize 16 --depth 10 --growthRate 8 --batchSize 64 --LR 0.05 --nGPU 1"
-)
-RESIDUAL = [
-    f"--dataset synthetic --imageSize 16 {network} --batchSize 64 --LR 0.05 --nGPU 1"
-    for network in ("--netType resnet --depth 8", "--netType preresnet --depth 11")
-]
+COMMON = "--dataset synthetic --imageSize 16 --batchSize 64 --LR 0.05 --nGPU 1"
+SMALL = f"{COMMON} --depth 10 --growthRate 8"
 
 
 def run(flags: str) -> subprocess.CompletedProcess:
-    """Run main.py in a process of its own."""
+    """Run main.py in another process, successfully."""
     command = [sys.executable, "main.py", *flags.split()]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def log(directory: Path) -> list[dict]:
-    """The records of log.jsonl without what differs from run to run."""
+    """Read log.jsonl without the columns that differ from run to run."""
     lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
     volatile = ("time_s", "val_time_s", "images_per_s", "data_wait", "memory_mb")
     return [{key: line[key] for key in line if key not in volatile} for line in lines]
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The last weights of a run."""
-    return torch.load(directory / "model_last.pt", weights_only=True)
+def have_equal_weights(*directories: Path) -> bool:
+    one, two = (torch.load(run / "model_last.pt", weights_only=True) for run in directories)
+    return all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
 
 
 @pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
 def test_every_precision_learns(precision, tmp_path):
-    reference = f"{SMALL} --nImages 512 --augment false --dropRate 0 --milestones 4 --nEpochs 4"
-    done = run(f"{reference} --precision {precision} --save {tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
+    flags = f"{SMALL} --nImages 512 --augment false --dropRate 0 --milestones 4 --nEpochs 4"
+    run(f"{flags} --precision {precision} --save {tmp_path / 'run'}")
     records = log(tmp_path / "run")
     assert records[-1]["val_top1"] < 20 < records[0]["train_top1"]
 
@@ -78,35 +77,32 @@ def test_the_data_and_its_batches_are_on_the_device():
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def stopped(flags: str, directory: Path) -> int:
-    """Run until a checkpoint within an epoch is there, then ask to stop; the exit code."""
-    command = [sys.executable, "main.py", *flags.split(), "--saveEvery", "1e-9"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+def start(flags: str, directory: Path, **streams) -> subprocess.Popen:
+    """Start main.py and wait until it has written a checkpoint."""
+    command = [sys.executable, "main.py", *flags.split(), "--save", str(directory)]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **streams)
     while process.poll() is None and not list(directory.glob("checkpoint_*.pt")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    return process.wait(timeout=60)
+    return process
 
 
 @pytest.mark.parametrize("seed, same", [(0, True), (1, False)])
 def test_a_deterministic_run_resumes_mid_epoch_to_the_same_weights(seed, same, tmp_path):
     exact = f"{SMALL} --cudnn deterministic --dropRate 0.2 --nEpochs 3 --nImages 4096"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(f"{exact} --save {whole}").returncode == 0
-    other = f"{exact} --manualSeed {seed} --save {parts}"
-    assert stopped(other, parts) == 75
-    resumed = run(f"{other} --resume auto")
-    assert resumed.returncode == 0, resumed.stderr
-    pairs = zip(weights(whole).values(), weights(parts).values(), strict=True)
-    assert all(torch.equal(mine, theirs) for mine, theirs in pairs) == same
+    run(f"{exact} --save {whole}")
+    other = f"{exact} --manualSeed {seed}"
+    process = start(f"{other} --saveEvery 1e-9", parts, stdout=subprocess.DEVNULL)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    run(f"{other} --save {parts} --resume auto")
+    assert have_equal_weights(whole, parts) == same
     assert (log(whole) == log(parts)) == same
 
 
 def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
-    trained = run(f"{SMALL} --nImages 512 --nEpochs 2 --save {tmp_path / 'run'}")
-    assert trained.returncode == 0, trained.stderr
+    run(f"{SMALL} --nImages 512 --nEpochs 2 --save {tmp_path / 'run'}")
     on_cpu = run(f"--testOnly true --nGPU 0 --resume {tmp_path / 'run'}")
-    assert on_cpu.returncode == 0, on_cpu.stderr
     error = float(on_cpu.stdout.split("top1:")[-1].split()[0])
     assert error == pytest.approx(log(tmp_path / "run")[-1]["val_top1"], abs=1.0)
 
@@ -115,13 +111,13 @@ def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
 
 
 def backends() -> list:
-    """The operations that this machine can run a dense block with."""
+    """The backends that run on this machine."""
     return [REFERENCE, kernels.backend.select("auto", torch.device("cuda", 0), "single")[0]]
 
 
 def step(level: int, form: str, ops=REFERENCE, low=None, seed: int = 5) -> Results:
-    """Loss, gradients and buffers of a step on the GPU, brought to the CPU."""
-    # Wide enough that the kernels use several tiles and a part of one.
+    """Return loss, gradients and buffers of a step on the GPU, as CPU tensors."""
+    # Wide enough for several tiles, the last one partial.
     model = network(level, form, growth_rate=12, init_channels=24, ops=ops).float().cuda()
     model = model.to(memory_format=torch.channels_last)
     images, targets = (tensor.cuda() for tensor in pictures(form, count=21))
@@ -163,28 +159,29 @@ def test_the_same_step_gives_the_same_bits(ops):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-COURSES = ("", "--precision bf16", "--dropRate 0.2", "--lrShape cosine")
+CAPTURED = [
+    *(f"{SMALL} {more}" for more in ("", "--precision bf16", "--dropRate 0.2", "--lrShape cosine")),
+    f"{COMMON} --netType resnet --depth 8",
+    f"{COMMON} --netType preresnet --depth 11",
+]
 
 
-@pytest.mark.parametrize("network", [*(f"{SMALL} {more}" for more in COURSES), *RESIDUAL])
-def test_a_run_of_recorded_steps_ends_in_the_weights_of_an_eager_one(network, tmp_path):
+@pytest.mark.parametrize("flags", CAPTURED)
+def test_a_run_of_captured_steps_ends_in_the_weights_of_an_eager_one(flags, tmp_path):
     # 1,000 images: 15 full batches and one of 40.
-    line = f"{network} --cudnn deterministic --nImages 1000 --nEpochs 2"
-    for wish in ("true", "false"):
-        done = run(f"{line} --cudaGraph {wish} --save {tmp_path / wish}")
-        assert done.returncode == 0 and "note:" not in done.stderr, done.stderr
-    pairs = zip(
-        weights(tmp_path / "true").values(), weights(tmp_path / "false").values(), strict=True
-    )
-    assert all(torch.equal(recorded, eager) for recorded, eager in pairs)
+    line = f"{flags} --cudnn deterministic --nImages 1000 --nEpochs 2"
+    for graph in ("true", "false"):
+        done = run(f"{line} --cudaGraph {graph} --save {tmp_path / graph}")
+        assert "note:" not in done.stderr
+    assert have_equal_weights(tmp_path / "true", tmp_path / "false")
     assert log(tmp_path / "true") == log(tmp_path / "false")
-    other = run(f"{line} --manualSeed 1 --cudaGraph true --save {tmp_path / 'other'}")
-    assert other.returncode == 0 and log(tmp_path / "other") != log(tmp_path / "true")
+    run(f"{line} --manualSeed 1 --cudaGraph true --save {tmp_path / 'other'}")
+    assert log(tmp_path / "other") != log(tmp_path / "true")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("size", [1, 2])
-def test_one_number_of_a_gradient_that_is_not_finite_is_seen(size, value):
+def test_one_nonfinite_number_of_a_gradient_is_found(size, value):
     parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 70_000)]
     world = SimpleNamespace(size=size, all_reduce_=lambda tensor: tensor.mul_(size))
     reducer = GradientReducer(parameters, world)
@@ -213,11 +210,7 @@ def test_memory_is_what_was_estimated(level, precision):
 
 
 def peak_of_a_run(opt, ops, device: torch.device) -> int:
-    """The peak of the allocator over three eager steps, in bytes."""
-    import models.factory
-    import train
-    from experiment.log import RunLog
-
+    """Measure the allocator's peak over three eager steps, in bytes."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     trainer = train.Trainer(opt, models.factory.create(opt, 10, ops), device, RunLog(None))
@@ -238,22 +231,18 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 
 def test_two_gpus_with_synchronised_statistics_train_as_one(graph, tmp_path):
     flags = f"{SMALL} --nImages 512 --nEpochs 1 --precision double --cudaGraph {graph}"
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(f"{flags} --save {one}").returncode == 0
+    run(f"{flags} --save {one}")
     done = run(f"{flags.replace('--nGPU 1', '--nGPU 2')} --syncBN true --save {two}")
-    assert done.returncode == 0, done.stderr
     for name in ("train_loss", "val_loss"):
         assert log(two)[0][name] == pytest.approx(log(one)[0][name], rel=1e-5)
-    assert "it runs eagerly" not in done.stderr  # NCCL's sum is recorded as well
+    assert "it runs eagerly" not in done.stderr  # NCCL's sum is captured as well
 
 
 @TWO_GPUS
-def test_when_one_gpu_s_process_is_killed_the_run_ends_and_goes_on(tmp_path):
+def test_when_one_gpu_s_process_is_killed_the_run_ends(tmp_path):
     flags = f"{SMALL.replace('--nGPU 1', '--nGPU 2')} --nImages 4096 --nEpochs 200"
-    argv = [sys.executable, "main.py", *flags.split(), "--save", str(tmp_path / "run")]
-    process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "run").glob("checkpoint_*.pt")):
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = start(flags, tmp_path / "run", stderr=subprocess.PIPE)
+    assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(ranks[-1]), signal.SIGKILL)

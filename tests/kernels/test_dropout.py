@@ -1,4 +1,4 @@
-"""kernels/dropout.py: masks that look random, are scaled, and come back from seed and layer_id."""
+"""kernels/dropout.py: masks look random, are scaled, and follow from seed and layer_id."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from kernels.dropout import DropoutSpec, draw_seed
 from models.dense_block import DenseBlock, Dropout, apply_dropout
 from models.densenet import Transition
 
-SHAPE = (16, 16, 16, 32)  # 131,072 values: a share is known to 0.14 %
+SHAPE = (16, 16, 16, 32)  # 131,072 values: fractions have a deviation of at most 0.14 %
 SIGMAS = 5  # a fair test of this kind fails by chance once in two million times
 
 
@@ -23,12 +23,12 @@ def seed(number: int) -> Tensor:
 def kept(
     rate: float = 0.3, number: int = 1, layer_id: int = 0, shape=SHAPE, start: int = 0
 ) -> Tensor:
-    """Where values stay, as booleans."""
+    """The mask as booleans: True where a value is kept."""
     return DropoutSpec(rate, seed(number), layer_id).mask(torch.ones(shape), start) != 0
 
 
 def correlation(left: Tensor, right: Tensor) -> float:
-    """In deviations of what independent values would give."""
+    """In standard deviations of the correlation of independent values."""
     left, right = (x.double() - x.double().mean() for x in (left.flatten(), right.flatten()))
     return ((left * right).mean() / left.std() / right.std() * math.sqrt(left.numel())).item()
 
@@ -58,14 +58,10 @@ def test_no_image_row_column_or_channel_is_dropped_more_than_others(axis):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_kept_values_are_divided_by_the_probability_to_be_kept(dtype):
     x = torch.randn(SHAPE, dtype=dtype)
-    dropout = DropoutSpec(0.3, seed(1), 0)
-    mask = dropout.mask(x)
+    mask = DropoutSpec(0.3, seed(1), 0).mask(x)
     assert (mask.dtype, mask.shape) == (dtype, x.shape)
     assert set(mask.unique().tolist()) == {0, torch.tensor(1 / 0.7, dtype=dtype).item()}
     assert torch.equal(mask != 0, kept(0.3))  # the same values whatever the precision
-    if dtype == torch.float64:
-        ones = dropout.mask(x).mean().item()
-        assert abs(ones - 1) < SIGMAS * math.sqrt(0.3 / 0.7 / x.numel())
 
 
 # ----------------------------------------------------------------------------------- independence
@@ -163,14 +159,11 @@ def test_the_mask_is_a_hash_of_the_lowest_32_bits_of_the_index(number, layer_id,
 
 def test_seeds_come_from_the_global_generator_and_are_resumed_with_it():
     state = torch.get_rng_state()
-    first = [draw_seed(torch.device("cpu")) for _ in range(50)]
+    seeds = [draw_seed(torch.device("cpu")) for _ in range(50)]
     torch.set_rng_state(state)
-    again = [draw_seed(torch.device("cpu")) for _ in range(50)]
-    assert first == again
-    assert all((number.dtype, number.shape) == (torch.int32, (1,)) for number in first)
-    assert all(number >= 0 for number in first) and len(set(map(int, first))) == 50
-    torch.manual_seed(1)
-    assert first != [draw_seed(torch.device("cpu")) for _ in range(50)]
+    assert seeds == [draw_seed(torch.device("cpu")) for _ in range(50)]
+    assert all((x.dtype, x.shape, x >= 0) == (torch.int32, (1,), True) for x in seeds)
+    assert len(set(map(int, seeds))) == 50
 
 
 def block(rate: float, level: int = 0) -> DenseBlock:
@@ -195,8 +188,9 @@ def test_no_two_dropouts_of_a_step_share_a_mask():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_backward_passes_only_where_forward_did(inplace):
-    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_backward_passes_only_where_forward_did(inplace, layout):
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     dropout = DropoutSpec(0.3, seed(1), 2)
     out = apply_dropout(x * 1, dropout, inplace)
     out.backward(torch.full_like(out, 2.0))
@@ -207,12 +201,3 @@ def test_backward_passes_only_where_forward_did(inplace):
     other = DropoutSpec(0.3, seed(1), 3).mask(torch.ones(3, 5, 6, 4)).permute(0, 3, 1, 2)
     assert not torch.equal(x.grad, 2 * other)
     assert apply_dropout(x, None, inplace) is x
-
-
-def test_the_mask_of_maps_does_not_depend_on_their_order_in_memory():
-    x = torch.randn(3, 4, 5, 6)
-    for like in (x, x.contiguous(memory_format=torch.channels_last)):
-        dropped = apply_dropout(like, DropoutSpec(0.3, seed(1), 0), inplace=False)
-        assert torch.equal(dropped != 0, kept(shape=(3, 5, 6, 4)).permute(0, 3, 1, 2))
-    transposed = apply_dropout(x.mT.contiguous(), DropoutSpec(0.3, seed(1), 0), inplace=False).mT
-    assert not torch.equal(dropped != 0, transposed != 0)  # of other pixels it is another
