@@ -103,7 +103,7 @@ def conv1x1_backward(
     split = tl.program_id(1)
     f = first_feature + tl.arange(0, FEATURES)
     last = tl.minimum((split + 1) * rows_per_split, num_rows)
-    scale, bias = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
     w = load_weight(
         weight, f * weight_f, f < features, c, c < channels, WEIGHT_C, WEIGHT_VECTOR
     ).to(value.dtype.element_ty)
@@ -112,14 +112,14 @@ def conv1x1_backward(
     dw = tl.zeros([CHANNELS, FEATURES], tl.float32)
     for start in range(split * rows_per_split, last, ROWS):
         rows = start + tl.arange(0, ROWS)
-        d_mask = tile_mask(rows < last, f < features, TARGET_VECTOR)
         # Rows beyond the split have d = 0, so that they add nothing to any sum.
+        d_mask = tile_mask(rows < last, f < features, TARGET_VECTOR)
         upstream = tl.load(tile_pointers(d, rows, d_stride, f, TARGET_VECTOR), d_mask, 0.0)
         mask = tile_mask(rows < last, c < channels, VECTOR)
         x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-        normed = normalise(x, scale, bias)
+        normed = normalise(x, scale, shift)
         z = relu(normed).to(x.dtype)
-        # x is loaded once for both products.
+        # One load of d and x serves both products; dw is dW^T, (CHANNELS, FEATURES).
         dw = dot(tl.trans(z), upstream, dw, PRECISION)
         dz = dot(upstream, tl.trans(w), tl.zeros([ROWS, CHANNELS], tl.float32), PRECISION)
         sums = add_gradient(
@@ -129,6 +129,7 @@ def conv1x1_backward(
         dbeta += sums[0]
         dgamma += sums[1]
     store_sums(partial, first_split + split, dbeta, dgamma, c, channels)
+    # weight_partials[split] is laid out as the weight; each launch writes its own features.
     pointers = weight_partials + split.to(tl.int64) * dweight_size
     pointers += (c * WEIGHT_C)[:, None] + (f * weight_f)[None, :]
     tl.store(pointers, dw, (c < channels)[:, None] & (f < features)[None, :])
@@ -189,12 +190,12 @@ def conv3x3_backward(
         used = real & (f < features)
         w = load_weight(weight, columns, used, c, c < channels, WEIGHT_C, WEIGHT_VECTOR)
         dz = dot(shifted, tl.trans(w.to(shifted.dtype)), dz, PRECISION)
-    # x is loaded last: it would occupy registers during the products.
+    # x is needed only now; loaded earlier it would occupy registers during the products.
     mask = tile_mask(rows < num_rows, c < channels, VECTOR)
     x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-    scale, bias = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
     dbeta, dgamma = add_gradient(
-        dz, x, normalise(x, scale, bias), norm_mean, scale, grad, grad_stride, rows, c, mask,
+        dz, x, normalise(x, scale, shift), norm_mean, scale, grad, grad_stride, rows, c, mask,
         c < channels, OVERWRITE, VECTOR,
     )  # fmt: skip
     store_sums(partial, split, dbeta, dgamma, c, channels)
@@ -219,13 +220,14 @@ def conv3x3_weight_backward(
     f, dy, dx, real = tap_columns(tl.program_id(0) % groups, FEATURES, TAPS)
     split = tl.program_id(1)
     last = tl.minimum((split + 1) * rows_per_split, num_rows)
-    scale, bias = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
     dw = tl.zeros([CHANNELS, FEATURES if TAPS == 1 else 4 * FEATURES], tl.float32)
     for start in range(split * rows_per_split, last, ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = tile_mask(rows < last, c < channels, VECTOR)
         x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-        z = relu(normalise(x, scale, bias)).to(x.dtype)
+        z = relu(normalise(x, scale, shift)).to(x.dtype)
+        # 0 for rows beyond the split and for pixels outside of the image.
         shifted = load_shifted(d, f, dy, dx, real, rows, rows < last, height, width, FEATURES)
         dw = dot(tl.trans(z), shifted, dw, PRECISION)
     pointers = weight_partials + split.to(tl.int64) * dweight_size
@@ -248,7 +250,7 @@ def norm_relu_avg_pool_backward(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1)
     last = tl.minimum((split + 1) * rows_per_split, num_rows)
-    scale, bias = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
     dbeta, dgamma = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for start in range(split * rows_per_split, last, ROWS):
         rows = start + tl.arange(0, ROWS)
@@ -262,7 +264,7 @@ def norm_relu_avg_pool_backward(
         d = tl.load(tile_pointers(out_grad, window, channels, c, GRAD_VECTOR), d_mask, 0.0)
         dz = d.to(tl.float32) * (1.0 / (window_h * window_w))
         sums = add_gradient(
-            dz, x, normalise(x, scale, bias), norm_mean, scale, grad, grad_stride, rows, c, mask,
+            dz, x, normalise(x, scale, shift), norm_mean, scale, grad, grad_stride, rows, c, mask,
             c < channels, True, VECTOR,
         )  # fmt: skip
         dbeta += sums[0]

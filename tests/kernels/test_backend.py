@@ -128,9 +128,6 @@ def test_triton_is_loaded_only_where_it_is_selected(requested):
     program = "import sys, models.factory, kernels.backend, torch\n"
     program += f"kernels.backend.select('{requested}', torch.device('cpu'), 'single')\n"
     program += "print('kernels.triton_ops' in sys.modules, 'triton' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == [str(requested == "triton")] * 2
+    command, environment = [sys.executable, "-c", program], os.environ | {"TRITON_INTERPRET": "1"}
+    output = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    assert output.split() == [str(requested == "triton")] * 2
