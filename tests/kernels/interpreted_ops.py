@@ -57,10 +57,10 @@ CASES = {
     "add, dropout": replace(USUAL, dropout=DROPOUT, overwrite=False, channels_last=False),
     "float16": replace(USUAL, dtype=F16, dropout=DROPOUT, overwrite=False),
     "bfloat16": replace(USUAL, dtype=BF16, channels_last=False),
-    "no norm reads": replace(USUAL, normed=False),
-    "no norm reads, dropout": replace(USUAL, normed=False, dropout=DROPOUT, channels_last=False),
-    "several tiles": replace(LARGE, dropout=DROPOUT, overwrite=False),
-    "several tiles, bfloat16": replace(LARGE, dtype=BF16),
+    "no norm reads": replace(USUAL, normed=False, channels_last=False),
+    "no norm reads, dropout": replace(USUAL, normed=False, dropout=DROPOUT),
+    "several tiles": replace(LARGE, dropout=DROPOUT),
+    "several tiles, bfloat16": replace(LARGE, dtype=BF16, overwrite=False),
     "one channel of one image": Case((1, 4, 3, 1, 4, 1), window=(3, 2), overwrite=False),
     "one pixel": Case((3, 1, 1, 6, 16, 4), window=(1, 1), dropout=DROPOUT, channels_last=False),
 }
@@ -144,9 +144,10 @@ def run(ops, operation: str, case: Case, x: Operands) -> Results:
         target.var = target.var if case.normed else None
         function(source, x.norm, x.weight, target, case.dropout)
     else:
-        if not case.normed:  # any layout, and it must stay as it is
-            given = target.grad.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-            target = FeatureMaps(given, grad=given)
+        if not case.normed:  # the caller's gradient, in any layout, must stay as it is
+            layout = torch.channels_last if case.channels_last else torch.contiguous_format
+            given = target.grad.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+            target = FeatureMaps(given.permute(0, 2, 3, 1), grad=given.permute(0, 2, 3, 1))
         elif operation == "conv1x1_backward":  # as memory_efficient.py passes it
             target.grad = target.grad.contiguous()
         before = target.grad.clone()
