@@ -8,29 +8,54 @@ that reads the whole block: the 1x1 convolution of its transition, or the classi
 import csv
 import io
 import itertools
-import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from errors import CheckpointError, DataError
 
+# The cells of one dense block of n layers: n + 1 columns; column l has the l sources 0 to l - 1.
+Block = list[list[float]]
+
 COLUMNS = ("network", "block", "target", "source", "mean_abs_weight")
 # `conv.1` is the spelling of old torchvision files.
 LAYER_WEIGHT = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.conv\.?1\.weight")
+SCALES = {
+    "column": "divided by the largest of its target",
+    "block": "divided by the largest of its block",
+    "none": "not normalised",
+}
 
 
-@dataclass(frozen=True)
-class Block:
-    """The cells of one dense block of n layers.
+def read(path: Path) -> tuple[str, list[Block], bytes]:
+    """Return the name of the weights, the cells of Figure 5, and both as CSV.
 
     Args:
-        exit: the target of the last column, "transition" or "classifier".
-        columns: n + 1 targets; column l has the l sources 0 to l - 1.
-    """
+        path: the CSV of an earlier call, or weights that tools.inference.sources reads.
 
-    exit: str
-    columns: tuple[tuple[float, ...], ...]
+    Raises:
+        RunError: it cannot be read, or is not of a DenseNet.
+    """
+    if path.suffix == ".csv":
+        try:
+            table = path.read_bytes()
+        except OSError as error:
+            what = f"cannot read {path}: {error.strerror}"
+            raise DataError(what, "name a figure5.csv") from error
+    else:
+        from models import lua_weights
+        from tools.inference import sources
+
+        sources.check_there(path)
+        weights = sources.read(path).weights
+        if lua_weights.is_lua(weights):
+            fix = "write them with python -m tools.export --to weights first"
+            raise CheckpointError(f"the weights in {path} are named as in Lua", fix)
+        in_run = path.stem.startswith(("checkpoint_", "model_"))
+        full = path.resolve()
+        name = full.parent.name if in_run else full.name if path.is_dir() else full.stem
+        table = to_csv(name, blocks(weights, path))
+    # Always through the table, so that the figure is a function of it.
+    return *from_csv(path, table), table
 
 
 def blocks(weights: dict, source: object) -> list[Block]:
@@ -53,51 +78,47 @@ def blocks(weights: dict, source: object) -> list[Block]:
 
     layers: dict[int, dict[int, object]] = {}
     for name, tensor in weights.items():
-        match = LAYER_WEIGHT.fullmatch(name)
-        if match:
+        if match := LAYER_WEIGHT.fullmatch(name):
             layers.setdefault(int(match[1]), {})[int(match[2])] = tensor
     if not layers:
         raise refuse("it has no dense block")
     found = []
     for number in sorted(layers):
-        last = number == max(layers)
-        name = "classifier.weight" if last else f"features.transition{number}.conv.weight"
+        is_last = number == max(layers)
+        name = "classifier.weight" if is_last else f"features.transition{number}.conv.weight"
         if name not in weights:
             raise refuse(f"{name} is missing")
         readers = [layers[number][layer] for layer in sorted(layers[number])] + [weights[name]]
-        if any(weight.dim() < 2 or not weight.numel() for weight in readers):
-            raise refuse(f"dense block {number} has a weight of too few dimensions")
-        widths = [weight.shape[1] for weight in readers]
+        widths = [
+            weight.shape[1] if weight.dim() > 1 and weight.numel() else 0 for weight in readers
+        ]
         growth = {later - earlier for earlier, later in itertools.pairwise(widths)}
-        if len(growth) != 1 or min(growth) < 1:  # also where a layer is missing
+        if len(growth) != 1 or min(*growth, widths[0]) < 1:  # also where a layer is missing
             read = ", ".join(map(str, widths))
             raise refuse(f"dense block {number} has layers that read {read} channels")
-        found.append(Block("classifier" if last else "transition", _columns(readers, widths)))
+        block = []
+        for layer, weight in enumerate(readers, start=1):  # (C_out, C_in, ...)
+            per_channel = weight.double().abs().transpose(0, 1).flatten(1).mean(dim=1)  # (C_in,)
+            ranges = itertools.pairwise([0, *widths[:layer]])
+            block.append([per_channel[start:end].mean().item() for start, end in ranges])
+        found.append(block)
     return found
 
 
-def _columns(readers: list, widths: list[int]) -> tuple[tuple[float, ...], ...]:
-    """Average |weight| over each source's channels; readers are (C_out, C_in, ...) each."""
-    columns = []
-    for layer, weight in enumerate(readers, start=1):
-        per_channel = weight.double().abs().transpose(0, 1).flatten(1).mean(dim=1)  # (C_in,)
-        ranges = itertools.pairwise([0, *widths[:layer]])
-        columns.append(tuple(per_channel[start:end].mean().item() for start, end in ranges))
-    return tuple(columns)
+def exit_of(number: int, blocks: list[Block]) -> str:
+    """Name the target of the last column of block `number`, counted from 1."""
+    return "transition" if number < len(blocks) else "classifier"
 
 
-# ------------------------------------------------------------------------------------ its CSV file
-
-
-def to_csv(network: str, cells: list[Block]) -> bytes:
+def to_csv(network: str, blocks: list[Block]) -> bytes:
     """Write the cells with five digits, a line each; `network` names their weights."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for number, block in enumerate(cells, start=1):
-        targets = [*range(1, len(block.columns)), block.exit]
-        for target, column in zip(targets, block.columns, strict=True):
-            for source, value in enumerate(column):
+    for number, block in enumerate(blocks, start=1):
+        targets = [*range(1, len(block)), exit_of(number, blocks)]
+        for layer, (target, column) in enumerate(zip(targets, block, strict=True), start=1):
+            for source, value in zip(range(layer), column, strict=True):
                 writer.writerow([network, number, target, source, f"{value:.5g}"])
     return text.getvalue().encode()
 
@@ -113,35 +134,17 @@ def from_csv(path: Path, content: bytes) -> tuple[str, list[Block]]:
     """
     found: dict[str, dict[str, list[float]]] = {}  # block -> target -> values
     try:
-        rows = list(csv.DictReader(content.decode().splitlines()))
-        for row in rows:
+        for row in csv.DictReader(content.decode().splitlines()):
             column = found.setdefault(row["block"], {}).setdefault(row["target"], [])
             column.append(float(row["mean_abs_weight"]))
-        network = rows[0]["network"]
-    except (ValueError, csv.Error, KeyError, TypeError, IndexError):
-        network = ""
-    cells = [Block(list(columns)[-1], tuple(map(tuple, columns.values()))) for columns in
-             found.values()]  # fmt: skip
-    exits = ["transition"] * (len(cells) - 1) + ["classifier"]
-    is_whole = [block.exit for block in cells] == exits and all(
-        len(column) == layer and all(0 <= value < math.inf for value in column)
-        for block in cells
-        for layer, column in enumerate(block.columns, start=1)
-    )
-    # Names and numbers of blocks, targets and sources are right if writing them gives the file.
-    if not is_whole or to_csv(network, cells) != content:
+        blocks = [list(columns.values()) for columns in found.values()]
+        # Names and numbers of blocks, targets and sources are right if writing them gives the file.
+        if not blocks or to_csv(row["network"], blocks) != content:
+            raise ValueError
+    except (ValueError, csv.Error, KeyError, TypeError) as error:
         fix = "write it again with --weights CHECKPOINT"
-        raise DataError(f"{path} is not a complete table of Figure 5", fix)
-    return network, cells
-
-
-# ----------------------------------------------------------------------------------- for the figure
-
-SCALES = {
-    "column": "divided by the largest of its target",
-    "block": "divided by the largest of its block",
-    "none": "not normalised",
-}
+        raise DataError(f"{path} is not a complete table of Figure 5", fix) from error
+    return row["network"], blocks
 
 
 def scaled(block: Block, scale: str) -> Block:
@@ -151,11 +154,8 @@ def scaled(block: Block, scale: str) -> Block:
     target, and batch normalisation removes the scale of a layer's weights from the network, so the
     default divides each column by its largest cell.
     """
-    if scale == "none":
-        return block
-    largest = [max(column) for column in block.columns]
+    largest = [1.0] * len(block) if scale == "none" else [max(column) or 1.0 for column in block]
     if scale == "block":
-        largest = [max(largest)] * len(largest)
-    columns = zip(block.columns, largest, strict=True)
-    divided = tuple(tuple(value / (most or 1.0) for value in column) for column, most in columns)
-    return Block(block.exit, divided)
+        largest = [max(map(max, block)) or 1.0] * len(block)
+    columns = zip(block, largest, strict=True)
+    return [[value / most for value in column] for column, most in columns]

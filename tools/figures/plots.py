@@ -1,40 +1,42 @@
-"""Draw the figures with matplotlib: from points, runs and cells to PNG and SVG files.
+"""Draw the figures with matplotlib, from points, runs and cells, as PNG and SVG.
 
-A kind of network has one colour and one marker in all figures; published points are hollow on
-dashed lines, measured ones filled. The colours (of Okabe and Ito) also differ in lightness: they
-survive a grey printer and the common kinds of colour blindness.
+A kind of network has one colour and one marker in all figures of points; published points are
+hollow on dashed lines, measured ones filled. The colours (of Okabe and Ito) also differ in
+lightness: they survive a grey printer and the common kinds of colour blindness.
 """
 
 import io
 import itertools
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
+from matplotlib.ticker import AutoLocator, LogLocator
 
-from fileio.atomic import atomic_write
-from tools.figures.layer_usage import SCALES, Block, scaled
-from tools.figures.series import Point, curve_name, kind, rate_drops
-from tools.results.runs import Run, number
+from cli.flag_types import Settings
+from datasets.registry import DATASETS
+from models.registry import ARCHITECTURES
+from tools.figures import layer_usage
+from tools.results.configs import configs, count
+from tools.results.published import tables
+from tools.results.runs import Run, SeedGroup, data_name, group_runs, number
 
 WIDTH = 8.0  # inches; shown 800 pixels wide a point of the fonts is 1.4 pixels
-DPI = 140
 STYLE = {
     "font.size": 8.5,
     "axes.titlesize": 9,
     "figure.titlesize": 9.5,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
+    "figure.dpi": 140,
+    "figure.constrained_layout.use": True,
+    "legend.fontsize": 7.5,
     "axes.grid": True,
     "grid.alpha": 0.3,
     "lines.linewidth": 1.2,
-    "figure.constrained_layout.use": True,
     "text.parse_math": False,  # a name may hold a $
     "svg.hashsalt": "densenet",  # the same input gives the same file
 }
@@ -48,86 +50,151 @@ KINDS = {
     "ResNet": ("v", "#D55E00"),
     "pre-activation ResNet": ("X", "#000000"),
 }
-OTHER_KIND = ("*", "#7F7F7F")
-CYCLE = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#CC79A7", "#009E73")
-DASHES = ("-", "--", ":", "-.")
-DROP = {"color": "0.5", "linestyle": (0, (1, 2)), "linewidth": 1}
-AXES = {
+CURVES = [
+    {"linestyle": dashes, "color": colour}
+    for dashes, (_, colour) in itertools.product(("-", "--", ":", "-."), KINDS.values())
+]
+MEASURES = {
     "parameters": ("parameters, millions", 1e6),
     "macs": ("multiply-adds per image, billions", 1e9),
 }
-NOT_RUN = "not run"
+# Left out, so that the files are the same on any day and with any version.
+METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+# Folder of configs/, and the published table, column and title, if anything was published.
+EFFICIENCY = {
+    "figure3": ("imagenet", "imagenet", "top-1", "ImageNet, top-1 error of one crop"),
+    "figure4": ("c10plus", "table2", "C10+", "CIFAR-10 with augmentation (C10+)"),
+    "figure4-small": ("small", None, None, None),
+    "figure4-digits": ("digits", None, None, None),
+}
 
-# A decorator: matplotlib's own defaults and STYLE, whatever the user's settings are.
-styled = matplotlib.style.context(["default", STYLE])
 
+@matplotlib.style.context(["default", STYLE])  # whatever the user's settings are
+def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
+    """Draw the figures that a command line asks for.
 
-@styled
-def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Write `name`.png and `name`.svg, the same bytes for the same figure on any day.
-
-    Raises:
-        StorageError: they cannot be written.
+    Returns:
+        name of a file -> content, the same bytes for the same input on any day.
     """
-    vectors, pixels, small = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    figure.savefig(vectors, format="svg", metadata={"Date": None, "Creator": None})
-    figure.savefig(pixels, format="png", dpi=DPI)
-    # 256 colours are a third of the bytes, and Pillow adds no version of the software.
-    image = Image.open(pixels, formats=["PNG"]).convert("RGB").quantize(256)  # noqa: TID251
-    image.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
-    paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-    for path, data in zip(paths, (small, vectors), strict=True):
-        atomic_write(path, data.getvalue())
-    return paths
+    grouped = group_runs(found)
+    files, figures = {}, {}
+    for name in asked.only:
+        if name == "figure5":
+            weights, blocks, files["figure5.csv"] = layer_usage.read(Path(asked.weights))
+            figures[name] = figure5(weights, blocks, asked.scale, asked.note)
+        elif name == "curves":
+            repeated = [run for run, _ in grouped.repeated]
+            figures |= curves([run for run in found if run not in repeated], asked.note)
+        elif figure := efficiency(name, grouped.groups, asked.note):
+            figures[name] = figure
+        else:
+            print(f"{name}: not run: there is no complete run of configs/{EFFICIENCY[name][0]}")
+    for name, figure in figures.items():
+        for suffix, metadata in METADATA.items():
+            figure.savefig(file := io.BytesIO(), format=suffix, metadata=metadata)
+            files[f"{name}.{suffix}"] = file.getvalue()
+    return files
 
 
-# ------------------------------------------------------------------------------------------ points
+# ------------------------------------------------------------------------------------------ names
 
 
-@styled
-def efficiency(
-    panels: list, title: str, runs: list[Run] | None = None, absent: tuple = ()
-) -> Figure:
-    """Draw Figures 3 and 4: errors against sizes, and perhaps how some of the networks trained.
+def kind(opt: Settings) -> str:
+    """Name the family of a network, such as `DenseNet-BC`."""
+    if opt.netType != "densenet":
+        return ARCHITECTURES[opt.netType].title
+    form = ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
+    cosine = ", cosine rate" if opt.lrShape == "cosine" else ""
+    return f"DenseNet{'-' if form else ''}{form}{cosine}"
+
+
+def network(opt: Settings) -> str:
+    """Name a network within its family by its depth, and the growth rate if it has one."""
+    has_growth_rate = ARCHITECTURES[opt.netType].uses("growthRate")
+    return f"L={opt.depth} k={opt.growthRate}" if has_growth_rate else f"{opt.depth}"
+
+
+def curve_name(run: Run) -> str:
+    """Name the network of a run; a run of no config by its directory, without the seed."""
+    if run.config:
+        return f"{kind(run.opt)} {network(run.opt)}"
+    return re.sub(r"-seed\d+$", "", run.path.name)
+
+
+def data_and_length(opt: Settings) -> str:
+    """Name what runs in one picture share; + is the paper's mark of augmented CIFAR."""
+    plus = "+" if opt.augment and DATASETS[opt.dataset].marks_augmentation else ""
+    return f"{data_name(opt)}{plus}, {opt.nEpochs} epochs"
+
+
+def with_note(title: str, note: str, runs: list[Run]) -> str:
+    """Add the note to figures of a user's own images, whose name says little."""
+    own_images = all(DATASETS[run.opt.dataset].is_named_by_directory for run in runs)
+    return f"{title}\n{note}".rstrip() if own_images else title
+
+
+# ------------------------------------------------------------------------- errors against sizes
+
+
+class Point(NamedTuple):
+    """The result of one network.
 
     Args:
-        panels: (title, measure, points) each.
-        runs: of a last panel with training curves; None leaves it out.
-        absent: names of networks that have no run to show there.
+        error: test error in per cent: published, or the mean over seeds.
+        std: standard deviation over seeds, 0 for one; None for a published error.
     """
+
+    opt: Settings
+    error: float
+    std: float | None = None
+
+
+def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | None:
+    """Draw Figure 3 or a Figure 4, published errors and those of runs; None if there are none."""
+    folder, table, column, title = EFFICIENCY[name]
+    own = [group for config, group in groups.items() if config.startswith(f"{folder}/")]
+    points = [Point(group.runs[0].opt, group.mean, group.std or 0.0) for group in own]
+    for row in tables()[table].rows if table else ():
+        if column in row.configs:
+            points.append(Point(configs()[row.configs[column]].opt, float(row.errors[column])))
+    if not points:
+        return None
+    runs = [run for group in own for run in group.runs]
+    if not table:
+        data = sorted({data_and_length(run.opt) for run in runs})
+        if len({run.images for run in runs}) > 1:
+            data.append("not all on the same images")
+        title = f"Runs of configs/{folder}, not of the paper: {'; '.join(data)}"
+        title = with_note(title, note, runs)
+    if not own:
+        title += "\nmeasured: not run"
     figure = Figure(figsize=(WIDTH, 4.2))
-    places = figure.subplots(1, len(panels) + (runs is not None))
-    for axes, (panel_title, measure, points) in zip(places, panels, strict=False):
-        _points(axes, points, measure, margin=0.08 * len(places))
-        axes.set_title(panel_title)
-        _legend_below(axes, _point_legend(points))
-    if runs is not None:
-        _loss_and_error(places[-1], runs, absent)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, measure in zip(panels, MEASURES, strict=True):
+        scatter(axes, points, measure)
+    panels[0].set_ylabel("test error, %" + " (bar: ± std of seeds)" * any(p.std for p in points))
+    legend_below(figure, panels[0])
     figure.suptitle(title)
-    figure.draw_without_rendering()  # names are placed by their sizes in the final layout
-    for axes, (_, measure, points) in zip(places, panels, strict=False):
-        _name_points(axes, points, measure)
     return figure
 
 
-def _series(points: list[Point]) -> list[tuple[str, bool, list[Point]]]:
-    """Return (kind, is_measured, points) of each line of points."""
-    found: dict[tuple[str, bool], list[Point]] = {}
-    for point in sorted(points, key=lambda point: (point.is_measured, point.kind)):
-        found.setdefault((point.kind, point.is_measured), []).append(point)
-    return [(*key, series) for key, series in found.items()]
+def scatter(axes: Axes, points: list[Point], measure: str) -> None:
+    """Draw a line of points for each kind; write the name of each network once."""
+    label, unit = MEASURES[measure]
 
+    def size(point: Point) -> float:
+        return getattr(count(point.opt), measure) / unit
 
-def _points(axes: Axes, points: list[Point], measure: str, margin: float) -> None:
-    """Draw errors against a measure of size, with a margin for names on both sides, as a part."""
-    label, unit = AXES[measure]
-    for name, is_measured, series in _series(points):
-        marker, colour = KINDS.get(name, OTHER_KIND)
-        series = sorted(series, key=lambda point: getattr(point, measure))
+    lines: dict[tuple[bool, str], list[Point]] = {}
+    for point in sorted(points, key=size):
+        lines.setdefault((point.std is not None, kind(point.opt)), []).append(point)
+    named = set()
+    for (is_measured, name), line in sorted(lines.items()):
+        marker, colour = KINDS.get(name, ("*", "#7F7F7F"))
         axes.errorbar(
-            [getattr(point, measure) / unit for point in series],
-            [point.error for point in series],
-            yerr=[point.std or 0 for point in series] if is_measured else None,
+            [size(point) for point in line],
+            [point.error for point in line],
+            yerr=[point.std for point in line] if is_measured else None,
             label=f"{name}, {'measured' if is_measured else 'published'}",
             marker=marker,
             color=colour,
@@ -135,220 +202,117 @@ def _points(axes: Axes, points: list[Point], measure: str, margin: float) -> Non
             linestyle="-" if is_measured else "--",
             capsize=3,
         )
-    axes.set_xscale("log")
-    axes.margins(x=margin, y=0.12)
-    _plain_ticks(axes.xaxis)
-    axes.set(xlabel=label, ylabel="test error, %")
-    if not points:
-        _show_not_run(axes)
+        for point in line:
+            if (name, network(point.opt)) not in named:
+                named.add((name, network(point.opt)))
+                axes.annotate(network(point.opt), (size(point), point.error), **side(name))
+    axes.set(xscale="log", xlabel=label)
+    axes.margins(x=0.25, y=0.15)
+    plain_ticks(axes.xaxis)
 
 
-# Where the name of a point may stand: offset in points, and its horizontal and vertical alignment.
-SIDES = list(itertools.product([("left", 5), ("right", -5)], [("bottom", 3), ("top", -3)]))
-SIDES += list(itertools.product([("center", 0)], [("bottom", 8), ("top", -8)]))
+def side(name: str) -> dict:
+    """Place the names of a kind: those of the smaller networks below, the others above."""
+    is_below = name.startswith("DenseNet-")
+    place = {"xytext": (-4, -4), "ha": "right"} if is_below else {"xytext": (5, 3), "ha": "left"}
+    look = {"textcoords": "offset points", "rotation": 30, "rotation_mode": "anchor"}
+    return look | place | {"fontsize": 7, "va": "center"}
 
 
-def _name_points(axes: Axes, points: list[Point], measure: str) -> None:
-    """Write each network's name once, on the side where it covers least."""
-    names, obstacles, written = {}, [], []
-    for _, _, series in _series(points):
-        ends = [(getattr(point, measure) / AXES[measure][1], point.error) for point in series]
-        for point, end in zip(series, ends, strict=True):
-            names.setdefault((point.kind, point.network), end)
-        pixels = axes.transData.transform(sorted(ends))
-        obstacles += [(x, y, 20) for x, y in pixels]
-        for (x0, y0), (x1, y1) in itertools.pairwise(pixels):  # the lines between them
-            parts = [part / 30 for part in range(1, 30)]
-            obstacles += [(x0 + part * (x1 - x0), y0 + part * (y1 - y0), 1) for part in parts]
-    for (_, name), end in names.items():
-        label = axes.annotate(name, end, (0, 0), textcoords="offset points", fontsize=7)
-        label.set_in_layout(False)
-
-        def place(side: tuple, label=label) -> float:
-            """Move the label to a side and return how much it covers there."""
-            (ha, x), (va, y) = side
-            label.set(ha=ha, va=va)
-            label.xyann = (x, y)
-            box = label.get_window_extent()
-            is_outside = not (axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1))
-            covered = sum(weight for x, y, weight in obstacles if box.contains(x, y))
-            return 100 * is_outside + 50 * box.count_overlaps(written) + covered
-
-        place(min(SIDES, key=place))
-        written.append(label.get_window_extent())
+def plain_ticks(axis) -> None:
+    """Show numbers such as 0.5, 1, 2 on a logarithmic axis that has its data."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(AutoLocator() if high < 8 * low else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
-def _point_legend(points: list[Point]) -> list[Line2D]:
-    handles = []
-    for name in sorted({point.kind for point in points}):
-        marker, colour = KINDS.get(name, OTHER_KIND)
-        handles.append(Line2D([], [], marker=marker, color=colour, linestyle="", label=name))
-    grey = {"color": "0.4", "marker": "o"}
-    if not all(point.is_measured for point in points):
-        look = grey | {"markerfacecolor": "white", "linestyle": "--"}
-        handles.append(Line2D([], [], **look, label="published"))
-    if any(point.is_measured for point in points):
-        has_bars = any(point.std is not None for point in points)
-        label = "measured (bar: ± std of seeds)" if has_bars else "measured (one seed)"
-        handles.append(Line2D([], [], **grey, label=label))
-    else:
-        handles.append(Line2D([], [], linestyle="", label=f"measured: {NOT_RUN}"))
-    return handles
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Show each label of a panel once."""
+    handles, labels = axes.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=2)
 
 
-# ------------------------------------------------------------------------------------------ curves
+# ------------------------------------------------------------------------------- training curves
 
 
-def _loss_and_error(axes: Axes, runs: list[Run], absent: tuple) -> None:
-    """Draw test error (left, solid) and training loss (right, dashed) in one panel."""
-    handles = []
-    if runs:
-        right = axes.twinx()
-        right.grid(False)
-        right.set(yscale="log", ylabel="training loss (dashed)")
-        colours = {}
-        for run in runs:
-            _, colour = KINDS.get(kind(run.opt), OTHER_KIND)
-            colours[curve_name(run)] = colour
-            _curve(axes, run, "val_top1", color=colour)
-            _curve(right, run, "train_loss", color=colour, linestyle="--", marker="")
-        _plain_ticks(right.yaxis)
-        _epochs(axes, runs)
-        handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-        axes.set_ylabel("test error, % (solid)")
-    else:
-        _show_not_run(axes)
-    axes.set_title("training curves")
-    handles += [Line2D([], [], linestyle="", label=f"{name}: {NOT_RUN}") for name in absent]
-    _legend_below(axes, handles)
+def curves(runs: list[Run], note: str) -> dict[str, Figure]:
+    """Draw the runs on the same data and of the same length together, by name of the file."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.records:
+            groups.setdefault(data_and_length(run.opt), []).append(run)
+    figures = {}
+    for title, group in groups.items():
+        name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace("+", "-plus"))
+        figures[f"curves-{name}"] = training(group, with_note(title, note, group))
+    return figures
 
 
-@styled
 def training(runs: list[Run], title: str) -> Figure:
     """Draw loss and error on training and test images; the seeds of a network share a colour."""
     figure = Figure(figsize=(WIDTH, 5.6))
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     names = [curve_name(run) for run in runs]
-    looks = {
-        name: {"color": CYCLE[i % len(CYCLE)], "linestyle": DASHES[i // len(CYCLE) % len(DASHES)]}
-        for i, name in enumerate(sorted(set(names)))
-    }
-    tested = sorted({"validation" if run.opt.validSize else "test" for run in runs})
-    splits = {"train": "training", "val": " or ".join(tested)}
+    looks = dict(zip(sorted(set(names)), itertools.cycle(CURVES)))
+    tested = " or ".join(sorted({"validation" if run.opt.validSize else "test" for run in runs}))
+    splits = {"train": "training images", "val": f"{tested} images"}
+    drops = sorted({epoch - 1 for run in runs for epoch in run.opt.milestones or []})
     for column, (split, words) in enumerate(splits.items()):
-        panels[0, column].set_title(f"{words} images")
         for row, measure in enumerate(("loss", "top1")):
             axes = panels[row, column]
             for run, name in zip(runs, names, strict=True):
-                _curve(axes, run, f"{split}_{measure}", **looks[name])
+                values = [number(record, f"{split}_{measure}") for record in run.records]
+                axes.plot(
+                    [record["epoch"] for record in run.records],
+                    [math.nan if value is None else value for value in values],
+                    label=f"{name} ({names.count(name)} run{'s' * (names.count(name) > 1)})",
+                    marker="." if len(values) <= 20 else "",
+                    **looks[name],
+                )
+            for epoch in drops:
+                axes.axvline(epoch, color="0.5", linestyle=":", label="learning rate drops")
             axes.set_yscale("log")  # the changes after the drops are small
-            _epochs(axes, runs)
+        panels[0, column].set_title(words)
+        panels[1, column].set_xlabel("epoch")
+        panels[1, column].xaxis.get_major_locator().set_params(integer=True)
     for row, label in zip(panels, ("loss (mean cross-entropy)", "top-1 error, %"), strict=True):
-        _plain_ticks(row[0].yaxis)  # now that both panels of the shared axis have their curves
+        plain_ticks(row[0].yaxis)
         row[0].set_ylabel(label)
-    counts = {name: f"{names.count(name)} run{'s' * (names.count(name) > 1)}" for name in looks}
-    handles = [Line2D([], [], **looks[name], label=f"{name} ({counts[name]})") for name in looks]
-    if any(map(rate_drops, runs)):
-        handles.append(Line2D([], [], **DROP, label="learning rate drops"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    legend_below(figure, panels[0, 0])
     figure.suptitle(title)
     return figure
 
 
-def _curve(axes: Axes, run: Run, measure: str, **look: object) -> None:
-    values = [number(record, measure) for record in run.records]
-    values = [math.nan if value is None else value for value in values]
-    epochs = [record["epoch"] for record in run.records]
-    plain = {"marker": "."} if len(values) <= 20 else {"linewidth": 0.8}
-    axes.plot(epochs, values, **plain | look)
+# ------------------------------------------------------------------------------------ layer usage
 
 
-def _epochs(axes: Axes, runs: list[Run]) -> None:
-    """Set the axis of epochs, with lines where the learning rate drops."""
-    for epoch in sorted({epoch for run in runs for epoch in rate_drops(run)}):
-        axes.axvline(epoch, **DROP)
-    axes.set_xlim(0, 1.02 * max(run.opt.nEpochs for run in runs))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if axes.get_subplotspec().is_last_row():
-        axes.set_xlabel("epoch")
+def figure5(weights: str, blocks: list[layer_usage.Block], scale: str, note: str) -> Figure:
+    """Draw a triangle of cells for each dense block, and apart the column of its reader.
 
-
-# --------------------------------------------------------------------------------------- heat maps
-
-MAX_VECTOR_CELLS = 500  # of about 400 bytes in an SVG each; more become one image in it
-
-
-@styled
-def heat_maps(network: str, blocks: list[Block], scale: str, note: str = "") -> Figure:
-    """Draw Figure 5: a triangle of cells for each dense block, with the column of its reader."""
-    cells = [scaled(block, scale) for block in blocks]
-    columns = [column for block in cells for column in block.columns]
-    largest = max(map(max, columns)) or 1.0
-    per_row = len(cells) if len(cells) <= 3 else math.ceil(math.sqrt(len(cells)))
-    rows = math.ceil(len(cells) / per_row)
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.82 * rows * WIDTH / max(per_row, 2)))
-    panels = figure.subplots(rows, per_row, squeeze=False).flatten()
-    look = {"cmap": "viridis", "vmin": 0, "vmax": largest}
-    look["rasterized"] = sum(map(len, columns)) > MAX_VECTOR_CELLS
-    for index, (axes, block) in enumerate(zip(panels, cells, strict=False), start=1):
-        mesh = _heat_map(axes, block, look)
-        axes.set_title(f"dense block {index}", pad=14)
-        axes.set_xlabel("target layer")
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("source layer (0: block input)")
-    for axes in panels[len(cells) :]:
-        axes.remove()
-    bar = figure.colorbar(mesh, ax=panels[: len(cells)].tolist(), pad=0.02, aspect=30)
-    bar.set_label(f"mean |weight|,\n{SCALES[scale]}")
-    bar.outline.set_visible(False)
-    layers = ", ".join(str(len(block.columns) - 1) for block in cells)
-    figure.suptitle(f"{network}: blocks of {layers} layers\n{note}".rstrip())
+    Args:
+        weights: their name, for the title.
+    """
+    cells = [layer_usage.scaled(block, scale) for block in blocks]
+    largest = max(max(column) for block in cells for column in block) or 1.0
+    figure = Figure(figsize=(WIDTH, 3))
+    panels = figure.subplots(1, len(cells), squeeze=False)[0]
+    for index, (axes, block) in enumerate(zip(panels, cells, strict=True), start=1):
+        *layers, last = block
+        size = len(last)
+        padded = [column + [math.nan] * (size - len(column)) for column in [*layers, [], last]]
+        # x is the target, y the source; source 0 is the top row, as in the paper.
+        extent = (0.5, size + 1.5, size - 0.5, -0.5)
+        picture = list(zip(*padded, strict=True))
+        image = axes.imshow(picture, vmin=0, vmax=largest, extent=extent, aspect="auto")
+        ticks = range(0, size, math.ceil(size / 8))
+        axes.set(xticks=ticks[1:], yticks=ticks, title=f"dense block {index}")
+        axes.set_xlabel(f"target layer | {layer_usage.exit_of(index, cells)}")
+        axes.grid(False)
+    panels[0].set_ylabel("source layer (0: block input)")
+    label = f"mean |weight|,\n{layer_usage.SCALES[scale]}"
+    figure.colorbar(image, ax=panels, label=label)
+    layers = ", ".join(str(len(block) - 1) for block in cells)
+    figure.suptitle(f"{weights}: blocks of {layers} layers\n{note}".rstrip())
     return figure
-
-
-def _heat_map(axes: Axes, block: Block, look: dict):
-    """Draw one block: x is the target, y the source; the exit stands apart in a black frame."""
-    *layers, last = block.columns
-    sources = range(len(last))
-    cells = [
-        [column[row] if row < len(column) else math.nan for column in layers] for row in sources
-    ]
-    edges = [row - 0.5 for row in range(len(last) + 1)]
-    mesh = axes.pcolormesh([edge + 1 for edge in edges[:-1]], edges, cells, **look)
-    width = max(1.4, len(layers) / 12)  # enlarged, as in the paper
-    left = len(layers) + 0.5 + width / 2
-    axes.pcolormesh([left, left + width], edges, [[value] for value in last], **look)
-    frame = Rectangle((left, -0.5), width, len(last), fill=False, edgecolor="black", zorder=3)
-    axes.add_patch(frame)
-    above = (left + width / 2, -0.5)
-    axes.annotate(block.exit, above, (0, 3), textcoords="offset points", ha="center", fontsize=7.5)
-    axes.set_xlim(0.5, left + width + 0.1)
-    axes.set_ylim(len(last) - 0.4, -0.6)  # source 0 is the top row, as in the paper
-    axes.grid(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    ticks = range(0, len(last), math.ceil(len(layers) / 8))  # at most nine
-    axes.set_xticks(ticks[1:])
-    axes.set_yticks(ticks)
-    return mesh
-
-
-# ------------------------------------------------------------------------------------------ shared
-
-
-def _plain_ticks(axis) -> None:
-    """Show numbers such as 0.5, 1, 2 on a logarithmic axis whose limits are known."""
-    low, high = axis.get_view_interval()
-    steps = (1, 2, 3, 5) if high < 12 * low else (1, 2, 5) if high < 3000 * low else (1,)
-    axis.set_major_locator(AutoLocator() if high < 4 * low else LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _legend_below(axes: Axes, handles: list) -> None:
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-
-
-def _show_not_run(axes: Axes) -> None:
-    axes.text(0.5, 0.5, NOT_RUN, transform=axes.transAxes, ha="center", va="center", color="0.4")
-    axes.set(xticks=[], yticks=[])
-    axes.grid(False)

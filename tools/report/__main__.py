@@ -8,26 +8,20 @@ the runs, configs/ and docs/published.yaml alone: RESULTS.md is the report of re
 import os
 import shlex
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from cli import network_settings
 from cli.flag_types import Flag, Settings, text
-from datasets.registry import DATASETS
+from cli.network_settings import network_name
 from errors import UsageError, printable
 from fileio.atomic import atomic_write
 from tools import cli
-from tools.results import groups, published, runs
+from tools.results import published, runs
 from tools.results.configs import configs, count
-from tools.results.groups import Runs, SeedGroup
+from tools.results.runs import GroupedRuns, SeedGroup
 
-# fmt: off
-FLAGS = {flag.name: flag for flag in (
-    Flag("output", text, None, "Markdown file to write; an existing report is replaced",
-         "print it"),
-)}
-# fmt: on
+OUTPUT = "Markdown file to write; an existing report is replaced"
+FLAGS = {"output": Flag("output", text, None, OUTPUT, "print it")}
 
 USAGE = """usage: python -m tools.report RUNS... [--output FILE]
 
@@ -60,21 +54,14 @@ the peak: of the GPU's allocator, or of the whole process on a CPU.
 A run on images that were re-encoded, such as CIFAR-10 as JPEG files, is not comparable to the
 paper: its training and test images have other pixels."""
 
-# Paragraphs below the titles of the published tables.
-NOTES = {
-    "table2": "Rows marked cited are results of other works as the paper quotes them; no config "
-    "here reproduces them. An asterisk is the paper's: its authors ran the method of others "
-    "themselves. Numbers in brackets are the paper's references. The published 10.2M of the "
-    "pre-activation ResNet-1001 are without its batch normalisation.",
-    "wide": "The README claims that k = 36 needs less time and memory than DenseNet-BC (L=100, "
-    "k=12) at about its error, and that k = 48 needs about the same and has a lower one. Seconds "
-    "per training step and memory were published for one TITAN X.",
-    "imagenet": "Rows marked cited have no config here.",
-}
+COSTS = {"seconds_per_iteration": "s/step, paper>", "memory_mb": "MB, paper>"}
 NOT_RUN = "not run"  # nothing was measured
 UNKNOWN = "-"  # nothing was published, or a log lacks it
 
 # ----------------------------------------------------------------------------- cells of the tables
+
+# A row of a table is title -> cell; a title that ends in > is of a column of numbers.
+Cells = dict[str, str]
 
 
 def measured(group: SeedGroup | None) -> str:
@@ -94,126 +81,115 @@ def images(group: SeedGroup | None) -> str:
     """Name the data and the numbers of training and test images: cifar10, 50,000 + 10,000."""
     if group is None:
         return NOT_RUN
-    opt, data = group.runs[0].opt, group.runs[0].data
-    by_directory = DATASETS[opt.dataset].is_named_by_directory
-    name = Path(opt.data).name if by_directory else opt.dataset
+    name, data = runs.data_name(group.runs[0].opt), group.runs[0].data
     counts = (runs.number(data, "train"), runs.number(data, "test") or runs.number(data, "val"))
-    return name + ("" if None in counts else ", {:,} + {:,}".format(*counts))
+    return name if None in counts else "{}, {:,} + {:,}".format(name, *counts)
 
 
-FACTS = ["parameters>", "multiply-adds>", "chosen by", "hardware", "hours>", "s/step>", "MB>"]
+def facts(opt: Settings, group: SeedGroup | None) -> Cells:
+    """Return the cells that most tables end with: the network's size, and what one run needed."""
+    parameters, macs = count(opt)
+    row = {"parameters>": f"{parameters:,}", "multiply-adds>": f"{macs:,}"}
+    row["chosen by"] = runs.selection(opt)
+    devices = dict.fromkeys(run.device or UNKNOWN for run in group.runs) if group else [NOT_RUN]
+    row["hardware"] = "; ".join(devices)
+    for title, name, form in (
+        ("hours>", "hours", ".2f"),
+        ("s/step>", "seconds_per_step", ".3f"),
+        ("MB>", "memory_mb", ",.0f"),
+    ):
+        value = group and group.average(name)
+        if value and name == "hours" and value < 0.1:
+            form = ".2g"  # 0.0032 of a run of seconds
+        missing = UNKNOWN if group else NOT_RUN
+        row[title] = missing if value is None else format(value, form)
+    return row
 
 
-def facts(opt: Settings, group: SeedGroup | None) -> list[str]:
-    """Fill the columns FACTS: the network's counts, and what one run needed."""
-    counts = count(opt)
-    found = [f"{counts.parameters:,}", f"{counts.macs:,}", runs.selection(opt)]
-    if group is None:
-        return found + [NOT_RUN] * 4
-    found.append(group.device or UNKNOWN)
-    for name, form in (("hours", ".2f"), ("seconds_per_step", ".3f"), ("memory_mb", ",.0f")):
-        value = group.average(name)
-        # 0.0032 of a run of seconds
-        form = ".2g" if value and name == "hours" and value < 0.1 else form
-        found.append(UNKNOWN if value is None else format(value, form))
-    return found
-
-
-def markdown_table(titles: list[str], rows: Iterable[list[str]]) -> str:
-    """Format a Markdown table; a title that ends in > is of a column of numbers."""
-    shown = [title.removesuffix(">") for title in titles]
-    rule = ["--:" if title.endswith(">") else "---" for title in titles]
-    body = [[printable(text).replace("|", "\\|") for text in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [shown, rule, *body])
-
-
-def wrap(text: str, indent: str = "") -> str:
-    """Break a paragraph into lines, with `indent` before all but the first."""
-    return textwrap.fill(
-        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+def markdown_table(rows: list[Cells]) -> str:
+    """Format rows with the same titles as a Markdown table."""
+    if not rows:
+        return "None."
+    titles = [title.removesuffix(">") for title in rows[0]]
+    rule = ["--:" if title.endswith(">") else "---" for title in rows[0]]
+    body = [[printable(text).replace("|", "\\|") for text in row.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [titles, rule, *body])
 
 
 # --------------------------------------------------------------------------------------- sections
 
 
-def overview(table: published.Table, found: Runs) -> str:
+def overview(table: published.Table, found: GroupedRuns) -> str:
     """Repeat a published table, with `published / measured` where there is a config."""
-    costs = {name: title for name, title in (("seconds_per_iteration", "s/step, paper>"),
-             ("memory_mb", "MB, paper>")) if any(row.costs for row in table.rows)}  # fmt: skip
-    errors = [f"{column}: paper / measured" for column in table.columns]
-    body = []
+    rows = []
     for row in table.rows:
         name = row.method if row.configs else f"{row.method} (cited)"
-        line = [name, str(row.depth or UNKNOWN), row.params or UNKNOWN]
+        line = {"method": name, "L>": row.depth or UNKNOWN, "parameters>": row.params or UNKNOWN}
         for column in table.columns:
             config = row.configs.get(column)
             own = f" / {measured(found.groups.get(config))}" if config else ""
-            line.append(printed(row, column) + own)
-        body.append(line + [row.costs[name] for name in costs])
-    return markdown_table(["method", "L>", "parameters>", *errors, *costs.values()], body)
+            line[f"{column}: paper / measured"] = printed(row, column) + own
+        rows.append(line | {COSTS[name]: cost for name, cost in row.costs.items()})
+    return markdown_table(rows)
 
 
-def details(table: published.Table, found: Runs) -> str:
+def details(table: published.Table, found: GroupedRuns) -> str:
     """List the configs of a published table, a line each."""
-    body = []
+    rows = []
     for row in table.rows:
         for column, name in row.configs.items():
             group = found.groups.get(name)
-            difference = f"{group.mean - float(row.errors[column]):+.2f}" if group else UNKNOWN
-            line = [f"`{name}`", printed(row, column), measured(group), difference]
-            body.append(line + facts(configs()[name].opt, group))
-    return markdown_table(["config", "paper>", "measured>", "difference>", *FACTS], body)
+            line = {
+                "config": f"`{name}`",
+                "paper>": printed(row, column),
+                "measured>": measured(group),
+                "difference>": f"{group.mean - float(row.errors[column]):+.2f}" if group else "-",
+            }
+            rows.append(line | facts(configs()[name].opt, group))
+    return markdown_table(rows)
 
 
-def own_configs(found: Runs) -> Iterator[str]:
+def own_configs(found: GroupedRuns) -> Iterator[str]:
     """List the configs without a claim, a table for each folder."""
-    own = [config for config in configs().values() if not config.claim]
-    for folder in sorted({config.name.partition("/")[0] for config in own}):
+    folders: dict[str, list[Cells]] = {}
+    for name, config in configs().items():
+        if not config.claim:
+            group = found.groups.get(name)
+            line = {"config": f"`{name}`", "measured>": measured(group), "images": images(group)}
+            rows = folders.setdefault(name.partition("/")[0], [])
+            rows.append(line | facts(config.opt, group))
+    for folder, rows in folders.items():
         yield f"## Of this project: configs/{folder}"
         yield "Nothing was published for these settings, so there is nothing to compare with."
-        body = []
-        for config in (config for config in own if config.name.startswith(f"{folder}/")):
-            group = found.groups.get(config.name)
-            line = [f"`{config.name}`", measured(group), images(group)]
-            body.append(line + facts(config.opt, group))
-        yield markdown_table(["config", "measured>", "images", *FACTS], body)
+        yield markdown_table(rows)
 
 
-def other_runs(found: Runs) -> Iterator[str]:
+def other_runs(found: GroupedRuns) -> Iterator[str]:
     """List the runs that belong to no config, and those that are not complete."""
     yield "## Other complete runs"
-    body = []
+    rows = []
     for group in found.others:
         opt = group.runs[0].opt
-        paths = ", ".join(f"`{run.path.as_posix()}`" for run in group.runs)
-        line = [
-            paths,
-            measured(group),
-            network_settings.network_name(opt),
-            str(opt.nEpochs),
-            images(group),
-        ]
-        body.append(line + facts(opt, group))
-    titles = ["runs", "measured>", "network", "epochs>", "images", *FACTS]
-    yield markdown_table(titles, body) if body else "None."
+        line = {
+            "runs": ", ".join(f"`{run.path.as_posix()}`" for run in group.runs),
+            "measured>": measured(group),
+            "network": network_name(opt),
+            "epochs>": str(opt.nEpochs),
+            "images": images(group),
+        }
+        rows.append(line | facts(opt, group))
+    yield markdown_table(rows)
     yield "## Runs that are not complete"
-    body = []
-    for run in found.unfinished:
-        state = "done, but its log or its result is missing" if run.state == "done" else run.state
-        config = f"`{run.config}`" if run.config else UNKNOWN
-        epoch = f"{run.epoch} of {run.opt.nEpochs}"
-        body.append([f"`{run.path.as_posix()}`", config, str(run.seed), epoch, state])
-    titles = ["run", "config", "seed>", "epoch>", "state"]
-    yield markdown_table(titles, body) if body else "None."
-
-
-def left_out(found: Runs, notes: list[str]) -> Iterator[str]:
-    """List what was found and not used, with the reason."""
-    notes = [f"{run.path} ({run.error:.2f}) has {reason}" for run, reason in found.unused] + notes
-    if notes:
-        yield "## Left out"
-        yield "\n".join(f"- {printable(note)}" for note in notes)
+    yield markdown_table([
+        {
+            "run": f"`{run.path.as_posix()}`",
+            "config": f"`{run.config}`" if run.config else UNKNOWN,
+            "seed>": str(run.opt.manualSeed),
+            "epoch>": f"{run.epoch} of {run.opt.nEpochs}",
+            "state": run.state + (", but its log or its result is missing" * (run.state == "done")),
+        }
+        for run in found.unfinished
+    ])  # fmt: skip
 
 
 def figures(directories: list[str], base: Path) -> Iterator[str]:
@@ -235,54 +211,48 @@ def figures(directories: list[str], base: Path) -> Iterator[str]:
 
 
 def parse(argv: list[str]) -> cli.Command:
-    """Parse a command line; read no file.
-
-    Raises:
-        UsageError: every problem of the flags at once.
-    """
+    """Parse a command line, or raise UsageError; read no file."""
     return cli.read(argv, FLAGS, arguments="directory of runs")
 
 
-def create(argv: list[str]) -> tuple[str, list[str]]:
-    """Return the report that a command line asks for, and the warnings about unreadable runs.
+def create(argv: list[str]) -> str:
+    """Return the report that a command line asks for; print which runs are left out.
 
     Raises:
         UsageError: flags that cannot be read.
         DataError: an argument that is not a directory.
     """
-    asked, notes = parse(argv), []
-    found = groups.group_runs(runs.find(asked.arguments, notes.append))
+    asked = parse(argv)
+    found = runs.group_runs(runs.find(asked.arguments))
+    for run, first in found.repeated:
+        runs.warn(f"{run.path} is left out: {first.path} has the same settings and seed")
     command = printable(shlex.join(["python", "-m", "tools.report", *argv]))
     parts = [HEAD.format(command=command), INTRODUCTION]
-    for key, table in published.tables().items():
-        parts += [f"## {table.title}", wrap(NOTES[key]), overview(table, found)]
+    for table in published.tables().values():
+        parts += [f"## {table.title}", table.note, overview(table, found)]
         parts += ["By config:", details(table, found)]
     parts += own_configs(found)
     parts += other_runs(found)
-    parts += left_out(found, notes)
     parts += figures(asked.arguments, Path(asked.options.output or "").parent)
     parts.append("## Sources of the published numbers")
-    parts.append("\n".join(wrap(f"- {text}.", "  ") for text in published.sources().values()))
-    return "\n\n".join(parts) + "\n", notes
-
-
-def check_output(path: Path) -> None:
-    """Raise UsageError if a file exists and is not a report."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            if file.read(len(FIRST_WORDS)) not in (b"", FIRST_WORDS.encode()):
-                what = f"output: {path} was not written by this tool"
-                raise UsageError(what, "move it away, or name another --output")
+    texts = [text.replace("\n", "\n  ") for text in published.sources().values()]
+    parts.append("\n".join(f"- {text}." for text in texts))
+    return "\n\n".join(parts) + "\n"
 
 
 def report(argv: list[str]) -> None:
-    """Write or print the report that a command line asks for."""
+    """Write or print the report that a command line asks for.
+
+    Raises:
+        UsageError: the output exists and is not a report, or a flag cannot be read.
+    """
     output = parse(argv).options.output
-    if output:
-        check_output(Path(output))
-    markdown, notes = create(argv)
-    for note in notes:
-        runs.warn(note)
+    if output and Path(output).is_file():
+        with open(output, "rb") as file:
+            if file.read(len(FIRST_WORDS)) not in (b"", FIRST_WORDS.encode()):
+                what = f"output: {output} was not written by this tool"
+                raise UsageError(what, "move it away, or name another --output")
+    markdown = create(argv)
     if output:
         atomic_write(Path(output), markdown.encode())
     else:

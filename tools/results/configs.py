@@ -2,15 +2,13 @@
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import opts
 from cli.flag_types import Settings, as_text
 from tools import cli
-from tools.results import published
+from tools.results.published import load_yaml
 
-CONFIGS = cli.ROOT / "configs"
 # Flags that resuming may change, but that make a run another measurement.
 ALSO_COMPARED = ("retrain", "epochNumber", "tenCrop")
 
@@ -30,21 +28,20 @@ class Config:
 
 
 @functools.cache
-def configs(root: Path = CONFIGS) -> dict[str, Config]:
+def configs() -> dict[str, Config]:
     """Load all of configs/*/*.yaml by name.
 
     Raises:
         UsageError: one of them cannot be parsed.
     """
-    paths = {str(path.relative_to(root).with_suffix("")): path for path in root.glob("*/*.yaml")}
-    return {name: _load(name, paths[name]) for name in sorted(paths)}
-
-
-def _load(name: str, path: Path) -> Config:
-    claim = published.load_yaml(path.read_text()).get("paper", {})
-    if "error" in claim:
-        claim |= {"error": float(claim["error"])}
-    return Config(name, opts.parse(["--config", str(path)]), claim)
+    found = {}
+    for path in (cli.ROOT / "configs").glob("*/*.yaml"):
+        name = f"{path.parent.name}/{path.stem}"
+        claim = load_yaml(path.read_text()).get("paper", {})
+        if "error" in claim:
+            claim["error"] = float(claim["error"])
+        found[name] = Config(name, opts.parse(["--config", str(path)]), claim)
+    return dict(sorted(found.items()))
 
 
 def comparable_settings(opt: Settings) -> tuple[tuple[str, str], ...]:
@@ -76,8 +73,8 @@ def count(opt: Settings) -> Counts:
     With 10 classes at the CIFAR shape, in the CIFAR-100 columns too; with 1000 at the ImageNet
     shape.
     """
-    names = {name for name, flag in opts.FLAGS.items() if flag.role == "model"}
-    key = tuple((name, getattr(opt, name)) for name in sorted(names | {"imageSize"}))
+    names = [name for name, flag in opts.FLAGS.items() if flag.role == "model"]
+    key = tuple(as_text(getattr(opt, name)) for name in [*names, "imageSize"])
     if key not in _counts:
         from torch.nn import BatchNorm2d
 

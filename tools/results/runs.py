@@ -1,9 +1,10 @@
-"""Read run directories: settings, log, status and data of each, and what they measured.
+"""Read run directories, tell what each measured, and group the runs that differ in their seeds.
 
 Only config.yaml, log.jsonl, status.json and data.json are read, so that the committed runs without
 weights (results/runs) count as well.
 """
 
+import functools
 import math
 import os
 import statistics
@@ -29,7 +30,6 @@ class Run:
     Args:
         records: the epochs of log.jsonl.
         status: status.json, {} when it cannot be read; `data` is data.json.
-        config: name of the config that has the same settings, if any; `find` sets it.
     """
 
     path: Path
@@ -37,12 +37,22 @@ class Run:
     records: list[dict]
     status: dict
     data: dict
-    config: str | None = None
 
-    @property
-    def seed(self) -> int:
-        """Its manualSeed."""
-        return self.opt.manualSeed
+    @functools.cached_property
+    def config(self) -> str | None:
+        """The name of the config with the same settings.
+
+        None after --override, when the last settings are not those of all epochs, and for a run on
+        a part of ImageNet.
+        """
+        num_images = number(self.data, "train")
+        if self.opt.dataset == "imagenet" and num_images is not None:
+            full = DATASETS["imagenet"].num_images[0] - self.opt.validSize
+            if abs(num_images - full) > MAX_MISSING * full:
+                return None
+        if self.status.get("overrides"):
+            return None
+        return names_by_settings().get(comparable_settings(self.opt))
 
     @property
     def epoch(self) -> int:
@@ -117,11 +127,20 @@ def selection(opt: Settings) -> str:
     return "best validation" if opt.validSize else "last epoch"
 
 
+def data_name(opt: Settings) -> str:
+    """Name the images: the dataset, or the directory of a user's own."""
+    by_directory = DATASETS[opt.dataset].is_named_by_directory
+    return Path(opt.data).name if by_directory else opt.dataset
+
+
 def number(values: dict, name: str) -> float | None:
     """Return a finite number of a JSON object, None for anything else."""
     value = values.get(name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def warn(line: str) -> None:
@@ -133,17 +152,15 @@ def find(paths: Iterable[Path | str], warn: Callable[[str], None] = warn) -> lis
     """Read the runs in some directories and below, each once, in the order of their paths.
 
     Args:
-        warn: called with a line for each directory with a log.jsonl that cannot be read.
+        warn: called with a line for each directory that cannot be read.
 
     Raises:
         DataError: one of `paths` is not a directory.
     """
-
     def skip(error: OSError) -> None:
         warn(f"{error.filename} is left out: {error.strerror}")
 
-    seen: set[str] = set()
-    found = []
+    seen, found = set(), []
     for path in map(Path, paths):
         if not path.is_dir():
             raise DataError(f"not a directory: {path}", "name a directory of runs")
@@ -155,10 +172,7 @@ def find(paths: Iterable[Path | str], warn: Callable[[str], None] = warn) -> lis
             below[:] = sorted(name for name in below if is_new and not is_run and name[0] != ".")
             if is_new and is_run:
                 found.append(read(Path(directory), warn))
-    found = [run for run in found if run]
-    for run in found:
-        run.config = _config_of(run)
-    return found
+    return [run for run in found if run]
 
 
 def read(directory: Path, warn: Callable[[str], None] = warn) -> Run | None:
@@ -168,27 +182,75 @@ def read(directory: Path, warn: Callable[[str], None] = warn) -> Run | None:
     try:
         opt = opts.parse(["--config", str(directory / "config.yaml")])
         records = experiment.log.read_log(directory)
-    except RunError as error:
-        warn(f"{directory} is left out: {'; '.join(what for what, _ in error.problems)}")
-        return None
-    except OSError as error:
-        warn(f"{directory} is left out: {error.strerror}")
+    except (RunError, OSError) as error:
+        warn(f"{directory} is left out: {getattr(error, 'strerror', error)}")
         return None
     status, data = (read_json(directory / name) for name in ("status.json", "data.json"))
     return Run(directory, opt, records, status, data)
 
 
-def _config_of(run: Run) -> str | None:
-    """Return the name of the config with the settings of a run.
+# --------------------------------------------------------------------------------------- grouping
 
-    None after --override, when the last settings are not those of all epochs, and for a run on a
-    part of ImageNet.
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Complete runs that differ only in their seeds: one for each seed, ascending, at least one."""
+
+    runs: list[Run]
+
+    @property
+    def mean(self) -> float:
+        """Mean test error, in per cent."""
+        return statistics.fmean(run.error for run in self.runs)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation of the test errors; None for a single run."""
+        return statistics.stdev(run.error for run in self.runs) if len(self.runs) > 1 else None
+
+    def average(self, name: str) -> float | None:
+        """Average a property such as `hours` over the runs; None if a log lacks it."""
+        values = [getattr(run, name) for run in self.runs]
+        return None if None in values else statistics.fmean(values)
+
+
+@dataclass(frozen=True)
+class GroupedRuns:
+    """Runs by what they are used for.
+
+    Args:
+        groups: config -> its complete runs.
+        others: complete runs that belong to no config.
+        unfinished: runs in progress, stopped or failed.
+        repeated: (run, the run with the same settings and seed that is used in its place).
     """
-    num_images = number(run.data, "train")
-    if run.opt.dataset == "imagenet" and num_images is not None:
-        full = DATASETS["imagenet"].num_images[0] - run.opt.validSize
-        if abs(num_images - full) > MAX_MISSING * full:
-            return None
-    if run.status.get("overrides"):
-        return None
-    return names_by_settings().get(comparable_settings(run.opt))
+
+    groups: dict[str, SeedGroup]
+    others: list[SeedGroup]
+    unfinished: list[Run]
+    repeated: list[tuple[Run, Run]]
+
+
+def group_runs(found: list[Run]) -> GroupedRuns:
+    """Group runs; of two complete runs with the same seed the first one counts.
+
+    The runs of a config that names a folder of images may have seen different folders: the group
+    with the most seeds belongs to the config, the others to none.
+    """
+    by_seed: dict[tuple, dict[int, Run]] = {}
+    repeated = []
+    for run in (run for run in found if run.is_done):
+        key = (run.config, run.images, comparable_settings(run.opt))
+        first = by_seed.setdefault(key, {}).setdefault(run.opt.manualSeed, run)
+        if first is not run:
+            repeated.append((run, first))
+
+    groups, others = {}, []
+    for (name, *_), seeds in sorted(by_seed.items(), key=lambda item: -len(item[1])):
+        group = SeedGroup([seeds[seed] for seed in sorted(seeds)])
+        if name and name not in groups:
+            groups[name] = group
+        else:
+            others.append(group)
+    others.sort(key=lambda group: group.runs[0].path)
+    return GroupedRuns(groups, others, [run for run in found if not run.is_done], repeated)
