@@ -158,7 +158,7 @@ def test_training_curves_are_those_of_the_logs():
 
 def test_the_heat_map_shows_the_scaled_cells_and_nothing_where_nothing_is_connected():
     blocks = [[[2.0], [1.0, 4.0], [3.0, 6.0, 1.5]], [[5.0], [5.0, 2.5]]]
-    figure = plots.figure5("a net", blocks, "column", "a note")
+    figure = plots.figure5("a net", blocks, "a note")
     first, second, bar = figure.axes
     (image,) = first.images
     nan = math.nan
@@ -171,8 +171,6 @@ def test_the_heat_map_shows_the_scaled_cells_and_nothing_where_nothing_is_connec
     assert labels == ["target layer | transition", "target layer | classifier"]
     assert figure.get_suptitle() == "a net: blocks of 2, 1 layers\na note"
     assert "largest of its target" in bar.get_ylabel()
-    raw = plots.figure5("a net", blocks, "none", "").axes
-    assert raw[0].images[0].get_clim() == (0, 6) and "not normalised" in raw[-1].get_ylabel()
 
 
 # --------------------------------------------------------------------------------------- the files
@@ -272,9 +270,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, capsys, mon
         ("runs --only figure6", "cannot draw 'figure6'; fix: name some of figure3"),
         ("runs --only figure5", "figure5 needs --weights"),
         ("--weights w.pt --only figure3", "the others a run directory"),
-        ("runs --weights w.pt --only curves", "weights and scale are of figure5"),
-        ("runs --scale block", "weights and scale are of figure5"),
-        ("runs --scale row --weights w.pt", "scale: 'row' is not one of column"),
+        ("runs --weights w.pt --only curves", "weights are of figure5 alone"),
         ("runs --width 3", "unknown flag width"),
     ],
 )

@@ -82,15 +82,6 @@ def test_other_weights_are_not_of_a_densenet(remove, what):
         layer_usage.blocks(kept, "it")
 
 
-def test_the_scale_divides_by_the_column_the_block_or_nothing():
-    block = [[2.0], [1.0, 4.0]]
-    assert layer_usage.scaled(block, "column") == [[1.0], [0.25, 1.0]]
-    assert layer_usage.scaled(block, "block") == [[0.5], [0.25, 1.0]]
-    assert layer_usage.scaled(block, "none") == block
-    zeros = [[0.0], [0.0, 0.0]]
-    assert layer_usage.scaled(zeros, "column") == zeros == layer_usage.scaled(zeros, "block")
-
-
 # ------------------------------------------------------------------------------------ its CSV file
 
 TABLE = layer_usage.to_csv("a net", layer_usage.blocks(tiny().state_dict(), "it")).decode()

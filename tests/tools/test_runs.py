@@ -12,7 +12,7 @@ from helpers.run_main import ROOT
 from tools import describe
 from tools.results import runs
 from tools.results.configs import comparable_settings, configs, count
-from tools.results.groups import SeedGroup, group_runs
+from tools.results.runs import SeedGroup, group_runs
 
 SMALL = "--config configs/small/densenet-L22-k12.yaml --data images"
 SVHN = "--config configs/svhn/densenet-L40-k12.yaml"
@@ -89,10 +89,7 @@ def test_runs_are_found_below_directories_each_once(tmp_path):
     assert [str(run.path.relative_to(tmp_path)) for run in found] == ["runs/a", "runs/b/deep/er"]
     (tmp_path / "empty").mkdir()
     assert runs.find([tmp_path / "empty"]) == []
-
-
-def test_an_argument_that_is_not_a_directory_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").touch()
     for name in ("none", "file"):
         with pytest.raises(DataError, match=rf"not a directory: .*{name}"):
             runs.find([tmp_path, tmp_path / name])
@@ -108,7 +105,7 @@ def test_an_argument_that_is_not_a_directory_is_an_error(tmp_path):
         (None, "config.yaml"),
     ],
 )
-def test_a_run_without_readable_settings_is_left_out_with_a_note(tmp_path, content, words, capsys):
+def test_a_run_that_cannot_be_read_is_left_out_with_a_note(tmp_path, content, words, capsys):
     bad = write_run(tmp_path / "b\nad", OWN, [9.0, 8.0])
     write_run(tmp_path / "good", OWN, [9.0, 8.0])
     (bad / "config.yaml").unlink()
@@ -150,7 +147,6 @@ def test_the_result_is_the_last_epochs_error_or_the_test_of_the_best_model(tmp_p
         (FIVE, "done", True),
         (FIVE[:4], "done", False),
         (FIVE, "running", False),
-        (FIVE, "failed", False),
         (FIVE, "finished", False),
         ([*FIVE[:4], None], "done", False),
         ([], "done", False),
@@ -189,11 +185,10 @@ def test_time_memory_and_hardware_are_those_of_all_epochs(tmp_path):
     ],
 )
 def test_a_value_that_an_older_log_lacks_is_not_known(tmp_path, missing, unknown):
-    write_run(tmp_path / "run", OWN, [9.0, 8.0], **{missing: None})
-    group = SeedGroup([only(tmp_path)])
-    found = {name: group.average(name) for name in ("hours", "seconds_per_step", "memory_mb")}
-    found["device"] = group.device
-    assert {name for name, value in found.items() if value is None} == {unknown}
+    run = only(write_run(tmp_path / "run", OWN, [9.0, 8.0], **{missing: None}))
+    names = ("hours", "seconds_per_step", "memory_mb", "device")
+    assert [name for name in names if getattr(run, name) is None] == [unknown]
+    assert unknown == "device" or SeedGroup([run]).average(unknown) is None
 
 
 @pytest.mark.parametrize("value", ["fast", True, None, [1], math.nan, math.inf])
@@ -205,31 +200,18 @@ def test_other_values_than_finite_numbers_are_none(value):
 # --------------------------------------------------------------------------------------- grouping
 
 
-def test_repetitions_are_one_group_with_mean_and_sample_deviation(tmp_path):
-    for seed, error in ((0, 20.0), (1, 21.0), (2, 25.0)):
-        flags = f"{SMALL} --manualSeed {seed}"
-        write_run(tmp_path / f"{seed}", flags, [*FIVE[:4], error], replicas=seed + 1)
-    found = group_runs(reversed(runs.find([tmp_path])))
-    group = found.groups["small/densenet-L22-k12"]
-    assert [run.seed for run in group.runs] == [0, 1, 2]
-    # Squared deviations from 22: 4 + 1 + 9 = 14, over two degrees of freedom.
-    assert group.mean == 22.0 and math.isclose(group.std, math.sqrt(7))
-    assert group.device == "NVIDIA H200; 2 x NVIDIA H200; 3 x NVIDIA H200"
-    assert (found.others, found.unfinished, found.unused) == ([], [], [])
-    assert SeedGroup(group.runs[:1]).std is None
-
-
-def test_the_first_complete_run_of_a_seed_counts(tmp_path):
+def test_complete_runs_are_grouped_by_seed_and_the_first_of_a_seed_counts(tmp_path):
     write_run(tmp_path / "a", SMALL, FIVE[:2], "failed")
-    write_run(tmp_path / "b", SMALL, FIVE)
-    write_run(tmp_path / "c", SMALL, [*FIVE[:4], 10.0])
-    write_run(tmp_path / "d", f"{SMALL} --manualSeed 1", [*FIVE[:4], 22.0])
+    for name, seed, error in (("b", 2, 25.0), ("c", 0, 20.0), ("d", 1, 21.0), ("e", 2, 10.0)):
+        write_run(tmp_path / name, f"{SMALL} --manualSeed {seed}", [*FIVE[:4], error])
     found = group_runs(runs.find([tmp_path]))
     group = found.groups["small/densenet-L22-k12"]
-    assert [run.path.name for run in group.runs] == ["b", "d"] and group.mean == 21
-    assert [run.path.name for run in found.unfinished] == ["a"]
-    ((unused, reason),) = found.unused
-    assert unused.path.name == "c" and f"seed as {tmp_path / 'b'}, which is used" in reason
+    assert [run.path.name for run in group.runs] == ["c", "d", "b"]
+    # Squared deviations from 22: 4 + 1 + 9 = 14, over two degrees of freedom.
+    assert group.mean == 22.0 and math.isclose(group.std, math.sqrt(7))
+    assert SeedGroup(group.runs[:1]).std is None and group.average("memory_mb") == 1000.0
+    assert [run.path.name for run in found.unfinished] == ["a"] and found.others == []
+    assert [[run.path.name for run in pair] for pair in found.repeated] == [["e", "b"]]
 
 
 @pytest.mark.parametrize("name", ["a", "z"])
@@ -237,15 +219,10 @@ def test_runs_on_other_images_are_not_repetitions(tmp_path, name):
     write_run(tmp_path / name, f"{SMALL} --manualSeed 9", FIVE, data={"training_set": "other"})
     for seed in (0, 1):
         write_run(tmp_path / f"m{seed}", f"{SMALL} --manualSeed {seed}", FIVE)
+        write_run(tmp_path / f"own{seed}", f"{OWN} --manualSeed {seed}", [9.0, 8.0])
     found = group_runs(runs.find([tmp_path]))
-    assert [run.seed for run in found.groups["small/densenet-L22-k12"].runs] == [0, 1]
-    assert [[run.seed for run in group.runs] for group in found.others] == [[9]]
-
-
-def test_runs_of_no_config_are_grouped_by_their_settings(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path / f"b{seed}", f"{OWN} --manualSeed {seed}", [9.0, 8.0])
-    write_run(tmp_path / "a", f"{OWN} --LR 0.2", [9.0, 8.0])
-    found = group_runs(runs.find([tmp_path]))
-    assert found.groups == {}
-    assert [[run.seed for run in group.runs] for group in found.others] == [[0], [0, 1]]
+    (group,) = found.groups.values()
+    assert [run.opt.manualSeed for run in group.runs] == [0, 1]
+    # Runs of no config are grouped by their settings.
+    others = {tuple(run.opt.manualSeed for run in group.runs) for group in found.others}
+    assert others == {(9,), (0, 1)}

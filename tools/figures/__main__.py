@@ -12,7 +12,6 @@ from cli.flag_types import Flag, text
 from errors import DataError, RunError, StorageError, UsageError
 from fileio.atomic import atomic_write
 from tools import cli
-from tools.figures.layer_usage import SCALES
 from tools.results import runs
 
 NAMES = ("figure3", "figure4", "figure4-small", "figure4-digits", "curves", "figure5")
@@ -24,8 +23,6 @@ FLAGS = {
              "all that can be drawn"),
         Flag("weights", text, None, "run directory, checkpoint or model file to draw Figure 5 of, "
              "or the figure5.csv of an earlier call", "no Figure 5"),
-        Flag("scale", text, None, "what a cell of Figure 5 is divided by: the largest of its "
-             "column, of its block, or nothing", "column", choices=tuple(SCALES)),
         Flag("note", text, "", "text to show with figures of weights and of runs on a folder of "
              "images, such as where these are from", "none"),
     )
@@ -54,11 +51,10 @@ def parse(argv: list[str]) -> SimpleNamespace:
     asked.only = asked.only.split(",") if asked.only else possible
     fix = f"name some of {', '.join(NAMES)}: figure5 needs --weights, the others a run directory"
     problems = [(f"only: cannot draw {name!r}", fix) for name in asked.only if name not in possible]
-    if "figure5" not in asked.only and (asked.weights or asked.scale):
-        problems.append(("weights and scale are of figure5 alone", "add figure5 to --only"))
+    if "figure5" not in asked.only and asked.weights:
+        problems.append(("weights are of figure5 alone", "add figure5 to --only"))
     if problems:
         raise UsageError.from_problems(problems)
-    asked.scale = asked.scale or "column"
     return asked
 
 

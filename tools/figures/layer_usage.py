@@ -19,11 +19,6 @@ Block = list[list[float]]
 COLUMNS = ("network", "block", "target", "source", "mean_abs_weight")
 # `conv.1` is the spelling of old torchvision files.
 LAYER_WEIGHT = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.conv\.?1\.weight")
-SCALES = {
-    "column": "divided by the largest of its target",
-    "block": "divided by the largest of its block",
-    "none": "not normalised",
-}
 
 
 def read(path: Path) -> tuple[str, list[Block], bytes]:
@@ -145,17 +140,3 @@ def from_csv(path: Path, content: bytes) -> tuple[str, list[Block]]:
         fix = "write it again with --weights CHECKPOINT"
         raise DataError(f"{path} is not a complete table of Figure 5", fix) from error
     return row["network"], blocks
-
-
-def scaled(block: Block, scale: str) -> Block:
-    """Divide the cells as one of SCALES says.
-
-    The paper shows 0 to 1 and does not say of what. Its text compares only the sources of one
-    target, and batch normalisation removes the scale of a layer's weights from the network, so the
-    default divides each column by its largest cell.
-    """
-    largest = [1.0] * len(block) if scale == "none" else [max(column) or 1.0 for column in block]
-    if scale == "block":
-        largest = [max(map(max, block)) or 1.0] * len(block)
-    columns = zip(block, largest, strict=True)
-    return [[value / most for value in column] for column, most in columns]

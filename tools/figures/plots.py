@@ -81,7 +81,7 @@ def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
     for name in asked.only:
         if name == "figure5":
             weights, blocks, files["figure5.csv"] = layer_usage.read(Path(asked.weights))
-            figures[name] = figure5(weights, blocks, asked.scale, asked.note)
+            figures[name] = figure5(weights, blocks, asked.note)
         elif name == "curves":
             repeated = [run for run, _ in grouped.repeated]
             figures |= curves([run for run in found if run not in repeated], asked.note)
@@ -207,7 +207,7 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
                 named.add((name, network(point.opt)))
                 axes.annotate(network(point.opt), (size(point), point.error), **side(name))
     axes.set(xscale="log", xlabel=label)
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.22, y=0.25)
     plain_ticks(axes.xaxis)
 
 
@@ -215,7 +215,7 @@ def side(name: str) -> dict:
     """Place the names of a kind: those of the smaller networks below, the others above."""
     is_below = name.startswith("DenseNet-")
     place = {"xytext": (-4, -4), "ha": "right"} if is_below else {"xytext": (5, 3), "ha": "left"}
-    look = {"textcoords": "offset points", "rotation": 30, "rotation_mode": "anchor"}
+    look = {"textcoords": "offset points", "rotation": 38, "rotation_mode": "anchor"}
     return look | place | {"fontsize": 7, "va": "center"}
 
 
@@ -288,14 +288,17 @@ def training(runs: list[Run], title: str) -> Figure:
 # ------------------------------------------------------------------------------------ layer usage
 
 
-def figure5(weights: str, blocks: list[layer_usage.Block], scale: str, note: str) -> Figure:
+def figure5(weights: str, blocks: list[layer_usage.Block], note: str) -> Figure:
     """Draw a triangle of cells for each dense block, and apart the column of its reader.
+
+    The paper shows 0 to 1 and does not say of what. Its text compares only the sources of one
+    target, and batch normalisation removes the scale of a layer's weights from the network, so
+    each column is divided by its largest cell.
 
     Args:
         weights: their name, for the title.
     """
-    cells = [layer_usage.scaled(block, scale) for block in blocks]
-    largest = max(max(column) for block in cells for column in block) or 1.0
+    cells = [[[cell / (max(column) or 1.0) for cell in column] for column in b] for b in blocks]
     figure = Figure(figsize=(WIDTH, 3))
     panels = figure.subplots(1, len(cells), squeeze=False)[0]
     for index, (axes, block) in enumerate(zip(panels, cells, strict=True), start=1):
@@ -305,14 +308,13 @@ def figure5(weights: str, blocks: list[layer_usage.Block], scale: str, note: str
         # x is the target, y the source; source 0 is the top row, as in the paper.
         extent = (0.5, size + 1.5, size - 0.5, -0.5)
         picture = list(zip(*padded, strict=True))
-        image = axes.imshow(picture, vmin=0, vmax=largest, extent=extent, aspect="auto")
+        image = axes.imshow(picture, vmin=0, vmax=1, extent=extent, aspect="auto")
         ticks = range(0, size, math.ceil(size / 8))
         axes.set(xticks=ticks[1:], yticks=ticks, title=f"dense block {index}")
         axes.set_xlabel(f"target layer | {layer_usage.exit_of(index, cells)}")
         axes.grid(False)
     panels[0].set_ylabel("source layer (0: block input)")
-    label = f"mean |weight|,\n{layer_usage.SCALES[scale]}"
-    figure.colorbar(image, ax=panels, label=label)
+    figure.colorbar(image, ax=panels, label="mean |weight|,\ndivided by the largest of its target")
     layers = ", ".join(str(len(block) - 1) for block in cells)
     figure.suptitle(f"{weights}: blocks of {layers} layers\n{note}".rstrip())
     return figure

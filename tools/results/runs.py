@@ -157,6 +157,7 @@ def find(paths: Iterable[Path | str], warn: Callable[[str], None] = warn) -> lis
     Raises:
         DataError: one of `paths` is not a directory.
     """
+
     def skip(error: OSError) -> None:
         warn(f"{error.filename} is left out: {error.strerror}")
 
