@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image
 
 import opts
-from errors import RunError, UsageError
+from errors import RunError
 from fileio import tensor_files
 from helpers.run_directories import record, write_run
 from helpers.run_main import ROOT
@@ -81,7 +81,7 @@ def test_figures_3_and_4_show_the_published_errors_and_the_means_of_runs():
     assert by_size["DenseNet, published"][1:] == ([5.24, 4.10, 3.74], False)
     assert by_size["DenseNet-BC, published"][1:] == ([4.51, 3.62, 3.46], False)
     assert by_size["pre-activation ResNet, published"][1:] == ([5.46, 4.62], False)
-    # 769,162 parameters and 287,929,692 multiply-adds: tests/tools/test_runs.py
+    # 769,162 parameters and 287,929,692 multiply-adds: tests/tools/test_report.py
     assert by_size["DenseNet-BC, measured"] == ([0.769162], [5.5], True)
     assert by_macs["DenseNet-BC, measured"] == ([0.287929692], [5.5], True)
     (bar,) = figure4.axes[0].containers[-1].lines[2]
@@ -243,7 +243,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, capsys, mon
     lua = ROOT / "tests" / "models" / "lua_networks" / "densenet-bc.t7"
     (tmp_path / "lua.t7").write_bytes(lua.read_bytes())
     monkeypatch.chdir(tmp_path)
+    only = f"name some of {', '.join(figures.NAMES)}: figure5 needs --weights, the others a run"
     cases = [
+        ("", 2, "no run directory"),
+        ("empty --only figure6", 2, f"cannot draw 'figure6'; fix: {only}"),
+        ("empty --only figure5", 2, f"cannot draw 'figure5'; fix: {only}"),
+        ("--weights w.pt --only figure3,figure5", 2, f"cannot draw 'figure3'; fix: {only}"),
+        ("empty --weights w.pt --only curves", 2, "weights are of figure5 alone"),
         ("empty", 3, "no run in"),
         ("absent", 3, "not a directory"),
         ("--weights empty", 4, "no checkpoint in"),
@@ -261,23 +267,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, capsys, mon
         (error,) = capsys.readouterr().err.splitlines()
         assert error.startswith("error: ") and what in error
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("", "no run directory"),
-        ("runs --only figure6", "cannot draw 'figure6'; fix: name some of figure3"),
-        ("runs --only figure5", "figure5 needs --weights"),
-        ("--weights w.pt --only figure3", "the others a run directory"),
-        ("runs --weights w.pt --only curves", "weights are of figure5 alone"),
-        ("runs --width 3", "unknown flag width"),
-    ],
-)
-def test_a_wrong_command_line_is_refused(argv, message):
-    with pytest.raises(UsageError) as error:
-        figures.parse(argv.split())
-    assert message in error.value.report()
 
 
 def test_by_default_every_possible_figure_is_drawn():

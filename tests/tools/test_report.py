@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from errors import DataError, UsageError
+from errors import UsageError
 from helpers.run_directories import write_run
 from helpers.run_main import ROOT
 from tools.report import __main__ as report
@@ -95,6 +95,8 @@ def test_exact_counts_round_to_the_published_ones(empty):
                 exact -= 149_216
             assert f"{exact / 1e6:.1f}M" == row.params
     for name, parameters, macs in (
+        # For ten classes; with a hundred the classifier has 90 x 343 numbers more.
+        ("c100plus/densenet-bc-L100-k12", "769,162", "287,929,692"),
         ("c100plus/densenet-bc-L190-k40", "25,624,430", "9,301,945,740"),
         ("imagenet/densenet-121-k32", "7,978,856", "2,834,161,664"),
         ("wide/c10plus-L40-k60", "4,261,690", "1,795,836,360"),
@@ -191,17 +193,3 @@ def test_a_report_is_replaced_and_another_file_is_not(tmp_path, monkeypatch, cap
     assert report.main(["runs", "--output", "README.md"]) == UsageError.code
     assert "was not written by this tool; fix: " in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
-
-
-@pytest.mark.parametrize(
-    "argv, code, words",
-    [
-        ("", 2, "no directory of runs"),
-        ("runs --outptu 3", 2, "did you mean output?"),
-        ("none", DataError.code, "not a directory: none; fix: name a directory of runs"),
-    ],
-)
-def test_mistakes_are_answered_in_one_line(capsys, argv, code, words):
-    assert report.main(argv.split()) == code
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err

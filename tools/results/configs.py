@@ -1,7 +1,6 @@
 """Load the configs of configs/, and compare settings to tell which run belongs to which config."""
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import opts
@@ -13,23 +12,16 @@ from tools.results.published import load_yaml
 ALSO_COMPARED = ("retrain", "epochNumber", "tenCrop")
 
 
-@dataclass(frozen=True)
-class Config:
-    """A file of configs/.
+class Config(NamedTuple):
+    """A file of configs/: settings; table, column, error and params of its line `paper:`, or {}."""
 
-    Args:
-        name: its path below configs/ without the suffix, such as "c10plus/densenet-bc-L100-k12".
-        claim: table, column, error and params of its line `paper:`; {} if it has none.
-    """
-
-    name: str
     opt: Settings
     claim: dict[str, object]
 
 
 @functools.cache
 def configs() -> dict[str, Config]:
-    """Load all of configs/*/*.yaml by name.
+    """Load configs/*/*.yaml by path without suffix, such as "c10plus/densenet-bc-L100-k12".
 
     Raises:
         UsageError: one of them cannot be parsed.
@@ -40,7 +32,7 @@ def configs() -> dict[str, Config]:
         claim = load_yaml(path.read_text()).get("paper", {})
         if "error" in claim:
             claim["error"] = float(claim["error"])
-        found[name] = Config(name, opts.parse(["--config", str(path)]), claim)
+        found[name] = Config(opts.parse(["--config", str(path)]), claim)
     return dict(sorted(found.items()))
 
 

@@ -148,11 +148,8 @@ def warn(line: str) -> None:
     print(f"note: {printable(line)}", file=sys.stderr)
 
 
-def find(paths: Iterable[Path | str], warn: Callable[[str], None] = warn) -> list[Run]:
+def find(paths: Iterable[Path | str]) -> list[Run]:
     """Read the runs in some directories and below, each once, in the order of their paths.
-
-    Args:
-        warn: called with a line for each directory that cannot be read.
 
     Raises:
         DataError: one of `paths` is not a directory.
@@ -172,7 +169,7 @@ def find(paths: Iterable[Path | str], warn: Callable[[str], None] = warn) -> lis
             # os.walk goes on into what remains in `below`: links may form a loop.
             below[:] = sorted(name for name in below if is_new and not is_run and name[0] != ".")
             if is_new and is_run:
-                found.append(read(Path(directory), warn))
+                found.append(read(Path(directory)))
     return [run for run in found if run]
 
 
