@@ -71,11 +71,7 @@ EFFICIENCY = {
 
 @matplotlib.style.context(["default", STYLE])  # whatever the user's settings are
 def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
-    """Draw the figures that a command line asks for.
-
-    Returns:
-        name of a file -> content, the same bytes for the same input on any day.
-    """
+    """Draw the figures that a command line asks for; return name of a file -> content."""
     grouped = group_runs(found)
     files, figures = {}, {}
     for name in asked.only:
@@ -137,16 +133,11 @@ def with_note(title: str, note: str, runs: list[Run]) -> str:
 
 
 class Point(NamedTuple):
-    """The result of one network.
-
-    Args:
-        error: test error in per cent: published, or the mean over seeds.
-        std: standard deviation over seeds, 0 for one; None for a published error.
-    """
+    """The test error of a network in per cent: published, or the mean over seeds."""
 
     opt: Settings
     error: float
-    std: float | None = None
+    std: float | None = None  # 0 for a single seed, None for a published error
 
 
 def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | None:
@@ -288,15 +279,12 @@ def training(runs: list[Run], title: str) -> Figure:
 # ------------------------------------------------------------------------------------ layer usage
 
 
-def figure5(weights: str, blocks: list[layer_usage.Block], note: str) -> Figure:
+def figure5(name: str, blocks: list[layer_usage.Block], note: str) -> Figure:
     """Draw a triangle of cells for each dense block, and apart the column of its reader.
 
     The paper shows 0 to 1 and does not say of what. Its text compares only the sources of one
     target, and batch normalisation removes the scale of a layer's weights from the network, so
-    each column is divided by its largest cell.
-
-    Args:
-        weights: their name, for the title.
+    each column is divided by its largest cell. `name` is that of the weights.
     """
     cells = [[[cell / (max(column) or 1.0) for cell in column] for column in b] for b in blocks]
     figure = Figure(figsize=(WIDTH, 3))
@@ -316,5 +304,5 @@ def figure5(weights: str, blocks: list[layer_usage.Block], note: str) -> Figure:
     panels[0].set_ylabel("source layer (0: block input)")
     figure.colorbar(image, ax=panels, label="mean |weight|,\ndivided by the largest of its target")
     layers = ", ".join(str(len(block) - 1) for block in cells)
-    figure.suptitle(f"{weights}: blocks of {layers} layers\n{note}".rstrip())
+    figure.suptitle(f"{name}: blocks of {layers} layers\n{note}".rstrip())
     return figure

@@ -212,12 +212,7 @@ def parse(argv: list[str]) -> cli.Command:
 
 
 def create(argv: list[str]) -> str:
-    """Return the report that a command line asks for; print which runs are left out.
-
-    Raises:
-        UsageError: flags that cannot be read.
-        DataError: an argument that is not a directory.
-    """
+    """Return the report that a command line asks for; print which runs are left out."""
     asked = parse(argv)
     found = runs.group_runs(runs.find(asked.arguments))
     for run, first in found.repeated:

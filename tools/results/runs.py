@@ -214,19 +214,12 @@ class SeedGroup:
 
 @dataclass(frozen=True)
 class GroupedRuns:
-    """Runs by what they are used for.
+    """Runs by what they are used for."""
 
-    Args:
-        groups: config -> its complete runs.
-        others: complete runs that belong to no config.
-        unfinished: runs in progress, stopped or failed.
-        repeated: (run, the run with the same settings and seed that is used in its place).
-    """
-
-    groups: dict[str, SeedGroup]
-    others: list[SeedGroup]
-    unfinished: list[Run]
-    repeated: list[tuple[Run, Run]]
+    groups: dict[str, SeedGroup]  # config -> its complete runs
+    others: list[SeedGroup]  # complete runs that belong to no config
+    unfinished: list[Run]  # in progress, stopped or failed
+    repeated: list[tuple[Run, Run]]  # with the same settings and seed: (left out, used)
 
 
 def group_runs(found: list[Run]) -> GroupedRuns:
