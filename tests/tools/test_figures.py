@@ -171,6 +171,9 @@ def test_the_heat_map_shows_the_scaled_cells_and_nothing_where_nothing_is_connec
     assert labels == ["target layer | transition", "target layer | classifier"]
     assert figure.get_suptitle() == "a net: blocks of 2, 1 layers\na note"
     assert "largest of its target" in bar.get_ylabel()
+    for scale, divisor in (("block", 6.0), ("none", 1.0)):
+        image = plots.figure5("a net", blocks, "", scale).axes[0].images[0]
+        assert image.get_array()[2, 3] == 1.5 / divisor
 
 
 # --------------------------------------------------------------------------------------- the files

@@ -23,6 +23,8 @@ FLAGS = {
              "all that can be drawn"),
         Flag("weights", text, None, "run directory, checkpoint or model file to draw Figure 5 of, "
              "or the figure5.csv of an earlier call", "no Figure 5"),
+        Flag("scale", text, "column", "what a cell of Figure 5 is divided by: the largest of its "
+             "column, of its block, or nothing", choices=("column", "block", "none")),
         Flag("note", text, "", "text to show with figures of weights and of runs on a folder of "
              "images, such as where these are from", "none"),
     )

@@ -77,7 +77,7 @@ def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
     for name in asked.only:
         if name == "figure5":
             weights, blocks, files["figure5.csv"] = layer_usage.read(Path(asked.weights))
-            figures[name] = figure5(weights, blocks, asked.note)
+            figures[name] = figure5(weights, blocks, asked.note, asked.scale)
         elif name == "curves":
             repeated = [run for run, _ in grouped.repeated]
             figures |= curves([run for run in found if run not in repeated], asked.note)
@@ -278,15 +278,27 @@ def training(runs: list[Run], title: str) -> Figure:
 
 # ------------------------------------------------------------------------------------ layer usage
 
+SCALES = {
+    "column": "divided by the largest of its target",
+    "block": "divided by the largest of its block",
+    "none": "not normalised",
+}
 
-def figure5(name: str, blocks: list[layer_usage.Block], note: str) -> Figure:
+
+def figure5(name: str, blocks: list[layer_usage.Block], note: str, scale: str = "column") -> Figure:
     """Draw a triangle of cells for each dense block, and apart the column of its reader.
 
     The paper shows 0 to 1 and does not say of what. Its text compares only the sources of one
     target, and batch normalisation removes the scale of a layer's weights from the network, so
-    each column is divided by its largest cell. `name` is that of the weights.
+    by default each column is divided by its largest cell. `name` is that of the weights.
     """
-    cells = [[[cell / (max(column) or 1.0) for cell in column] for column in b] for b in blocks]
+    cells = []
+    for block in blocks:
+        largest = max(map(max, block))
+        divisors = {"column": [max(c) for c in block], "block": [largest] * len(block)}
+        pairs = zip(block, divisors.get(scale, [1.0] * len(block)), strict=True)
+        cells.append([[cell / (divisor or 1.0) for cell in column] for column, divisor in pairs])
+    vmax = max(max(map(max, block)) for block in cells)
     figure = Figure(figsize=(WIDTH, 3))
     panels = figure.subplots(1, len(cells), squeeze=False)[0]
     for index, (axes, block) in enumerate(zip(panels, cells, strict=True), start=1):
@@ -296,13 +308,13 @@ def figure5(name: str, blocks: list[layer_usage.Block], note: str) -> Figure:
         # x is the target, y the source; source 0 is the top row, as in the paper.
         extent = (0.5, size + 1.5, size - 0.5, -0.5)
         picture = list(zip(*padded, strict=True))
-        image = axes.imshow(picture, vmin=0, vmax=1, extent=extent, aspect="auto")
+        image = axes.imshow(picture, vmin=0, vmax=vmax, extent=extent, aspect="auto")
         ticks = range(0, size, math.ceil(size / 8))
         axes.set(xticks=ticks[1:], yticks=ticks, title=f"dense block {index}")
         axes.set_xlabel(f"target layer | {layer_usage.exit_of(index, cells)}")
         axes.grid(False)
     panels[0].set_ylabel("source layer (0: block input)")
-    figure.colorbar(image, ax=panels, label="mean |weight|,\ndivided by the largest of its target")
+    figure.colorbar(image, ax=panels, label=f"mean |weight|,\n{SCALES[scale]}")
     layers = ", ".join(str(len(block) - 1) for block in cells)
     figure.suptitle(f"{name}: blocks of {layers} layers\n{note}".rstrip())
     return figure
