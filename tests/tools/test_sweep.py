@@ -1,6 +1,5 @@
 """A sweep trains what is left of a table, here or under Slurm, and goes on after it was stopped."""
 
-import functools
 import json
 import os
 import shlex
@@ -14,13 +13,12 @@ import pytest
 
 import main
 from distributed import signals
-from errors import DataError, Preempted, RunError, UsageError
+from errors import UsageError
 from helpers.run_main import ROOT
 from helpers.tables import held_elsewhere, tiny, write_run
 from tools.sweep import __main__ as sweep
-from tools.sweep import scheduler, tasks
-from tools.sweep.scheduler import LocalScheduler, RunOutcome
-from tools.sweep.tasks import State, Task
+from tools.sweep import tasks
+from tools.sweep.tasks import Task
 
 # Stands for main.py. FAKE_PLAN says what becomes of a run; FAKE_LOG gets a line at each start.
 FAKE = """
@@ -52,7 +50,9 @@ lines = [json.dumps({"epoch": epoch, "val_top1": 50.0}) for epoch in range(1, ep
 (save / "config.yaml").write_text(config.read_text())
 if code == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if code not in (0, 1):
+if code == 75:
+    print("stopped: SIGUSR1")
+elif code not in (0, 1):
     print("error: an older line\\nerror: wrong; fix: correct it")
 sys.exit(code)
 """
@@ -74,35 +74,28 @@ def table(tmp_path) -> list[Task]:
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """Run a table with the fake program: `run(table, **plan)`; `plan(**plan)`; `started()`."""
+def fake(tmp_path, monkeypatch, capsys):
+    """Sweep the table with the fake program: `run(words, **plan)` gives code, lines and error."""
     script, log = tmp_path / "fake.py", tmp_path / "started"
     script.write_text(FAKE)
-    program = (sys.executable, "-I", "-S", str(script))
-    monkeypatch.setattr(scheduler, "POLL_S", 0.005)
+    monkeypatch.setattr(sweep, "PROGRAM", (sys.executable, "-I", "-S", str(script)))
+    monkeypatch.setattr(sweep, "POLL_S", 0.005)
     monkeypatch.setenv("FAKE_LOG", str(log))
 
-    def plan(**plan) -> None:
+    def run(words: str = "tiny", gpus=("",), **plan) -> SimpleNamespace:
         monkeypatch.setenv("FAKE_PLAN", json.dumps(plan))
-
-    def run(table, gpus=(None,), meanwhile=lambda: None, **wanted) -> SimpleNamespace:
-        plan(**wanted)
-        lines, handler = [], signals.SignalHandler().install()
-        handler.enable_saving()
-        states = {task: tasks.state_of(task) for task in table}
-        meanwhile()
-        local = LocalScheduler(states, list(gpus), lines.append, program)
-        local.run(handler)
-        codes = {outcome.task.save.name: outcome.code for outcome in local.outcomes}
-        reasons = {outcome.task.save.name: outcome.reason for outcome in local.outcomes}
-        return SimpleNamespace(codes=codes, reasons=reasons, lines=lines, **vars(local))
-
-    def started() -> list[str]:
-        found = log.read_text().splitlines() if log.exists() else []
+        monkeypatch.setattr(sweep, "gpu_slots", lambda *_: list(gpus))
         log.unlink(missing_ok=True)
-        return found
+        name, *flags = words.split()
+        argv = [f"{tmp_path}/{name}", "--seeds", "0,1", "--runs", f"{tmp_path}/runs", *flags]
+        code = sweep.main(argv)
+        started = log.read_text().splitlines() if log.exists() else []
+        lines, error = capsys.readouterr()
+        lines = lines.replace(f"{tmp_path}/tiny/".lstrip("/"), "")
+        return SimpleNamespace(code=code, started=started, lines=lines.splitlines(),
+                               error=error, argv=argv)  # fmt: skip
 
-    return SimpleNamespace(run=run, plan=plan, started=started, program=program)
+    return run
 
 
 # ------------------------------------------------------------------------------- before any run
@@ -112,35 +105,30 @@ def fake(tmp_path, monkeypatch):
     ("words", "message"),
     [
         ("c10pluss", "no table or config c10pluss; fix: did you mean c10plus?"),
-        ("Table2", "did you mean table2?"),
         ("?", "fix: use table2, c10,"),
         ("EMPTY", "no config files (*.yaml) in "),
-        ("c10 --seeds 0,1,0", "seeds: 0 given twice"),
-        ("c10 --seeds []", "seeds: none is given"),
+        ("c10 --seeds 0,1,0", "seeds: 0,1,0 are not one or more different seeds"),
+        ("c10 --seeds []", "are not one or more different seeds"),
         ("c10 --seeds -1", "out of range"),
         ("c10 --slurm --gpus 2", "gpus has no effect"),
         ("c10 --slurm --dryRun", "exclude each other"),
-        ("c10 --manualSeed 1", "manualSeed is not a flag of a sweep; fix: use --seeds"),
-        ("c10 --nGPU 2", "nGPU is not a flag of a sweep; fix: use --gpus"),
+        ("c10 --manualSeed 1", "manualSeed is not a flag of a sweep; fix: leave it out; a sweep "),
         ("", "no table or config"),
         ("c10 --gpu 2", "unknown flag gpu (command line); fix: did you mean"),
     ],
 )
 def test_a_mistake_is_one_line_and_starts_nothing(words, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "LocalScheduler", None)
-    argv = words.replace("EMPTY", str(tmp_path)).split()
-    assert sweep.main(argv) == 2
+    monkeypatch.setattr(sweep, "start", None)
+    assert sweep.main(words.replace("EMPTY", str(tmp_path)).split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
 
 
-def test_missing_data_is_noticed_before_the_first_run(tmp_path, monkeypatch):
-    asked = sweep.parse(["small", "--data", str(tmp_path / "no"), "--runs", str(tmp_path)])
-    monkeypatch.setattr(sweep, "LocalScheduler", None)
-    with pytest.raises(DataError) as error:
-        sweep.train(asked, signals.SignalHandler(), "the same command")
-    (problem,) = error.value.problems  # the same for all of them
-    assert problem[0] == f"no directory {tmp_path / 'no'}"
+def test_missing_data_is_noticed_before_the_first_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "start", None)
+    assert sweep.main(["small", "--data", f"{tmp_path}/no", "--runs", str(tmp_path)]) == 3
+    (line,) = capsys.readouterr().err.splitlines()  # the same for all of them
+    assert line.startswith(f"error: no directory {tmp_path}/no; fix: ")
 
 
 @pytest.mark.parametrize(
@@ -156,23 +144,23 @@ def test_missing_data_is_noticed_before_the_first_run(tmp_path, monkeypatch):
     ],
 )
 def test_each_slot_is_one_of_the_gpus_that_the_sweep_sees(gpus, visible, present, expected):
-    assert scheduler.gpu_slots(gpus, visible, present) == expected
+    assert sweep.gpu_slots(gpus, visible, present) == expected
     with pytest.raises(UsageError, match="gpus=5 but"):
-        scheduler.gpu_slots(5, visible, present)
+        sweep.gpu_slots(5, visible, present)
 
 
 # --------------------------------------------------------------------------------------- running
 
 
 def test_runs_go_in_the_order_of_the_table_and_are_not_run_again(table, fake):
-    fake.run(table[1:3])
-    before = {path: path.stat() for path in table[1].save.parent.rglob("*") if path.is_file()}
-    assert fake.started() == ["a-seed1 None", "b-seed0 None"] and len(before) == 8
-    found = fake.run(table)
-    assert fake.started() == ["a-seed0 None", "b-seed1 None"]
+    assert fake("tiny/b.yaml").started == ["b-seed0 ", "b-seed1 "]
+    before = {path: path.stat() for path in table[2].save.parent.rglob("*") if path.is_file()}
+    found = fake()
+    assert found.started == ["a-seed0 ", "a-seed1 "] and found.code == 0 and len(before) == 8
     assert found.lines[0] == "=> 2 of 4 runs done"
-    assert found.lines[-2:] == [f"=> {table[3].name}: done", "=> 4 of 4 runs done"]
-    assert [tasks.state_of(task) for task in table] == [State(tasks.DONE, 3)] * 4
+    assert found.lines[-2:] == ["=> a-seed1: done", "=> 4 of 4 runs done"]
+    assert fake().lines == ["=> 4 of 4 runs done"]
+    assert fake("tiny --dryRun").lines[-1] == "4 runs: 4 done"
     for path, stat in before.items():
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
 
@@ -180,77 +168,76 @@ def test_runs_go_in_the_order_of_the_table_and_are_not_run_again(table, fake):
 def test_a_run_that_another_process_is_writing_is_left_to_it(table, fake):
     write_run(table[0], "running", 1)
     with held_elsewhere(table[0]):
-        found = fake.run(table[:2])
-    assert found.codes == {"a-seed0": 7, "a-seed1": 0}
-    assert found.reasons["a-seed0"] == "host far, process 7"
-    assert fake.started() == ["a-seed1 None"]
-    sweep.raise_outcome(found.outcomes, 2, "", "again")  # it is not an error
-    assert fake.run(table[:2]).codes == {"a-seed0": 0}  # and may go on now
+        found = fake("tiny/a.yaml")
+    assert found.started == ["a-seed1 "] and found.code == 0  # it is not an error
+    assert "=> a-seed0: running elsewhere: host far, process 7" in found.lines
+    assert fake("tiny/a.yaml").started == ["a-seed0 "]  # and may go on now
 
 
-def test_a_run_that_another_sweep_has_finished_meanwhile_is_not_run_again(table, fake):
-    found = fake.run(table[:2], meanwhile=lambda: write_run(table[0], "done", 3))
-    assert fake.started() == ["a-seed1 None"] and found.codes == {"a-seed0": 0, "a-seed1": 0}
+def test_a_run_that_another_sweep_has_finished_meanwhile_is_not_run_again(table, fake, monkeypatch):
+    install = signals.SignalHandler.install  # is called once the states have been read
+
+    def install_later(self):
+        write_run(table[0], "done", 3)
+        return install(self)
+
+    monkeypatch.setattr(signals.SignalHandler, "install", install_later)
+    found = fake("tiny/a.yaml")
+    assert found.started == ["a-seed1 "] and found.lines[-1] == "=> 2 of 2 runs done"
 
 
 def test_each_gpu_has_one_run_at_a_time(table, fake):
-    found = fake.run(table, gpus=["3", "GPU-a"])
-    assert set(found.codes.values()) == {0}
-    gpus = [line.split()[1] for line in fake.started()]
-    assert len(gpus) == 4 and set(gpus) == {"3", "GPU-a"}
+    found = fake(gpus=["3", "GPU-a"])
+    gpus = [line.split()[1] for line in found.started]
+    assert found.code == 0 and len(gpus) == 4 and set(gpus) == {"3", "GPU-a"}
     assert any("a-seed0: started on GPU 3; output: " in line for line in found.lines)
 
 
-def test_a_run_that_fails_does_not_keep_the_others_from_going_on(table, fake):
-    found = fake.run(table, **{"a-seed0": 5, "a-seed1": "killed", "b-seed0": 75})
-    assert found.codes == {"a-seed0": 5, "a-seed1": 137, "b-seed0": 75, "b-seed1": 0}
-    assert found.reasons["a-seed0"] == "error: wrong; fix: correct it"
-    assert found.reasons["a-seed1"] == "ended by SIGKILL"
-    assert f"=> {table[0].name}: failed with 5: error: wrong; fix: correct it" in found.lines
-    assert found.lines[-1] == "=> 1 of 4 runs done, 2 failed"
-    with pytest.raises(RunError, match=r"2 of 4 runs failed: .*a-seed0 \(5\), ") as error:
-        sweep.raise_outcome(found.outcomes, 4, "", "again")
-    assert error.value.code == 5
-    assert fake.run(table).codes == {"a-seed0": 0, "a-seed1": 0, "b-seed0": 0}
+@pytest.mark.parametrize(
+    ("codes", "code", "lines"),
+    [
+        ([5, "killed", 75, 0], 5, [
+            "a-seed0: failed with 5: error: wrong; fix: correct it",
+            "a-seed1: failed with 137: ended by SIGKILL", "b-seed0: stopped: SIGUSR1",
+            "1 of 4 runs done, 2 failed",
+        ]),
+        ([75, 1, 3, 0], 1, ["2 of 4 runs failed: "]),
+        ([0, 75, 0, 0], 75, ["stopped: a signal, 1 of 4 runs were in progress; to go on: "]),
+    ],
+)  # fmt: skip
+def test_a_run_that_fails_does_not_keep_the_others_from_going_on(table, fake, codes, code, lines):
+    names = ["a-seed0", "a-seed1", "b-seed0", "b-seed1"]
+    found = fake(**dict(zip(names, codes, strict=True)))
+    assert found.code == code and [line.split()[0] for line in found.started] == names
+    for line in lines:
+        assert line in "\n".join([*found.lines, found.error])
+    left = [name + " " for name, each in zip(names, codes, strict=True) if each != 0]
+    again = fake()
+    assert again.started == left and again.code == 0
 
 
-def test_the_output_of_a_run_is_added_to_a_file_beside_it(table, fake, capfd):
-    for _ in range(2):
-        fake.run(table[:1], **{"a-seed0": 3})
+def test_the_output_of_a_run_is_added_to_a_file_beside_it(table, fake):
     output = Path(f"{table[0].save}.log")
+    for _ in range(2):
+        assert len(fake("tiny/a.yaml", **{"a-seed0": 3}).error.splitlines()) == 1
     assert output.read_text() == 2 * "error: an older line\nerror: wrong; fix: correct it\n"
-    assert capfd.readouterr() == ("", "")
-    silent = fake.run(table[:1], **{"a-seed0": 1})  # an earlier error is not its reason
-    assert silent.reasons == {"a-seed0": f"see {output}"}
+    silent = fake("tiny/a.yaml", **{"a-seed0": 1})  # an earlier error is not its reason
+    assert "=> a-seed0: failed with 1: see " in silent.lines[2]
     output.unlink()
     output.mkdir()
-    refused = fake.run(table[:2])
-    assert refused.codes == {"a-seed0": 6, "a-seed1": 0}
-    assert "error: cannot write" in refused.reasons["a-seed0"]
+    refused = fake("tiny/a.yaml")
+    assert refused.code == 6 and "a-seed0: failed with 6: error: cannot" in refused.lines[1]
 
 
-def test_a_signal_is_passed_on_to_all_runs_in_progress(table, fake):
-    plan = {"a-seed0": "wait", "a-seed1": "stop the sweep"}
-    found = fake.run(table, gpus=["0", "1"], **plan)
-    assert found.codes == {"a-seed0": 75, "a-seed1": 75} and found.stopped_by == signal.SIGTERM
-    assert sorted(fake.started()) == ["a-seed0 0", "a-seed1 1"]
-    with pytest.raises(Preempted, match="SIGTERM, 2 of 4 runs were in progress"):
-        sweep.raise_outcome(found.outcomes, 4, "SIGTERM", "again")
-
-
-@pytest.mark.parametrize(
-    ("codes", "stopped_by", "code"),
-    [((0, 0), "", 0), ((0, 7), "", 0), ((0, 8, 5), "", 8), ((75, 3), "", 3), ((0, 75), "", 75),
-     ((5, 75), "SIGINT", 75), ((1, 143), "", 1)],
-)  # fmt: skip
-def test_the_exit_code_is_that_of_the_first_failure(table, codes, stopped_by, code):
-    outcomes = [RunOutcome(task, each) for task, each in zip(table, codes, strict=False)]
-    try:
-        sweep.raise_outcome(outcomes, 4, stopped_by, "again")
-        ended = 0
-    except RunError as error:
-        ended = error.code
-    assert ended == code
+def test_a_signal_is_passed_on_to_all_runs_and_the_same_command_goes_on(table, fake):
+    found = fake(gpus=["0", "1"], **{"a-seed0": "wait", "a-seed1": "stop the sweep"})
+    assert sorted(found.started) == ["a-seed0 0", "a-seed1 1"] and found.code == 75
+    assert "stopped: SIGTERM, 2 of 4 runs were in progress; to go on: " in found.error
+    again = shlex.split(found.error.splitlines()[-1].partition("to go on: ")[2])
+    assert again == ["python", "-m", "tools.sweep", *found.argv]
+    found = fake()
+    assert found.code == 0 and len(found.started) == 4
+    assert "a-seed0: started after 1 of 3 epochs; output: " in found.lines[1]
 
 
 ORPHAN = """
@@ -258,7 +245,7 @@ import sys
 pipe = open(sys.argv[2], "w")
 from pathlib import Path
 from types import SimpleNamespace
-from tools.sweep import scheduler
+from tools.sweep import __main__ as sweep
 
 child = '''
 import signal, sys, time
@@ -268,8 +255,8 @@ with open(sys.argv[1], "w") as pipe:
     time.sleep(600)
     print("outlived the sweep", file=pipe)
 '''
-task = SimpleNamespace(save=Path(sys.argv[1]), flags=(sys.argv[2],))
-scheduler.start(task, None, (sys.executable, "-I", "-S", "-c", child)).process.wait()
+sweep.PROGRAM = (sys.executable, "-I", "-S", "-c", child)
+sweep.start(SimpleNamespace(save=Path(sys.argv[1]), flags=(sys.argv[2],)), None).process.wait()
 """
 
 
@@ -283,34 +270,12 @@ def test_a_run_does_not_outlive_a_sweep_that_was_killed(tmp_path):
         assert pipe.read() == ""  # ends when the last process that has the pipe open ends
 
 
-def test_a_sweep_that_was_stopped_goes_on_to_the_end(tmp_path, fake, capsys, monkeypatch):
-    local = functools.partial(LocalScheduler, program=fake.program)
-    monkeypatch.setattr(sweep, "LocalScheduler", local)
-    tiny(tmp_path)
-    argv = [f"{tmp_path}/tiny/a.yaml", "--seeds", "0,1", "--runs", f"{tmp_path}/runs",
-            "--gpus", "0"]  # fmt: skip
-    fake.plan(**{"a-seed0": "stop the sweep"})
-    assert sweep.main(argv) == 75
-    error = capsys.readouterr().err
-    assert "stopped: SIGTERM, 1 of 2 runs were in progress; to go on: " in error
-    again = shlex.split(error.splitlines()[-1].partition("to go on: ")[2])
-    assert again == ["python", "-m", "tools.sweep", *argv]
-    fake.plan()
-    assert sweep.main(argv) == 0
-    assert "seed0: started after 1 of 3 epochs; output: " in capsys.readouterr().out
-    assert sweep.main(argv) == 0
-    assert capsys.readouterr().out == "=> 2 of 2 runs done\n"
-    assert len(fake.started()) == 3
-    assert sweep.main([*argv, "--dryRun"]) == 0
-    assert capsys.readouterr().out.endswith("2 runs: 2 done\n")
-
-
 def test_main_py_decides_whether_a_run_of_other_settings_may_go_on(table, capsys, tmp_path):
     assert main.main([*table[0].flags, "--nEpochs=2"]) == 0
     before = (table[0].save / "status.json").read_bytes()
     for flags, code in ((["--nEpochs=2"], 0), (["--nEpochs=2", "--LR=0.2"], 2)):
         task = tiny(tmp_path, *flags)[0]
-        assert tasks.state_of(task) == State(tasks.OTHER if code else tasks.DONE, 2)
+        assert task.state == (tasks.OTHER if code else tasks.DONE) and task.finished == 2
         assert main.main(list(task.flags)) == code
     assert "settings differ from the checkpoint's: LR" in capsys.readouterr().err
     assert (table[0].save / "status.json").read_bytes() == before

@@ -10,7 +10,6 @@ from errors import UsageError
 from helpers.run_main import ROOT
 from helpers.tables import CONFIG, held_elsewhere, tiny, write_run
 from tools.sweep import tasks
-from tools.sweep.tasks import State
 
 
 def names(*words: str, seeds: tuple[int, ...] = (0,)) -> list[str]:
@@ -54,52 +53,50 @@ def test_all_mistakes_are_reported_at_once_and_each_once(tmp_path):
 @pytest.mark.parametrize(
     ("found", "state"),
     [
-        (None, State(tasks.NEW)),
-        (("done", 3), State(tasks.DONE, 3)),
-        (("done", 3, "--nThreads=9"), State(tasks.DONE, 3)),
+        (None, (tasks.NEW, 0, "")),
+        (("done", 3), (tasks.DONE, 3, "")),
+        (("done", 3, "--nThreads=9"), (tasks.DONE, 3, "")),
         # main.py tells these apart: a longer run, other settings, a damaged log
-        (("done", 2, "--nEpochs=2"), State(tasks.OTHER, 2)),
-        (("done", 3, "--LR=0.3"), State(tasks.OTHER, 3)),
-        (("done", 2), State(tasks.OTHER, 2)),
-        (("preempted", 1), State(tasks.PREEMPTED, 1, "SIGINT")),
-        (("failed", 0), State(tasks.FAILED, 0, "5: SIGINT")),
-        (("running", 2), State(tasks.KILLED, 2)),
-        (("unheard of", 1), State(tasks.KILLED, 1)),
+        (("done", 2, "--nEpochs=2"), (tasks.OTHER, 2, "")),
+        (("done", 3, "--LR=0.3"), (tasks.OTHER, 3, "")),
+        (("done", 2), (tasks.OTHER, 2, "")),
+        (("preempted", 1), (tasks.PREEMPTED, 1, "SIGINT")),
+        (("failed", 0), (tasks.FAILED, 0, "5: SIGINT")),
+        (("running", 2), (tasks.KILLED, 2, "")),
+        (("unheard of", 1), (tasks.KILLED, 1, "")),
     ],
 )
 def test_the_state_of_a_run_is_read_from_its_directory(tmp_path, found, state):
-    table = tiny(tmp_path)
     if found:
-        write_run(table[0], *found, code=5, reason="SIGINT")
-    assert tasks.state_of(table[0]) == state
-    assert tasks.state_of(table[1]) == State(tasks.NEW)
+        write_run(tiny(tmp_path)[0], *found, code=5, reason="SIGINT")
+    task, other = tiny(tmp_path)[:2]
+    assert (task.state, task.finished, task.detail) == state and other.state == tasks.NEW
 
 
 def test_a_directory_without_readable_settings_is_of_a_killed_run(tmp_path):
     task = tiny(tmp_path)[0]
     write_run(task, "done", 3)
     (task.save / "config.yaml").write_text("depth: [")
-    assert tasks.state_of(task) == State(tasks.KILLED)
+    task.read_state()
+    assert task.state == tasks.KILLED
 
 
 def test_a_run_that_another_process_is_writing_is_recognised_without_disturbing_it(tmp_path):
     task = tiny(tmp_path)[0]
     write_run(task, "running", 1)
     with held_elsewhere(task):
-        assert tasks.state_of(task) == State(tasks.RUNNING, 1, "host far, process 7")
+        task.read_state()
+        assert (task.state, task.detail) == (tasks.RUNNING, "host far, process 7")
         with open(task.save / ".lock", "a") as lock, pytest.raises(BlockingIOError):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # looking has not taken it away
-    assert tasks.state_of(task) == State(tasks.KILLED, 1)
 
 
 def test_the_list_shows_every_run_and_counts_them(tmp_path):
-    table = tiny(tmp_path)
-    states = [State(tasks.DONE, 3), State(tasks.FAILED, 1, "5: nan"), State(tasks.NEW)]
-    listing = tasks.listing(dict(zip(table, [*states, states[-1]], strict=True)))
-    head, *lines, counts = listing.splitlines()
+    write_run(tiny(tmp_path)[0], "done", 3)
+    write_run(tiny(tmp_path)[1], "failed", 1, code=5, reason="nan")
+    head, *lines, counts = tasks.listing(tiny(tmp_path)).splitlines()
     assert head.split() == ["run", "state", "epochs"]
-    assert [line.split()[1:] for line in lines] == [
-        ["done", "3/3"], ["failed", "1/3", "5:", "nan"], ["not", "started", "0/3"],
-        ["not", "started", "0/3"],
+    assert [" ".join(line.split()[1:]) for line in lines] == [
+        "done 3/3", "failed 1/3 5: nan", "not started 0/3", "not started 0/3",
     ]  # fmt: skip
     assert counts == "4 runs: 2 not started, 1 done, 1 failed"

@@ -1,8 +1,8 @@
 """List the cases that `python -m tools.benchmark` can measure, and select those asked for."""
 
-import dataclasses
 import fnmatch
-from dataclasses import dataclass
+import itertools
+from typing import NamedTuple
 
 from cli.flag_types import Settings
 from errors import UsageError
@@ -13,32 +13,18 @@ COMPILED = {"compiled": "default", "compiled-reduce-overhead": "reduce-overhead"
 PEERS = ("torchvision", "torchvision-memory-efficient", "timm")
 
 
-@dataclass(frozen=True)
-class Case:
-    """An implementation of the network, and how it trains.
+class Case(NamedTuple):
+    """An implementation of the network, and how it trains: the CSV columns that identify a row."""
 
-    Args:
-        implementation: level-0, level-1, level-N-BACKEND, or a member of `PEERS`.
-        precision: fp32, tf32 or bf16 (autocast).
-        memory_format: of images and weights, a member of `FORMATS`.
-        mode: eager, graph (the whole step in one CUDA graph) or a key of `COMPILED`.
-    """
-
-    implementation: str
-    precision: str
-    memory_format: str
-    mode: str
+    who: str  # level-0, level-1, level-N-BACKEND, or one of PEERS
+    precision: str  # fp32, tf32 or bf16 (autocast)
+    memory_format: str  # of images and weights, one of FORMATS
+    mode: str  # eager, graph (the whole step in one CUDA graph) or one of COMPILED
 
     @property
     def name(self) -> str:
         """Return the name that `--only` is matched with."""
-        return "/".join(dataclasses.astuple(self))
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Return the CSV columns that identify the case; `who` is the file format's word."""
-        names = ("who", "precision", "memory_format", "mode")
-        return dict(zip(names, dataclasses.astuple(self), strict=True))
+        return "/".join(self)
 
     @property
     def main_precision(self) -> str:
@@ -46,33 +32,9 @@ class Case:
         return "bf16" if self.precision == "bf16" else "single"
 
     @property
-    def is_peer(self) -> bool:
-        """Whether another project implements it."""
-        return self.implementation in PEERS
-
-    @property
     def trains_as_main(self) -> bool:
         """Whether main.py's trainer can take the same steps with this network."""
-        return (self.memory_format, self.mode) == ("channels-last", "eager") and not self.is_peer
-
-
-def all_cases(precision: str, on_cuda: bool, backends: list[str]) -> list[Case]:
-    """List the cases of one precision.
-
-    Args:
-        backends: of levels 2 to 4: torch, triton.
-    """
-    ours = ["level-0", "level-1"]
-    ours += [f"level-{level}-{backend}" for level in (2, 3, 4) for backend in backends]
-    modes = ["eager", "graph"] if on_cuda else ["eager"]
-    pairs = [(implementation, mode) for implementation in ours for mode in modes]
-    pairs += [(peer, "eager") for peer in PEERS]
-    pairs += [("torchvision", mode) for mode in (COMPILED if on_cuda else ["compiled"])]
-    return [
-        Case(implementation, precision, memory_format, mode)
-        for implementation, mode in pairs
-        for memory_format in FORMATS
-    ]
+        return self[2:] == ("channels-last", "eager") and self.who not in PEERS
 
 
 def select_cases(opt: Settings, only: str | None, compiled: bool, on_cuda: bool) -> list[Case]:
@@ -85,32 +47,27 @@ def select_cases(opt: Settings, only: str | None, compiled: bool, on_cuda: bool)
     Raises:
         UsageError: the flags select no case.
     """
-    backends = ["torch", "triton"] if on_cuda else ["torch"]
-    if opt.kernels != "auto":
-        backends = [opt.kernels]
-    precisions = ["fp32", "tf32", "bf16"] if on_cuda else ["fp32", "bf16"]
-    if opt.tf32:
-        precisions = ["tf32"]
-    elif "precision" in opt.given:
+    modes, backends = ("eager", "graph"), ("torch", "triton")
+    precisions, compiled_modes = ["fp32", "tf32", "bf16"], list(COMPILED)
+    if not on_cuda:
+        modes, backends = modes[:1], backends[:1]
+        precisions, compiled_modes = ["fp32", "bf16"], ["compiled"]
+    if "precision" in opt.given:
         precisions = [PRECISIONS[opt.precision]]
+    levels = ["level-0", "level-1"]
+    levels += [f"level-{level}-{backend}" for level in (2, 3, 4) for backend in backends]
+    pairs = [(level, mode) for level in levels for mode in modes]
+    pairs += [(peer, "eager") for peer in PEERS]
+    pairs += [("torchvision", mode) for mode in compiled_modes if compiled]
+    cases = [
+        Case(who, precision, memory_format, mode)
+        for precision, (who, mode), memory_format in itertools.product(precisions, pairs, FORMATS)
+    ]
     patterns = [f"*{pattern.strip()}*" for pattern in (only or "").split(",")]
-    candidates = [case for name in precisions for case in all_cases(name, on_cuda, backends)]
     selected = [
-        case
-        for case in candidates
-        if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
-        and (compiled or case.mode not in COMPILED)
-        and (case.is_peer or _matches_flags(case, opt))
+        case for case in cases if any(fnmatch.fnmatchcase(case.name, each) for each in patterns)
     ]
     if not selected:
         what = f"only: {only} matches no case of these flags"
-        raise UsageError(what, f"names are as {candidates[0].name}")
+        raise UsageError(what, f"names are as {cases[0].name}")
     return selected
-
-
-def _matches_flags(case: Case, opt: Settings) -> bool:
-    """Whether optMemory and cudaGraph, where they are given, select a case of this project."""
-    if opt.cudaGraph != "auto" and (case.mode == "graph") != (opt.cudaGraph == "true"):
-        return False
-    level = case.implementation.split("-")[1]
-    return "optMemory" not in opt.given or str(opt.optMemory) in ("auto", level)

@@ -4,16 +4,15 @@ All cases train on one batch of random images, from the same weights, with the s
 take turns in random order, so that a change of clock rate or load meets all of them alike.
 """
 
-import concurrent.futures
+import contextlib
 import gc
-import multiprocessing
+import itertools
 import random
-import re
 import statistics
+import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -33,44 +32,49 @@ from engine.precision import autocast
 from experiment import console
 from experiment.log import RunLog
 from tools.benchmark import peers, results
-from tools.benchmark.cases import COMPILED, Case
+from tools.benchmark.cases import COMPILED, PEERS, Case
 
 # Turns that count, warm-up turns before them, and steps of one turn: a GPU should not run dry.
 TURNS, WARM_UP, BURST = {"cpu": 5, "cuda": 30}, {"cpu": 2, "cuda": 10}, {"cpu": 1, "cuda": 5}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 COPIES, COPY_BYTES = 5, {"cpu": 2**28, "cuda": 2**30}
+BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}  # of an element of a feature map
 
 
 def build(case: Case, opt: Settings, device: torch.device) -> nn.Module:
     """Build a case's network on the device, in training mode, with the weights of level 0.
 
     Raises:
-        peers.Unsupported: its library does not have the network.
+        NotImplementedError: its library does not have the network.
         UsageError: its kernels cannot be used here.
     """
     reference = models.factory.create(opt.replace(optMemory=0), opt.nClasses)
-    if case.is_peer:
-        network = peers.create(case.implementation, opt)
+    if case.who in PEERS:
+        network = peers.create(case.who, opt)
     else:
-        _, level, *backend = case.implementation.split("-")
-        kind = backend[0] if backend else "torch"
-        ops, _ = kernels.backend.select(kind, device, case.main_precision)
+        level, _, backend = case.who.removeprefix("level-").partition("-")
+        ops, _ = kernels.backend.select(backend or "torch", device, case.main_precision)
         network = models.factory.create(opt.replace(optMemory=int(level)), opt.nClasses, ops)
     network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
     return network.to(device, memory_format=MEMORY_FORMATS[case.memory_format]).train()
 
 
 class Runner:
-    """Train the network of a case: `run()` takes one step in the case's mode.
+    """Train the network of a case: after `build`, `run()` takes one step in the case's mode.
 
-    A step is forward, cross-entropy, backward and the fused SGD update. `step_times` are seconds
-    per step of the counted turns, `error` is what stopped it.
+    A step is forward, cross-entropy, backward and the fused SGD update. `row` holds the columns of
+    the case, with a note once an error has stopped it; `step_times` are seconds per step of the
+    counted turns.
     """
 
     def __init__(self, case: Case, opt: Settings, device: torch.device):
-        self.case, self.device, self.run = case, device, self.step
+        self.case, self.opt, self.device, self.run = case, opt, device, self.step
+        self.row: dict[str, object] = case._asdict()
         self.step_times: list[float] = []
-        self.error: str | None = None
+
+    def build(self) -> "Runner":
+        """Create network, optimizer and batch; raises what `build` raises."""
+        case, opt, device = self.case, self.opt, self.device
         self.network = self._forward = build(case, opt, device)
         if case.mode in COMPILED:
             self._forward = torch.compile(self.network, dynamic=False, mode=COMPILED[case.mode])
@@ -78,13 +82,14 @@ class Runner:
         generator = torch.Generator().manual_seed(opt.manualSeed)
         size = (opt.batchSize, 3, opt.imageSize, opt.imageSize)
         images = torch.randn(size, generator=generator)
-        self.images = images.to(device, memory_format=MEMORY_FORMATS[case.memory_format])
-        self.targets = torch.randint(opt.nClasses, size[:1], generator=generator).to(device)
+        self._images = images.to(device, memory_format=MEMORY_FORMATS[case.memory_format])
+        self._targets = torch.randint(opt.nClasses, size[:1], generator=generator).to(device)
+        return self
 
     def loss(self) -> Tensor:
         """Compute the loss of the batch."""
         with autocast(self.device, self.case.main_precision):
-            return F.cross_entropy(self._forward(self.images), self.targets)
+            return F.cross_entropy(self._forward(self._images), self._targets)
 
     def step(self) -> Tensor:
         """Take one training step, eager or compiled, and return its loss."""
@@ -107,58 +112,35 @@ class Runner:
         self._optimizer.zero_grad(set_to_none=True)  # so that the graph owns the gradients
         self.run = cuda_graph.capture(self.step, pool)
 
-    def held_bytes(self) -> int:
-        """Count what a forward pass holds for backward, without parameters, buffers and batch."""
-        existing = [*self.network.parameters(), *self.network.buffers(), self.images, self.targets]
-        return held_bytes(self.loss, existing)
+    def first_steps(self, pool: tuple[int, int] | None) -> None:
+        """Build the network, take its first steps and measure their memory.
 
-
-def set_up(
-    case: Case, opt: Settings, device: torch.device, pool: tuple[int, int] | None
-) -> tuple[Runner, dict[str, float]]:
-    """Build a case, take its first step and measure its memory; return its runner and columns.
-
-    `first_step_s` includes compiling and capturing, not building; code that an earlier case
-    compiled is not compiled again.
-    """
-    _reset_peak(device)
-    before = _cuda_mb(device, "current")
-    runner = Runner(case, opt, device)
-    start = _now(device)
-    columns = {"first_loss": runner.step().item()}
-    if case.mode == "graph":
-        _reset_peak(device)
-        runner.capture()  # in a pool of its own, whose size is measured
-        runner.run()
-    columns["first_step_s"] = _now(device) - start
-    if case.mode != "graph":  # capturing has already reached the peak
-        _reset_peak(device)
-    if device.type == "cuda":
-        for _ in range(2):
-            runner.run()
-        peak = _cuda_mb(device, "peak")
-        columns |= {column: peak[column] - before[column] for column in peak}
-    if case.mode == "graph":
-        runner.capture(pool)
-    if case.mode not in COMPILED:  # compiled code does not dispatch the operations to count
-        columns["held_mb_per_image"] = runner.held_bytes() / 1e6 / opt.batchSize
-    return runner, columns
-
-
-def _cuda_mb(device: torch.device, which: str) -> dict[str, float]:
-    """Return allocated and reserved MB, current or peak; nothing on the CPU."""
-    if device.type != "cuda":
-        return {}
-    stats = torch.cuda.memory_stats(device)
-    kinds = {"peak_mb": "allocated", "reserved_mb": "reserved"}
-    return {name: stats.get(f"{kind}_bytes.all.{which}", 0) / 1e6 for name, kind in kinds.items()}
-
-
-def _reset_peak(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        `first_step_s` includes compiling and capturing, not building; code that an earlier case
+        compiled is not compiled again.
+        """
+        device, is_graph = self.device, self.case.mode == "graph"
+        allocated, reserved = _reset_peak_bytes(device)
+        self.build()
+        start = _now(device)
+        self.row["first_loss"] = self.step().item()
+        if is_graph:
+            _reset_peak_bytes(device)
+            self.capture()  # in a pool of its own, whose size is measured
+            self.run()
+        self.row["first_step_s"] = _now(device) - start
+        if not is_graph:  # capturing has already reached the peak
+            _reset_peak_bytes(device)
+        if device.type == "cuda":
+            for _ in range(2):
+                self.run()
+            self.row["peak_mb"] = (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
+            self.row["reserved_mb"] = (torch.cuda.max_memory_reserved(device) - reserved) / 1e6
+        if is_graph:
+            self.capture(pool)
+        if self.case.mode not in COMPILED:  # compiled code does not dispatch what is counted
+            existing = [*self.network.parameters(), *self.network.buffers()]
+            held = held_bytes(self.loss, [*existing, self._images, self._targets])
+            self.row["held_mb_per_image"] = held / 1e6 / self.opt.batchSize
 
 
 def held_bytes(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> int:
@@ -167,49 +149,33 @@ def held_bytes(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> int
     Each storage counts once and as a whole, however a network keeps it.
 
     Args:
-        existing: tensors that do not count, such as parameters and the input.
+        existing: tensors that do not count: parameters, buffers and the batch.
     """
-    excluded = {tensor.untyped_storage()._cdata for tensor in existing}
-    with _StorageRecorder() as recorder:
+    storages: list[weakref.ref] = []
+
+    class Recorder(TorchDispatchMode):  # of the storage of every tensor that an operation returns
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            outputs = operation(*args, **(kwargs or {}))
+            tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+            storages.extend(weakref.ref(tensor.untyped_storage()) for tensor in tensors)
+            return outputs
+
+    with Recorder():
         loss = forward()
-    excluded.add(loss.untyped_storage()._cdata)
+    excluded = {tensor.untyped_storage()._cdata for tensor in (*existing, loss)}
     gc.collect()
-    alive = {storage._cdata: storage for ref in recorder.storages if (storage := ref())}
+    alive = {storage._cdata: storage for ref in storages if (storage := ref())}
     return sum(storage.nbytes() for key, storage in alive.items() if key not in excluded)
 
 
-class _StorageRecorder(TorchDispatchMode):
-    """Record the storage of every tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: list[weakref.ref] = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        outputs = operation(*args, **(kwargs or {}))
-        tensors = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-        self.storages += [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
-        return outputs
-
-
-def peak_rss_mb(case: Case, opt: Settings) -> float:
-    """Measure the peak resident memory of a new process that trains one case on the CPU."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
-        return process.submit(_peak_of_steps, case, opt, torch.get_num_threads()).result()
-
-
-def _peak_of_steps(case: Case, opt: Settings, threads: int) -> float:
-    torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    engine.device.configure(opt.cudnn, opt.tf32)
-    runner = Runner(case, opt, device)
-    for _ in range(3):  # the allocator keeps freed memory, which the second step finds fragmented
-        runner.run()
-    # Not ru_maxrss: there a new process inherits the peak of the process that started it.
-    status = Path("/proc/self/status")
-    peak_kb = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
-    return int(peak_kb[1]) * 1024 / 1e6 if peak_kb else engine.device.peak_memory_mb(device)
+def _reset_peak_bytes(device: torch.device) -> tuple[int, int]:
+    """Forget the peak of a GPU's memory; return what is allocated and reserved now."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0, 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
 
 
 def _now(device: torch.device) -> float:
@@ -227,12 +193,15 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
     return (_now(device) - start) / repeats
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Measure the bytes per second that a large copy reads and writes together."""
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)  # allocates its pages
-    times = [seconds(lambda: target.copy_(source), device, COPIES) for _ in range(COPIES)]
-    return 2 * source.nbytes / statistics.median(times)
+@contextlib.contextmanager
+def error_as_note(row: dict) -> Iterator[None]:
+    """Write an error, most likely out of memory, into a row: the other cases go on."""
+    try:
+        yield
+    except Exception as error:
+        line = str(error).strip().partition("\n")[0] or type(error).__name__
+        row["note"] = line if len(line) <= 160 else line[:157] + "..."
+        report(f"{row['who']} {row['mode']}: {row['note']}")
 
 
 def time_interleaved(runners: list[Runner], warm_up: int, turns: int) -> None:
@@ -240,30 +209,25 @@ def time_interleaved(runners: list[Runner], warm_up: int, turns: int) -> None:
     order, rng = list(runners), random.Random(0)
     for turn in range(warm_up + turns):
         rng.shuffle(order)
-        for runner in [runner for runner in order if not runner.error]:
-            try:
+        for runner in [runner for runner in order if "note" not in runner.row]:
+            with error_as_note(runner.row):
                 step_s = seconds(runner.run, runner.device, BURST[runner.device.type])
-            except Exception as error:  # most likely out of memory: measure the others
-                runner.error = error_summary(error)
-                continue
-            if turn >= warm_up:
-                runner.step_times.append(step_s)
+                if turn >= warm_up:
+                    runner.step_times.append(step_s)
 
 
-def time_beside_trainer(
-    bare: Runner, opt: Settings, warm_up: int, turns: int
-) -> list[tuple[float, float]]:
-    """Time a runner and main.py's trainer with the same network in alternating turns.
+def time_beside_trainer(bare: Runner, warm_up: int, turns: int) -> dict[str, object]:
+    """Time main.py's trainer in alternating turns with a runner of the same network.
 
     The trainer also loads and augments images, sets learning rates, sums metrics and checks that
     they are finite.
 
     Returns:
-        Seconds per step of (runner, trainer) in each counted turn.
+        The speeds of the trainer by column; in the note the ratio to the runner's.
     """
     device, burst = bare.device, BURST[bare.device.type]
-    num_images = opt.batchSize * burst * (warm_up + turns)
-    opt = opt.replace(precision=bare.case.main_precision, nImages=num_images)
+    num_images = bare.opt.batchSize * burst * (warm_up + turns)
+    opt = bare.opt.replace(precision=bare.case.main_precision, nImages=num_images)
     data = datasets.factory.create(opt, device, console.warn)
     trainer = train.Trainer(opt, build(bare.case, opt, device), device, RunLog(None))
     times: list[tuple[float, float]] = []
@@ -278,79 +242,69 @@ def time_beside_trainer(
             start = _now(device)
 
     trainer.train(data.train, after_step)
-    return times[warm_up:]
+    ratio = statistics.median(bare_s / trainer_s for bare_s, trainer_s in times[warm_up:])
+    note = f"{ratio:.3f} of the speed of {bare.case.who} in turns with it, median of {turns} pairs"
+    trainer_times = [trainer_s for _, trainer_s in times[warm_up:]]
+    return speed_columns(opt.batchSize, trainer_times) | {"note": note}
 
 
-def trainer_row(bare: Runner, opt: Settings, warm_up: int, turns: int) -> dict[str, object]:
-    """Measure main.py's trainer beside a runner: its row, with the ratio of speeds in the note."""
-    level = bare.case.implementation
-    row = bare.case.columns | {"who": f"trainer-{level.removeprefix('level-')}"}
-    try:
-        times = time_beside_trainer(bare, opt, warm_up, turns)
-    except Exception as error:  # keep the other rows
-        return row | {"note": error_summary(error)}
-    ratio = statistics.median(bare_s / trainer_s for bare_s, trainer_s in times)
-    note = f"{ratio:.3f} of the speed of {level} in turns with it, median of {turns} pairs"
-    return row | speed_columns(opt, [trainer_s for _, trainer_s in times]) | {"note": note}
-
-
-def speed_columns(opt: Settings, step_times: list[float]) -> dict[str, float]:
+def speed_columns(batch_size: int, step_times: list[float]) -> dict[str, object]:
     """Return median and quartiles of the images/s of some turns by column."""
-    speeds = [opt.batchSize / step_s for step_s in step_times]
+    speeds = [batch_size / step_s for step_s in step_times]
     q1, median, q3 = statistics.quantiles(speeds, n=4, method="inclusive")
     return {"images_per_s": median, "images_per_s_q1": q1, "images_per_s_q3": q3,
             "turns": len(speeds)}  # fmt: skip
 
 
-def error_summary(error: Exception) -> str:
-    """Return the first line of an error, shortened for a table."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 160 else line[:157] + "..."
+def copy_bandwidth(device: torch.device) -> float:
+    """Measure the bytes per second that a large copy reads and writes together."""
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)  # allocates its pages
+    times = [seconds(lambda: target.copy_(source), device, COPIES) for _ in range(COPIES)]
+    return 2 * source.nbytes / statistics.median(times)
 
 
-def measure_group(
-    cases: list[Case],
-    opt: Settings,
-    options: SimpleNamespace,
-    device: torch.device,
-    report: Callable[[str], None],
-) -> list[dict]:
-    """Measure cases of one precision and return their rows, trainers last.
+def measure(
+    cases: list[Case], options: SimpleNamespace, opt: Settings, device: torch.device
+) -> Iterator[list[dict]]:
+    """Measure the cases; yield the rows of each precision, trainers last.
 
     Args:
-        options: the tool's flags turns, warmUp, rss and trainer.
-        report: called with lines about the progress.
+        options: the tool's flags turns, warmUp and trainer.
     """
     turns = options.turns or TURNS[device.type]
     warm_up = WARM_UP[device.type] if options.warmUp is None else options.warmUp
-    torch.compiler.reset()  # so that code of another precision does not count as recompilation
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    rows, runners = {case: case.columns for case in cases}, []
+    bandwidth = copy_bandwidth(device)
+    report(f"a large copy moves {bandwidth / 1e9:.1f} GB/s")
+    for precision, group in itertools.groupby(cases, key=lambda case: case.precision):
+        engine.device.configure(opt.cudnn, tf32=precision == "tf32")
+        torch.compiler.reset()  # so that code of another precision counts as no recompilation
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        runners = [Runner(case, opt, device) for case in group]
+        for runner in runners:
+            with error_as_note(runner.row):
+                runner.first_steps(pool)
+                report(f"{runner.case.name}: first step {runner.row['first_step_s']:.1f} s")
+        report(f"those that can run take {warm_up} + {turns} turns")
+        time_interleaved(runners, warm_up, turns)
 
-    # Set up every case: first step and memory.
-    for case in cases:
-        try:
-            runner, columns = set_up(case, opt, device, pool)
-            if options.rss and device.type == "cpu":
-                columns["peak_rss_mb"] = peak_rss_mb(case, opt)
-        except Exception as error:  # measure the others
-            rows[case]["note"] = error_summary(error)
-            report(f"{case.name}: {results.NOT_RUN}, {error_summary(error)}")
-            continue
-        runners.append(runner)
-        rows[case] |= columns
-        report(f"{case.name}: first step {columns['first_step_s']:.1f} s")
+        rows = [runner.row for runner in runners]
+        for runner in [runner for runner in runners if "note" not in runner.row]:
+            runner.row |= speed_columns(opt.batchSize, runner.step_times)
+            if options.trainer and runner.case.trains_as_main:
+                who = runner.case.who.replace("level", "trainer")
+                rows.append(runner.case._replace(who=who)._asdict())
+                with error_as_note(rows[-1]):
+                    rows[-1] |= time_beside_trainer(runner, warm_up, turns)
+        bound = bandwidth / (results.block_traffic(opt) * BYTES[precision])
+        for row in rows:
+            row |= {"copy_gb_per_s": bandwidth / 1e9, "bound_images_per_s": bound}
+            if "images_per_s" in row:
+                row["fraction_of_bound"] = row["images_per_s"] / bound
+        results.add_ratios(rows)
+        yield rows
 
-    # Time those that can run, in turns.
-    report(f"{len(runners)} cases take {warm_up} + {turns} turns")
-    time_interleaved(runners, warm_up, turns)
-    for runner in runners:
-        rows[runner.case] |= (
-            {"note": runner.error} if runner.error else speed_columns(opt, runner.step_times)
-        )
-    trainers = [
-        trainer_row(runner, opt, warm_up, turns)
-        for runner in runners
-        if options.trainer and runner.case.trains_as_main and not runner.error
-    ]
-    return [*rows.values(), *trainers]
+
+def report(line: str) -> None:
+    """Print a line about the progress to standard error."""
+    print(line, file=sys.stderr, flush=True)

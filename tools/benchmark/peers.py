@@ -10,10 +10,6 @@ from cli.flag_types import Settings
 REDUCTION = 0.5  # both libraries write it into their transitions
 
 
-class Unsupported(Exception):
-    """Says why a library cannot build the network."""
-
-
 def create(peer: str, opt: Settings) -> nn.Module:
     """Build the network of the settings as a library does, with that library's initial weights.
 
@@ -21,14 +17,20 @@ def create(peer: str, opt: Settings) -> nn.Module:
         peer: a member of `cases.PEERS`.
 
     Raises:
-        Unsupported: the library is not installed or does not have this network.
+        NotImplementedError: the library is not installed or does not have this network.
     """
     if not opt.bottleneck or opt.reduction != REDUCTION:
-        raise Unsupported("it has only DenseNet-BC with reduction 0.5")
+        raise NotImplementedError("it has only DenseNet-BC with reduction 0.5")
     if opt.dropRate > 0:
-        raise Unsupported("its dropout sits in other places")
+        raise NotImplementedError("its dropout sits in other places")
     if peer == "timm":
-        network = _timm(opt)
+        try:
+            from timm.models.densenet import DenseNet
+        except ImportError:
+            raise NotImplementedError("timm is not installed (requirements-dev.txt)") from None
+        if opt.initChannels != 2 * opt.growthRate:
+            raise NotImplementedError("its first convolution always has 2k channels")
+        network = DenseNet(opt.growthRate, opt.stages, opt.nClasses)
     else:
         from torchvision.models import DenseNet
 
@@ -39,24 +41,9 @@ def create(peer: str, opt: Settings) -> nn.Module:
             num_classes=opt.nClasses,
             memory_efficient=peer == "torchvision-memory-efficient",
         )
-    if not opt.imagenetShape:
-        _replace_stem(network.features, opt.initChannels)
+    if not opt.imagenetShape:  # CIFAR's single 3x3 convolution in place of the stem
+        features = network.features
+        features.conv0 = nn.Conv2d(3, opt.initChannels, 3, padding=1, bias=False)
+        for name in {"norm0", "relu0", "pool0"} & dict(features.named_children()).keys():
+            delattr(features, name)  # timm has no relu0: its norm0 includes the ReLU
     return network
-
-
-def _timm(opt: Settings) -> nn.Module:
-    try:
-        from timm.models.densenet import DenseNet
-    except ImportError:
-        raise Unsupported("timm is not installed (requirements-dev.txt)") from None
-    if opt.initChannels != 2 * opt.growthRate:
-        raise Unsupported("its first convolution always has 2k channels")
-    return DenseNet(opt.growthRate, opt.stages, opt.nClasses)
-
-
-def _replace_stem(features: nn.Sequential, channels: int) -> None:
-    """Put CIFAR's single 3x3 convolution in place of the ImageNet stem."""
-    features.conv0 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-    for name in ("norm0", "relu0", "pool0"):
-        if hasattr(features, name):  # timm's norm0 includes the ReLU
-            delattr(features, name)

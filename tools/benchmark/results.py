@@ -4,48 +4,44 @@ A row is a dict of the columns that were measured; a missing one is written as "
 """
 
 import csv
-import datetime
 import io
-import itertools
 import math
-import re
-from collections.abc import Sequence
 
 from cli.flag_types import Settings
 from tools.benchmark.cases import PEERS
 
 NOT_RUN = "not run"
 
-# Column: the case by whose images/s a row's are divided.
+# Column: the cases by the best of whose images/s a row's are divided.
 REFERENCES = {
-    "ratio_level_0": ("level-0", "eager"),
-    "ratio_torchvision": ("torchvision", "eager"),
-    "ratio_torchvision_memory_efficient": ("torchvision-memory-efficient", "eager"),
-    "ratio_timm": ("timm", "eager"),
-    "ratio_torchvision_compiled": ("torchvision", "compiled"),
-    "ratio_torchvision_compiled_reduce_overhead": ("torchvision", "compiled-reduce-overhead"),
+    "ratio_level_0": [("level-0", "eager")],
+    "ratio_torchvision": [("torchvision", "eager")],
+    "ratio_torchvision_memory_efficient": [("torchvision-memory-efficient", "eager")],
+    "ratio_timm": [("timm", "eager")],
+    "ratio_torchvision_compiled": [("torchvision", "compiled")],
+    "ratio_torchvision_compiled_reduce_overhead": [("torchvision", "compiled-reduce-overhead")],
+    "ratio_fastest_eager_peer": [(peer, "eager") for peer in PEERS],
 }
-FASTEST_EAGER_PEER = "ratio_fastest_eager_peer"
-
 COLUMNS = (
     "network", "depth", "who", "precision", "memory_format", "mode",
-    "images_per_s", "images_per_s_q1", "images_per_s_q3", "turns",
-    *REFERENCES, FASTEST_EAGER_PEER,
-    "held_mb_per_image", "peak_mb", "reserved_mb", "peak_rss_mb", "first_step_s", "first_loss",
+    "images_per_s", "images_per_s_q1", "images_per_s_q3", "turns", *REFERENCES,
+    "held_mb_per_image", "peak_mb", "reserved_mb", "first_step_s", "first_loss",
     "copy_gb_per_s", "bound_images_per_s", "fraction_of_bound", "note",
     "batch_size", "image_size", "device", "driver", "threads", "torch", "triton", "commit", "date",
 )  # fmt: skip
-# The columns that are printed; the first three are text. The file has them all.
+# The columns that are printed: text, numbers, text. The file has them all.
 PRINTED = (
-    "who", "memory_format", "mode", "images_per_s", "images_per_s_q1", "images_per_s_q3",
-    "ratio_level_0", FASTEST_EAGER_PEER, "held_mb_per_image", "peak_mb", "peak_rss_mb",
-    "first_step_s", "fraction_of_bound",
+    "who", "precision", "memory_format", "mode",
+    "images_per_s", "images_per_s_q1", "images_per_s_q3", "ratio_level_0",
+    "ratio_fastest_eager_peer", "held_mb_per_image", "peak_mb", "first_step_s", "fraction_of_bound",
+    "note",
 )  # fmt: skip
+ALIGN = [str.ljust] * 4 + [str.rjust] * 9 + [str.ljust]
 LEGEND = """
 ratio              to images/s of level 0, or of the fastest of torchvision (plain, memory
                    efficient) and timm, in the faster memory format and the same precision
 held_mb_per_image  held for backward, without parameters and input, in eager modes
-peak_mb            of the GPU's allocator; peak_rss_mb: of a process that trains this case alone
+peak_mb            of the GPU's allocator
 fraction_of_bound  of the images/s of the dense blocks alone, if each feature map moved once at copy
                    bandwidth"""
 
@@ -67,18 +63,14 @@ def block_traffic(opt: Settings) -> int:
 
 
 def add_ratios(rows: list[dict]) -> None:
-    """Divide each row's images/s by those of level 0 and the peers in the same precision."""
-    best: dict[tuple, float] = {}
-    for row in rows:
-        key = (row["precision"], row["who"], row["mode"])
-        best[key] = max(row.get("images_per_s", 0), best.get(key, 0))
-    for row in rows:
-        if "images_per_s" not in row:
-            continue
-        precision = row["precision"]
-        speeds = {column: best.get((precision, *case), 0) for column, case in REFERENCES.items()}
-        speeds[FASTEST_EAGER_PEER] = max(best.get((precision, peer, "eager"), 0) for peer in PEERS)
-        row |= {column: row["images_per_s"] / speed for column, speed in speeds.items() if speed}
+    """Divide the images/s of each row by those of level 0 and the peers, all in one precision."""
+    measured = [row for row in rows if "images_per_s" in row]
+    speeds = {
+        column: [row["images_per_s"] for row in measured if (row["who"], row["mode"]) in references]
+        for column, references in REFERENCES.items()
+    }
+    for row in measured:
+        row |= {name: row["images_per_s"] / max(found) for name, found in speeds.items() if found}
 
 
 def network_name(opt: Settings) -> str:
@@ -86,13 +78,6 @@ def network_name(opt: Settings) -> str:
     form = ("b" if opt.bottleneck else "") + ("c" if opt.reduction < 1 else "") or "basic"
     size = "" if opt.imageSize == 32 else f"-{opt.imageSize}px"
     return f"{form}-L{opt.depth}-k{opt.growthRate}{size}"
-
-
-def file_name(network: str, batch_size: int, device: str, torch: str, day: datetime.date) -> str:
-    """Return bench_NETWORK-bBATCH_DEVICE_torchVERSION_YYYYMM.csv, safe on every file system."""
-    version = ".".join(torch.split(".")[:2])
-    safe = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return f"bench_{network}-b{batch_size}_{safe}_torch{version}_{day:%Y%m}.csv"
 
 
 def as_csv(rows: list[dict]) -> bytes:
@@ -105,7 +90,7 @@ def as_csv(rows: list[dict]) -> bytes:
     writer = csv.DictWriter(buffer, COLUMNS, restval=NOT_RUN, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({"note": "none"} | {name: _text(cell, 5) for name, cell in row.items()})
+        writer.writerow({name: _text(cell, 5) for name, cell in row.items()})
     return buffer.getvalue().encode()
 
 
@@ -115,22 +100,12 @@ def _text(cell: object, digits: int) -> str:
 
 
 def as_table(rows: list[dict]) -> str:
-    """Write the rows as text, one part for each precision, and explain the columns."""
-
-    def cells(row: dict) -> list[str]:
-        return [_text(row.get(column, NOT_RUN), 3) for column in PRINTED]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = [text.ljust(width) for text, width in zip(texts[:3], widths, strict=False)]
-        padded += [text.rjust(width) for text, width in zip(texts[3:], widths[3:], strict=True)]
-        return "  ".join(padded)
-
-    columns = zip(PRINTED, *map(cells, rows), strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for precision, part in itertools.groupby(rows, key=lambda row: row["precision"]):
-        part = list(part)
-        lines += ["", f"{part[0]['network']}, batch {part[0]['batch_size']}, {precision}"]
-        lines.append(line(PRINTED))
-        lines += [line(cells(row)) + (f"  {row['note']}" if "note" in row else "") for row in part]
+    """Write the rows as text, and explain the columns."""
+    table = [PRINTED]
+    table += [[_text(row.get(column, NOT_RUN), 3) for column in PRINTED] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["", f"{rows[0]['network']}, batch {rows[0]['batch_size']}"]
+    for cells in table:
+        padded = [pad(*cell) for pad, *cell in zip(ALIGN, cells, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
     return "\n".join([*lines, LEGEND])

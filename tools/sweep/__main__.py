@@ -1,27 +1,28 @@
-"""Train a table: its configs x seeds, one after another on the GPUs at hand or as a Slurm array.
-
-A run is `main.py --config CONFIG --manualSeed SEED --save RUNS/CONFIG-seedSEED --resume auto` with
-the flags that are given for all of them. The run directories alone say what is done: the same
-command goes on where it was stopped.
-"""
+"""Train a table: its configs x seeds, one after another on the GPUs at hand or as a Slurm array."""
 
 import os
 import shlex
 import signal
+import subprocess
 import sys
-from collections import Counter
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
 
 import experiment.directory
 from cli import path_checks
 from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, integer, integers, text
 from distributed import signals
-from errors import Preempted, RunError, UsageError
+from errors import BusyError, Preempted, RunError, StorageError, UsageError
+from experiment import console
+from fileio.atomic import storage_error
 from tools import cli
 from tools.sweep import tasks
-from tools.sweep.scheduler import LocalScheduler, RunOutcome, gpu_slots
-from tools.sweep.tasks import State, Task
+from tools.sweep.tasks import Task
 
-SCRIPT = "scripts/train.slurm"
+PROGRAM, SCRIPT = (sys.executable, "main.py"), "scripts/train.slurm"
+POLL_S = 0.2
 
 # fmt: off
 FLAGS = {flag.name: flag for flag in (
@@ -37,15 +38,7 @@ FLAGS = {flag.name: flag for flag in (
 )}
 # fmt: on
 # Flags of main.py that a sweep sets itself, or that do not train.
-NOT_PASSED_ON = {
-    "config": "name the config file without a flag",
-    "manualSeed": "use --seeds",
-    "save": "use --runs",
-    "resume": "leave it out: a sweep always goes on with what is there",
-    "nGPU": "use --gpus: each run has one",
-    "printConfig": "leave it out, or use --dryRun true",
-    "testOnly": "leave it out: a sweep trains",
-}
+NOT_PASSED_ON = ("config", "manualSeed", "save", "resume", "nGPU", "printConfig", "testOnly")
 USAGE = """usage: python -m tools.sweep TABLE|CONFIG... [--flag value ...] [any flags of main.py]
 
 Train configs with several seeds, one run after another on each GPU, or print the Slurm array that
@@ -65,12 +58,12 @@ def parse(argv: list[str]) -> cli.Command:
     """
     asked = cli.read(argv, FLAGS, arguments="table or config", main_flags=True)
     options = asked.options
+    fix = "leave it out; a sweep has --seeds, --runs and --gpus, and names configs without a flag"
     names = [flag[2:].partition("=")[0] for flag in asked.main_flags]
-    problems = [(f"{name} is not a flag of a sweep", NOT_PASSED_ON[name])
-                for name in names if name in NOT_PASSED_ON]  # fmt: skip
-    twice = [seed for seed, count in Counter(options.seeds).items() if count > 1]
-    if twice or not options.seeds:
-        what = f"seeds: {as_text(twice)} given twice" if twice else "seeds: none is given"
+    problems = [(f"{name} is not a flag of a sweep", fix) for name in names
+                if name in NOT_PASSED_ON]  # fmt: skip
+    if len(set(options.seeds)) < max(1, len(options.seeds)):
+        what = f"seeds: {as_text(options.seeds)} are not one or more different seeds"
         problems.append((what, "name each seed once, as in --seeds 0,1,2"))
     if options.slurm and options.dryRun:
         problems.append(("slurm and dryRun exclude each other", "keep one"))
@@ -82,123 +75,202 @@ def parse(argv: list[str]) -> cli.Command:
     return asked
 
 
-def read_states(asked: cli.Command) -> dict[Task, State]:
-    """Return the runs that are asked for, in order, with the state of each.
+class Job(NamedTuple):
+    """A run in progress."""
+
+    task: Task
+    gpu: str | None  # a value of CUDA_VISIBLE_DEVICES; None leaves it as it is
+    process: subprocess.Popen
+    output: Path  # the file that it prints to
+    begin: int  # size of that file before
+
+
+def gpu_slots(gpus: int | None, visible: str | None, present: int) -> list[str | None]:
+    """Return a value of CUDA_VISIBLE_DEVICES for each slot; None leaves it as it is.
+
+    Args:
+        gpus: the flag.
+        visible: the variable now.
+        present: GPUs that PyTorch sees.
 
     Raises:
-        UsageError: every problem of the tables, the configs and their flags at once.
+        UsageError: more GPUs are asked for than there are.
     """
-    options = asked.options
-    table = tasks.work_list(asked.arguments, options.seeds, options.runs, asked.main_flags)
-    return {task: tasks.state_of(task) for task in table}
+    if gpus is not None and gpus > present:
+        found = f"{present or 'no'} CUDA device{'s' * (present > 1)}"
+        raise UsageError(f"gpus={gpus} but {found}", f"--gpus {present}")
+    if gpus == 0:
+        return [""]
+    names = visible.split(",") if visible else [str(number) for number in range(present)]
+    return names[: present if gpus is None else gpus] or [None]
 
 
-# ---------------------------------------------------------------------------------- on this machine
+def start(task: Task, gpu: str | None) -> Job:
+    """Start a run, in a session of its own: the sweep alone passes Ctrl-C on to it.
+
+    On Linux the run is told to stop when this process ends, however that happens.
+
+    Raises:
+        StorageError: its output cannot be written.
+    """
+    output = Path(f"{task.save}.log")
+    # Signals wait until the run can handle them: signals.SignalHandler unblocks them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "ab") as file:
+            begin = file.tell()
+            process = subprocess.Popen(
+                [*PROGRAM, *task.flags],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+                start_new_session=True,
+                preexec_fn=signals.die_with_parent,
+            )
+        return Job(task, gpu, process, output, begin)
+    except OSError as error:
+        raise storage_error(error, output) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def train(asked: cli.Command, handler: signals.SignalHandler, rerun_command: str) -> None:
+def finish(job: Job) -> None:
+    """Set the code of a run that has ended, and as its detail the line that says why."""
+    job.task.code, job.task.detail = job.process.returncode, ""
+    if job.task.code < 0:
+        name = signal.Signals(-job.task.code).name
+        job.task.code, job.task.detail = 128 - job.task.code, f"ended by {name}"
+    elif job.task.code:
+        lines = job.output.read_bytes()[job.begin :].decode(errors="replace").splitlines()
+        reasons = [line for line in lines if line.startswith(("error: ", "stopped: "))]
+        job.task.detail = reasons[-1] if reasons else f"see {job.output}"
+
+
+def progress(table: list[Task]) -> str:
+    """Count the runs that are done and those that failed."""
+    done = sum(task.state == tasks.DONE for task in table)
+    failed = sum(task.has_failed for task in table)
+    return f"=> {done} of {len(table)} runs done" + (f", {failed} failed" if failed else "")
+
+
+def run(table: list[Task], gpus: list[str | None], handler: signals.SignalHandler) -> bool:
+    """Run what is left of a table, one run at a time in each slot; set the code of each run.
+
+    After a signal tell the runs in progress to save, and start no others.
+
+    Returns:
+        Whether a signal stopped it.
+    """
+
+    def report_end(task: Task) -> None:
+        words = {0: tasks.DONE, Preempted.code: "stopped", BusyError.code: tasks.RUNNING}
+        task.state = words.get(task.code, f"{tasks.FAILED} with {task.code}")
+        reason = task.detail.removeprefix(f"{task.state}: ")
+        console.info(f"=> {task.name}: {task.state}" + (f": {reason}" if reason else ""))
+        console.info(progress(table))
+
+    console.info(progress(table))
+    # A run of another process may have been stopped when its turn comes.
+    waiting, free = deque(task for task in table if task.state != tasks.DONE), deque(gpus)
+    jobs: list[Job] = []
+    is_stopped = False
+    while waiting or jobs:
+        if handler.signum and not is_stopped:
+            is_stopped = True
+            waiting.clear()
+            for job in jobs:
+                job.process.send_signal(handler.signum)
+        for job in [job for job in jobs if job.process.poll() is not None]:
+            jobs.remove(job)
+            free.append(job.gpu)
+            finish(job)
+            report_end(job.task)
+        while waiting and free:
+            task = waiting.popleft()
+            task.read_state()  # another sweep may have come first
+            if not task.is_left:
+                task.code = 0 if task.state == tasks.DONE else BusyError.code
+                report_end(task)
+                continue
+            try:
+                job = start(task, free[0])
+            except StorageError as error:
+                task.code, task.detail = error.code, error.report()
+                report_end(task)
+                continue
+            jobs.append(job)
+            where = f" on GPU {job.gpu}" if free.popleft() else ""
+            since = f" after {task.finished} of {task.opt.nEpochs} epochs" if task.finished else ""
+            console.info(f"=> {task.name}: started{where}{since}; output: {job.output}")
+        if jobs:
+            time.sleep(POLL_S)
+    return is_stopped
+
+
+def train(asked: cli.Command, table: list[Task], rerun_command: str) -> None:
     """Train what is left of a table on the GPUs of this machine.
 
     Raises:
-        RunError: what `read_states`, `check`, `gpu_slots` and `raise_outcome` raise.
+        RunError: data is missing, a directory cannot be written, `gpu_slots` raises, or a run has
+            failed; its code is that of the first in the table.
+        Preempted: the sweep or one of its runs was stopped.
     """
     import torch
 
-    from experiment import console
-
-    states = read_states(asked)
-    check([task for task, state in states.items() if state.is_left])
+    handler = signals.SignalHandler().install()
+    for task in [task for task in table if task.is_left]:
+        path_checks.check(task.opt)
+        experiment.directory.check_writable(task.save)
     visible, present = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
-    scheduler = LocalScheduler(
-        states, gpu_slots(asked.options.gpus, visible, present), console.info
-    )
+    gpus = gpu_slots(asked.options.gpus, visible, present)
     handler.enable_saving()
-    scheduler.run(handler)
-    stopped_by = signal.Signals(handler.signum).name if scheduler.stopped_by else ""
-    raise_outcome(scheduler.outcomes, len(states), stopped_by, rerun_command)
+    is_stopped = run(table, gpus, handler)
 
-
-def check(table: list[Task]) -> None:
-    """Check that the data of all runs is there, and that their directories can be written.
-
-    Raises:
-        RunError: every problem at once, with the code of the first.
-    """
-    errors = []
-    for task in table:
-        try:
-            path_checks.check(task.opt)
-            experiment.directory.check_writable(task.save)
-        except RunError as error:
-            errors.append(error)
-    if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        errors[0].problems = list(dict.fromkeys(problems))
-        raise errors[0]
-
-
-def raise_outcome(
-    outcomes: list[RunOutcome], num_runs: int, stopped_by: str, rerun_command: str
-) -> None:
-    """Raise the error that a sweep ends with, if any.
-
-    Args:
-        outcomes: of the runs that were tried, in their order.
-        stopped_by: the signal that stopped the sweep, or "".
-
-    Raises:
-        Preempted: the sweep or one of its runs was stopped.
-        RunError: runs have failed; its code is that of the first.
-    """
-    failed = [outcome for outcome in outcomes if outcome.is_failure]
-    stopped = [outcome.task.name for outcome in outcomes if outcome.code == Preempted.code]
-    if stopped_by:
-        what = f"{stopped_by}, {len(stopped)} of {num_runs} runs were in progress"
-        raise Preempted(what, rerun_command)
-    if failed:
-        names = ", ".join(f"{outcome.task.name} ({outcome.code})" for outcome in failed)
-        what = f"{len(failed)} of {num_runs} runs failed: {names}"
+    stopped = [task for task in table if task.code == Preempted.code]
+    failed = [task for task in table if task.has_failed]
+    if failed and not is_stopped:
+        names = ", ".join(f"{task.name} ({task.code})" for task in failed)
+        what = f"{len(failed)} of {len(table)} runs failed: {names}"
         error = RunError(what, f"correct the error above of each, then {rerun_command}")
         error.code = failed[0].code
         raise error
-    if stopped:
-        raise Preempted(f"a signal stopped {', '.join(stopped)}", rerun_command)
+    if stopped or is_stopped:
+        name = signal.Signals(handler.signum).name if is_stopped else "a signal"
+        what = f"{name}, {len(stopped)} of {len(table)} runs were in progress"
+        raise Preempted(what, rerun_command)
 
 
-# ---------------------------------------------------------------------------------------- Slurm
-
-
-def submit(asked: cli.Command) -> None:
+def submit(asked: cli.Command, table: list[Task]) -> None:
     """Print the command that submits the runs that are left, as tasks of an array.
 
     Task i of scripts/train.slurm is config i / #seeds with seed i % #seeds: the i-th of the table.
     """
-    states = read_states(asked)
-    left = [str(index) for index, state in enumerate(states.values()) if state.is_left]
-    print(f"note: {len(left)} of {len(states)} runs are left to start", file=sys.stderr)
-    for task, state in states.items():
-        if state.word == tasks.RUNNING:
-            print(f"note: {task.name}: {state.word}: {state.detail}", file=sys.stderr)
+    left = [str(index) for index, task in enumerate(table) if task.is_left]
+    print(f"note: {len(left)} of {len(table)} runs are left to start", file=sys.stderr)
+    for task in table:
+        if task.state == tasks.RUNNING:
+            print(f"note: {task.name}: {task.state}: {task.detail}", file=sys.stderr)
     if left:
         seeds = " ".join(map(str, asked.options.seeds))
-        configs = dict.fromkeys(task.config for task in states)
+        configs = dict.fromkeys(task.config for task in table)
         words = ["sbatch", f"--array={','.join(left)}", SCRIPT, *configs, *asked.main_flags]
         settings = f"SEEDS={shlex.quote(seeds)} RUNS={shlex.quote(asked.options.runs)}"
         print(f"{settings} {shlex.join(words)}")
 
 
-# --------------------------------------------------------------------------------------- the tool
-
-
 def sweep(argv: list[str]) -> None:
     """Train, list or submit the table that a command line asks for."""
     asked = parse(argv)
-    if asked.options.slurm:
-        submit(asked)
-    elif asked.options.dryRun:
-        print(tasks.listing(read_states(asked)))
+    options = asked.options
+    table = tasks.work_list(asked.arguments, options.seeds, options.runs, asked.main_flags)
+    if options.slurm:
+        submit(asked, table)
+    elif options.dryRun:
+        print(tasks.listing(table))
     else:
-        train(asked, signals.SignalHandler().install(), f"python -m tools.sweep {shlex.join(argv)}")
+        train(asked, table, f"python -m tools.sweep {shlex.join(argv)}")
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import opts
 from cli.flag_types import Settings, closest_match
-from errors import UsageError, printable
+from errors import BusyError, Preempted, UsageError, printable
 from tools.results import runs
 from tools.results.configs import comparable_settings
 
@@ -24,78 +24,79 @@ PREEMPTED, FAILED, KILLED = "preempted", "failed", "killed"
 OTHER = "done, other settings"  # main.py decides whether it may go on
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Task:
-    """One run of a table.
+    """One run of a table, and what became of it."""
 
-    Args:
-        name: its directory below RUNS.
-        config: its config file.
-        save: its run directory.
-        flags: the command line of main.py.
-        opt: the settings in that command line.
-    """
-
-    name: str
-    config: str
-    save: Path
-    flags: tuple[str, ...]
-    opt: Settings
-
-
-@dataclass(frozen=True)
-class State:
-    """The state of a run: one of the words above, and finished epochs.
-
-    Args:
-        detail: why it failed or stopped, or which process is writing it.
-    """
-
-    word: str
-    finished: int = 0
-    detail: str = ""
+    name: str  # its directory below RUNS
+    config: str  # its config file
+    save: Path  # its run directory
+    flags: tuple[str, ...]  # the command line of main.py
+    opt: Settings  # the settings in that command line
+    state: str = NEW  # one of the words above
+    finished: int = 0  # epochs
+    detail: str = ""  # why it failed or stopped, or which process is writing it
+    code: int | None = None  # main.py's in this sweep, or 128 + the signal that ended it
 
     @property
     def is_left(self) -> bool:
         """Whether a sweep is to start the run."""
-        return self.word not in (DONE, RUNNING)
+        return self.state not in (DONE, RUNNING)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the run ended in this sweep, and was neither stopped nor left to others."""
+        return self.code not in (None, 0, Preempted.code, BusyError.code)
+
+    def read_state(self) -> None:
+        """Set state, finished and detail from the run directory."""
+        run = runs.read(self.save, warn=lambda line: None)
+        self.finished = run.epoch if run else 0
+        self.detail = lock_owner(self.save) or ""
+        if self.detail:
+            self.state = RUNNING
+        elif not run:  # its settings cannot be read, or there are none yet: main.py decides
+            self.state = KILLED if self.save.exists() else NEW
+        elif run.state == "done":
+            is_same = comparable_settings(run.opt) == comparable_settings(self.opt)
+            self.state = DONE if is_same and run.is_done else OTHER
+        elif run.state in (PREEMPTED, FAILED):
+            code = f"{run.status.get('code')}: " if run.state == FAILED else ""
+            self.state, self.detail = run.state, f"{code}{run.status.get('reason', '')}"
+        else:
+            self.state = KILLED
 
 
-# --------------------------------------------------------------------------------- the work list
-
-
-def work_list(names: list[str], seeds: list[int], runs: str, flags: list[str]) -> list[Task]:
+def work_list(names: list[str], seeds: list[int], directory: str, flags: list[str]) -> list[Task]:
     """Return the runs of tables and configs: the configs in their order, each with all seeds.
 
     Args:
-        runs: directory of the run directories.
+        directory: of the run directories.
         flags: of main.py, for all runs.
 
     Raises:
         UsageError: every problem of the tables, the configs and their flags at once.
     """
-    configs, problems, tasks = {}, [], []  # dicts instead of sets, to keep the order
+    configs, problems, tasks = {}, {}, []  # dicts instead of sets, to keep the order
     for name in names:
         try:
             configs |= dict.fromkeys(configs_of(name))
         except UsageError as error:
-            problems += error.problems
-    for config in configs:
-        for seed in seeds:
-            try:
-                tasks.append(_task(config, seed, runs, flags))
-            except UsageError as error:
-                problems += error.problems
+            problems |= dict.fromkeys(error.problems)
+    for config, seed in [(config, seed) for config in configs for seed in seeds]:
+        name = f"{config.removesuffix('.yaml').removeprefix('configs/').lstrip('/')}-seed{seed}"
+        save = f"{directory}/{name}"  # as in scripts/train.slurm
+        argv = ["--config", config, "--manualSeed", str(seed), "--save", save, "--resume", "auto"]
+        argv += flags
+        try:
+            tasks.append(Task(name, config, Path(save), tuple(argv), opts.parse(argv)))
+        except UsageError as error:
+            problems |= dict.fromkeys(error.problems)
     if problems:
-        raise UsageError.from_problems(list(dict.fromkeys(problems)))
+        raise UsageError.from_problems(list(problems))
+    for task in tasks:
+        task.read_state()
     return tasks
-
-
-def _task(config: str, seed: int, runs: str, flags: list[str]) -> Task:
-    name = f"{config.removesuffix('.yaml').removeprefix('configs/').lstrip('/')}-seed{seed}"
-    save = f"{runs}/{name}"  # as in scripts/train.slurm
-    argv = ["--config", config, "--manualSeed", str(seed), "--save", save, "--resume", "auto"]
-    return Task(name, config, Path(save), (*argv, *flags), opts.parse([*argv, *flags]))
 
 
 def configs_of(name: str) -> list[str]:
@@ -112,36 +113,11 @@ def configs_of(name: str) -> list[str]:
             raise UsageError(f"no config files (*.yaml) in {path}", "name another directory")
         if files[0].is_file():
             # One name for each file: relative below the current directory, else absolute.
-            absolute, here = [Path(os.path.abspath(file)) for file in files], Path.cwd()
-            return [
-                str(file.relative_to(here) if file.is_relative_to(here) else file)
-                for file in absolute
-            ]
+            return [os.path.abspath(file).removeprefix(f"{os.getcwd()}/") for file in files]
     known = [*TABLES, *(path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir())]
     near = closest_match(name, known)
     fix = f"did you mean {near}?" if near else f"use {', '.join(known)}, or a config file"
     raise UsageError(f"no table or config {name}", fix)
-
-
-# ------------------------------------------------------------------------------- states of runs
-
-
-def state_of(task: Task) -> State:
-    """Read the state of a run from its directory."""
-    run = runs.read(task.save, warn=lambda line: None)
-    finished = run.epoch if run else 0
-    owner = lock_owner(task.save)
-    if owner:
-        return State(RUNNING, finished, owner)
-    if not run:  # its settings cannot be read, or there are none yet: main.py decides
-        return State(KILLED if task.save.exists() else NEW)
-    if run.state == "done":
-        is_same = comparable_settings(run.opt) == comparable_settings(task.opt)
-        return State(DONE if is_same and run.is_done else OTHER, finished)
-    if run.state in (PREEMPTED, FAILED):
-        code = f"{run.status.get('code')}: " if run.state == FAILED else ""
-        return State(run.state, finished, f"{code}{run.status.get('reason', '')}")
-    return State(KILLED, finished)
 
 
 def lock_owner(save: Path) -> str | None:
@@ -157,14 +133,14 @@ def lock_owner(save: Path) -> str | None:
     return None
 
 
-def listing(states: dict[Task, State]) -> str:
+def listing(tasks: list[Task]) -> str:
     """Format the runs of a table with their states."""
-    width = max(len(task.name) for task in states)
+    width = max(len(task.name) for task in tasks)
     lines = [f"{'run':<{width}}  {'state':<20}  {'epochs':>9}"]
-    for task, state in states.items():
-        epochs = f"{state.finished}/{task.opt.nEpochs}"
-        line = f"{task.name:<{width}}  {state.word:<20}  {epochs:>9}  {state.detail}"
+    for task in tasks:
+        epochs = f"{task.finished}/{task.opt.nEpochs}"
+        line = f"{task.name:<{width}}  {task.state:<20}  {epochs:>9}  {task.detail}"
         lines.append(printable(line.rstrip()))
-    words = Counter(state.word for state in states.values())
-    counts = ", ".join(f"{count} {word}" for word, count in words.most_common())
-    return "\n".join([*lines, f"{len(states)} runs: {counts}"])
+    counts = Counter(task.state for task in tasks).most_common()
+    lines.append(f"{len(tasks)} runs: {', '.join(f'{count} {state}' for state, count in counts)}")
+    return "\n".join(lines)
