@@ -18,6 +18,7 @@ from unittest import mock
 
 import opts
 from cli.flag_types import NON_NEGATIVE, Flag, Range, Settings, boolean, integer, text
+from cli.network_settings import network_name
 from datasets import registry
 from errors import UsageError
 from fileio import atomic
@@ -74,33 +75,29 @@ def constant_columns(opt: Settings, device) -> dict[str, object]:
 
     import engine.device
 
-    def output_of(*command: str) -> str:
+    def first_line(*command: str) -> str:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.check_output(
-                command, stderr=subprocess.DEVNULL, text=True, cwd=cli.ROOT
-            ).strip()
-        return ""
+            output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True)
+            return output.partition("\n")[0]
+        return "none"
 
-    name, driver, triton = engine.device.describe(device), "", "none"
-    if device.type == "cuda":
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    else:
-        info = Path("/proc/cpuinfo")
-        models = re.findall(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+    name, triton = engine.device.describe(device), "none"
+    if device.type == "cpu" and (info := Path("/proc/cpuinfo")).exists():
+        models = re.findall(r"model name\s*:\s*(.+)", info.read_text())
         name = f"{models[0] if models else 'CPU'}, {os.cpu_count()} cores"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         triton = importlib.metadata.version("triton")
     return {
-        "network": results.network_name(opt),
+        "network": network_name(opt),
         "depth": opt.depth,
         "batch_size": opt.batchSize,
         "image_size": opt.imageSize,
         "device": name,
-        "driver": driver.partition("\n")[0] or "none",
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton,
-        "commit": output_of("git", "describe", "--always", "--dirty") or "unknown",
+        "commit": first_line("git", "-C", str(cli.ROOT), "describe", "--always", "--dirty"),
         "date": datetime.date.today().isoformat(),
     }
 

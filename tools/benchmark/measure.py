@@ -280,15 +280,17 @@ def measure(
         engine.device.configure(opt.cudnn, tf32=precision == "tf32")
         torch.compiler.reset()  # so that code of another precision counts as no recompilation
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        runners = [Runner(case, opt, device) for case in group]
-        for runner in runners:
+        rows, runners = [], []
+        for case in group:
+            runner = Runner(case, opt, device)  # frees one before that has failed
+            rows.append(runner.row)
             with error_as_note(runner.row):
                 runner.first_steps(pool)
+                runners.append(runner)
                 report(f"{runner.case.name}: first step {runner.row['first_step_s']:.1f} s")
-        report(f"those that can run take {warm_up} + {turns} turns")
+        report(f"{len(runners)} cases take {warm_up} + {turns} turns")
         time_interleaved(runners, warm_up, turns)
 
-        rows = [runner.row for runner in runners]
         for runner in [runner for runner in runners if "note" not in runner.row]:
             runner.row |= speed_columns(opt.batchSize, runner.step_times)
             if options.trainer and runner.case.trains_as_main:

@@ -73,13 +73,6 @@ def add_ratios(rows: list[dict]) -> None:
         row |= {name: row["images_per_s"] / max(found) for name, found in speeds.items() if found}
 
 
-def network_name(opt: Settings) -> str:
-    """Name the network as in `bc-L100-k12`, with the image size unless it is CIFAR's."""
-    form = ("b" if opt.bottleneck else "") + ("c" if opt.reduction < 1 else "") or "basic"
-    size = "" if opt.imageSize == 32 else f"-{opt.imageSize}px"
-    return f"{form}-L{opt.depth}-k{opt.growthRate}{size}"
-
-
 def as_csv(rows: list[dict]) -> bytes:
     """Write the rows as CSV; every cell has a value.
 

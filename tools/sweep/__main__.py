@@ -86,12 +86,7 @@ class Job(NamedTuple):
 
 
 def gpu_slots(gpus: int | None, visible: str | None, present: int) -> list[str | None]:
-    """Return a value of CUDA_VISIBLE_DEVICES for each slot; None leaves it as it is.
-
-    Args:
-        gpus: the flag.
-        visible: the variable now.
-        present: GPUs that PyTorch sees.
+    """Return a value of CUDA_VISIBLE_DEVICES, now `visible`, for each slot; None: leave it.
 
     Raises:
         UsageError: more GPUs are asked for than there are.
@@ -138,11 +133,11 @@ def start(task: Task, gpu: str | None) -> Job:
 
 def finish(job: Job) -> None:
     """Set the code of a run that has ended, and as its detail the line that says why."""
-    job.task.code, job.task.detail = job.process.returncode, ""
-    if job.task.code < 0:
-        name = signal.Signals(-job.task.code).name
-        job.task.code, job.task.detail = 128 - job.task.code, f"ended by {name}"
-    elif job.task.code:
+    code, job.task.detail = job.process.returncode, ""
+    job.task.code = code if code >= 0 else 128 - code
+    if code < 0:
+        job.task.detail = f"ended by {signal.Signals(-code).name}"
+    elif code:
         lines = job.output.read_bytes()[job.begin :].decode(errors="replace").splitlines()
         reasons = [line for line in lines if line.startswith(("error: ", "stopped: "))]
         job.task.detail = reasons[-1] if reasons else f"see {job.output}"
@@ -249,9 +244,6 @@ def submit(asked: cli.Command, table: list[Task]) -> None:
     """
     left = [str(index) for index, task in enumerate(table) if task.is_left]
     print(f"note: {len(left)} of {len(table)} runs are left to start", file=sys.stderr)
-    for task in table:
-        if task.state == tasks.RUNNING:
-            print(f"note: {task.name}: {task.state}: {task.detail}", file=sys.stderr)
     if left:
         seeds = " ".join(map(str, asked.options.seeds))
         configs = dict.fromkeys(task.config for task in table)
