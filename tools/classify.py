@@ -8,13 +8,13 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from cli.flag_types import AT_LEAST_1, Flag, integer, text
 from errors import printable
 from tools import cli
 from tools.inference import network, sources
-from tools.inference.images import OVERWRITE, Unreadable
 
 FLAGS = {
     flag.name: flag
@@ -22,7 +22,7 @@ FLAGS = {
         Flag("top", integer, 5, "classes to name for each image", range=AT_LEAST_1),
         Flag("csv", text, None, "CSV file to write instead of printing; - prints it", "none"),
         sources.CLASSES,
-        OVERWRITE,
+        network.OVERWRITE,
     )
 }
 USAGE = f"""usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
@@ -34,52 +34,35 @@ With --tenCrop true ten crops of each image are averaged. An image that cannot b
 line, the others are classified, and the exit code is 3."""
 COLUMNS = ("image", "rank", "class", "percent")
 
-Guess = tuple[str, float]  # class name, probability in per cent
 
-
-def parse(argv: list[str]) -> cli.Command:
-    """Read the command line; the first argument is the checkpoint.
-
-    Raises:
-        UsageError: a flag is wrong, or an argument is missing.
-    """
-    return cli.read(argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True)
-
-
-def classify(
-    net: network.LoadedModel, paths: list[str], unreadable: Unreadable, top: int
-) -> Iterator[tuple[str, list[Guess]]]:
-    """Yield each readable image with its most probable classes, the most probable first."""
-    for images, indices in net.batches(paths, unreadable):
+def lines(net: network.LoadedModel, paths: list[str], top: int, as_csv: bool) -> Iterator[str]:
+    """Yield lines about each readable image: its most probable classes, the most probable first."""
+    if as_csv:
+        yield csv_line(COLUMNS)
+    for images, indices in net.batches(paths):
         best = net.logits(images).double().softmax(dim=1).topk(min(top, len(net.classes)))
-        rows = zip(indices, best.values.tolist(), best.indices.tolist(), strict=True)
-        for index, probabilities, classes in rows:
-            found = zip(classes, probabilities, strict=True)
-            yield paths[index], [(net.classes[label], 100 * p) for label, p in found]
+        guesses = zip((100 * best.values).tolist(), best.indices.tolist(), strict=True)
+        for index, (percents, labels) in zip(indices, guesses, strict=True):
+            if not as_csv:
+                yield printable(paths[index])
+            for rank, (percent, label) in enumerate(zip(percents, labels, strict=True), start=1):
+                name = net.classes[label]
+                row = (paths[index], rank, name, f"{percent:.6g}")
+                yield csv_line(row) if as_csv else f"  {percent:7.3f} %  {name}"
 
 
-def as_text(path: str, guesses: list[Guess]) -> str:
-    """Format the guesses for one image as lines."""
-    lines = [f"  {percent:7.3f} %  {name}" for name, percent in guesses]
-    return "\n".join([printable(path), *lines])
-
-
-def as_csv(path: str, guesses: list[Guess]) -> str:
-    """Format the guesses for one image as CSV rows."""
-    ranked = enumerate(guesses, start=1)
-    return csv_text([(path, rank, name, f"{percent:.6g}") for rank, (name, percent) in ranked])
-
-
-def csv_text(rows: list[tuple]) -> str:
-    """Format rows as CSV, without the last line's end."""
+def csv_line(values: tuple) -> str:
+    """Format a row of CSV without the end of the line."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue().removesuffix("\n")
+    csv.writer(buffer, lineterminator="").writerow(values)
+    return buffer.getvalue()
 
 
 def run(argv: list[str]) -> int:
     """Classify the images that the command line names; return the exit code."""
-    command = parse(argv)
+    command = cli.read(
+        argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
+    )
     csv_file = command.options.csv
     output = Path(csv_file) if csv_file not in (None, "-") else None
     net, paths = network.load_model_and_images(command, output, command.arguments[1:])
@@ -88,24 +71,19 @@ def run(argv: list[str]) -> int:
     from experiment import console
     from fileio import atomic
 
-    unreadable, lines = Unreadable(), []
-    write = lines.append if output else console.info  # print results as they come
-    form = as_csv if csv_file else as_text
-    if csv_file:
-        write(csv_text([COLUMNS]))
     with translate_worker_errors():
-        for path, guesses in classify(net, paths, unreadable, command.options.top):
-            write(form(path, guesses))
+        results = lines(net, paths, command.options.top, as_csv=bool(csv_file))
+        if output:
+            content = "".join(f"{line}\n" for line in results)
+        else:
+            for line in results:  # as they come
+                console.info(line)
     if output:
-        content = "".join(f"{line}\n" for line in lines)
         atomic.atomic_write(output, content.encode("utf-8", "surrogateescape"))
-    return unreadable.code
+    return net.exit_code
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line and return its exit code."""
-    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
-
+main = partial(cli.run, usage=USAGE, flags=FLAGS, function=run, main_flags=True)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

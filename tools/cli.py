@@ -3,9 +3,9 @@
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import opts
 from cli.flag_reader import FlagParser
@@ -15,19 +15,12 @@ from errors import RunError, UsageError
 ROOT = Path(__file__).resolve().parents[1]  # of the project, whatever the current directory
 
 
-@dataclass(frozen=True)
-class Command:
-    """A parsed command line.
+class Command(NamedTuple):
+    """A parsed command line."""
 
-    Args:
-        options: values of the tool's flags by name.
-        arguments: positional arguments.
-        main_flags: flags of main.py, in the form that main.py takes.
-    """
-
-    options: SimpleNamespace
-    arguments: list[str]
-    main_flags: list[str]
+    options: SimpleNamespace  # the values of the tool's flags by name
+    arguments: list[str]  # positional
+    main_flags: list[str]  # in the form that main.py takes
 
 
 def read(
@@ -79,8 +72,8 @@ def run(
     try:
         code = 0
         if {"-h", "-help", "--help"} & set(argv):
-            groups = {"Options": list(flags.values())} | (opts.GROUPS if main_flags else {})
-            print(help_text(usage, groups))
+            own = {"Options": list(flags.values())} if flags else {}
+            print(help_text(usage, own | (opts.GROUPS if main_flags else {})))
         else:
             code = function(argv) or 0
         print(end="", flush=True)

@@ -4,117 +4,88 @@ With `--batchSize` it also predicts the memory of a training step in each precis
 DenseNet, at each memory level.
 """
 
-import signal
+import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import opts
 from cli.flag_types import Settings
-from errors import RunError, UsageError
+from datasets.registry import DATASETS
+from errors import UsageError
 from models.registry import ARCHITECTURES
+from tools import cli
 
 PRECISIONS = ("single", "half", "bf16", "double")
+USAGE = """usage: python -m tools.describe [main.py's flags]
+
+Counts parameters, multiply-adds and activations of a network, and lists its layers. With
+--batchSize it also predicts the memory of a training step."""
 
 
 class Layer(NamedTuple):
-    """A convolution or the classifier, with its counts for one image.
-
-    Args:
-        shape: of the output, (C, H, W) or (C,).
-        activations: number of outputs.
-    """
+    """A convolution or the classifier, with its multiply-adds for one image."""
 
     name: str
     kind: str
     in_channels: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the output, (C, H, W) or (C,)
     macs: int
-    activations: int
 
 
-def measure(model, image_size: int) -> list[Layer]:
+def list_layers(model, image_size: int) -> list[Layer]:
     """Count the layers of a network on the meta device, in the order they run."""
     import torch
     from torch import nn
 
-    layers: list[Layer] = []
+    layers = []
 
-    def record(name: str):
-        def hook(module, inputs, output) -> None:
-            kind = "linear"
-            if isinstance(module, nn.Conv2d):
-                kind = f"conv {'x'.join(map(str, module.kernel_size))}"
-                kind += f"/{module.stride[0]}" if module.stride[0] > 1 else ""
-            outputs, per_output = output[0].numel(), module.weight[0].numel()
-            layers.append(
-                Layer(name, kind, inputs[0].shape[1], tuple(output.shape[1:]),
-                      outputs * per_output, outputs)
-            )  # fmt: skip
-
-        return hook
+    def record(name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        kind = "linear"
+        if isinstance(module, nn.Conv2d):
+            kind = f"conv {'x'.join(map(str, module.kernel_size))}"
+            kind += f"/{module.stride[0]}" if module.stride[0] > 1 else ""
+        macs = output[0].numel() * module.weight[0].numel()
+        layers.append(Layer(name, kind, inputs[0].shape[1], tuple(output.shape[1:]), macs))
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(record(name))
+            module.register_forward_hook(partial(record, name))
     with torch.no_grad():
         model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
     return layers
 
 
-def num_classes(opt: Settings) -> int:
-    """Return the number of classes of the data that the settings name.
-
-    Raises:
-        UsageError: only the data tells.
-    """
-    from datasets import registry
-
-    count = opt.nClasses or registry.DATASETS[opt.dataset].num_classes
-    if count is None:
-        raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")
-    return count
-
-
-def build(opt: Settings):
-    """Build the network of plain modules on the meta device, without memory for its weights.
-
-    Raises:
-        UsageError: only the data tells the number of classes.
-    """
+def counts(opt: Settings) -> Iterator[str]:
+    """Yield lines about a network: the totals, and one for each layer."""
     import torch
 
     import models.factory
 
-    with torch.device("meta"):
-        return models.factory.create(opt.replace(optMemory=0), num_classes(opt))
+    with torch.device("meta"):  # no memory for its weights
+        model = models.factory.create(opt.replace(optMemory=0), opt.nClasses)
+    layers = list_layers(model, opt.imageSize)
 
-
-def render(opt: Settings, model, layers: list[Layer]) -> str:
-    """Format the totals and a line for each layer."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    macs = sum(layer.macs for layer in layers)
-    activations = sum(layer.activations for layer in layers)
     if ARCHITECTURES[opt.netType].uses("growthRate"):
         form, parts = f"k={opt.growthRate}", "layers per block"
     else:
         form, parts = f"shortcut {opt.shortcutType}", "blocks per stage"
-    lines = [
-        f"{opt.netType}, L={opt.depth}, {form}, "
-        f"{model.classifier.out_features} classes, input 3 x {opt.imageSize} x {opt.imageSize}",
-        f"stages         {', '.join(map(str, opt.stages))} {parts}",
-        f"parameters     {parameters:,}",
-        f"multiply-adds  {macs:,} per image (convolutions and classifier)",
-        f"activations    {activations:,} per image (their outputs)",
-        "",
-        f"{'layer':<44} {'kind':<10} {'channels':>14} {'size':>9} {'multiply-adds':>15}",
-    ]
+    size = f"{opt.imageSize} x {opt.imageSize}"
+    yield f"{opt.netType}, L={opt.depth}, {form}, {opt.nClasses} classes, input 3 x {size}"
+    yield f"stages         {', '.join(map(str, opt.stages))} {parts}"
+    yield f"parameters     {sum(parameter.numel() for parameter in model.parameters()):,}"
+    macs = sum(layer.macs for layer in layers)
+    yield f"multiply-adds  {macs:,} per image (convolutions and classifier)"
+    activations = sum(math.prod(layer.shape) for layer in layers)
+    yield f"activations    {activations:,} per image (their outputs)"
+
+    yield ""
+    yield f"{'layer':<44} {'kind':<10} {'channels':>14} {'size':>9} {'multiply-adds':>15}"
     for layer in layers:
         channels = f"{layer.in_channels} -> {layer.shape[0]}"
         size = " x ".join(map(str, layer.shape[1:]))
-        row = f"{layer.name:<44} {layer.kind:<10} {channels:>14} {size:>9} {layer.macs:>15,}"
-        lines.append(row)
-    return "\n".join(lines)
+        yield f"{layer.name:<44} {layer.kind:<10} {channels:>14} {size:>9} {layer.macs:>15,}"
 
 
 def memory(opt: Settings) -> Iterator[str]:
@@ -134,7 +105,7 @@ def memory(opt: Settings) -> Iterator[str]:
     for precision in PRECISIONS:
         ops, _ = kernels.backend.select(backend, device, precision)
         changed = opt.replace(precision=precision)
-        estimates[precision] = MemoryEstimate(changed, num_classes(opt), device, ops)
+        estimates[precision] = MemoryEstimate(changed, opt.nClasses, device, ops)
 
     where = engine.device.describe(device)
     yield f"memory of a training step at batch {opt.batchSize} on {where}, in MB"
@@ -158,9 +129,7 @@ def memory(opt: Settings) -> Iterator[str]:
 
 def resident_bytes(opt: Settings) -> int | None:
     """Count images and labels that stay on the device; None if only the data tells."""
-    from datasets import registry
-
-    dataset = registry.DATASETS[opt.dataset]
+    dataset = DATASETS[opt.dataset]
     if dataset.is_read_from_disk(opt.imageSize):
         return 0  # read batch by batch
     count = sum(dataset.num_images or ()) or None
@@ -169,22 +138,21 @@ def resident_bytes(opt: Settings) -> int | None:
     return count and count * (3 * opt.imageSize**2 + 8)
 
 
-def main(argv: list[str]) -> int:
-    """Print the counts of the network that the flags describe; return the exit code."""
-    try:
-        opt = opts.parse(argv)
-        model = build(opt)
-        print(render(opt, model, measure(model, opt.imageSize)))
-        if "batchSize" in opt.given:
-            print()
-            for line in memory(opt):
-                print(line, flush=True)
-    except RunError as error:
-        print(error.report(), file=sys.stderr)
-        return error.code
-    return 0
+def run(argv: list[str]) -> None:
+    """Print the counts of the network that the flags describe."""
+    opt = opts.parse(argv)
+    num_classes = opt.nClasses or DATASETS[opt.dataset].num_classes
+    if num_classes is None:
+        raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")
+    opt = opt.replace(nClasses=num_classes)
+    print("\n".join(counts(opt)))
+    if "batchSize" in opt.given:
+        print()
+        for line in memory(opt):  # takes seconds
+            print(line, flush=True)
 
+
+main = partial(cli.run, usage=USAGE, flags={}, function=run, main_flags=True)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     sys.exit(main(sys.argv[1:]))

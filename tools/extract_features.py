@@ -10,21 +10,25 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from cli.flag_types import Flag, text
 from fileio import atomic
 from tools import cli
 from tools.inference import network, sources
-from tools.inference.images import OVERWRITE, Unreadable
 
 if TYPE_CHECKING:
     import numpy as np
 
 FLAGS = {
     flag.name: flag
-    for flag in (Flag("output", text, "features.npz", "file to write"), sources.CLASSES, OVERWRITE)
+    for flag in (
+        Flag("output", text, "features.npz", "file to write"),
+        sources.CLASSES,
+        network.OVERWRITE,
+    )
 }
 USAGE = f"""usage: python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER... [options]
                                          [main.py's flags]
@@ -38,17 +42,8 @@ Writes the features of images, the input of the network's classifier, for numpy.
 An image that cannot be read is an error line and left out, and the exit code is 3."""
 
 
-def parse(argv: list[str]) -> cli.Command:
-    """Read the command line; the first argument is the checkpoint.
-
-    Raises:
-        UsageError: a flag is wrong, or an argument is missing.
-    """
-    return cli.read(argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True)
-
-
 def features(
-    net: network.LoadedModel, paths: list[str], unreadable: Unreadable
+    net: network.LoadedModel, paths: list[str]
 ) -> Iterator[tuple["np.ndarray", list[int]]]:
     """Yield features (n, C) float32 batch by batch, with the indices of their paths.
 
@@ -56,12 +51,10 @@ def features(
     """
     inputs = []
     hook = net.model.classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
-        for images, indices in net.batches(paths, unreadable):
+    with hook:  # is removed at the end
+        for images, indices in net.batches(paths):
             net.logits(images)
             yield net.mean_over_crops(inputs.pop().float()).cpu().numpy(), indices
-    finally:
-        hook.remove()
 
 
 def labels_of(names: list[str]) -> dict[str, "np.ndarray"]:
@@ -75,25 +68,11 @@ def labels_of(names: list[str]) -> dict[str, "np.ndarray"]:
     return {"classes": classes, "labels": labels.astype(np.int64)}
 
 
-def write(
-    target: IO[bytes], rows: IO[bytes], shape: tuple[int, int], others: dict[str, "np.ndarray"]
-) -> None:
-    """Write an .npz file of other arrays and of `features`, whose float32 rows are in a file."""
-    import numpy as np
-
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    with zipfile.ZipFile(target, "w") as archive:
-        with archive.open("features.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array_header_1_0(entry, header)
-            shutil.copyfileobj(rows, entry)
-        for name, values in others.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, values)
-
-
 def run(argv: list[str]) -> int:
     """Write the features of the images that the command line names; return the exit code."""
-    command = parse(argv)
+    command = cli.read(
+        argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
+    )
     arguments, output = command.arguments[1:], Path(command.options.output)
     net, paths = network.load_model_and_images(command, output, arguments)
 
@@ -102,30 +81,34 @@ def run(argv: list[str]) -> int:
     from datasets.file_loader import translate_worker_errors
     from experiment import console
 
-    unreadable, names, width = Unreadable(), [], net.model.classifier.in_features
     folder = arguments[0] if len(arguments) == 1 and os.path.isdir(arguments[0]) else None
+    names, width = [], net.model.classifier.in_features
     with (
         atomic.atomic_open(output) as target,
         # The header needs the number of rows, which is known at the end.
         tempfile.TemporaryFile(dir=output.parent) as rows,
         translate_worker_errors(),  # inside: a lost worker is not an output error
     ):
-        for values, indices in features(net, paths, unreadable):
+        for values, indices in features(net, paths):
             rows.write(values.astype("<f4").tobytes())
             names += [os.path.relpath(paths[i], folder) if folder else paths[i] for i in indices]
         rows.seek(0)
-        others = {"names": np.array(names, dtype=np.str_)}
-        if folder:
-            others |= labels_of(names)
-        write(target, rows, (len(names), width), others)
+        arrays = {"names": np.array(names, dtype=np.str_)} | (labels_of(names) if folder else {})
+
+        # Write what np.savez would, without the features in memory.
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), width)}
+        with zipfile.ZipFile(target, "w") as archive:
+            with archive.open("features.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, header)
+                shutil.copyfileobj(rows, entry)
+            for name, values in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, values)
     console.info(f"{output}: {len(names)} images, {width} features each")
-    return unreadable.code
+    return net.exit_code
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line and return its exit code."""
-    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
-
+main = partial(cli.run, usage=USAGE, flags=FLAGS, function=run, main_flags=True)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The model file of a run that never was, for the tools that read one."""
+"""Write the model file of a run that was never trained, and compute logits of image files."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import models.factory
 import opts
 from experiment.directory import RunDirectory
 from fileio import tensor_files
+from tools.inference.network import LoadedModel
 
 
 def scramble(model: torch.nn.Module) -> torch.nn.Module:
@@ -30,3 +31,8 @@ def write_model(directory: Path, flags: list[str], classes: list[str]) -> Path:
     facts = {"classes": classes, "mean": [128.0] * 3, "std": [64.0] * 3}
     RunDirectory(directory).write_json("data.json", facts)
     return directory / "model_last.pt"
+
+
+def logits(net: LoadedModel, paths: list[str]) -> torch.Tensor:
+    """Compute the logits of image files."""
+    return torch.cat([net.logits(images) for images, _ in net.batches(paths)])

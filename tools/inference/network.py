@@ -3,29 +3,35 @@
 classify, extract_features and export share it; sources.py reads weights and what describes them.
 """
 
+import math
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.flag_types import Settings
-from errors import UsageError
+from cli.flag_types import Flag, Settings, boolean
+from errors import CheckpointError, DataError, StorageError, UsageError
 from tools import cli
 from tools.inference import sources
-from tools.inference.images import Unreadable, check_new, find_images
-from tools.inference.sources import TrainingFacts
 
 if TYPE_CHECKING:
     import torch
 
+    from datasets.file_loader import UnreadableImages
+
+OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that exists", const="true")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network in evaluation mode on its device.
+    """A network in evaluation mode on its device, and how to read images for it.
 
     Args:
         classes: names in the order of its outputs.
         mean, std: of its training images, per channel, of pixels from 0 to 255.
+        unreadable: the images that could not be read so far; each was reported in one line.
     """
 
     model: "torch.nn.Module"
@@ -34,15 +40,14 @@ class LoadedModel:
     mean: list[float]
     std: list[float]
     device: "torch.device"
+    unreadable: "UnreadableImages"
 
     @property
-    def dtype(self) -> "torch.dtype":
-        """Return the type of its weights and logits."""
-        return self.model.classifier.weight.dtype
+    def exit_code(self) -> int:
+        """Return the exit code of a tool that went on without the unreadable images."""
+        return DataError.code if self.unreadable.seen else 0
 
-    def batches(
-        self, paths: list[str], unreadable: Unreadable
-    ) -> Iterator[tuple["torch.Tensor", list[int]]]:
+    def batches(self, paths: list[str]) -> Iterator[tuple["torch.Tensor", list[int]]]:
         """Read image files through the pipeline of --testOnly, in order.
 
         Yields:
@@ -51,13 +56,12 @@ class LoadedModel:
         """
         import datasets.factory
 
-        opt = self.opt
+        opt, dtype = self.opt, self.model.classifier.weight.dtype
         if len(paths) <= opt.batchSize:  # starting workers would take longer than reading
             opt = opt.replace(nThreads=0)
         samples = [(path, index) for index, path in enumerate(paths)]
-        statistics = (self.mean, self.std)
         loader = datasets.factory.evaluation_loader(
-            opt, samples, self.device, statistics, unreadable, self.dtype
+            opt, samples, self.device, (self.mean, self.std), self.unreadable, dtype
         )
         for images, indices in loader.batches(epoch=0):
             if len(indices):
@@ -70,7 +74,7 @@ class LoadedModel:
         from engine import precision
 
         with torch.no_grad(), precision.autocast(self.device, self.opt.precision):
-            return self.mean_over_crops(self.model(images).to(self.dtype))
+            return self.mean_over_crops(self.model(images).to(self.model.classifier.weight.dtype))
 
     def mean_over_crops(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Average (n * crops, C) over the crops of each image: (n, C)."""
@@ -92,45 +96,64 @@ def load(
         CheckpointError: missing, damaged, or weights of another network.
         UsageError: settings, classes or channel statistics are wrong or not known.
     """
+    import datasets.factory
+    from datasets.file_loader import UnreadableImages
+
+    weights, settings, data = sources.read(path)
+    if not settings and not main_flags:
+        fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
+        raise UsageError(f"{path} holds weights but does not describe their network", fix)
+    opt = sources.merge_settings(settings, main_flags)
+    num_classes = _count_classes(weights, opt.nClasses)
+    data = sources.read_classes(classes) if classes else data
+    names = data.get("classes") or [str(number) for number in range(num_classes)]
+    if len(names) != num_classes:
+        what = f"{classes or path} has {len(names)} classes, the weights have {num_classes}"
+        raise UsageError(what, "name the classes of these weights")
+    known = (data["mean"], data["std"]) if "mean" in data else None
+    statistics = known or datasets.factory.published_statistics(opt)
+    if statistics is None:
+        what = f"mean and deviation of the images that {opt.dataset} weights expect are not known"
+        raise UsageError(what, "add --classes RUN/data.json, of the run that they are from")
+    model, device = _build(opt, num_classes, weights)
+    unreadable = UnreadableImages("skip", math.inf, _report_unreadable)  # any number is skipped
+    return LoadedModel(model, opt, names, *map(list, statistics), device, unreadable)
+
+
+def _count_classes(weights: dict, wanted: int | None) -> int:
+    """Count the outputs of the classifier, the last matrix of the weights."""
+    matrices = [tensor for tensor in weights.values() if tensor.dim() == 2]
+    if not matrices:
+        raise CheckpointError("these weights have no classifier", "use those of a whole network")
+    found = len(matrices[-1])
+    if wanted not in (None, found):
+        what = f"the weights have {found} classes, nClasses is {wanted}"
+        raise CheckpointError(what, "leave out --nClasses")
+    return found
+
+
+def _build(opt: Settings, num_classes: int, weights: dict) -> tuple:
+    """Build the network as main.py does; return it and its device."""
     import torch
 
-    import datasets.factory
     import engine.device
     import kernels.backend
     import models.factory
     import models.state_dicts
     from engine.precision import PRECISIONS
 
-    # Read the weights, and what describes them.
-    sources.check_there(path)
-    source = sources.read(path)
-    if not source.settings and not main_flags:
-        fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
-        raise UsageError(f"{path} holds weights but does not describe their network", fix)
-    opt = sources.merge_settings(source, main_flags)
-    num_classes = sources.count_classes(source.weights, opt.nClasses)
-    facts = sources.read_classes(classes) if classes else source.facts
-    facts = facts or TrainingFacts([str(number) for number in range(num_classes)])
-    if len(facts.classes) != num_classes:
-        count = len(facts.classes)
-        what = f"{classes or path} has {count} classes, the weights have {num_classes}"
-        raise UsageError(what, "name the classes of these weights")
-    statistics = facts.mean and (facts.mean, facts.std)
-    statistics = statistics or datasets.factory.published_statistics(opt)
-    if statistics is None:
-        what = f"mean and deviation of the images that {opt.dataset} weights expect are not known"
-        raise UsageError(what, "add --classes RUN/data.json, of the run that they are from")
-
-    # Build the network as main.py does.
     device = engine.device.select(opt.nGPU)
     engine.device.configure(opt.cudnn, opt.tf32)
     ops, _ = kernels.backend.select(opt.kernels, device, opt.precision)
-    model = models.factory.create(opt, num_classes, ops)
+    model = models.factory.create(opt, num_classes, ops).eval()
     dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    models.state_dicts.load_weights(model, source.weights)
-    mean, std = map(list, statistics)
-    return LoadedModel(model.eval(), opt, facts.classes, mean, std, device)
+    models.state_dicts.load_weights(model, weights)
+    return model, device
+
+
+def _report_unreadable(reason: str) -> None:
+    print(DataError(reason, "replace or remove the file").report(), file=sys.stderr)
 
 
 def load_model_and_images(
@@ -149,3 +172,44 @@ def load_model_and_images(
     sources.check_there(checkpoint)
     paths = find_images(images)
     return load(checkpoint, command.main_flags, classes and Path(classes)), paths
+
+
+def find_images(arguments: list[str]) -> list[str]:
+    """List the named files, and the images below the named directories, in order.
+
+    Raises:
+        DataError: an argument does not exist, or a directory holds no image.
+    """
+    for argument in arguments:
+        if not os.path.exists(argument):
+            raise DataError(f"no such file or directory: {argument}", "name images or directories")
+
+    from datasets.image_folder import find_image_files  # loads torch
+
+    paths = []
+    for argument in arguments:
+        found = find_image_files(Path(argument)) if os.path.isdir(argument) else [argument]
+        if not found:
+            raise DataError(f"no images in {argument}", "name images or directories of them")
+        paths += found
+    return paths
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Check that an output file can be written, without writing it.
+
+    Raises:
+        UsageError: it exists and must not be replaced.
+        StorageError: its directory is missing or read-only.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a file", "name another")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists", "name another, or add --overwrite true")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        what = (
+            f"cannot write in {path.parent}"
+            if path.parent.is_dir()
+            else f"no directory {path.parent}"
+        )
+        raise StorageError(what, "make that directory, or name another")

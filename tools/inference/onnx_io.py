@@ -8,16 +8,15 @@ metadata include `sha256` of the weights, since the format has no checksum.
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import CheckpointError, RunError
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     import torch
 
@@ -27,8 +26,6 @@ PRODUCER = "densenet tools.export"
 
 def require(*packages: str) -> None:
     """Raise RunError if an optional package is not installed."""
-    import importlib.util
-
     for package in packages:
         if importlib.util.find_spec(package) is None:
             fix = "pip install -r requirements-tools.txt"
@@ -40,12 +37,7 @@ def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> by
 
     Args:
         size: height and width of the images.
-
-    Raises:
-        RunError: onnx or onnxscript is not installed.
     """
-    require("onnx", "onnxscript")
-
     import torch
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -61,23 +53,17 @@ def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> by
             optimize=False,  # would fold batch normalisation into convolutions
             verbose=False,
         )
-    proto = program.model_proto
-    _strip(proto.graph)
-    del proto.metadata_props[:]
-    proto.producer_name, proto.producer_version = PRODUCER, ""
-    digest = _digest({tensor.name: _tensor(tensor) for tensor in proto.graph.initializer})
-    for key, value in (metadata | {"sha256": digest}).items():
-        proto.metadata_props.add(key=key, value=value)
-    return proto.SerializeToString()
-
-
-def _strip(graph: "onnx.GraphProto") -> None:
-    """Remove the exporter's annotations, which double the file and hold local paths."""
-    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    proto, graph = program.model_proto, program.model_proto.graph
+    # Remove the exporter's annotations, which double the file and hold local paths.
+    parts = (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (proto, graph, *parts):
         del part.metadata_props[:]
     for node in graph.node:
         node.doc_string = ""
-    del graph.metadata_props[:]
+    proto.producer_name, proto.producer_version = PRODUCER, ""
+    for key, value in (metadata | {"sha256": _digest(_tensors(graph))}).items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto.SerializeToString()
 
 
 def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
@@ -93,7 +79,7 @@ def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
 
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
-        weights = {tensor.name: _tensor(tensor) for tensor in proto.graph.initializer}
+        weights = _tensors(proto.graph)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", "name a file") from error
     except Exception as error:  # damaged bytes can raise anything in a parser
@@ -108,40 +94,25 @@ def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
     return weights, metadata
 
 
+def _tensors(graph: "onnx.GraphProto") -> dict[str, "torch.Tensor"]:
+    """Convert the initialisers; raise ValueError if one is not finite or outside of the file."""
+    import onnx
+    import torch
+
+    tensors = {}
+    for initializer in graph.initializer:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:  # it could name any file
+            raise ValueError("data outside of the file")
+        values = torch.from_numpy(onnx.numpy_helper.to_array(initializer).copy())
+        if not torch.isfinite(values).all():
+            raise ValueError("a weight that is not finite")
+        tensors[initializer.name] = values
+    return tensors
+
+
 def _digest(weights: dict[str, "torch.Tensor"]) -> str:
     """Compute SHA-256 of names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _tensor(tensor: "onnx.TensorProto") -> "torch.Tensor":
-    """Convert an initialiser.
-
-    Raises:
-        ValueError: it is not finite, or lies outside of the file.
-    """
-    import onnx
-    import torch
-
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:  # it could name any file
-        raise ValueError("data outside of the file")
-    values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-    if not torch.isfinite(values).all():
-        raise ValueError("a weight that is not finite")
-    return values
-
-
-def runner(content: bytes) -> Callable[["np.ndarray"], "np.ndarray"]:
-    """Return a function that maps images (n, 3, H, W) to logits by ONNX Runtime.
-
-    Raises:
-        RunError: onnxruntime is not installed.
-    """
-    require("onnxruntime")
-
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})[0]

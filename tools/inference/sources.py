@@ -3,9 +3,9 @@
 import json
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import opts
 from cli.flag_reader import FlagParser
@@ -28,33 +28,19 @@ MODEL_FILES = ("model_last.pt", "model_best.pt")
 RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
 
 
-@dataclass(frozen=True)
-class TrainingFacts:
-    """Describes the data that a network was trained on.
-
-    Args:
-        classes: names in the order of its outputs.
-        mean, std: per channel, of pixels from 0 to 255; None if unknown.
-    """
-
-    classes: list[str]
-    mean: list[float] | None = None
-    std: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class WeightsSource:
+class WeightsSource(NamedTuple):
     """Weights, and what their file or run directory tells about them.
 
     Args:
         weights: a state dict, perhaps with another program's names.
         settings: main.py's flags as text by name; {} if unknown.
-        facts: None if unknown.
+        data: `classes` in the order of the outputs, and `mean` and `std` per channel of pixels
+            from 0 to 255, as in a run's data.json; an entry that is unknown is missing.
     """
 
     weights: dict
     settings: dict[str, str]
-    facts: TrainingFacts | None
+    data: dict[str, list]
 
 
 def check_there(path: Path) -> None:
@@ -71,25 +57,25 @@ def read(path: Path) -> WeightsSource:
         CheckpointError: missing, damaged, or without weights.
         UsageError: config.yaml or data.json beside the weights is invalid.
     """
+    check_there(path)
     if path.suffix == ".onnx":
-        return _from_onnx(path)
-    state = _checkpoint(path)
+        from tools.inference import onnx_io
+
+        weights, metadata = onnx_io.read(path)
+        return WeightsSource(weights, *(_read_metadata(metadata, path) if metadata else ({}, {})))
+    state = _read_checkpoint(path)
     if state:
-        given = {name: as_text(value) for name, value in state["settings"].items()}
-        return WeightsSource(state["model"], given, parse_facts(state["data"], path))
+        settings = {name: as_text(value) for name, value in state["settings"].items()}
+        return WeightsSource(state["model"], settings, _check_data(state["data"], path))
 
     import checkpoints
 
     weights = checkpoints.load_weights(path)
-    config, data = (path.parent / name for name in ("config.yaml", "data.json"))
-    if path.name not in MODEL_FILES or not config.is_file():
-        return WeightsSource(weights, {}, None)
-    return WeightsSource(
-        weights, read_settings(config), read_classes(data) if data.is_file() else None
-    )
+    in_run = path.name in MODEL_FILES
+    return WeightsSource(weights, *(_read_run_files(path.parent) if in_run else ({}, {})))
 
 
-def _checkpoint(path: Path) -> dict | None:
+def _read_checkpoint(path: Path) -> dict | None:
     """Load a checkpoint, of a directory the newest valid one; None for another kind of file."""
     from experiment import console, resume
 
@@ -106,71 +92,37 @@ def _checkpoint(path: Path) -> dict | None:
     return None
 
 
-def _from_onnx(path: Path) -> WeightsSource:
-    """Read an ONNX file: only its weights unless tools.export wrote it."""
-    from tools.inference import onnx_io
-
-    weights, metadata = onnx_io.read(path)
-    if not metadata:
-        return WeightsSource(weights, {}, None)
+def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict, dict]:
+    """Read settings and data from the metadata of an ONNX file that tools.export wrote."""
     try:
-        facts = parse_facts(json.loads(metadata["data"]), path)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as config:
-            config.write(metadata["settings"])
-            config.flush()
-            return WeightsSource(weights, read_settings(Path(config.name)), facts)
-    except (KeyError, ValueError, RecursionError, UsageError) as error:
+        with tempfile.TemporaryDirectory() as directory:
+            for name, key in (("config.yaml", "settings"), ("data.json", "data")):
+                Path(directory, name).write_text(metadata[key], encoding="utf-8")
+            return _read_run_files(Path(directory))
+    except (KeyError, UsageError) as error:
         what = f"{path} has invalid metadata: {str(error)[:100]}"
         raise CheckpointError(what, "use another file") from error
 
 
-def merge_settings(source: WeightsSource, main_flags: list[str] | tuple) -> Settings:
-    """Merge the settings of a run with flags of main.py, which win."""
-    given = {flag.partition("=")[0].removeprefix("--") for flag in main_flags}
-    kept = {} if "config" in given else source.settings
-    known = [
-        f"--{name}={value}"
-        for name, value in kept.items()
-        if value and name not in given and name not in RUN_ONLY
-    ]
-    opt = opts.parse([*known, *main_flags])
-    if opt.optMemory == "auto":  # levels matter in training only
-        return opt.replace(optMemory=opts.FLAGS["optMemory"].default)
-    return opt
+def _read_run_files(directory: Path) -> tuple[dict, dict]:
+    """Read config.yaml and data.json of a run; {} for one that is missing."""
+    config, data = directory / "config.yaml", directory / "data.json"
+    raw = []
+    if config.is_file():
+        parser = FlagParser(opts.FLAGS)
+        raw = parser.parse_yaml(config)
+        parser.add(raw)  # finds values that main.py would refuse, and names their line
+        if parser.problems:
+            raise UsageError.from_problems(parser.problems)
+    settings = {name: value for name, value, _ in raw}
+    return settings, read_classes(data) if data.is_file() else {}
 
 
-def read_settings(path: Path) -> dict[str, str]:
-    """Read the flags of a config file as text by name.
+def read_classes(path: Path) -> dict[str, list]:
+    """Read class names from a text file, one a line, or a run's data.json.
 
-    Raises:
-        UsageError: it cannot be read, or has a flag that main.py does not take.
-    """
-    parser = FlagParser(opts.FLAGS)
-    raw = parser.parse_yaml(path)
-    parser.add(raw)  # reports errors with their line
-    if parser.problems:
-        raise UsageError.from_problems(parser.problems)
-    return {name: value for name, value, _ in raw}
-
-
-def count_classes(weights: dict, wanted: int | None) -> int:
-    """Count the outputs of the classifier, the last matrix of the weights.
-
-    Raises:
-        CheckpointError: there is no matrix, or `wanted` is another number.
-    """
-    matrices = [tensor for tensor in weights.values() if tensor.dim() == 2]
-    if not matrices:
-        raise CheckpointError("these weights have no classifier", "use those of a whole network")
-    found = len(matrices[-1])
-    if wanted not in (None, found):
-        what = f"the weights have {found} classes, nClasses is {wanted}"
-        raise CheckpointError(what, "leave out --nClasses")
-    return found
-
-
-def read_classes(path: Path) -> TrainingFacts:
-    """Read class names from a text file, one a line, or all facts from a run's data.json.
+    Returns:
+        As WeightsSource.data.
 
     Raises:
         UsageError: it cannot be read, or has no valid classes.
@@ -178,7 +130,7 @@ def read_classes(path: Path) -> TrainingFacts:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            return parse_facts(json.loads(content), path)
+            return _check_data(json.loads(content), path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a file") from error
     except (ValueError, RecursionError) as error:
@@ -186,22 +138,31 @@ def read_classes(path: Path) -> TrainingFacts:
     classes = content.splitlines()
     if not classes or not all(name.strip() for name in classes):
         raise UsageError(f"{path} has a line without a name", "write the name of a class on each")
-    return TrainingFacts(classes)
+    return {"classes": classes}
 
 
-def parse_facts(data: object, path: Path) -> TrainingFacts:
-    """Check the classes and channel statistics of a run's data.json.
-
-    Raises:
-        UsageError: missing or invalid.
-    """
+def _check_data(data: object, path: Path) -> dict[str, list]:
+    """Return classes, mean and std of a run's data.json, or raise UsageError."""
     try:
         classes, mean, std = (list(data[name]) for name in ("classes", "mean", "std"))
+        mean, std = ([float(value) for value in values] for values in (mean, std))
         named = all(isinstance(name, str) for name in classes)
-        statistics = [float(value) for value in (*mean, *std)]
-        if not named or len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, statistics)):
+        if not named or len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)):
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"{path} holds no classes, means and deviations of a run"
         raise UsageError(what, "name the data.json of a run") from error
-    return TrainingFacts(classes, statistics[:3], statistics[3:])
+    return {"classes": classes, "mean": mean, "std": std}
+
+
+def merge_settings(settings: dict[str, str], main_flags: list[str] | tuple) -> Settings:
+    """Merge the settings of a run with flags of main.py, which win."""
+    given = {flag.partition("=")[0].removeprefix("--") for flag in main_flags}
+    skipped = settings.keys() if "config" in given else {*given, *RUN_ONLY}
+    kept = [
+        f"--{name}={value}" for name, value in settings.items() if value and name not in skipped
+    ]
+    opt = opts.parse([*kept, *main_flags])
+    if opt.optMemory == "auto":  # levels matter in training only
+        return opt.replace(optMemory=opts.FLAGS["optMemory"].default)
+    return opt
