@@ -33,6 +33,9 @@ probabilities in per cent. An IMAGE may be a directory, with all images below it
 With --tenCrop true ten crops of each image are averaged. An image that cannot be read is an error
 line, the others are classified, and the exit code is 3."""
 COLUMNS = ("image", "rank", "class", "percent")
+parse = partial(
+    cli.read, flags=FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
+)
 
 
 def lines(net: network.LoadedModel, paths: list[str], top: int, as_csv: bool) -> Iterator[str]:
@@ -60,9 +63,7 @@ def csv_line(values: tuple) -> str:
 
 def run(argv: list[str]) -> int:
     """Classify the images that the command line names; return the exit code."""
-    command = cli.read(
-        argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
-    )
+    command = parse(argv)
     csv_file = command.options.csv
     output = Path(csv_file) if csv_file not in (None, "-") else None
     net, paths = network.load_model_and_images(command, output, command.arguments[1:])

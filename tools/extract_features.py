@@ -40,6 +40,9 @@ Writes the features of images, the input of the network's classifier, for numpy.
   classes    (K,) names of the directories, for a folder with the images in a directory a class
 {sources.SOURCES}
 An image that cannot be read is an error line and left out, and the exit code is 3."""
+parse = partial(
+    cli.read, flags=FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
+)
 
 
 def features(
@@ -70,9 +73,7 @@ def labels_of(names: list[str]) -> dict[str, "np.ndarray"]:
 
 def run(argv: list[str]) -> int:
     """Write the features of the images that the command line names; return the exit code."""
-    command = cli.read(
-        argv, FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
-    )
+    command = parse(argv)
     arguments, output = command.arguments[1:], Path(command.options.output)
     net, paths = network.load_model_and_images(command, output, arguments)
 
