@@ -57,14 +57,19 @@ def list_layers(model, image_size: int) -> list[Layer]:
     return layers
 
 
-def counts(opt: Settings) -> Iterator[str]:
-    """Yield lines about a network: the totals, and one for each layer."""
+def build(opt: Settings):
+    """Build the network of `opt.nClasses` classes on the meta device, without weights."""
     import torch
 
     import models.factory
 
-    with torch.device("meta"):  # no memory for its weights
-        model = models.factory.create(opt.replace(optMemory=0), opt.nClasses)
+    with torch.device("meta"):
+        return models.factory.create(opt.replace(optMemory=0), opt.nClasses)
+
+
+def counts(opt: Settings) -> Iterator[str]:
+    """Yield lines about a network: the totals, and one for each layer."""
+    model = build(opt)
     layers = list_layers(model, opt.imageSize)
 
     if ARCHITECTURES[opt.netType].uses("growthRate"):

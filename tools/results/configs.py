@@ -77,6 +77,6 @@ def count(opt: Settings) -> Counts:
             if isinstance(module, BatchNorm2d):  # no multiply-adds, but half of the time
                 module.forward = lambda features: features
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        macs = sum(layer.macs for layer in describe.measure(model, opt.imageSize))
+        macs = sum(layer.macs for layer in describe.list_layers(model, opt.imageSize))
         _counts[key] = Counts(parameters, macs)
     return _counts[key]
