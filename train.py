@@ -1,6 +1,6 @@
 """Train and evaluate a network: SGD steps, epochs, evaluation, and the state that resumes a run.
 
-main.py builds what a Trainer gets; checkpoints.py saves its state; experiment/ prints and logs.
+main.py builds a Trainer's arguments; checkpoints.py saves its state; experiment/ prints and logs.
 """
 
 import time
@@ -27,26 +27,26 @@ from experiment.log import RunLog
 
 
 class Metadata(NamedTuple):
-    """Describe a run in its checkpoints, in plain values."""
+    """What a checkpoint says about its run, in plain values (numbers, strings, lists, dicts)."""
 
-    settings: dict[str, object]  # by flag name
-    data: dict[str, object]  # a resumed run must find the same, see datasets.factory.DataSplits
-    overrides: list[str]  # in words: the changes of settings that --override allowed
+    settings: dict[str, object]  # flag name -> value
+    data: dict[str, object]  # must be equal on resume, see datasets.factory.DataSplits
+    overrides: list[str]  # one phrase for each change of a setting that --override allowed
 
 
 class Trainer:
     """Train and evaluate a network; hold its optimizer, its position in the run and its results.
 
-    A Trainer computes steps, adds up their losses and errors, and stops at the first loss or
-    gradient that is not finite. It leaves to others which images form a batch (the loader), whether
-    a step runs eagerly or as a CUDA graph (StepRunner), what is printed (RunLog), and when to save
-    or to stop (the callbacks that `train` and `evaluate` get).
+    A Trainer runs steps, sums their losses and errors, and raises at the first loss or gradient
+    that is not finite. Others decide which images form a batch (the loader), whether a step runs
+    eagerly or as a CUDA graph (StepRunner), what is printed (RunLog), and when to save or to stop
+    (the callbacks of `train` and `evaluate`).
 
     Args:
-        opt: the settings; lrShape, precision, tenCrop and the optimizer's are read here.
-        model: moved to `device`, to channels-last memory and to the dtype of `--precision`.
-        world, shard: the processes of the run, and this one's part of each batch; None: only one.
-        capturer: captures steps, see engine/cuda_graph.py; None runs every step eagerly.
+        opt: the settings; the Trainer reads the schedule, precision, tenCrop and the optimizer's.
+        model: maps (N, 3, H, W) to logits (N, C); moved to `device`, channels last, in our dtype.
+        world, shard: all processes, and this one's part of each batch; None for a single process.
+        capturer: captures steps as CUDA graphs (engine/cuda_graph.py); None runs all eagerly.
     """
 
     def __init__(
@@ -65,21 +65,21 @@ class Trainer:
         self.dtype, self.num_crops = mode.dtype, 10 if opt.tenCrop else 1
         self.model = model.to(device, self.dtype, memory_format=torch.channels_last)
         self.schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
-        # A captured step reads its LR from device memory. Every GPU run has it there, captured or
-        # not, so that both train alike (the LR is rounded to float32 there).
-        on_device = device.type == "cuda" or capturer is not None
-        lr = torch.tensor(opt.LR, device=device) if on_device else opt.LR
+        # A captured step reads its LR from a float32 tensor on the GPU. Eager GPU steps use the
+        # same tensor, so that both round the LR alike.
+        lr_on_device = device.type == "cuda" or capturer is not None
+        lr = torch.tensor(opt.LR, device=device) if lr_on_device else opt.LR
         self.optimizer = optimizer.create(opt, self.model, lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode.scales_loss)
         self._reducer = GradientReducer(list(model.parameters()), self.world)
         self._guard = NonFiniteGuard(device)
         if not self.scaler.is_enabled():
-            # Fused SGD reads found_inf on the device, and skips its update if it is 1.
+            # Fused SGD skips its update if found_inf is 1. GradScaler sets it; without one we do.
             self.optimizer.found_inf = self._guard.found_inf
         self._runner = StepRunner(self.world, shard, capturer, log.warn_once)
 
         self.metadata, self.results = Metadata({}, {}, []), Results()  # main.py sets metadata
-        self.epoch, self.step, self.global_step = opt.epochNumber, 0, 0  # step: done in this epoch
+        self.epoch, self.step, self.global_step = opt.epochNumber, 0, 0  # steps done in the epoch
         self.metrics, self._eval_metrics = Metrics(device), Metrics(device)
         self._start_epoch()
 
@@ -90,14 +90,14 @@ class Trainer:
     # ---------------------------------------------------------------------------------- training
 
     def train(self, loader, on_step_end: Callable[[], None]) -> dict[str, float]:
-        """Train to the end of the current epoch; return its mean loss and errors, LR and speed.
+        """Train to the end of the current epoch; return loss, errors (per cent), LR and speed.
 
         Args:
-            loader: `batches(epoch, start)` yields (images, targets) on the device.
-            on_step_end: called after each step; may save, may raise to stop.
+            loader: `batches(epoch, first_step)` yields images (N, 3, H, W) and targets (N,).
+            on_step_end: called after each step; may save a checkpoint, or raise to end the run.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; that step changed no weight.
+            NonFiniteError: a loss or gradient is not finite; its step has not changed the weights.
         """
         self.model.train()
         steps = len(loader.sampler)
@@ -106,17 +106,17 @@ class Trainer:
         begin = partial(self._begin_step, steps)
         with progress, _name_batch_on_error(self.epoch, loader.sampler):
             for stats in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
-                # The speed of an epoch counts its steps, not what the callback takes to save.
+                # Time the steps only, not the callback, which may save a checkpoint.
                 self.data_s += stats.data_s
                 self.time_s += stats.time_s
-                # The callback comes before any read from the device: it raises if a peer is lost,
-                # while a read would wait forever for that peer's part of the step.
+                # Before any read from the device: the callback raises if a process has died, while
+                # a read would wait forever for that process's gradients.
                 on_step_end()
-                # The check waits for a GPU, so there it is made only when a line is printed anyway.
+                # On a GPU the check waits for queued steps: run it only when a line is printed.
                 if self.device.type == "cpu" or progress.should_display():
                     self._timed_check_finite()
                 progress.update(stats.num_images, stats.data_s, self._current_lr(steps))
-            # Wait for the steps that a GPU has still queued, then add up all processes' sums.
+            # Wait for the steps still queued on the GPU, then sum over all processes.
             self._timed_check_finite()
             metrics = self.metrics.all_reduced(self.world.all_reduce_)
             progress.finish(metrics, self._current_lr(steps))
@@ -129,17 +129,17 @@ class Trainer:
         }
 
     def _current_lr(self, steps: int) -> float:
-        """Return the LR of the step begun last (of the first, before it) in an epoch of `steps`."""
+        """Return the LR of the latest step begun (at first, of step 1) in an epoch of `steps`."""
         return self.schedule.lr(self.epoch, max(self.step, 1), steps)
 
     def _begin_step(self, steps: int) -> None:
-        """Count a step and set its learning rate: Python work, which a CUDA graph cannot hold."""
+        """Count a step and set its learning rate, in Python, outside of a captured graph."""
         self.step += 1
         self.global_step += 1
         optimizer.set_lr(self.optimizer, self._current_lr(steps))
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
-        """Do one SGD step without waiting for the device, so that a CUDA graph can hold it."""
+        """Do one SGD step; never wait for the device, so that a CUDA graph can capture it."""
         self._guard.next_step()
         global_size = self.shard.global_size if self.shard else len(targets)
         if global_size == 0:
@@ -150,37 +150,37 @@ class Trainer:
         with autocast(self.device, self.precision):
             logits, loss = self._loss(images, targets)
 
-        # Processes may have unequal shards: weighted, their mean gradient is the global batch's.
+        # Shards may differ in size. Weighted, the mean of their gradients is the global batch's.
         weighted = loss * self.shard.loss_weight if self.shard else loss
         scales_loss = self.scaler.is_enabled()
         if scales_loss:
-            # GradScaler skips an update only for bad gradients. After a bad loss found_inf is 1, so
-            # dividing by 0 makes the gradients bad; until then the division is by 1.
+            # GradScaler skips an update only if a gradient is not finite. Once a loss is not finite
+            # found_inf is 1, and dividing by 1 - 1 = 0 makes every gradient non-finite.
             self._guard.record_nonfinite(~torch.isfinite(loss.detach()))
             weighted = self.scaler.scale(weighted / (1 - self._guard.found_inf))
 
-        # Backward, then average the gradients over processes.
+        # Backward; average gradients over processes; are all losses, all gradients finite?
         weighted.backward()
         finite_loss, finite_gradients = self._reducer.reduce(loss)
 
-        # Record a bad step on the device. With loss scaling, gradients overflow now and then: the
-        # scaler skips such a step and lowers its scale.
+        # Record a non-finite step on the device. With loss scaling, a gradient that overflows is
+        # normal: the scaler skips the step and lowers its scale.
         self._guard.check_loss(finite_loss)
         is_finite = finite_loss if scales_loss else finite_loss & finite_gradients
         self._guard.record_nonfinite(~is_finite)
 
-        # Update the weights; after a bad step the fused kernel leaves them as they are.
+        # Update the weights; the fused kernel (or the scaler) skips a non-finite step.
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if len(targets):
+        if len(targets):  # else a zero image stood in
             self.metrics.add(loss, logits.detach(), targets)
 
     def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and their mean loss; without images, those of one zero image and 0."""
+        """Return logits (N, C) and mean loss; without images, those of a zero image and 0."""
         if len(targets):
             logits = self.model(images)  # (N, C)
             return logits, F.cross_entropy(logits, targets)
-        # Take part in syncBN's collectives, and draw dropout's seed as the other processes do.
+        # A process without images must join syncBN's collectives and draw dropout's seed.
         logits = self.model(images.new_zeros(1, *images.shape[1:]))
         return logits, 0 * logits.sum()
 
@@ -199,22 +199,22 @@ class Trainer:
     def evaluate(
         self, loader, on_batch_end: Callable[[], None], phase: str = "val"
     ) -> dict[str, float]:
-        """Return loss and errors over every image of `loader`, each counted once."""
-        # Running statistics differ between processes. Rank 0's are saved, so they are evaluated.
+        """Return mean loss and errors (per cent) over `loader`, each image counted once."""
+        # Running statistics differ between processes: evaluate with rank 0's, which are saved.
         self.world.broadcast_([*self.model.parameters(), *self.model.buffers()])
         self.model.eval()
-        metrics = self._eval_metrics  # separate: an epoch may be evaluated before it ends
+        metrics = self._eval_metrics  # not self.metrics, which may hold part of an epoch
         metrics.reset()
         with self.log.progress(phase, self.epoch, len(loader.sampler), 0, metrics) as progress:
             for stats in self._runner.run(self._eval_step, loader, self.epoch):
                 on_batch_end()
                 progress.update(stats.num_images, stats.data_s)
-            # Each process had some of the batches: add up their sums.
+            # Each process evaluated some of the batches: sum over processes.
             metrics = metrics.all_reduced(self.world.all_reduce_)
             progress.finish(metrics)
         return {f"{phase}_{name}": value for name, value in metrics.compute().items()}
 
-    def _eval_step(self, images: Tensor, targets: Tensor) -> None:
+    def _eval_step(self, images: Tensor, targets: Tensor) -> None:  # N * crops images
         if not len(targets):
             return  # no batch is left for this process
         with autocast(self.device, self.precision):
@@ -236,18 +236,18 @@ class Trainer:
 
     @property
     def position(self) -> dict[str, int]:
-        """The current epoch, the steps done in it, and the steps done in all."""
+        """Return the epoch, the steps done in it, and the steps done since the start of the run."""
         return {"epoch": self.epoch, "step": self.step, "global_step": self.global_step}
 
     @property
     def is_between_epochs(self) -> bool:
-        """Whether an epoch has just ended and the next has not begun."""
+        """Tell whether an epoch has ended and no step of the next one is done."""
         return self.step == 0 and self.results.last is not None
 
     def state_dict(self) -> dict:
         """Return all that an exact resume needs, as plain values and tensors.
 
-        Every process must call it at the same step. fileio/checkpoint_schema.py lists the entries.
+        All processes call it at one step, since it sums over them. Entries: checkpoint_schema.py.
         """
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -270,16 +270,16 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a `state_dict()` whose names and shapes experiment/resume.py has compared."""
+        """Restore a `state_dict()`; experiment/resume.py has checked that it fits this model."""
         self.model.load_state_dict(state["model"])
         optimizer.load_state_by_name(self.optimizer, self.model, state["momentum"])
-        # --override may have switched loss scaling on or off since.
+        # --override may have changed the precision, and with it loss scaling.
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.results = Results(state["last"], state["best"])
         for name in ("epoch", "step", "global_step", "time_s", "data_s"):
             setattr(self, name, state[name])
-        if state["sums"] and self.world.is_rank0:  # the sums of all processes: one adds them
+        if state["sums"] and self.world.is_rank0:  # summed over all processes already
             self.metrics.load_state_dict(state["sums"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
@@ -288,7 +288,7 @@ class Trainer:
 
 @contextmanager
 def _name_batch_on_error(epoch: int, sampler) -> Iterator[None]:
-    """Add the indices of the batch's images to a NonFiniteError."""
+    """Add the dataset indices of the batch's images to a NonFiniteError that passes through."""
     try:
         yield
     except NonFiniteError as error:
@@ -299,5 +299,5 @@ def _name_batch_on_error(epoch: int, sampler) -> Iterator[None]:
 
 def mean_over_crops(logits: Tensor, num_crops: int) -> Tensor:
     """Average (N * num_crops, C) logits over the crops of each image: (N, C)."""
-    # Ranks classes as fb.resnet.torch's sum over crops does, and has a loss as well.
+    # The mean ranks classes as fb.resnet.torch's sum does, and cross entropy applies to it.
     return logits.unflatten(0, (-1, num_crops)).mean(dim=1)
