@@ -1,1 +1,1 @@
-"""The networks and their weights."""
+"""Build the networks, and load and rename their weights."""

@@ -1,12 +1,12 @@
-"""The dense block in plain modules and autograd: the numerical reference, memory levels 0 and 1.
+"""Build a dense block from standard modules: memory levels 0 and 1 (`--optMemory`).
 
-| memory level | memory kept for backward                                                    |
-|--------------|-----------------------------------------------------------------------------|
-| 0            | every concatenation and ReLU output; quadratic in depth                     |
-| 1            | as 0, but concatenations are recomputed and ReLU overwrites its input       |
-| 2, 3, 4      | linear in depth: models/memory_efficient.py runs the parameters held here   |
+| memory level | feature maps kept for backward                                                |
+|--------------|-------------------------------------------------------------------------------|
+| 0            | every concatenation and every ReLU output: quadratic in depth                 |
+| 1            | every ReLU output: quadratic in depth; backward recomputes concatenations     |
+| 2, 3, 4      | linear in depth: models/memory_efficient.py runs it, with the same parameters |
 
-Every level computes the same function with the same parameters, names and buffers.
+Every level computes the same function and has the same state dict; level 0 is the reference.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,9 +24,9 @@ BOTTLENECK_WIDTH = 4  # the 1x1 convolution outputs 4k channels (paper, section 
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-conv3x3, with bottleneck BN-ReLU-conv1x1-BN-ReLU-conv3x3; dropout after each conv.
+    """Run BN-ReLU-conv3x3, or with `bottleneck` BN-ReLU-conv1x1-BN-ReLU-conv3x3.
 
-    Input (N, C, H, W), output the layer's k new channels, (N, k, H, W).
+    Dropout follows each convolution. With `inplace`, ReLU and dropout overwrite their inputs.
     """
 
     def __init__(self, channels: int, growth_rate: int, *, bottleneck: bool, inplace: bool):
@@ -44,33 +44,30 @@ class DenseLayer(nn.Module):
 
     @property
     def norms(self) -> list[BatchNorm]:
-        """Batch norms in the order they run, each followed by one of `convs`."""
+        """Return the batch norms in execution order, one before each of `convs`."""
         return [self.norm1, self.norm2] if self.bottleneck else [self.norm1]
 
     @property
     def convs(self) -> list[nn.Conv2d]:
-        """Convolutions in the order they run."""
+        """Return the convolutions in execution order."""
         return [self.conv1, self.conv2] if self.bottleneck else [self.conv1]
 
     def forward(self, x: Tensor, dropouts: tuple[DropoutSpec, DropoutSpec] | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, k, H, W); `dropouts` follow the first and the second convolution."""
+        """Return k new channels, (N, k, H, W); `dropouts[i]` is applied after convolution i."""
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
             x = conv(F.relu(norm(x), self.inplace))
-            # Parity: dropout after the 1x1 convolution, too, which most ports leave out.
-            x = apply_dropout(x, dropouts and dropouts[i], self.inplace)
+            # Parity: as in Lua, dropout also after the 1x1 convolution; most ports omit it.
+            x = apply_dropout(x, dropouts[i] if dropouts else None, self.inplace)
         return x
 
 
 class DenseBlock(nn.ModuleDict):
-    """Layers, `denselayer1` and on, that each read the output channels of all layers before.
-
-    Input (N, C, H, W), output (N, C + num_layers * growth_rate, H, W): the input, then the new
-    channels of each layer.
+    """Run layers `denselayer1`, `denselayer2`, ... on the block's input and all earlier outputs.
 
     Attributes:
-        channels, out_channels: of the input and of the output.
-        width: channels of each layer's bottleneck; 0 without.
-        shard: this replica's part of the batch; None in a single process.
+        channels, out_channels: number of input channels, number of output channels.
+        width: output channels of each 1x1 convolution; 0 if there is no bottleneck.
+        shard: this process's part of the global batch; None in a single-process run.
     """
 
     shard: BatchShard | None = None
@@ -87,36 +84,38 @@ class DenseBlock(nn.ModuleDict):
     ):
         super().__init__()
         self.growth_rate, self.drop_rate = growth_rate, drop_rate
-        self.recomputes_concat = memory_level >= 1
+        # Levels 2 to 4 run as level 1 where models/memory_efficient.py cannot run the block.
+        self.recomputes_concat = inplace = memory_level >= 1
         self.channels, self.out_channels = channels, channels + num_layers * growth_rate
         self.width = BOTTLENECK_WIDTH * growth_rate if bottleneck else 0
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
-                self.layer_offset(i), growth_rate, bottleneck=bottleneck, inplace=memory_level >= 1
+                self.layer_offset(i), growth_rate, bottleneck=bottleneck, inplace=inplace
             )
 
     @property
     def norms(self) -> list[BatchNorm]:
-        """Batch norms of all layers in the order they run."""
+        """Return the batch norms of all layers in execution order."""
         return [norm for layer in self.values() for norm in layer.norms]
 
     def layer_offset(self, i: int) -> int:
-        """Return the first of the k channels that layer i writes; it reads all channels before."""
+        """Return the index of the first channel that layer i writes: it reads those below."""
         return self.channels + i * self.growth_rate
 
     def draw_seed(self, device: torch.device) -> Tensor | None:
-        """Draw the seed of this step's dropout; None without dropout."""
+        """Draw this step's dropout seed, (1,) int32; None if no dropout is applied."""
         return draw_seed(device) if self.drop_rate > 0 and self.training else None
 
     def dropouts(self, seed: Tensor | None, i: int) -> tuple[DropoutSpec, DropoutSpec] | None:
-        """Return the dropouts after the two convolutions of layer i; None without dropout."""
+        """Return a DropoutSpec for either convolution of layer i; None if `seed` is None."""
         if seed is None:
             return None
-        offset = sample_offset(self.shard)
+        offset = sample_offset(self.shard)  # index of this process's first image in the batch
+        # The layer_id 2 * i + j is unique within the block, so no two dropouts share a mask.
         return tuple(DropoutSpec(self.drop_rate, seed, 2 * i + j, offset) for j in (0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C + num_layers * growth_rate, H, W)."""
+        """Return input x, (N, C, H, W), and all new channels: (N, C + num_layers * k, H, W)."""
         seed = self.draw_seed(x.device)
         parts = [x]
         for i, layer in enumerate(self.values()):
@@ -127,9 +126,9 @@ class DenseBlock(nn.ModuleDict):
 
 
 def _recompute_concat(concat: Tensor, parts: tuple[Tensor, ...]) -> AbstractContextManager:
-    """Make autograd save `parts`, which are saved anyway, where it would save `concat`."""
-    # Compare storages: a reference to the tensor would keep it alive, and the fake tensors of
-    # engine/memory.py have no data pointer.
+    """Make autograd keep `parts`, which all later layers share, in place of `concat`."""
+    # Recognise `concat` by the address of its storage object: a reference to it would keep it
+    # alive, and data_ptr() fails on the FakeTensors of engine/memory.py.
     storage, shape = concat.untyped_storage()._cdata, concat.shape
 
     def pack(saved: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -143,7 +142,7 @@ def _recompute_concat(concat: Tensor, parts: tuple[Tensor, ...]) -> AbstractCont
 
 
 class Dropout(nn.Module):
-    """Dropout in training, (N, C, H, W) -> the same shape; `shard` as in `DenseBlock`."""
+    """Apply dropout in training; the identity in evaluation. `shard` is as in `DenseBlock`."""
 
     shard: BatchShard | None = None
 
@@ -152,32 +151,32 @@ class Dropout(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same shape."""
+        """Return a tensor of the shape of x, (N, C, H, W)."""
         return apply_dropout(x, self.draw(x.device), inplace=False)
 
     def draw(self, device: torch.device) -> DropoutSpec | None:
-        """Draw the dropout of this step; None without dropout."""
+        """Return this step's dropout, with a new seed; None if no dropout is applied."""
         if not self.training or self.rate == 0:
             return None
         return DropoutSpec(self.rate, draw_seed(device), 0, sample_offset(self.shard))
 
 
 class DropoutAvgPool(torch.autograd.Function):
-    """Dropout, then 2x2 average pooling, saving no feature maps.
+    """Apply dropout, then 2x2 average pooling, and keep no feature maps for backward.
 
-    Both are linear, so backward needs only the dropout mask, which it recomputes.
+    Both are linear in x: backward needs only the mask, which it recomputes from the seed.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, dropout: DropoutSpec) -> Tensor:
-        """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
+        """Return the pooled maps, (N, C, H // 2, W // 2)."""
         ctx.dropout, ctx.size = dropout, x.shape[2:]
         return F.avg_pool2d(apply_dropout(x, dropout, inplace=False), 2)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        """(N, C, H // 2, W // 2) -> (N, C, H, W)."""
-        # Each output pixel gave a quarter to four input pixels; an odd last row or column got none.
+        """Return the gradient of x, (N, C, H, W), and None for the dropout."""
+        # Four input pixels get a quarter of each output gradient; an odd last row or column gets 0.
         height, width = (length - length % 2 for length in ctx.size)
         grad = F.interpolate(grad / 4, size=(height, width), mode="nearest")
         grad = F.pad(grad, (0, ctx.size[1] - width, 0, ctx.size[0] - height))
@@ -185,8 +184,9 @@ class DropoutAvgPool(torch.autograd.Function):
 
 
 def apply_dropout(x: Tensor, dropout: DropoutSpec | None, inplace: bool) -> Tensor:
-    """Multiply (N, C, H, W) by the mask of a dropout; None leaves it unchanged."""
+    """Multiply x, (N, C, H, W), by the mask, 0 or 1 / (1 - rate); no dropout: return x."""
     if dropout is None:
         return x
+    # Masks are defined in the order (N, H, W, C), which is the kernels' layout.
     mask = dropout.mask(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return x.mul_(mask) if inplace else x * mask

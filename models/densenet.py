@@ -1,4 +1,4 @@
-"""DenseNet (arXiv:1608.06993): stem, dense blocks, transitions, classifier.
+"""Build a DenseNet (arXiv:1608.06993): stem, dense blocks, transitions, classifier.
 
 Parameters have torchvision's names (`features.denseblock1.denselayer1.norm1.weight`, ...,
 `classifier.bias`), so weights are exchanged with torchvision and timm.
@@ -18,20 +18,20 @@ from models.sync_batchnorm import BatchNorm
 
 
 class DenseNet(nn.Module):
-    """A DenseNet of any form (basic, B, C or BC), for images of CIFAR's or of ImageNet's size.
+    """Compute a DenseNet of any form (basic, B, C or BC), with a stem for CIFAR or ImageNet.
 
     Args:
         stages: layers per dense block, e.g. (16, 16, 16) for L=100 with bottleneck.
         growth_rate: k, channels that each layer adds.
         init_channels: output channels of the first convolution.
-        num_classes: outputs.
+        num_classes: number of outputs.
         imagenet_stem: a 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling (paper Table 1) instead
             of a 3x3 convolution.
         bottleneck: put a 1x1 convolution to 4k channels before each 3x3 (DenseNet-B).
         compression: theta, fraction of the channels that a transition keeps (DenseNet-C below 1).
-        drop_rate: dropout after each convolution except the first.
+        drop_rate: rate of the dropout after each convolution except the first.
         memory_level: 0 to 4, what dense blocks keep for backward, see models/dense_block.py.
-        ops: backend of levels 2 to 4.
+        ops: backend (kernels/backend.py) that computes dense blocks at levels 2 to 4.
 
     Input (N, 3, H, W), output logits (N, num_classes).
     """
@@ -76,16 +76,16 @@ class DenseNet(nn.Module):
         reset_parameters(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, num_classes)."""
+        """Return the logits, (N, num_classes), of images, (N, 3, H, W)."""
         if self.memory_level in memory_efficient.MEMORY_EFFICIENT_LEVELS:
             return self.classifier(self._forward_memory_efficient(images))
         return self.classifier(_relu_mean_pool(self.features(images)))
 
     def _forward_memory_efficient(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C): features, ReLU and mean.
+        """Compute the classifier's input, (N, C), from images, (N, 3, H, W).
 
-        Runs each block together with the module that reads it, if it can, so that level 4 need not
-        keep the block's output.
+        Where possible, runs each block and the module after it in one function, so that level 4
+        need not keep the block's output.
         """
         x, modules = images, deque(self.features)
         while modules:
@@ -105,8 +105,8 @@ class DenseNet(nn.Module):
 
 
 def _relu_mean_pool(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C): ReLU, which overwrites its input, and mean."""
-    # A mean: adaptive pooling has no deterministic backward on CUDA.
+    """Apply ReLU to (N, C, H, W), in place; return the mean over pixels, (N, C)."""
+    # Not AdaptiveAvgPool2d: adaptive pooling has no deterministic backward on CUDA.
     return F.relu(features, inplace=True).mean(dim=(2, 3))
 
 
@@ -125,7 +125,7 @@ def _imagenet_stem(channels: int) -> OrderedDict[str, nn.Module]:
 
 
 class Transition(nn.Sequential):
-    """The layers between two dense blocks: BN, ReLU, 1x1 convolution, dropout, 2x2 average pool."""
+    """Run BN, ReLU, 1x1 convolution, dropout and 2x2 average pooling between two dense blocks."""
 
     def __init__(self, in_channels: int, out_channels: int, drop_rate: float):
         drop = {"drop": Dropout(drop_rate)} if drop_rate > 0 else {}
@@ -140,10 +140,10 @@ class Transition(nn.Sequential):
         )
 
     def forward_with_block(self, block: DenseBlock, x: Tensor, ops: Backend, level: int) -> Tensor:
-        """Run a dense block, then this transition: in one function if the block can.
+        """Run a dense block, then this transition; in one function if `can_run` allows it.
 
-        Average pooling and a 1x1 convolution commute. The pooling comes first, which leaves the
-        convolution a quarter of the work; not with dropout, which is between the two.
+        Average pooling and a 1x1 convolution commute, so the pooling runs first, which leaves the
+        convolution a quarter of the work. With dropout between the two, the order stays.
         """
         if not memory_efficient.can_run(block, self.norm):
             return self(block(x))
@@ -154,6 +154,6 @@ class Transition(nn.Sequential):
         return self._dropout_avg_pool(x) if has_dropout else self.conv(x)
 
     def _dropout_avg_pool(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H // 2, W // 2), saving no feature maps for backward."""
+        """Return (N, C, H // 2, W // 2), and keep no feature maps for backward."""
         dropout = self.drop.draw(x.device)
         return DropoutAvgPool.apply(x, dropout) if dropout else self.pool(x)

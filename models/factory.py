@@ -21,8 +21,8 @@ def create(
     """Create the network that the settings describe, with the initial weights of `manualSeed`.
 
     Args:
-        ops: backend of its dense blocks.
-        shard: this replica's part of each batch; None in a single process.
+        ops: backend (kernels/backend.py) that computes its dense blocks.
+        shard: this process's part of each global batch; None in a single-process run.
     """
     torch.manual_seed(opt.manualSeed)
     architecture = ARCHITECTURES[opt.netType]
@@ -36,10 +36,10 @@ def create(
 
 
 def attach_shard(model: nn.Module, shard: BatchShard, sync_norms: bool) -> None:
-    """Make a network one of several replicas: give its modules the shard that they need.
+    """Set `shard` in the modules that need to know this process's part of the global batch.
 
     Args:
-        sync_norms: batch norms use the statistics of the whole batch, not of the replica's images.
+        sync_norms: batch norms use statistics of the global batch, not of this process's images.
     """
     sharded = (DenseBlock, Dropout, BatchNorm) if sync_norms else (DenseBlock, Dropout)
     for module in model.modules():

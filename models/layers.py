@@ -1,4 +1,4 @@
-"""Parts of several networks: convolutions, shortcuts, sizes of residual blocks, initial weights."""
+"""Build parts of several networks: convolutions, shortcuts, residual blocks, initial weights."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ EXPANSION = 4  # output channels of a residual bottleneck over those of its 3x3 
 
 
 class BlockSizes(NamedTuple):
-    """Channels and stride of a residual block; `width` is that of its 3x3 convolutions."""
+    """Hold channels and stride of a residual block; `width`: channels of its 3x3 convolutions."""
 
     in_channels: int
     width: int
@@ -21,22 +21,22 @@ class BlockSizes(NamedTuple):
 
 
 def make_conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """(N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)), without bias."""
+    """Build a convolution without bias, padded so that H becomes ceil(H / stride); size is odd."""
     return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
 
 
 class PaddedShortcut(nn.Module):
-    """Shortcut A: take every stride-th pixel and append channels of zeros; no parameters."""
+    """Take every stride-th pixel and append channels of zeros (shortcut A); no parameters."""
 
-    # Parity: Lua appends as many zeros as there are channels, which only doubles them. The first
-    # bottleneck of a network needs four times as many (16 -> 64): zeros fill up to any width here.
+    # Parity: Lua appends as many channels of zeros as there are input channels. The first
+    # bottleneck needs 4 times the input channels (16 -> 64), so any number can be appended here.
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.pad_channels, self.stride = out_channels - in_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Return (N, out_channels, ceil(H / stride), ceil(W / stride)) from (N, C, H, W)."""
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, 0, self.pad_channels))
 
@@ -65,8 +65,8 @@ def block_sizes(counts: tuple[int, ...], width: int, bottleneck: bool) -> list[l
 
     Args:
         counts: blocks per stage.
-        width: of the first stage, and the channels that enter it.
-        bottleneck: blocks output four times their width.
+        width: channels of the 3x3 convolutions of the first stage, and of its input.
+        bottleneck: blocks have four times as many output channels as `width`.
     """
     sizes, channels = [], width
     for i, count in enumerate(counts):
@@ -79,7 +79,7 @@ def block_sizes(counts: tuple[int, ...], width: int, bottleneck: bool) -> list[l
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Initialise as fb.resnet.torch does (docs/parity.md, rules).
+    """Initialise all parameters as fb.resnet.torch does (docs/parity.md, rules).
 
     Args:
         model: a network whose attribute `classifier` is its last, linear layer.
@@ -91,7 +91,7 @@ def reset_parameters(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
-    # Weights uniform within 1/sqrt(C_in) of 0, biases 0.
+    # Uniform in [-1/sqrt(C_in), 1/sqrt(C_in)], biases 0.
     bound = 1 / math.sqrt(model.classifier.in_features)
     nn.init.uniform_(model.classifier.weight, -bound, bound)
     nn.init.zeros_(model.classifier.bias)

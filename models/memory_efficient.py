@@ -2,35 +2,37 @@
 
 With plain modules every layer copies all earlier feature maps (`torch.cat`), computes their batch
 norm statistics again, and autograd keeps the copies. Here one `autograd.Function` runs a whole
-block, together with its epilogue: the batch norm, ReLU and pooling (or 1x1 convolution) that read
-the finished block. docs/memory.md derives the formulas.
+block and its *epilogue*: the batch norm, ReLU and pooling (or 1x1 convolution) that follow the
+block in a transition or before the classifier. docs/memory.md derives the formulas.
 
-Forward, every tensor channels last, (N, H, W, C):
-- One buffer X holds the block's input and, behind it, the k channels that each layer adds. Layer i
-  reads X[..., :C_i] in place and writes the next k channels, so nothing is concatenated.
-- The mean and variance of a channel are the same for every layer that reads it. They are computed
-  once, when the channel is written; each batch norm applies its own weight and bias.
-- Normalised, rectified maps exist only inside one operation of the backend, a tile at a time.
+Forward, on tensors (N, H, W, C):
+- One buffer X holds the block's C_0 input channels, then the k new channels of each layer. Layer i
+  takes the first C_i = C_0 + i k channels, in place, and writes the next k: no concatenation.
+- The *readers* of a channel are the later layers and the epilogue: each begins with a batch norm.
+  A channel's mean and variance serve all its readers; they are computed once, when it is written.
+- The *backend* (kernels/backend.py: plain PyTorch or Triton) computes batch norm, ReLU and
+  convolution in one operation, tile by tile: outputs of batch norm and ReLU are never stored.
+- *Bottleneck maps*, the outputs of 1x1 convolutions, have buffers of their own.
 
 Backward, with a buffer G for the gradient of X:
-- The backward of a batch norm subtracts a term that needs two sums over the batch. Because its
-  readers share statistics, the terms of one channel add up: every reader adds its gradient to G
-  and its sums to `mean_correction` and `var_correction`, and the term is subtracted once, when the
-  last reader is done ("deferred correction").
-- Order: level 4 fills X again. The epilogue writes G. Then each layer, last to first, completes G
-  of the k channels that it wrote, goes back through its convolutions, and adds to G of the channels
-  that it read. Last, the gradient of the block's input is completed and returned.
+- If dz is the gradient of a batch norm's output, that of its input x is gamma rstd (dz - mean(dz)
+  - mean(dz xhat) xhat), with xhat the normalised x. Each reader adds gamma rstd dz to G and the two
+  means, times gamma rstd, to the channel's *corrections*. After the last reader, subtracting
+  mean_correction + var_correction xhat, once for all readers, *completes* G of the channel.
+- Order: (1) Level 4 recomputes X. (2) The epilogue writes G. (3) Each layer, last to first,
+  completes G of the k channels that it wrote and adds to G of the C_i channels that it read.
+  (4) G of the block's input is completed and returned.
 
-| memory level | keeps for backward, besides a few numbers per channel | recomputes             |
-|--------------|-------------------------------------------------------|------------------------|
-| 2            | X, and the bottleneck maps of every layer             | BN, ReLU, dropout mask |
-| 3            | X                                                     | bottleneck maps, too   |
-| 4            | the block's input                                     | X, too                 |
+| memory level | keeps for backward, besides the statistics | recomputes                |
+|--------------|--------------------------------------------|---------------------------|
+| 2            | X and the bottleneck maps of every layer   | BN, ReLU, dropout masks   |
+| 3            | X                                          | as 2, and bottleneck maps |
+| 4            | the block's input                          | as 3, and X               |
 
-Left out: a block with frozen, replaced or unlike batch norms, or whose gradient is wanted in
-evaluation, runs as plain modules (`can_run`, models/dense_block.py). Modules inside a block are
-not called, so their hooks do not run. Second derivatives, forward-mode derivatives and torch.func
-transforms raise an error. Gradients of parameters that need none are computed, then dropped.
+Not supported: batch norms that are frozen, replaced or unequal in settings, and gradients in
+evaluation; such blocks run as plain modules (see `can_run`). Hooks of modules inside a block are
+not called. Second derivatives, forward-mode derivatives and torch.func transforms raise an error.
+Gradients are computed for all parameters, also for those with requires_grad=False.
 """
 
 from collections.abc import Sequence
@@ -53,12 +55,11 @@ MEMORY_EFFICIENT_LEVELS = (2, 3, 4)
 
 @dataclass(frozen=True)
 class BlockEpilogue:
-    """The operations that read a finished block: batch norm, ReLU, then pooling or a convolution.
+    """Name the modules after a block: batch norm, ReLU, then average pooling or a 1x1 convolution.
 
     Args:
         norm: the batch norm.
-        window: height and width of the average pooling; or
-        conv: a 1x1 convolution.
+        window, conv: (height, width) of the pooling, or the 1x1 convolution; the other is None.
     """
 
     norm: nn.BatchNorm2d
@@ -68,14 +69,14 @@ class BlockEpilogue:
 
 @dataclass(frozen=True)
 class _BlockSpec:
-    """One run of a block: everything that is not a tensor.
+    """Hold the arguments of `_DenseBlockFunction` that are not tensors.
 
     Args:
-        eps: of every batch norm.
-        window: of the epilogue.
-        dtype: of the feature maps.
-        shard: None unless batch norms use the statistics of all replicas: then these are reduced
-            when they are written and corrections after the last reader, each channel once.
+        ops, level, block: backend, memory level and modules, as in `run_dense_block`.
+        eps: the value that all batch norms share.
+        window, dtype: the epilogue's pooling window, the dtype of the feature maps.
+        shard: this process's part of the batch with `--syncBN`, else None. With it, a channel's
+            statistics are all-reduced when it is written, its corrections after its last reader.
     """
 
     ops: Backend
@@ -87,49 +88,50 @@ class _BlockSpec:
     shard: BatchShard | None
 
     def new_buffer(self, channels: int, x: Tensor) -> Tensor:
-        """Allocate (N, H, W, channels), uninitialised; x is (N, H, W, any)."""
+        """Allocate (N, H, W, channels) uninitialised; N, H, W and the device are those of x."""
         return x.new_empty((*x.shape[:3], channels), dtype=self.dtype)
 
 
 class _NormConv(NamedTuple):
-    """The parameters of a batch norm and of the convolution after it, or their gradients.
+    """Hold the parameters of a batch norm and of the convolution after it, or their gradients.
 
-    A dense layer has one or, with a bottleneck, two; the epilogue has one, `conv` None for pooling.
+    A layer has one of these or, with a bottleneck, two; the epilogue has one.
     """
 
-    weight: Tensor
-    bias: Tensor
-    conv: Tensor | None
+    norm_weight: Tensor  # (C,)
+    norm_bias: Tensor  # (C,)
+    conv_weight: Tensor | None  # (F, C, h, w); None for pooling
 
     @property
     def norm(self) -> NormParams:
-        return NormParams(self.weight, self.bias)
+        """Return the batch norm's parameters as the backend takes them."""
+        return NormParams(self.norm_weight, self.norm_bias)
 
 
 def _split(block: DenseBlock, parameters: Sequence[Tensor | None]) -> list[list[_NormConv]]:
-    """Group flat parameters by batch norm, and those by layer; last is the epilogue's."""
+    """Group (norm weight, norm bias, conv weight) triples by layer; the last is the epilogue's."""
     pairs = [_NormConv(*parameters[i : i + 3]) for i in range(0, len(parameters), 3)]
     size = 2 if block.width else 1
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
 
 def can_run(block: DenseBlock, reader: nn.Module) -> bool:
-    """Tell whether `run_dense_block` computes what the modules would, as they are now.
+    """Return whether `run_dense_block` gives the result of the modules in their current state.
 
-    It needs the same eps, momentum and mode in all batch norms. It has no backward through running
-    statistics, so it cannot run with frozen batch norms.
+    All batch norms need equal eps and momentum and the mode of the block; in evaluation mode there
+    is no backward.
 
     Args:
-        reader: the module after the block; an epilogue's batch norm if it is one.
+        reader: the module after the block; it must be a `BatchNorm` to begin an epilogue.
     """
     norms = [*block.norms, reader]
-    # The exact type: subclasses, converted and parametrised batch norms compute something else.
+    # The exact type: other classes compute something else (SyncBatchNorm, quantised, parametrised).
     if any(type(norm) is not BatchNorm for norm in norms) or reader.momentum is None:
         return False
-    # The mode of the block itself decides about its dropout.
-    wanted = (reader.eps, reader.momentum, reader.shard, block.training)
+    # block.training turns the block's dropout on, so the batch norms must have the same mode.
+    settings = (reader.eps, reader.momentum, reader.shard, block.training)
     return (block.training or not torch.is_grad_enabled()) and all(
-        (norm.eps, norm.momentum, norm.shard, norm.training) == wanted
+        (norm.eps, norm.momentum, norm.shard, norm.training) == settings
         and norm.affine
         and norm.track_running_stats
         and norm.running_mean is not None
@@ -140,16 +142,16 @@ def can_run(block: DenseBlock, reader: nn.Module) -> bool:
 def run_dense_block(
     block: DenseBlock, epilogue: BlockEpilogue, x: Tensor, ops: Backend, level: int
 ) -> Tensor:
-    """Run a block and its epilogue: on batch statistics or, in evaluation, on the running ones.
+    """Run a block and its epilogue, with batch statistics or, in evaluation, running statistics.
 
     Args:
         x: (N, C, H, W), the block's input.
 
     Returns:
-        (N, C', H', W') from the epilogue, channels last in memory.
+        (N, C', H', W'), the pooled or convolved maps, channels last in memory.
 
     Raises:
-        ValueError: training on one value per channel, which has no variance.
+        ValueError: in training, one value per channel in the whole batch: it has no variance.
     """
     norms = [*block.norms, epilogue.norm]
     shard = norms[0].shard
@@ -157,13 +159,13 @@ def run_dense_block(
         ops, level, block, epilogue.norm.eps, epilogue.window, _features_dtype(x), shard
     )
     convs = [conv for layer in block.values() for conv in layer.convs] + [epilogue.conv]
-    # Flat: autograd tracks tensors that are arguments, not those inside of others.
+    # One flat list: autograd tracks only tensors passed as direct arguments, not those in lists.
     parameters = [
         parameter
         for norm, conv in zip(norms, convs, strict=True)
         for parameter in (norm.weight, norm.bias, conv and conv.weight)
     ]
-    with torch.autocast(x.device.type, enabled=False):  # the spec's dtype replaces it
+    with torch.autocast(x.device.type, enabled=False):  # autocast's dtype is in spec already
         if not block.training:
             return _nchw(_evaluate(spec, _nhwc(x), parameters, norms))
         images = len(x) if shard is None else shard.global_size
@@ -177,19 +179,19 @@ def run_dense_block(
 
 
 class _DenseBlockFunction(torch.autograd.Function):
-    """Input and parameters -> the epilogue's output, and the statistics of every channel."""
+    """Compute the epilogue's output, (N, C', H', W'), and all statistics from x, (N, C_0, H, W)."""
 
     @staticmethod
     def forward(ctx, spec: _BlockSpec, x: Tensor, seed: Tensor | None, *parameters: Tensor | None):
         block = spec.block
-        *layers, (last,) = _split(block, parameters)
+        *layers, (epilogue,) = _split(block, parameters)
         source = _nhwc(x)
 
-        # Statistics, rows mean, rstd and var: (3, C) of the buffer's C channels, and
-        # (layers, 3, width) of the bottlenecks; in single precision or better.
-        wide = torch.promote_types(spec.dtype, torch.float32)
-        stats = x.new_empty(3, block.out_channels, dtype=wide)
-        bottleneck_stats = x.new_empty(len(block), 3, block.width, dtype=wide)
+        # Statistics mean, rstd = 1 / sqrt(var + eps) and var: (3, C) of X, C = out_channels, and
+        # (layers, 3, width) of the bottleneck maps; in float32, or in float64 for float64 maps.
+        stats_dtype = torch.promote_types(spec.dtype, torch.float32)
+        stats = x.new_empty(3, block.out_channels, dtype=stats_dtype)
+        bottleneck_stats = x.new_empty(len(block), 3, block.width, dtype=stats_dtype)
 
         # The buffer X, (N, H, W, C); the block's input is its first channels.
         features = FeatureMaps(spec.new_buffer(block.out_channels, source), *stats, eps=spec.eps)
@@ -197,8 +199,8 @@ class _DenseBlockFunction(torch.autograd.Function):
         spec.ops.copy_with_stats(source, block_input)
         all_reduce_stats(spec.shard, block_input)
 
-        # Each layer appends k channels, by way of bottleneck maps (N, H, W, width): at level 2 each
-        # layer has a buffer for them, else all use the same.
+        # Each layer adds k channels. Buffers for bottleneck maps, (N, H, W, width): at level 2 one
+        # for each layer, at levels 3 and 4 one that all layers share.
         bottleneck_buffers, bottleneck = [], None
         for i, layer in enumerate(layers):
             if block.width:
@@ -207,10 +209,10 @@ class _DenseBlockFunction(torch.autograd.Function):
                 bottleneck = FeatureMaps(bottleneck_buffers[-1], *bottleneck_stats[i], eps=spec.eps)
             _layer_forward(spec, i, layer, features, bottleneck, seed)
 
-        # The epilogue reads all C channels: (N, H', W', C').
-        out = _epilogue_forward(spec, last, features)
+        # The epilogue reads all C channels; out is (N, H', W', C').
+        out = _epilogue_forward(spec, epilogue, features)
 
-        # Keep what the memory level allows, vectors of one number per channel, and parameters.
+        # Save the maps that the memory level keeps, the statistics and the parameters.
         saved = [x] if spec.level == 4 else [features.value]
         saved += bottleneck_buffers if spec.level == 2 else []
         ctx.spec, ctx.num_saved = spec, len(saved)
@@ -221,29 +223,30 @@ class _DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
-        # Read saved_tensors once: hooks that have offloaded them load them at each access.
+        """Return gradients of spec (None), x, seed (None), parameters; `grad`: (N, C', H', W')."""
+        # Read saved_tensors only once: each access runs saved-tensor hooks (CPU offload) again.
         spec: _BlockSpec = ctx.spec
         block, saved = spec.block, ctx.saved_tensors
         (kept, *bottleneck_buffers), rest = saved[: ctx.num_saved], saved[ctx.num_saved :]
         stats, bottleneck_stats, seed, *parameters = rest
-        *layers, (last,) = _split(block, parameters)
+        *layers, (epilogue,) = _split(block, parameters)
 
-        # The buffer X, (N, H, W, C), with statistics (C,); var is None: they are not written again.
+        # The buffer X, (N, H, W, C). Without var, the backend does not compute statistics again.
         features = FeatureMaps(kept, *stats[:2], eps=spec.eps)
-        if spec.level == 4:  # what is kept is the input
+        if spec.level == 4:  # `kept` is the block's input, (N, C_0, H, W)
             source = _nhwc(kept)
             features.value = spec.new_buffer(block.out_channels, source)
             features.value[..., : block.channels] = source
             del saved, kept, source
-            ctx.maybe_clear_saved_tensors()  # frees the input, whose copy is in the buffer now
+            ctx.maybe_clear_saved_tensors()  # free the input: the buffer holds a copy
 
-        # Bottlenecks: one gradient (N, H, W, width) that all layers overwrite; at levels 3 and 4
-        # also one value to recompute into. Their corrections are (layers, 2, width).
+        # Bottleneck maps: all layers share one gradient buffer (N, H, W, width), at levels 3 and 4
+        # also one for recomputed maps. Corrections of mean and variance: (layers, 2, width).
         grad_buffer = spec.new_buffer(block.width, features.value)
         value_buffer = spec.new_buffer(block.width, features.value) if spec.level > 2 else None
         corrections = torch.zeros_like(bottleneck_stats[:, :2])
 
-        def bottleneck(i: int) -> FeatureMaps | None:
+        def bottleneck_maps(i: int) -> FeatureMaps | None:
             if not block.width:
                 return None
             value = bottleneck_buffers[i] if spec.level == 2 else value_buffer
@@ -253,26 +256,26 @@ class _DenseBlockFunction(torch.autograd.Function):
 
         if spec.level == 4:  # fill the buffer again
             for i, layer in enumerate(layers):
-                _layer_forward(spec, i, layer, features, bottleneck(i), seed)
+                _layer_forward(spec, i, layer, features, bottleneck_maps(i), seed)
 
-        # G, (N, H, W, C), and the corrections, (C,): the epilogue begins, the layers add to them.
+        # G, (N, H, W, C), which the epilogue overwrites; corrections, (C,), begin with zeros.
         features.grad = spec.new_buffer(block.out_channels, features.value)
         features.mean_correction, features.var_correction = torch.zeros_like(stats[:2])
-        grads = [_epilogue_backward(spec, last, features, _nhwc(grad).to(spec.dtype))]
+        grads = [_epilogue_backward(spec, epilogue, features, _nhwc(grad).to(spec.dtype))]
         for i, layer in reversed([*enumerate(layers)]):
-            grads[:0] = _layer_backward(spec, i, layer, features, bottleneck(i), seed)
+            grads[:0] = _layer_backward(spec, i, layer, features, bottleneck_maps(i), seed)
 
-        # All readers of the block's input are done: complete its gradient, (N, C, H, W).
+        # All readers of the block's input are done: complete its G, and return (N, C_0, H, W).
         dx = None
         if ctx.needs_input_grad[1]:
             block_input = features.channels(0, block.channels)
             all_reduce_corrections(spec.shard, block_input)
             dx = _nchw(spec.ops.complete_gradient(block_input))
 
-        # Gradients of the parameters, first layer first, in the parameters' shapes and types.
+        # Gradients in the order of the parameters, with their shapes and dtypes.
         grads = [
-            None if parameter is None else found.view_as(parameter).to(parameter.dtype)
-            for found, parameter in zip(chain.from_iterable(grads), parameters, strict=True)
+            None if parameter is None else grad.view_as(parameter).to(parameter.dtype)
+            for grad, parameter in zip(chain.from_iterable(grads), parameters, strict=True)
         ]
         return None, dx, None, *grads
 
@@ -281,17 +284,17 @@ def _layer_forward(
     spec: _BlockSpec, i: int, layer: list[_NormConv], features: FeatureMaps,
     bottleneck: FeatureMaps | None, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    """Run layer i: read the first C_i of the block's channels and write the k after them."""
+    """Run layer i: read channels [0, C_i) of the buffer and write channels [C_i, C_i + k)."""
     ops, first, last = spec.ops, layer[0], layer[-1]
     start, end = spec.block.layer_offset(i), spec.block.layer_offset(i + 1)
     source, new = features.channels(0, start), features.channels(start, end)
     dropout1, dropout2 = spec.block.dropouts(seed, i) or (None, None)
     if bottleneck is None:
-        ops.conv3x3(source, last.norm, last.conv, new, dropout1)
+        ops.conv3x3(source, last.norm, last.conv_weight, new, dropout1)
     else:
-        ops.conv1x1(source, first.norm, first.conv, bottleneck, dropout1)  # C_i -> width channels
+        ops.conv1x1(source, first.norm, first.conv_weight, bottleneck, dropout1)
         all_reduce_stats(spec.shard, bottleneck)
-        ops.conv3x3(bottleneck, last.norm, last.conv, new, dropout2)
+        ops.conv3x3(bottleneck, last.norm, last.conv_weight, new, dropout2)
     all_reduce_stats(spec.shard, new)
 
 
@@ -299,54 +302,54 @@ def _layer_backward(
     spec: _BlockSpec, i: int, layer: list[_NormConv], features: FeatureMaps,
     bottleneck: FeatureMaps | None, seed: Tensor | None,
 ) -> list[_NormConv]:  # fmt: skip
-    """Add to G of the C_i channels that layer i read; return the gradients of its parameters."""
+    """Add layer i's input gradient to channels [0, C_i) of G; return its parameters' gradients."""
     ops, first, last = spec.ops, layer[0], layer[-1]
     start, end = spec.block.layer_offset(i), spec.block.layer_offset(i + 1)
     source, new = features.channels(0, start), features.channels(start, end)
     dropout1, dropout2 = spec.block.dropouts(seed, i) or (None, None)
 
-    # All layers that read `new` are done. The convolution's backward completes its gradient.
+    # All readers of `new` are done: conv3x3_backward completes G of `new` as it loads it.
     all_reduce_corrections(spec.shard, new)
     if bottleneck is None:
         dconv, dweight, dbias = ops.conv3x3_backward(
-            new, source, last.norm, last.conv, dropout1, overwrite=False
+            new, source, last.norm, last.conv_weight, dropout1, overwrite=False
         )
         return [_NormConv(dweight, dbias, dconv)]
 
-    # Levels 3 and 4: compute the bottleneck maps, (N, H, W, width), again.
+    # Levels 3 and 4: recompute the bottleneck maps, (N, H, W, width).
     if spec.level > 2:
-        ops.conv1x1(source, first.norm, first.conv, bottleneck, dropout1)
+        ops.conv1x1(source, first.norm, first.conv_weight, bottleneck, dropout1)
 
-    # The 3x3 convolution is their only reader, so it overwrites the gradient of another layer's.
+    # Only this convolution reads the maps, so it overwrites the layers' shared gradient buffer.
     dconv2, dweight2, dbias2 = ops.conv3x3_backward(
-        new, bottleneck, last.norm, last.conv, dropout2, overwrite=True
+        new, bottleneck, last.norm, last.conv_weight, dropout2, overwrite=True
     )
     all_reduce_corrections(spec.shard, bottleneck)
     dconv1, dweight1, dbias1 = ops.conv1x1_backward(
-        bottleneck, source, first.norm, first.conv, dropout1, overwrite=False
+        bottleneck, source, first.norm, first.conv_weight, dropout1, overwrite=False
     )
     return [_NormConv(dweight1, dbias1, dconv1), _NormConv(dweight2, dbias2, dconv2)]
 
 
-def _epilogue_forward(spec: _BlockSpec, last: _NormConv, features: FeatureMaps) -> Tensor:
-    """(N, H, W, C) -> (N, H', W', C')."""
+def _epilogue_forward(spec: _BlockSpec, epilogue: _NormConv, features: FeatureMaps) -> Tensor:
+    """Run the epilogue on all C channels; return its output, (N, H', W', C')."""
     if spec.window:
-        return spec.ops.norm_relu_avg_pool(features, last.norm, spec.window)
-    out = features.value.new_empty((*features.value.shape[:3], len(last.conv)))
-    spec.ops.conv1x1(features, last.norm, last.conv, FeatureMaps(out), None)
+        return spec.ops.norm_relu_avg_pool(features, epilogue.norm, spec.window)
+    out = features.value.new_empty((*features.value.shape[:3], epilogue.conv_weight.shape[0]))
+    spec.ops.conv1x1(features, epilogue.norm, epilogue.conv_weight, FeatureMaps(out), None)
     return out
 
 
 def _epilogue_backward(
-    spec: _BlockSpec, last: _NormConv, features: FeatureMaps, grad: Tensor
+    spec: _BlockSpec, epilogue: _NormConv, features: FeatureMaps, grad: Tensor
 ) -> _NormConv:
-    """Write G from `grad`, (N, H', W', C'); return the gradients of the epilogue's parameters."""
+    """Write G, (N, H, W, C), from `grad`, (N, H', W', C'); return the parameters' gradients."""
     if spec.window:
-        dnorm = spec.ops.norm_relu_avg_pool_backward(grad, features, last.norm, spec.window)
+        dnorm = spec.ops.norm_relu_avg_pool_backward(grad, features, epilogue.norm, spec.window)
         return _NormConv(*dnorm, None)
-    target = FeatureMaps(grad, grad=grad)  # no batch norm reads it: any tensor serves as its value
+    target = FeatureMaps(grad, grad=grad)  # value is not read: no batch norm follows
     dconv, dweight, dbias = spec.ops.conv1x1_backward(
-        target, features, last.norm, last.conv, None, overwrite=True
+        target, features, epilogue.norm, epilogue.conv_weight, None, overwrite=True
     )
     return _NormConv(dweight, dbias, dconv)
 
@@ -354,27 +357,27 @@ def _epilogue_backward(
 def _evaluate(
     spec: _BlockSpec, x: Tensor, parameters: Sequence[Tensor | None], norms: list[BatchNorm]
 ) -> Tensor:
-    """Run a block, (N, H, W, C) -> (N, H', W', C'), each batch norm on its running statistics."""
+    """Run x, (N, H, W, C_0), with running statistics; return the output, (N, H', W', C')."""
     block = spec.block
-    *layers, (last,) = _split(block, parameters)
+    *layers, (epilogue,) = _split(block, parameters)
     stats = iter([(norm.running_mean, (norm.running_var + norm.eps).rsqrt()) for norm in norms])
     value = spec.new_buffer(block.out_channels, x)
     value[..., : block.channels] = x
     bottleneck_buffer, bottleneck = spec.new_buffer(block.width, x), None
     for i, layer in enumerate(layers):
-        features = FeatureMaps(value, *next(stats))  # statistics of the channels that it reads
+        features = FeatureMaps(value, *next(stats))  # each reader has running statistics of its own
         if block.width:
             bottleneck = FeatureMaps(bottleneck_buffer, *next(stats))
         _layer_forward(spec, i, layer, features, bottleneck, None)
-    return _epilogue_forward(spec, last, FeatureMaps(value, *next(stats)))
+    return _epilogue_forward(spec, epilogue, FeatureMaps(value, *next(stats)))
 
 
 @torch.no_grad()
 def _update_running_statistics(
     block: DenseBlock, norms: list[BatchNorm], stats: Tensor, bottleneck_stats: Tensor, count: int
 ) -> None:
-    """Move running statistics once, towards mean and unbiased variance of `count` values."""
-    # (3, C_i) or (3, width) of each batch norm, rows mean, rstd and biased variance.
+    """Update running means and unbiased variances from a batch of `count` values per channel."""
+    # For each batch norm mean, rstd and biased variance: (3, C_i), (3, width) or (3, C).
     stats_of_norms = []
     for i in range(len(block)):
         stats_of_norms.append(stats[:, : block.layer_offset(i)])
@@ -382,19 +385,19 @@ def _update_running_statistics(
             stats_of_norms.append(bottleneck_stats[i])
     stats_of_norms.append(stats)
 
-    # One call for all vectors: a deep network has hundreds of short ones.
+    # torch._foreach_* launch few kernels for the hundreds of short vectors of a deep network.
     unbiased = count / (count - 1)
     momentum = norms[0].momentum
     for buffer, row, factor in (("running_mean", 0, 1.0), ("running_var", 2, unbiased)):
         targets = [getattr(norm, buffer) for norm in norms]
-        wanted = torch._foreach_mul([stat[row] for stat in stats_of_norms], factor)
-        wanted = [value.to(target.dtype) for value, target in zip(wanted, targets, strict=True)]
-        torch._foreach_lerp_(targets, wanted, momentum)
+        new_values = torch._foreach_mul([stat[row] for stat in stats_of_norms], factor)
+        new_values = [value.to(t.dtype) for value, t in zip(new_values, targets, strict=True)]
+        torch._foreach_lerp_(targets, new_values, momentum)
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 def _features_dtype(x: Tensor) -> torch.dtype:
-    """Return the type that autocast gives feature maps; double precision stays."""
+    """Return autocast's dtype if autocast is on and x is not float64, else the dtype of x."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -402,8 +405,10 @@ def _features_dtype(x: Tensor) -> torch.dtype:
 
 
 def _nchw(x: Tensor) -> Tensor:
+    """View (N, H, W, C) as (N, C, H, W)."""
     return x.permute(0, 3, 1, 2)
 
 
 def _nhwc(x: Tensor) -> Tensor:
+    """View (N, C, H, W) as (N, H, W, C)."""
     return x.permute(0, 2, 3, 1)

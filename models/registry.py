@@ -1,4 +1,4 @@
-"""The networks by name: their classes, depths, defaults and flags. Does not import PyTorch."""
+"""List the networks by name: class, depths, defaults, flags. Does not import PyTorch."""
 
 import importlib
 from collections.abc import Callable
@@ -39,7 +39,7 @@ DENSE_BLOCK_FLAGS = {
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """Defaults of `--nEpochs` and `--batchSize`."""
+    """Hold the defaults of `--nEpochs` and `--batchSize`."""
 
     num_epochs: int
     batch_size: int
@@ -47,7 +47,7 @@ class TrainingDefaults:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How flags describe a network. Pairs are values of the (CIFAR shape, ImageNet shape).
+    """Describe a network and its flags. Pairs are values for (CIFAR shape, ImageNet shape).
 
     Args:
         title: the paper's name.

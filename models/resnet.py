@@ -1,4 +1,4 @@
-"""Residual networks: ResNet (arXiv:1512.03385) and pre-activation ResNet (arXiv:1603.05027).
+"""Build ResNets (arXiv:1512.03385) and pre-activation ResNets (arXiv:1603.05027).
 
 ResNet follows fb.resnet.torch: batch norm after each convolution. Its parameters have torchvision's
 names (`conv1.weight`, `layer1.0.bn1.bias`, `layer2.0.downsample.0.weight`, ..., `fc.weight`), so
@@ -24,7 +24,7 @@ BRANCH, BOTH, NOTHING = "branch", "both", "nothing"
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions; with bottleneck 1x1 to `width` channels, 3x3, 1x1 to `out_channels`.
+    """Run two 3x3 convolutions, or with `bottleneck` 1x1 to `width` channels, 3x3 and 1x1.
 
     BN follows each convolution, ReLU all but the last; ReLU also follows the sum with the shortcut.
     The second convolution has the stride if `strides_late`, else the first.
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.downsample = make_shortcut(shortcut, sizes, norm=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         branch = F.relu(self.bn1(self.conv1(x)), inplace=True)
         branch = self.bn2(self.conv2(branch))
         if self.bottleneck:
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """`Block` with BN and ReLU before each convolution; `preact`: which paths read the first."""
+    """Run BN and ReLU before each convolution; `preact`: the paths that start after the first."""
 
     def __init__(
         self, sizes: BlockSizes, *, shortcut: str, bottleneck: bool, strides_late: bool, preact: str
@@ -63,7 +63,7 @@ class PreActBlock(nn.Module):
         self.downsample = make_shortcut(shortcut, sizes, norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         active = x if self.preact == NOTHING else F.relu(self.bn1(x), inplace=True)
         if self.preact == BOTH:
             x = active
@@ -74,12 +74,12 @@ class PreActBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network for CIFAR (stages of width 16, 32, 64) or ImageNet (64, 128, 256, 512).
+    """Compute a ResNet for CIFAR (stages of width 16, 32, 64) or ImageNet (64, 128, 256, 512).
 
     Args:
         stages: blocks per stage, e.g. (18, 18, 18) for the CIFAR networks of 110 layers, or of 164
             with bottleneck.
-        num_classes: outputs.
+        num_classes: number of outputs.
         imagenet_stem: a 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling instead of a 3x3
             convolution (with BN and ReLU unless `pre_activation`); stages are four times as wide.
         bottleneck: blocks of three convolutions instead of two.
@@ -128,16 +128,16 @@ class ResNet(nn.Module):
 
     @property
     def classifier(self) -> nn.Linear:
-        """The last layer, by the name that it has in every network."""
+        """Return the last layer, by the name that every network has for it."""
         return self.fc
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, num_classes)."""
+        """Return the logits, (N, num_classes), of images, (N, 3, H, W)."""
         *body, classifier = self.children()
         features = images
         for module in body:
             features = module(features)
-        # A mean: adaptive pooling has no deterministic backward on CUDA.
+        # Not AdaptiveAvgPool2d: adaptive pooling has no deterministic backward on CUDA.
         return classifier(features.mean(dim=(2, 3)))
 
 
@@ -156,7 +156,7 @@ def _pre_activated_stem(width: int, imagenet: bool) -> nn.Module:
 def _pre_activated_stages(
     sizes: list[list[BlockSizes]], preact: str, options: dict[str, object]
 ) -> nn.Sequential:
-    """Build the stages; `preact` is that of the very first block."""
+    """Build the stages; `preact` is for the first block of the first stage."""
     stages = nn.Sequential()
     for first, *others in sizes:
         blocks = [PreActBlock(first, **options, preact=preact)]

@@ -58,5 +58,5 @@ def _classifier_prefix(model: nn.Module) -> str:
 
 
 def _upgrade_key(name: str) -> str:
-    """`...denselayer1.norm.1.weight` -> `...denselayer1.norm1.weight`."""
+    """Rename `...denselayer1.norm.1.weight` to `...denselayer1.norm1.weight`."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)

@@ -1,13 +1,13 @@
-"""Batch norm and dropout of one batch that several replicas share.
+"""Compute batch norm and dropout of a global batch that several processes share.
 
-Every replica runs the same network on its images of the batch, and the mean of their gradients is
-applied. An image gets the same dropout mask on any replica. With `--syncBN` batch norms use the
+Every process runs the same network on its images of the batch, and the mean of their gradients is
+applied. An image gets the same dropout mask on any process. With `--syncBN` batch norms use the
 statistics of the whole batch: two numbers per channel are exchanged forward and two backward, which
 docs/memory.md derives.
 
-A module finds its replica's part of the batch in its attribute `shard`, which
+A module finds its process's part of the batch in its attribute `shard`, which
 models.factory.attach_shard sets. The sizes in a shard may change between steps, not between a
-forward pass and its backward. A replica without images runs one image of zeros with weight 0, so
+forward pass and its backward. A process without images runs one image of zeros with weight 0, so
 that it takes part in every exchange; the gradient of its output must be 0, too.
 """
 
@@ -21,13 +21,13 @@ from kernels.feature_maps import FeatureMaps
 
 
 def sample_offset(shard: BatchShard | None) -> int:
-    """Count the images of the batch that earlier replicas have; 0 for a single process."""
+    """Return the index in the global batch of this process's first image."""
     return 0 if shard is None else shard.offset
 
 
 def all_reduced_stats(shard: BatchShard, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance over all replicas, (C,), from those of this replica."""
-    means, variances = shard.all_gather(torch.stack([mean, var])).unbind(1)  # (replicas, C)
+    """Return mean and biased variance over all processes, (C,), from those of this one."""
+    means, variances = shard.all_gather(torch.stack([mean, var])).unbind(1)  # (processes, C)
     weights = shard.weights.to(mean.dtype)[:, None]
     mean = (weights * means).sum(0)
     # The law of total variance: unlike E[x^2] - E[x]^2 it keeps its digits if a mean is far from 0.
@@ -37,23 +37,23 @@ def all_reduced_stats(shard: BatchShard, mean: Tensor, var: Tensor) -> tuple[Ten
 def all_reduced_corrections(
     shard: BatchShard, mean_correction: Tensor, var_correction: Tensor
 ) -> Tensor:
-    """Return the corrections (kernels/feature_maps.py) over all replicas, from this replica's.
+    """Return the corrections (kernels/feature_maps.py) over all processes, from this one's.
 
     Args:
-        mean_correction, var_correction: (C,), divided by the number of values on this replica.
+        mean_correction, var_correction: (C,), divided by the number of values of this process.
 
     Returns:
-        (2, C), mean_correction and var_correction, divided by the number of values of all.
+        (2, C), mean_correction and var_correction, divided by the number of all values.
     """
     weight = shard.weights[shard.rank].to(mean_correction.dtype)
-    # The weight is (values here) / (values of all).
+    # weight = (values of this process) / (values of all processes)
     total = torch.stack([mean_correction, var_correction]) * weight
     shard.all_reduce_(total)
-    return total * weight.sign()  # the statistics do not depend on an image of zeros
+    return total * weight.sign()  # 0 for an image of zeros: statistics do not depend on it
 
 
 def all_reduce_stats(shard: BatchShard | None, features: FeatureMaps) -> None:
-    """Replace statistics that an operation has just written by those of all replicas."""
+    """Replace statistics that an operation has just written by those of all processes."""
     if shard is None or features.var is None:  # recomputed maps: their statistics are known
         return
     mean, var = all_reduced_stats(shard, features.mean, features.var)
@@ -63,7 +63,7 @@ def all_reduce_stats(shard: BatchShard | None, features: FeatureMaps) -> None:
 
 
 def all_reduce_corrections(shard: BatchShard | None, features: FeatureMaps) -> None:
-    """Replace the corrections of maps that every reader is done with by those of all replicas."""
+    """Replace the corrections of maps, after their last reader, by those of all processes."""
     if shard is None:
         return
     own = features.mean_correction, features.var_correction
@@ -72,15 +72,15 @@ def all_reduce_corrections(shard: BatchShard | None, features: FeatureMaps) -> N
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm, in training over all replicas if `shard` is set; `momentum` is a number then."""
+    """Normalise over all processes in training if `shard` is set; `momentum` is a number then."""
 
     shard: BatchShard | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same shape.
+        """Return a tensor of the shape of x, (N, C, H, W).
 
         Raises:
-            ValueError: training on one value per channel, which has no variance.
+            ValueError: in training, one value per channel in the whole batch: it has no variance.
         """
         if self.shard is None or not self.training:
             return super().forward(x)
@@ -97,7 +97,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """Normalise with the statistics of all replicas; backward exchanges the corrections."""
+    """Normalise with the statistics of all processes; backward exchanges the corrections."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, eps: float, shard: BatchShard) -> Tensor:
@@ -112,7 +112,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         weight = weight.to(mean.dtype)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, None, None, False, ctx.eps, (True, True, True)
-        )  # as if the statistics were constants: the corrections are what that leaves out
+        )  # as if the statistics were constants; the corrections below make up for that
         scale = weight * (var + ctx.eps).rsqrt() * (x.shape[1] / x.numel())
         mean_correction, var_correction = all_reduced_corrections(
             ctx.shard, scale * dbias, scale * dweight
@@ -122,7 +122,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 def _batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of (N, C, H, W) per channel, in single precision or better."""
-    # The function returns statistics in the type of the running statistics that it is given.
+    """Return mean and biased variance of (N, C, H, W) per channel, in float32 or float64."""
+    # batch_norm_update_stats returns statistics in the dtype of its running statistics.
     running = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.batch_norm_update_stats(x, *running, 1.0)
