@@ -5,19 +5,22 @@ import os
 import pickle
 import random
 import re
+import signal
 import struct
 import tempfile
 import zipfile
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import checkpoints
-from errors import CheckpointError
+from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
 from faults import sabotage
 from faults.contract import refused, tiny
 from fileio import tensor_files
@@ -28,7 +31,8 @@ from helpers.hostile_files import (
     real_state,
     tar_archive,
 )
-from helpers.run_main import run
+from helpers.hostile_files import trainer as tiny_trainer
+from helpers.run_main import ROOT, run
 
 FLIPS, CUTS, BLOCKS = 20_000, 200, 200
 
@@ -423,3 +427,121 @@ def test_what_is_no_state_dict_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):
         checkpoints.load_weights(tmp_path / "w.pth")
+
+
+# --------------------------------------------------------------------------------- the saver
+
+
+class Directory:
+    """A run directory whose lock is held; records its status."""
+
+    def __init__(self, path: Path):
+        self.path, self.status = path, {}
+
+    def verify_lock(self) -> None:
+        pass
+
+    def write_status(self, state: str, **fields: object) -> None:
+        self.status = {"state": state, **fields}
+
+
+def saver(path: Path, signum: int = 0, every_s: float = 1e9) -> checkpoints.CheckpointSaver:
+    trainer, stop = tiny_trainer(), SimpleNamespace(signum=signum)
+    trainer.metadata = trainer.metadata._replace(settings={"save": "runs/a"})
+    return checkpoints.CheckpointSaver(Directory(path), trainer, stop, keep=2, every_s=every_s)
+
+
+def test_a_step_saves_when_it_is_due_or_a_signal_came_and_a_signal_ends_the_run(tmp_path):
+    quiet = saver(tmp_path)
+    quiet.on_step_end()
+    quiet.raise_if_stopping()
+    assert not list(tmp_path.iterdir())
+    saver(tmp_path, every_s=0).on_step_end()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_000000000.pt"]
+    for name in ("on_step_end", "raise_if_stopping"):
+        with pytest.raises(Preempted, match="SIGTERM, runs/a is saved") as caught:
+            getattr(saver(tmp_path, signal.SIGTERM), name)()
+        assert caught.value.report().endswith("to go on: python main.py --resume runs/a")
+
+
+def test_the_time_to_the_next_save_counts_from_the_last(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    saving = saver(tmp_path, every_s=50)
+    for now, is_due in ((149.0, False), (150.0, True), (199.0, False), (200.0, True)):  # noqa: B007
+        saving.directory.status = {}
+        saving.on_step_end()
+        assert bool(saving.directory.status) == is_due
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_an_epoch_saves_the_checkpoint_and_the_models(tmp_path, is_best):
+    ending = saver(tmp_path)
+    for error in (50.0, 40.0 if is_best else 60.0):
+        record = {"val_loss": 1.0, "val_top1": error, "val_top5": 1.0}
+        ending.trainer.finish_epoch({}, record)
+    ending.on_epoch_end()
+    assert ending.directory.status["checkpoint"] == "checkpoint_000000000.pt"
+    assert ending.directory.status["epoch"] == 3
+    assert (tmp_path / "model_best.pt").exists() == is_best
+    weights = dict(ending.trainer.model.state_dict())
+    assert equal(checkpoints.load_weights(tmp_path / "model_last.pt"), weights)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    ruined = saver(tmp_path)
+    with torch.no_grad():
+        next(ruined.trainer.model.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="a weight that is not finite at epoch 1, step 0"):
+        ruined.save()
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------- what reading may cost
+
+
+def test_tensors_together_hold_no_more_than_the_file():
+    tensors = [torch.zeros(4), [torch.zeros(4)]]
+    tensor_files.check_tensors(tensors, 32)
+    with pytest.raises(ValueError, match="larger than its data"):
+        tensor_files.check_tensors(tensors, 31)
+    nested = []
+    for _ in range(60):  # 2 ** 60 paths to one list
+        nested = [nested, nested]
+    tensor_files.check_tensors(nested)
+
+
+def test_memory_that_is_missing_does_not_count_as_damage(path, monkeypatch):
+    for error in (MemoryError(), RuntimeError("cannot allocate memory")):
+        monkeypatch.setattr(tensor_files, "_parse", mock.Mock(side_effect=error))
+        with pytest.raises(CheckpointError, match="takes more memory than there is") as caught:
+            checkpoints.load(path)
+        assert not isinstance(caught.value, DamagedError)
+
+
+def test_values_cross_between_processes_as_they_are():
+    value = {"a": [1, 2.5, None, "text"], "b": torch.arange(3)}
+    assert equal(tensor_files.from_bytes(tensor_files.to_bytes(value)), value)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    state = checkpoints.load_latest(ROOT / "tests" / "old_run" / "interrupted", pytest.fail)
+    assert (state["format"], state["global_step"]) == (1, 30)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_looked_for_is_passed_over(tmp_path, monkeypatch):
+    write_steps(tmp_path, 1, 2)
+    read = tensor_files.read
+
+    def remove_first(path: Path, **options: object) -> object:
+        if path.name == "checkpoint_000000002.pt":
+            path.unlink()
+        return read(path, **options)
+
+    monkeypatch.setattr(checkpoints, "read", remove_first)
+    assert checkpoints.load_latest(tmp_path, pytest.fail)["global_step"] == 1
+
+
+def test_weights_of_a_lua_network_are_read():
+    path = ROOT / "tests" / "models" / "lua_networks" / "densenet-bc.t7"
+    assert all(value.isfinite().all() for value in checkpoints.load_weights(path).values())
