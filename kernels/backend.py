@@ -1,7 +1,4 @@
-"""Choose the implementation of the dense block's operations: plain PyTorch or Triton.
-
-Code outside of this package calls a `Backend` and does not know which one it is.
-"""
+"""Choose the implementation of the dense block's operations: plain PyTorch or Triton."""
 
 import importlib.util
 import os
@@ -22,11 +19,9 @@ MIN_CAPABILITY = (8, 0)  # of a GPU: bf16 and asynchronous copies
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations of a dense block, which kernels/reference.py specifies.
+    """Hold the operations of a dense block, which kernels/reference.py specifies."""
 
-    Functions of a module are pickled by name, so that a backend is copied with its network.
-    """
-
+    # Functions of a module are pickled by name, so that a network can be copied with its backend.
     name: str
     copy_with_stats: Callable[..., None]
     conv1x1: Callable[..., None]
@@ -48,10 +43,7 @@ REFERENCE = Backend.from_module(reference)
 
 
 def select(requested: str, device: torch.device, precision: str) -> tuple[Backend, str | None]:
-    """Choose the backend for `--kernels`.
-
-    Returns:
-        The backend, and a warning if a GPU will run without Triton, else None.
+    """Return the backend for `--kernels`, and a warning if a GPU will run without Triton.
 
     Raises:
         UsageError: Triton is requested by name and cannot be used.
@@ -69,7 +61,7 @@ def select(requested: str, device: torch.device, precision: str) -> tuple[Backen
 
 
 def _compile_error(device: torch.device) -> str | None:
-    """Compile and run one kernel: the reason why that fails, or None."""
+    """Compile and run one kernel; return why that fails, or None."""
     try:  # no compiler, no matching driver, a broken installation raise all kinds of errors
         from kernels import triton_ops  # noqa: TID251
 
@@ -85,7 +77,7 @@ def _compile_error(device: torch.device) -> str | None:
 
 
 def _missing_requirement(device: torch.device, precision: str) -> str | None:
-    """Check installation, precision and device: the reason why Triton cannot run, or None."""
+    """Check installation, precision and device; return why Triton cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if precision == "double":

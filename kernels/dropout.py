@@ -1,6 +1,6 @@
-"""Dropout whose mask is a hash of (seed, layer, position): backward recomputes it.
+"""Compute dropout masks as a hash of (seed, layer, position), which backward recomputes.
 
-So a mask takes no memory, and does not depend on the backend or the number of processes.
+A mask takes no memory, and does not depend on the backend or the number of processes.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,13 @@ HASH_BITS = 24  # the lowest bits of the hash, compared with the threshold
 
 @dataclass(frozen=True)
 class DropoutSpec:
-    """One dropout layer in one step.
+    """Describe one dropout layer in one step.
 
     Args:
         rate: probability that a value becomes 0; the others are divided by 1 - rate.
         seed: (1,) int32 on the device of the data, a new one in every step.
         layer_id: distinguishes the dropout layers of one step.
-        sample_offset: index of the first image in the global batch, so that an image has the same
-            mask whatever the number of processes that split the batch.
+        sample_offset: index of this process's first image in the global batch.
     """
 
     rate: float
@@ -32,19 +31,18 @@ class DropoutSpec:
 
     @property
     def threshold(self) -> int:
-        """Hashes below this drop their value."""
+        """Return the integer below which a hash drops its value: rate * 2^HASH_BITS."""
         return round(self.rate * 2**HASH_BITS)
 
     @property
     def scale(self) -> float:
-        """The factor of the values that are kept."""
+        """Return the factor of the values that are kept: 1 / (1 - rate)."""
         return 1 / (1 - self.rate)
 
     def mask(self, x: Tensor, start: int = 0) -> Tensor:
         """Return `scale` where a value is kept and 0 elsewhere, in the shape and dtype of `x`.
 
-        Args:
-            x: (n, H, W, C), images `start` to `start` + n of this process's batch.
+        x, (n, H, W, C), holds images `start` to `start` + n of this process's batch.
         """
         # The position in the global batch, modulo 2^32.
         offset = (self.sample_offset + start) * x[0].numel()
@@ -55,7 +53,7 @@ class DropoutSpec:
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """Hash 32 bits: int32 products wrap, and the masks make the shifts logical."""
+    """Hash int32 bits: products wrap modulo 2^32, and the masks make the shifts logical."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * HASH_FACTOR_1
     x = (x ^ ((x >> 15) & 0x1FFFF)) * HASH_FACTOR_2
     return x ^ ((x >> 16) & 0xFFFF)

@@ -1,8 +1,8 @@
-"""The operands of the kernels: channels-last feature maps with statistics and gradient."""
+"""Define the operands of the kernels: feature maps with statistics and gradient, and norms."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,26 +10,23 @@ from torch import Tensor
 
 @dataclass
 class FeatureMaps:
-    """Feature maps, the statistics of their channels, and their gradient so far.
+    """Hold feature maps, the statistics of their channels, and their gradient so far.
 
-    The backward of a batch normalisation needs sums over the whole batch. All that read these maps
-    share mean and rstd, so that each adds scale * dz to `grad` at once, and its sums to
-    `mean_correction` and `var_correction`. When the last one has run, the complete gradient is
+    The backward of a batch norm needs sums over the whole batch. All batch norms that read these
+    maps share mean and rstd: each adds scale * dz to `grad` at once, and its sums to the
+    corrections. After the last one the complete gradient (docs/memory.md, "Deferred correction") is
 
         grad - mean_correction - (value - mean) * rstd * var_correction
 
-    See docs/memory.md, "Deferred correction".
-
     Args:
         value: (N, H, W, C).
-        mean: (C,), of the batch in training, the running one in evaluation; None if no batch
-            normalisation reads these maps.
+        mean: (C,), of the batch, or running in evaluation; None if no batch norm reads the maps.
         rstd: (C,), 1 / sqrt(variance + eps).
         var: (C,), biased variance of the batch; None if forward must not compute statistics.
         grad: (N, H, W, C), in backward.
-        mean_correction, var_correction: (C,), sums over all readers of scale * dbeta / M and
-            scale * dgamma / M; scale = gamma * rstd, M = N * H * W.
-        eps: of every batch normalisation that reads these maps.
+        mean_correction, var_correction: (C,), sums over all these batch norms of scale * dbeta / M
+            and scale * dgamma / M; scale = gamma * rstd, M = N * H * W.
+        eps: of all these batch norms.
     """
 
     value: Tensor
@@ -43,24 +40,18 @@ class FeatureMaps:
 
     def channels(self, start: int, stop: int) -> FeatureMaps:
         """Return channels [start, stop) as a view: writing to it writes to these maps."""
-        return replace(
-            self,
-            **{
-                field.name: getattr(self, field.name)[..., start:stop]
-                for field in fields(self)
-                if isinstance(getattr(self, field.name), Tensor)
-            },
-        )
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: x[..., start:stop] for name, x in tensors.items()})
 
     @property
     def num_pixels(self) -> int:
-        """M = N * H * W."""
+        """Return M = N * H * W."""
         return self.value.shape[0] * self.value.shape[1] * self.value.shape[2]
 
 
 @dataclass(frozen=True)
 class NormParams:
-    """The parameters of a batch normalisation: weight (gamma) and bias (beta), (C,) each."""
+    """Hold the parameters of a batch norm: weight (gamma) and bias (beta), (C,) each."""
 
     weight: Tensor
     bias: Tensor

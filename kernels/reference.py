@@ -1,10 +1,9 @@
-"""The operations of a dense block in plain PyTorch: the specification, and what CPUs run.
+"""Specify the operations of a dense block in plain PyTorch, and run them on CPUs.
 
-Every operation but the copy reads feature maps (N, H, W, C) through a batch normalisation and a
-ReLU: Z = relu((value - mean) * rstd * gamma + beta). It writes into given memory, since a dense
-block keeps the maps of all layers in one buffer. Forward also computes the statistics of what it
-writes, once for every later batch normalisation; backward defers the terms of these statistics
-(see kernels/feature_maps.py).
+Every operation but the copy reads feature maps (N, H, W, C) through a batch norm and a ReLU:
+Z = relu((value - mean) * rstd * gamma + beta). It writes to the memory of its target, since a dense
+block keeps the maps of all layers in one buffer. Forward also computes the target's statistics,
+once for all later batch norms; backward defers their terms (see kernels/feature_maps.py).
 
 On the CPU an operation works on tiles of whole images, small enough that what one PyTorch call
 writes is still in the cache when the next one reads it. On CUDA one tile is the whole batch.
@@ -26,7 +25,7 @@ VECTOR_CHANNELS = 64  # PyTorch's batch norm is slow with fewer channels
 
 
 def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
-    """target.value = value, (N, H, W, C), and the statistics of the target."""
+    """Copy value, (N, H, W, C), to target.value; compute the target's statistics."""
     tile_stats = []
     for tile in _tiles(value):
         target.value[tile] = value[tile]
@@ -38,12 +37,9 @@ def conv(
     source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
     dropout: DropoutSpec | None,
 ) -> None:  # fmt: skip
-    """target.value = dropout(conv2d(Z, weight)), padded to keep H and W, and its statistics.
+    """Write dropout(conv2d(Z, weight)), padded to keep H and W, to target.value, (N, H, W, F).
 
-    Args:
-        source: C channels.
-        weight: (F, C, 1, 1) or (F, C, 3, 3).
-        target: F channels; its statistics are computed only if `target.var` is a tensor.
+    `weight` is (F, C, 1, 1) or (F, C, 3, 3). Computes statistics unless `target.var` is None.
     """
     affine = norm.affine(source)
     weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
@@ -83,13 +79,10 @@ def conv_backward(
     target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
     dropout: DropoutSpec | None, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Backward of `conv`: return dweight, dgamma and dbeta, and add to the gradient of the source.
+    """Return (dweight, dgamma, dbeta) of `conv`, from the target's complete gradient.
 
-    Adds to `source.mean_correction`, `source.var_correction` and `source.grad`, or overwrites
-    `source.grad` if `overwrite`.
-
-    Args:
-        target: all its readers' backwards have run; its complete gradient is used.
+    Adds to the source's corrections and to `source.grad`, which it overwrites if `overwrite`. The
+    backward of every operation that reads the target must have run.
     """
     scale, shift = norm.affine(source)
     dweight = torch.zeros_like(weight, dtype=scale.dtype)
@@ -124,9 +117,9 @@ conv1x1_backward = conv3x3_backward = conv_backward
 def norm_relu_avg_pool_backward(
     grad: Tensor, source: FeatureMaps, norm: NormParams, window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Backward of `norm_relu_avg_pool`, given the gradient of its result: return dgamma and dbeta.
+    """Return (dgamma, dbeta) from `grad`, (N, H // h, W // w, C), of the pooled maps.
 
-    Overwrites `source.grad` and adds to `source.mean_correction` and `source.var_correction`.
+    Overwrites `source.grad` and adds to the source's corrections.
     """
     scale, shift = norm.affine(source)
     sums = _NormGradSums(source)
@@ -143,7 +136,7 @@ def norm_relu_avg_pool_backward(
 
 
 def complete_gradient(x: FeatureMaps) -> Tensor:
-    """Return the gradient of maps all of whose readers' backwards have run: (N, H, W, C)."""
+    """Return the gradient, (N, H, W, C), of maps after the backward of all their readers."""
     out = torch.empty_like(x.value, memory_format=torch.contiguous_format)
     for tile in _tiles(x.value):
         out[tile] = _complete_tile(x, tile)
@@ -151,10 +144,7 @@ def complete_gradient(x: FeatureMaps) -> Tensor:
 
 
 class _NormGradSums:
-    """Sum dbeta = sum(dz) and dgamma = sum(dz * (value - mean) * rstd) tile by tile.
-
-    They are also the corrections of the source's gradient: see `FeatureMaps`.
-    """
+    """Sum dbeta = sum(dz) and dgamma = sum(dz * (value - mean) * rstd) tile by tile."""
 
     def __init__(self, source: FeatureMaps):
         self.source = source
@@ -166,7 +156,7 @@ class _NormGradSums:
         self.dz_value += _channel_sum(dz_value)
 
     def finish(self, norm: NormParams, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (dgamma, dbeta), and add them to the source's corrections."""
+        """Return (dgamma, dbeta); add scale / M times each to the source's corrections."""
         source = self.source
         dweight = source.rstd * (self.dz_value - source.mean * self.dz)
         source.mean_correction.addcmul_(scale, self.dz, value=1 / source.num_pixels)
@@ -178,7 +168,7 @@ def _complete_tile(x: FeatureMaps, tile: slice) -> Tensor:
     """Return the complete gradient of a tile, in new memory."""
     if x.mean is None:  # no norm reads these maps
         return x.grad[tile].clone()
-    # Both corrections as one affine function of the value.
+    # Compute both corrections as one affine function of the value.
     scale = -x.rstd * x.var_correction
     shift = -x.mean_correction - x.mean * scale
     return _affine(x.value[tile], scale, shift).add_(_compact(x.grad[tile], scale))
@@ -216,7 +206,7 @@ def _affine(value: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor
 
 
 def _scale_into(grad: Tensor, dz: Tensor, scale: Tensor, overwrite: bool) -> None:
-    """grad += dz * scale, or without the sum if `overwrite`; may overwrite dz."""
+    """Add dz * scale to grad, or replace grad by it if `overwrite`; may overwrite dz."""
     if overwrite:
         grad.copy_(_affine(dz, scale))
     elif dz.dtype == scale.dtype:
@@ -249,8 +239,7 @@ def _channel_sum(x: Tensor) -> Tensor:
 def _grouped_stats(value: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return mean and biased variance, (groups, C) each, and the number of values in a group.
 
-    Every groups-th pixel of a row belongs to the same group: neighbours are treated as further
-    channels until there are enough of them for the vector units.
+    Treats `groups` neighbouring pixels as further channels, to have enough for vector units.
     """
     width, channels = value.shape[2:]
     max_groups = max(1, VECTOR_CHANNELS // channels)

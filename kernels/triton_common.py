@@ -1,19 +1,27 @@
 """Building blocks of the Triton kernels: pointers and masks, normalisation, products, dropout.
 
-A kernel sees feature maps (N, H, W, C) as a matrix of M = N * H * W rows (pixels), whose C
-channels are neighbours in memory. Parameters that kernels share:
+A kernel sees feature maps (N, H, W, C) as a matrix of M = N * H * W rows (pixels), each with C
+contiguous channels. Z = relu(norm(value)), (M, C), is the input of every convolution and pooling:
+kernels compute it from the tile that they load and never write it. Parameters that kernels share,
+with strides in elements:
 
-    value, value_stride           the source maps; elements from one row to the next
-    grad, grad_stride             their gradient, (M, C), which backward adds to
-    norm_mean, _rstd, _weight, _bias  (C,): statistics and parameters of the batch normalisation
-    weight, weight_f, _y, _x, WEIGHT_C  the convolution's weight (F, C, h, w) and its strides
-    num_rows, channels, features  M, C, F
-    rows, c, f                    indices of a tile: pixels, input channels, output features
-    partial                       float32 results of single programs, for a second kernel to combine
-    VECTOR                        channels that a thread may load at once: see kernels/tiling.py
-
-Z = relu(norm(value)) is the input of every convolution and pooling, (M, C). It is computed on the
-fly from the tile that is loaded and never written to memory.
+    value, value_stride        input maps (M, C), and their row stride
+    grad, grad_stride          gradient of value, accumulated in backward, and its row stride
+    target, target_stride      output, (M, F) of a convolution, and its row stride
+    norm_mean, norm_rstd, ...  (C,): mean, rstd = 1 / sqrt(var + eps), weight and bias of the norm
+    weight, weight_f, _y, _x   convolution weight (F, C, h, w), and its strides along F, h and w
+    WEIGHT_C, WEIGHT_VECTOR    its stride along C; input channels that a thread may load at once
+    seed, layer_id             of the dropout mask: see DropoutSpec; seed is None without dropout
+    threshold, keep_scale      p * 2^24 and 1 / (1 - p) for a dropout rate of p
+    first_row                  index of row 0 in the global batch
+    num_rows, channels, out_channels  M, C and F: pixels, input and output channels
+    rows, c, f                 indices along M, C and F of a tile
+    inside                     mask of the indices that exist: rows < M, or c < C
+    split, partial             index of a block of rows; (splits, ...) float32 results to combine
+    ROWS, CHANNELS, OUT_CHANNELS  tile sizes along M, C and F: see kernels/tiling.py
+    VECTOR, TARGET_VECTOR      channels that a thread may move at once: of value, grad; of target, d
+    PRECISION                  how tl.dot multiplies float32: "tf32", "tf32x3", or "interpreted",
+                               which is float32 for all dtypes, in Triton's interpreter
 """
 
 import inspect
@@ -25,10 +33,7 @@ from triton.runtime import interpreter
 
 
 def accept_loop_bounds() -> None:
-    """Let `range` take tensors of one element in interpreted kernels.
-
-    Triton 3.6 converts them with int(array), which NumPy rejects since 2.4.
-    """
+    """Let `range` take tensors: Triton 3.6 calls int() on 1-element arrays; NumPy 2.4 refuses."""
     patch = interpreter._patch_lang_tensor
 
     def patch_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None:
@@ -38,15 +43,15 @@ def accept_loop_bounds() -> None:
     interpreter._patch_lang_tensor = patch_tensor
 
 
-if triton.knobs.runtime.interpret:
+if triton.knobs.runtime.interpret:  # TRITON_INTERPRET=1: kernels run in Triton's interpreter
     accept_loop_bounds()
 
 
 def kernel(function: Callable) -> Callable:
-    """`triton.jit` that compiles one variant per set of constexprs and dtypes.
+    """Compile with `triton.jit`, one variant per set of constexprs and dtypes.
 
-    By default Triton compiles a variant for each combination of arguments that happen to be
-    multiples of 16; channel counts grow by k from layer to layer, so that would be dozens.
+    By default Triton also specialises on arguments that are 1 or multiples of 16. Channel counts
+    grow by k per layer: a network would compile dozens of variants, for minutes.
     """
     names = [
         name
@@ -58,7 +63,7 @@ def kernel(function: Callable) -> Callable:
 
 @triton.jit
 def tile_pointers(pointer, rows, stride, columns, VECTOR: tl.constexpr):
-    """Pointers to the tile (rows, columns) of a matrix, aligned to VECTOR elements."""
+    """Return pointers to a (rows, columns) tile, in which each VECTOR columns must be aligned."""
     # 64 bits: rows * stride exceeds an int32 in large batches.
     pointers = pointer + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     size: tl.constexpr = VECTOR * pointer.dtype.element_ty.primitive_bitwidth // 8
@@ -67,13 +72,13 @@ def tile_pointers(pointer, rows, stride, columns, VECTOR: tl.constexpr):
 
 @triton.jit
 def tile_mask(rows, columns, VECTOR: tl.constexpr):
-    """Combine the masks of a tile's rows and columns; VECTOR neighbours are masked alike."""
+    """Combine row and column masks; each VECTOR columns must have equal masks."""
     return tl.max_constancy(rows[:, None] & columns[None, :], [1, VECTOR])
 
 
 @triton.jit
 def affine(mean, rstd, weight, bias, c, inside):
-    """(scale, shift) with norm(value) = value * scale + shift; both 0 outside."""
+    """Return (scale, shift): norm(value) = value * scale + shift; both 0 where not `inside`."""
     scale = tl.load(weight + c, inside, 0.0).to(tl.float32) * tl.load(rstd + c, inside, 0.0)
     shift = tl.load(bias + c, inside, 0.0).to(tl.float32)
     return scale, shift - tl.load(mean + c, inside, 0.0) * scale
@@ -81,13 +86,13 @@ def affine(mean, rstd, weight, bias, c, inside):
 
 @triton.jit
 def normalise(value, scale, shift):
-    """value * scale + shift per channel, in float32."""
+    """Return value, (ROWS, CHANNELS), * scale + shift, (CHANNELS,) each, in float32."""
     return value.to(tl.float32) * scale[None, :] + shift[None, :]
 
 
 @triton.jit
 def relu(x):
-    """max(x, 0) that keeps NaN, which tl.maximum would turn into 0."""
+    """Return max(x, 0), and NaN for NaN, where tl.maximum would return 0."""
     return tl.where(x < 0, 0.0, x)
 
 
@@ -95,7 +100,7 @@ def relu(x):
 def load_weight(
     weight, columns, columns_inside, c, inside, WEIGHT_C: tl.constexpr, WEIGHT_VECTOR: tl.constexpr
 ):
-    """Load a (c, columns) tile of a weight; `columns` are offsets of (feature, tap) pairs."""
+    """Load a (c, columns) tile of a convolution weight; `columns` are offsets in elements."""
     pointers = weight + (c * WEIGHT_C)[:, None] + columns[None, :]
     size: tl.constexpr = WEIGHT_VECTOR * weight.dtype.element_ty.primitive_bitwidth // 8
     mask = tl.max_constancy(inside[:, None] & columns_inside[None, :], [WEIGHT_VECTOR, 1])
@@ -104,7 +109,7 @@ def load_weight(
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b, accumulated in float32."""
+    """Return total + a @ b, (m, n) + (m, k) @ (k, n), accumulated in float32."""
     if PRECISION == "interpreted":  # the interpreter has no bfloat16 products
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -112,26 +117,27 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def hash32(x):
-    """The hash of kernels/dropout.py, in uint32."""
+    """Hash uint32 x as kernels/dropout.py does; products wrap modulo 2^32, on purpose."""
     x = tl.mul(x ^ (x >> 16), 0x7FEB352D, sanitize_overflow=False)
     x = tl.mul(x ^ (x >> 15), 0x846CA68B, sanitize_overflow=False)
     return x ^ (x >> 16)
 
 
 @triton.jit
-def apply_dropout(x, rows, columns, width, seed, layer_id, first_row, threshold, keep_scale):
-    """Multiply a tile by the mask of kernels/dropout.py; the whole matrix has `width` columns."""
+def apply_dropout(x, rows, columns, num_columns, seed, layer_id, first_row, threshold, keep_scale):
+    """Apply the mask of kernels/dropout.py to a tile of a matrix with `num_columns` columns."""
     layer_id = tl.mul(layer_id.to(tl.uint32), 0x3504F333, sanitize_overflow=False)
     key = hash32(tl.add(tl.load(seed).to(tl.uint32), layer_id, sanitize_overflow=False))
-    # An element's position in the global batch decides, not the tile that holds it.
-    index = ((rows.to(tl.int64) + first_row) * width)[:, None] + columns[None, :]
+    # The mask depends on an element's index in the global batch, not on tiling or processes.
+    index = ((rows.to(tl.int64) + first_row) * num_columns)[:, None] + columns[None, :]
     hashed = hash32(tl.add(hash32(index.to(tl.uint32) ^ key), key, sanitize_overflow=False))
+    # The lowest HASH_BITS = 24 bits are compared with threshold = rate * 2^24.
     return tl.where((hashed & 0xFFFFFF).to(tl.int32) >= threshold, x * keep_scale, 0.0)
 
 
 @triton.jit
 def shifted_mask(rows, inside, dy, dx, height, width):
-    """True where the pixel (dy, dx) away from that of a row is in the same image; broadcasts."""
+    """Return `inside` where the pixel (dy, dx) from a row's is in its image; shapes broadcast."""
     y = rows // width % height + dy
     x = rows % width + dx
     return inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)

@@ -1,8 +1,7 @@
-"""The operations of a dense block in Triton: kernels/reference.py, function by function.
+"""Run the operations of a dense block in Triton, each as kernels/reference.py specifies it.
 
-Each operation launches one kernel, and a second one where sums over rows are wanted: it combines
-the partial sums of the first in a fixed order, so that every run gives the same bits.
-With meta or fake tensors an operation allocates its tensors and launches nothing.
+An operation that needs sums over rows launches a second kernel, which combines the partial sums of
+the first. With meta or fake tensors an operation allocates its tensors and launches nothing.
 """
 
 import torch
@@ -50,8 +49,8 @@ def conv3x3(
     dropout: DropoutSpec | None,
 ) -> None:  # fmt: skip
     """See kernels.reference.conv3x3."""
-    features, channels = weight.shape[:2]
-    tile = tiling.conv3x3(source.value.dtype, channels, features)
+    out_channels, channels = weight.shape[:2]
+    tile = tiling.conv3x3(source.value.dtype, channels, out_channels)
     _forward(triton_forward.conv3x3, tile, source, norm, weight, target, dropout)
 
 
@@ -78,13 +77,13 @@ def _forward(
     kernel, tile: Tile, source: FeatureMaps, norm: NormParams, weight: Tensor,
     target: FeatureMaps, dropout: DropoutSpec | None,
 ) -> None:  # fmt: skip
-    out, features = target.value, len(weight)
+    out, out_channels = target.value, len(weight)
     num_splits = tile.blocks("ROWS", target.num_pixels)
-    # Statistics only where the target wants them.
-    partial = None if target.var is None else _new_float32(out, num_splits, 2, features)
+    # A target without `var` needs no statistics.
+    partial = None if target.var is None else _new_float32(out, num_splits, 2, out_channels)
     _launch(
         kernel,
-        (num_splits * tile.blocks("FEATURES", features),),
+        (num_splits * tile.blocks("OUT_CHANNELS", out_channels),),
         tile,
         **_source_args(source, norm),
         **_weight_args(weight),
@@ -125,21 +124,20 @@ def conv1x1_backward(
     dropout: DropoutSpec | None, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See kernels.reference.conv1x1_backward; may complete `target.grad` in place."""
-    value, (features, channels) = source.value, weight.shape[:2]
+    value, (out_channels, channels) = source.value, weight.shape[:2]
     d = target.grad.contiguous()
     if dropout and target.mean is None:  # the caller's own gradient, which others may read
         d = torch.empty_like(d)
     if dropout or target.mean is not None:
         _complete_gradient(target, dropout, d)
-    tile = tiling.conv1x1_backward(value.dtype, features)
-    column_blocks, feature_blocks = (
-        tile.blocks("CHANNELS", channels), tile.blocks("FEATURES", features)
-    )  # fmt: skip
+    tile = tiling.conv1x1_backward(value.dtype, out_channels)
+    column_blocks = tile.blocks("CHANNELS", channels)
+    out_blocks = tile.blocks("OUT_CHANNELS", out_channels)
     splits, rows_per_split = tiling.splits(source.num_pixels, tile, column_blocks)
-    norm_partials = _new_float32(value, feature_blocks * splits, 2, channels)
+    norm_partials = _new_float32(value, out_blocks * splits, 2, channels)
     weight_partials = _new_float32(value, splits, weight.numel())
-    # dz is a sum over features: the launches after the first add to the source's gradient.
-    for block in range(feature_blocks):
+    # dz is a sum over output channels: the launches after the first add to the source's gradient.
+    for block in range(out_blocks):
         _launch(
             triton_backward.conv1x1_backward,
             (column_blocks, splits),
@@ -152,7 +150,7 @@ def conv1x1_backward(
             partial=norm_partials,
             weight_partials=weight_partials,
             dweight_size=weight.numel(),
-            first_feature=block * tile.sizes["FEATURES"],
+            first_out_channel=block * tile.sizes["OUT_CHANNELS"],
             rows_per_split=rows_per_split,
             first_split=block * splits,
             OVERWRITE=overwrite and block == 0,
@@ -166,10 +164,10 @@ def conv3x3_backward(
     dropout: DropoutSpec | None, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See kernels.reference.conv3x3_backward."""
-    value, (features, channels) = source.value, weight.shape[:2]
-    tile = tiling.conv3x3_backward(value.dtype, features)
-    # Nine taps read each row of the complete gradient, so that it is computed once, beforehand.
-    d = value.new_empty((*value.shape[:3], tile.sizes["FEATURES"]))
+    value, (out_channels, channels) = source.value, weight.shape[:2]
+    tile = tiling.conv3x3_backward(value.dtype, out_channels)
+    # Nine taps read each row of the complete gradient: compute it once, beforehand.
+    d = value.new_empty((*value.shape[:3], tile.sizes["OUT_CHANNELS"]))
     _complete_gradient(target, dropout, d)
     num_splits = tile.blocks("ROWS", source.num_pixels)
     norm_partials = _new_float32(value, num_splits, 2, channels)
@@ -191,9 +189,9 @@ def conv3x3_backward(
 def _conv3x3_weight_backward(
     d: Tensor, source: FeatureMaps, norm: NormParams, weight: Tensor
 ) -> Tensor:
-    """Return the weight's gradient in parts to be added: (splits, size of the weight)."""
-    value, (features, channels) = source.value, weight.shape[:2]
-    tile = tiling.conv3x3_weight_backward(value.dtype, features)
+    """Return the partial sums of the weight's gradient: (splits, size of the weight)."""
+    value, (out_channels, channels) = source.value, weight.shape[:2]
+    tile = tiling.conv3x3_weight_backward(value.dtype, out_channels)
     blocks = tile.blocks("CHANNELS", channels) * (9 // tile.sizes["TAPS"])
     splits, rows_per_split = tiling.splits(source.num_pixels, tile, blocks)
     partials = _new_float32(value, splits, weight.numel())
@@ -275,12 +273,8 @@ def _reduce_partials(
     source: FeatureMaps, norm: NormParams, norm_partials: Tensor, weight: Tensor | None,
     weight_partials: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Add up partial sums, also into the source's corrections: (dweight or None, dgamma, dbeta).
-
-    Args:
-        norm_partials: (splits, 2, C): dbeta and dgamma / rstd.
-        weight_partials: (splits, size of the weight), None without a weight.
-    """
+    """Add up partial sums, also into the source's corrections: (dweight or None, dgamma, dbeta)."""
+    # norm_partials is (splits, 2, C): sums for dbeta and for dgamma / rstd.
     num_splits, _, channels = norm_partials.shape
     dgamma, dbeta = torch.empty_like(source.mean), torch.empty_like(source.mean)
     dweight, size, num_weight_partials = None, 0, 0
@@ -316,7 +310,7 @@ def _reduce_partials(
 
 
 def _row_stride(x: Tensor) -> int:
-    """Return the distance in memory from one pixel to the next, also over the ends of images."""
+    """Return the stride, in elements, from one pixel to the next, also across images."""
     # A contiguous tensor may have any stride where it is one pixel wide.
     return x.shape[3] if x.is_contiguous() else x.stride(2)
 
@@ -338,14 +332,14 @@ def _source_args(x: FeatureMaps, norm: NormParams) -> dict:
 
 
 def _weight_args(weight: Tensor) -> dict:
-    # One kernel per stride of C, which is 1 in channels-last weights.
+    # The stride along C is a constexpr: 1 in channels-last weights.
     stride_f, stride_c, stride_y, stride_x = weight.stride()
     return {
         "weight": weight,
         "weight_f": stride_f,
         "weight_y": stride_y,
         "weight_x": stride_x,
-        "features": len(weight),
+        "out_channels": len(weight),
         "WEIGHT_C": stride_c,
         "WEIGHT_VECTOR": tiling.weight_vector_width(weight),
         "PRECISION": _precision(weight),
@@ -376,14 +370,14 @@ def _new_float32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _precision(x: Tensor) -> str:
-    """How tl.dot multiplies float32; three products of TF32 nearly reach float32's precision."""
+    """Choose how tl.dot multiplies float32: three TF32 products nearly reach its precision."""
     if x.device.type == "cpu":
         return "interpreted"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _launch(kernel, grid: tuple[int, ...], tile: Tile, **arguments) -> None:
-    """Launch a kernel on the device of its first argument; nothing for meta and fake tensors."""
+    """Launch a kernel on the device of its first argument, but not for meta or fake tensors."""
     tensor = next(iter(arguments.values()))
     if tensor.is_meta or type(tensor) is not Tensor:
         return
