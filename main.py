@@ -111,7 +111,7 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             resume.sync_run_files(opt, directory, trainer, saver, console.warn)
 
         # Train.
-        handler.enable_saving()
+        handler.can_save = True
         while trainer.epoch <= opt.nEpochs:
             with memory_errors(opt, suggestion):
                 train_epoch(data, trainer, saver)

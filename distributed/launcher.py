@@ -22,13 +22,13 @@ GRACE_S = 45  # for the other processes to exit by themselves once one has exite
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process (rank) of a run.
+    """One process of a run.
 
     Args:
-        rank: of `size`, over all machines; rank 0 prints and writes.
-        local_rank: of `local_size`, on this machine; also the index of its GPU.
-        has_launcher: whether a launcher started it, alone or with others.
-        restarted: whether a launcher restarted it automatically after a failure.
+        rank, size: over all machines; rank 0 prints and writes.
+        local_rank, local_size: on this machine; `local_rank` is also the index of its GPU.
+        has_launcher: a launcher started it, alone or with others.
+        restarted: a launcher restarted it automatically after a failure.
     """
 
     rank: int = 0
@@ -116,7 +116,5 @@ def combined_exit_code(codes: list[int]) -> int:
 
     Processes that could still exit by themselves agree on the cause, so any of their codes holds.
     """
-    positive = [code for code in codes if code > 0]
-    if positive:
-        return positive[0]
-    return 128 - min(codes) if min(codes) < 0 else 0
+    by_signal = 128 - min(codes) if min(codes) < 0 else 0
+    return next((code for code in codes if code > 0), by_signal)

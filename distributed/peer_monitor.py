@@ -33,7 +33,6 @@ class PeerMonitor:
     """Watch the other processes of the run; for a single process it does nothing.
 
     Args:
-        process: this process.
         store: of the rendezvous; None for one process.
         heartbeat_group: gloo group of the heartbeat alone; None for one process.
         timeout_s: longest time between two collectives, and longest wait for a heartbeat.
@@ -45,8 +44,7 @@ class PeerMonitor:
         self._process, self._store = process, store
         self._heartbeat_group, self._timeout_s = heartbeat_group, timeout_s
         self._failure: RunError | None = None  # the error that ends the run, once it is known
-        # End of the last collective, while the next is due within timeout_s; None otherwise.
-        self._last_collective_at: float | None = None
+        self._last_collective_at: float | None = None  # None: the next one is not due
         self._has_failed = self._is_shutting_down = False
         self._wake = threading.Event()
         self._abort = lambda error: os._exit(error.code)
@@ -54,13 +52,9 @@ class PeerMonitor:
         if heartbeat_group:
             self._thread.start()
 
-    def collective_started(self) -> None:
-        """Stop the clock of `collective_finished`: this process waits for peers or works alone."""
-        self._last_collective_at = None
-
-    def collective_finished(self) -> None:
-        """Expect the next collective within `timeout_s`; peers may already be waiting in it."""
-        self._last_collective_at = time.monotonic()
+    def expect_collective(self, is_due: bool) -> None:
+        """Expect the next collective within `timeout_s`, or, unless `is_due`, at any time."""
+        self._last_collective_at = time.monotonic() if is_due else None
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
@@ -68,7 +62,11 @@ class PeerMonitor:
         try:
             yield
         except RuntimeError as error:
-            if not _is_peer_error(error):
+            # A signal handler raises, at any line, when a loader process dies.
+            is_loader_error = str(error).startswith("DataLoader worker")
+            # A step that cannot be captured runs eagerly, see engine/cuda_graph.py.
+            is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if is_loader_error or is_capturing or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise self._find_failure(error) from error
 
@@ -100,10 +98,7 @@ class PeerMonitor:
                 raise self._failure
 
     def set_abort_handler(self, abort: Callable[[RunError], None]) -> None:
-        """Have the heartbeat thread call `abort` if the main thread does not exit after a failure.
-
-        The main thread may wait for a GPU, and its kernel for a lost peer.
-        """
+        """Call `abort` if the main thread is blocked on a GPU and does not exit after a failure."""
         self._abort = abort
 
     def _store_failure(self, error: Exception) -> Exception:
@@ -115,7 +110,7 @@ class PeerMonitor:
             fix, details = "report it with its traceback", {}
         record = json.dumps([type(error).__name__, what, fix, details]).encode()
         first = self._store.compare_set(FAILURE_KEY, b"", record)
-        return error if first == record else parse_failure(first)
+        return error if first == record else _parse_failure(first)
 
     def _find_failure(self, error: RuntimeError) -> RunError:
         """Read the failure record; if there is none, write one that names the lost ranks."""
@@ -123,7 +118,7 @@ class PeerMonitor:
             try:
                 if not self._store.check([FAILURE_KEY]):
                     self._store_failure(self._lost_error(error, self._missing_ranks()))
-                self._failure = parse_failure(self._store.get(FAILURE_KEY))
+                self._failure = _parse_failure(self._store.get(FAILURE_KEY))
             except RuntimeError:
                 self._failure = self._store_lost_error(error)
         return self._failure
@@ -165,14 +160,13 @@ class PeerMonitor:
             time.sleep(0.05)
 
     def _heartbeat_loop(self) -> None:
-        """Ask once a second: do all processes answer, has one failed, do all shut down?"""
         try:
             while True:
                 self._check_stall()
                 failed, shutting_down = self._exchange_heartbeat()
                 if failed:
                     self._abort_after_grace()
-                    self._failure = parse_failure(self._store.get(FAILURE_KEY))
+                    self._failure = _parse_failure(self._store.get(FAILURE_KEY))
                     self._exchange_heartbeat()  # returns once all have read it
                     return
                 if shutting_down == self._process.size:
@@ -190,7 +184,7 @@ class PeerMonitor:
         return states.tolist()
 
     def _check_stall(self) -> None:
-        """Record a failure if the main thread reaches no collective: peers may be waiting in it."""
+        """Record a failure if the main thread reaches no collective in time."""
         since = self._last_collective_at
         if since is not None and time.monotonic() - since > self._timeout_s:
             what = f"process {self._process.rank} waits for its device, and has exchanged nothing"
@@ -214,17 +208,7 @@ def first_line(error: RuntimeError | None) -> str:
     return str(error).partition("\n")[0].rpartition("] ")[2]
 
 
-def _is_peer_error(error: RuntimeError) -> bool:
-    """Return whether the collective itself raised an error that was raised within it."""
-    # A signal handler raises, at any line, when a loader process dies.
-    if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
-        return False
-    # A step that cannot be captured runs eagerly, see engine/cuda_graph.py.
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def parse_failure(record: bytes) -> RunError:
-    """Return the error that a failure record describes."""
+def _parse_failure(record: bytes) -> RunError:
     name, what, fix, details = json.loads(record)
     classes = {kind.__name__: kind for kind in RunError.__subclasses__()}
     return classes.get(name, RunError)(what, fix, **details)

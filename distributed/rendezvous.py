@@ -54,9 +54,8 @@ def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: fl
         what = f"the {process.size} processes do not meet: {reason}"
         raise PeerError(what, RERUN_HINT) from error
     store.set(f"who/{process.rank}", json.dumps([socket.gethostname(), os.getpid()]))
-    host_group, heartbeat_group = groups
-    monitor = PeerMonitor(process, store, heartbeat_group, timeout_s)
-    return World(process, host_group, monitor, timeout_s)
+    monitor = PeerMonitor(process, store, heartbeat_group=groups[1], timeout_s=timeout_s)
+    return World(process, groups[0], monitor, timeout_s)
 
 
 def _env_store(timeout_s: float) -> dist.Store:

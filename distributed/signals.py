@@ -13,14 +13,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PREEMPTED = 75  # the exit code of errors.Preempted: run it again
 DUPLICATE_SIGNAL_S = 2.0  # a launcher repeats signals that its processes may have had already
 STARTUP_TIMEOUT_S = 20  # until all processes of a run can stop together
+STOPPING = "{}: finishing the step, then saving; a second signal exits at once"
 NOTHING_SAVED = "stopped: {}, there was nothing to save; to go on: run it again"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class SignalHandler:
     """Record the first signal as a request to stop; exit at the second.
-
-    Until `enable_saving` there is nothing to save, and the first signal ends the process at once.
 
     Args:
         has_launcher: a launcher started this process. It stops together with the run's other
@@ -29,7 +28,8 @@ class SignalHandler:
 
     Attributes:
         signum: the signal that requested the stop, 0 before.
-        can_save: whether the loop runs, saves and reads `signum`.
+        can_save: set once the loop runs and reads `signum`; until then there is nothing to save,
+            and the first signal ends the process at once.
     """
 
     def __init__(self, has_launcher: bool = False, verbose: bool = True) -> None:
@@ -48,22 +48,23 @@ class SignalHandler:
         return self
 
     def _on_signal(self, signum: int, frame: object) -> None:
-        name = signal.Signals(signum).name
         if not self.signum:
             self.signum, self._requested_at = signum, time.monotonic()
-            if self.can_save and self._verbose:
-                _write_stderr(
-                    f"{name}: finishing the step, then saving; a second signal exits at once"
-                )
-            elif not self.can_save and not self._has_launcher:
-                _write_stderr(NOTHING_SAVED.format(name))
-                os._exit(PREEMPTED)  # no clean-up: every file is complete at any moment
+            if self.can_save:
+                self._print(STOPPING, signum)
+            elif not self._has_launcher:
+                self._exit_unsaved(signum)
         elif not self._has_launcher or time.monotonic() - self._requested_at > DUPLICATE_SIGNAL_S:
             os._exit(128 + signum)
 
-    def enable_saving(self) -> None:
-        """Leave it to the loop, from now on, to save and stop at a signal."""
-        self.can_save = True
+    def _exit_unsaved(self, signum: int) -> None:
+        self._print(NOTHING_SAVED, signum)
+        os._exit(PREEMPTED)  # no clean-up: every file is complete at any moment
+
+    def _print(self, line: str, signum: int) -> None:
+        if self._verbose:
+            with contextlib.suppress(OSError):  # Ctrl-C also ends a `tee` that reads stderr
+                os.write(2, f"{line.format(signal.Signals(signum).name)}\n".encode())
 
     def _startup_watchdog(self) -> None:
         """Start a thread that ends the process if it cannot stop together with the others.
@@ -80,9 +81,7 @@ class SignalHandler:
                 pass
             time.sleep(STARTUP_TIMEOUT_S)
             if not self.can_save:
-                if self._verbose:
-                    _write_stderr(NOTHING_SAVED.format(signal.Signals(signum).name))
-                os._exit(PREEMPTED)
+                self._exit_unsaved(signum)
 
         threading.Thread(target=wait, daemon=True).start()
 
@@ -106,11 +105,6 @@ def reserve_std_fds() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
-
-
-def _write_stderr(line: str) -> None:
-    with contextlib.suppress(OSError):  # Ctrl-C also ends the `tee` that standard error may go to
-        os.write(2, f"{line}\n".encode())
 
 
 def ignore_signals() -> None:

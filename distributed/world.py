@@ -26,14 +26,11 @@ class World:
     """The processes (ranks) of a run, which may be this one alone.
 
     Args:
-        process: this process.
-        host_group: gloo group for numbers on the host; None for one process.
-        monitor: of the other processes; None for one process.
-        timeout_s: longest wait in a collective that all enter at the same step, unless `in_warmup`.
+        host_group: gloo group for numbers on the host; None for one process, like `monitor`.
+        timeout_s: longest wait in a collective that all enter at the same step.
 
     Attributes:
-        in_warmup: whether ranks may still keep each other waiting, until each has compiled its
-            kernels and tried its algorithms.
+        in_warmup: `timeout_s` is not in force yet: the ranks still compile their kernels.
     """
 
     def __init__(
@@ -50,10 +47,8 @@ class World:
 
     def all_reduce_max(self, *values: int) -> list[int]:
         """Return the maximum of each value over all ranks."""
-        if self.size == 1:
-            return list(values)
         maxima = torch.tensor(values, dtype=torch.int64)
-        self._on_host(dist.all_reduce, maxima, dist.ReduceOp.MAX)
+        self._run(dist.all_reduce, maxima, dist.ReduceOp.MAX, group=self._host_group)
         return maxima.tolist()
 
     def all_gather_int(self, value: int) -> list[int]:
@@ -71,13 +66,10 @@ class World:
 
         Args:
             pack, unpack: convert the result to bytes and back.
-
-        Raises:
-            RunError: raised by `fn`; on every rank.
         """
         if not self.is_rank0:
             return unpack(self._broadcast_bytes(0, b""))
-        self.monitor.collective_started()  # fn may take long
+        self.monitor.expect_collective(False)  # fn may take long
         value = fn()
         if self.size > 1:
             self._broadcast_bytes(0, pack(value))
@@ -92,14 +84,13 @@ class World:
 
     def _broadcast_bytes(self, rank: int, data: bytes) -> bytes:
         """Return the `data` of one rank on every rank."""
-        length = torch.tensor([len(data) if rank == self.rank else 0])
-        self._on_host(dist.broadcast, length, rank, long=True)
-        content = torch.zeros(int(length), dtype=torch.uint8)
-        if rank == self.rank and data:
-            content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if len(content):
-            self._on_host(dist.broadcast, content, rank, long=True)
-        return content.numpy().tobytes()
+        length = torch.tensor([len(data)])
+        self._run(dist.broadcast, length, rank, group=self._host_group, long=True)
+        buffer = bytearray(data if rank == self.rank else int(length))
+        if buffer:
+            content = torch.frombuffer(buffer, dtype=torch.uint8)
+            self._run(dist.broadcast, content, rank, group=self._host_group, long=True)
+        return bytes(buffer)
 
     def check_equal(self, values: dict[str, object]) -> None:
         """Check that all ranks have the same values.
@@ -122,24 +113,19 @@ class World:
         """Run the body on one rank of each machine before the others run it."""
         is_local_rank0 = self.process.local_rank == 0
         if not is_local_rank0:
-            self._barrier()
+            self.all_gather_json(None)  # a barrier: it returns once all ranks have called it
         yield
         if is_local_rank0:
-            self._barrier()
-
-    def _barrier(self) -> None:
-        if self.size > 1:
-            self._on_host(dist.all_reduce, torch.zeros(1), long=True)
+            self.all_gather_json(None)
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """Replace a contiguous tensor by its sum over all ranks, in the order of the stream."""
-        if self.size > 1:
-            self._on_device(dist.all_reduce, tensor)
+        """Replace a contiguous tensor by its sum over all ranks."""
+        self._run(dist.all_reduce, tensor)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Gather the tensor of each rank: (size, *tensor.shape)."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        self._on_device(dist.all_gather_into_tensor, gathered.view(-1), tensor.reshape(-1))
+        self._run(dist.all_gather_into_tensor, gathered.view(-1), tensor.reshape(-1))
         return gathered
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
@@ -149,31 +135,25 @@ class World:
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in same_dtype])
-            self._on_device(dist.broadcast, flat, 0)
+            self._run(dist.broadcast, flat, 0)
             sizes = [tensor.numel() for tensor in same_dtype]
             for tensor, part in zip(same_dtype, flat.split(sizes), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def _on_device(self, collective: Callable, tensor: Tensor, *args: object) -> None:
-        if tensor.device.type == "cpu":
-            self._wait(lambda: collective(tensor, *args, async_op=True))
-        else:  # only the stream waits, so the host has no timeout to keep here
-            with self.monitor.translate_errors():
-                collective(tensor, *args)
-
-    def _on_host(
-        self, collective: Callable, tensor: Tensor, *args: object, long: bool = False
+    def _run(
+        self, collective: Callable, tensor: Tensor, *args: object, group=None, long: bool = False
     ) -> None:
-        self._wait(lambda: collective(tensor, *args, group=self._host_group, async_op=True), long)
-
-    def _wait(self, start: Callable, long: bool = False) -> None:
-        """Start a collective and wait for it; `long`: one rank may work alone before it."""
+        """Run a collective of torch; `long`: one rank may work alone before it."""
+        if self.size == 1:
+            return
         with self.monitor.translate_errors():
-            long = long or self.in_warmup
-            self.monitor.collective_started()
-            start().wait(timedelta(seconds=LONG_TIMEOUT_S if long else self._timeout_s))
-            if not long:
-                self.monitor.collective_finished()
+            if tensor.is_cuda:  # only the stream waits, so the host has no timeout to keep here
+                collective(tensor, *args, group=group)
+                return
+            timeout_s = LONG_TIMEOUT_S if long or self.in_warmup else self._timeout_s
+            self.monitor.expect_collective(False)
+            collective(tensor, *args, group=group, async_op=True).wait(timedelta(seconds=timeout_s))
+            self.monitor.expect_collective(not long and not self.in_warmup)
 
 
 def _shorten(value: object) -> str:
@@ -184,15 +164,10 @@ def _shorten(value: object) -> str:
 class BatchShard:
     """This rank's part of a global batch, for the layers that compute over the whole batch.
 
-    Args:
-        world: of the ranks that share the batch.
-        device: of the tensors that they exchange.
-
     Attributes:
         weights: (size,) float64: the part of the batch that each rank has.
         offset: index in the global batch of this rank's first image.
         global_size: images in the global batch.
-        all_reduce_, all_gather: as in `World`.
     """
 
     def __init__(self, world: World, device: torch.device):

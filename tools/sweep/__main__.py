@@ -220,7 +220,7 @@ def train(asked: cli.Command, table: list[Task], rerun_command: str) -> None:
         experiment.directory.check_writable(task.save)
     visible, present = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     gpus = gpu_slots(asked.options.gpus, visible, present)
-    handler.enable_saving()
+    handler.can_save = True
     is_stopped = run(table, gpus, handler)
 
     stopped = [task for task in table if task.code == Preempted.code]
