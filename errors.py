@@ -11,6 +11,7 @@ class RunError(Exception):
     """
 
     code = 1
+    template = "error: {}; fix: {}"
 
     def __init__(self, what: str, fix: str, **details: object):
         self.problems = [(what, fix)]
@@ -18,9 +19,8 @@ class RunError(Exception):
         super().__init__(what)
 
     def report(self) -> str:
-        """Format one line per problem: `error: WHAT; fix: FIX`."""
-        lines = (f"error: {what}; fix: {fix}" for what, fix in self.problems)
-        return "\n".join(printable(line) for line in lines)
+        """Format one line per problem."""
+        return "\n".join(printable(self.template.format(*problem)) for problem in self.problems)
 
 
 class UsageError(RunError):
@@ -86,11 +86,7 @@ class Preempted(RunError):
     """The run stopped at a signal after it saved its state: run it again with --resume."""
 
     code = 75
-
-    def report(self) -> str:
-        """Format the one line, which does not begin with `error`."""
-        what, fix = self.problems[0]
-        return printable(f"stopped: {what}; to go on: {fix}")
+    template = "stopped: {}; to go on: {}"
 
 
 def printable(line: str) -> str:

@@ -56,7 +56,8 @@ class Progress:
         self._interval_data_s = 0.0
 
     def __enter__(self) -> "Progress":
-        if not _silenced and _supports_bar():
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        if not _silenced and is_terminal and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
 
             title = f"epoch {self.epoch} {self.name}"
@@ -113,11 +114,6 @@ class Progress:
             )
             info(line + (f"  LR {lr:.6g}" if lr is not None else ""))
         self._start_interval()
-
-
-def _supports_bar() -> bool:
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return is_terminal and os.environ.get("TERM") != "dumb"
 
 
 def format_test(tested: dict, model: str) -> str:

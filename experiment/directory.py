@@ -18,14 +18,14 @@ def check_writable(directory: Path) -> None:
     ancestor = directory.absolute()
     while not os.path.lexists(ancestor):
         ancestor = ancestor.parent
-    if not ancestor.is_dir():
-        raise StorageError(f"not a directory: {ancestor}", "name another run directory with --save")
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise StorageError(f"cannot write in {ancestor}", "name another run directory with --save")
+    is_directory = ancestor.is_dir()
+    if not is_directory or not os.access(ancestor, os.W_OK | os.X_OK):
+        what = "cannot write in" if is_directory else "not a directory:"
+        raise StorageError(f"{what} {ancestor}", "name another run directory with --save")
 
 
 class RunDirectory:
-    """The directory of one run, locked against a second writer until it is closed.
+    """The directory of one run, locked against a second writer until the `with` block ends.
 
     Raises:
         StorageError: it cannot be created or written.
@@ -52,26 +52,26 @@ class RunDirectory:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise storage_error(error, self.path / ".lock") from error
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
+            owner = self._read_owner() or "another process"
             self._lock.close()
-            raise BusyError(
-                f"run directory {self.path} is in use by {owner}",
-                "wait for it to end, or choose another --save",
-            ) from None
+            what = f"run directory {self.path} is in use by {owner}"
+            raise BusyError(what, "wait for it to end, or choose another --save") from None
         self._lock.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._owner = f"host {socket.gethostname()}, process {os.getpid()}, since {started}"
         self._lock.write(f"{self._owner}\n")
         self._lock.flush()
 
+    def _read_owner(self) -> str:
+        self._lock.seek(0)
+        return self._lock.read().strip()
+
     def verify_lock(self) -> None:
         """Raise BusyError if a process of another machine has overwritten the lock file.
 
         A network file system may share the file's content between machines, and not the lock.
         """
-        self._lock.seek(0)
-        owner = self._lock.read().strip()
+        owner = self._read_owner()
         if owner != self._owner:
             self._status.clear()  # the other process writes the run's outcome
             what = f"run directory {self.path} was taken over by {owner or 'an unknown process'}"
@@ -99,10 +99,6 @@ class RunDirectory:
         """Read `status.json`; {} if there is none."""
         return read_json(self.path / "status.json")
 
-    def close(self) -> None:
-        """Release the lock."""
-        self._lock.close()
-
     def __enter__(self) -> "RunDirectory":
         return self
 
@@ -110,7 +106,7 @@ class RunDirectory:
         # A start that is refused before it wrote a status leaves the earlier one.
         if "state" in self._status and isinstance(error, Exception):
             self.write_outcome(error)
-        self.close()
+        self._lock.close()
 
     def write_outcome(self, error: Exception) -> None:
         """Write the error that ended the run to `status.json`: a RunError, or else a bug."""

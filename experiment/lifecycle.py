@@ -53,20 +53,21 @@ def exit_with_code(code: int, world) -> int:
         world.monitor.shutdown()
     if world.size > 1:
         kill_children()
-        _exit_now(code)
-    return code
+    return _exit(code, world)
 
 
-def _exit_now(code: int) -> None:
-    """Exit one of several processes without PyTorch's teardown.
+def _exit(code: int, world) -> int:
+    """Return the exit code, but exit one of several processes without PyTorch's teardown.
 
     The teardown may wait for lost peers, and may abort a process that had gloo groups ("terminate
     called without an active exception", torch 2.11): a finished run would exit with 134.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
+    if world and world.size > 1:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def exit_with_error(
@@ -81,14 +82,11 @@ def exit_with_error(
         kill_children()
         error = world.monitor.report_failure(error) if world else error
     # Report it once.
-    code = error.code if isinstance(error, RunError) else 1
     if isinstance(error, RunError) and _should_report(error, process, world):
-        print_error(error)
+        _print_error(error)
         if world and not process.is_rank0:  # rank 0 is lost
             write_outcome_for_lost_rank(Path(opt.save), error)
-    if world and world.size > 1:
-        _exit_now(code)
-    return code
+    return _exit(error.code if isinstance(error, RunError) else 1, world)
 
 
 def _should_report(error: RunError, process: launcher.ProcessInfo, world) -> bool:
@@ -101,8 +99,7 @@ def _should_report(error: RunError, process: launcher.ProcessInfo, world) -> boo
     return rendezvous.claim_report(error.report())
 
 
-def print_error(error: RunError) -> None:
-    """Print an error, a line for each problem."""
+def _print_error(error: RunError) -> None:
     with contextlib.suppress(OSError):  # the reader of standard error may have exited
         print(error.report(), file=sys.stderr, flush=True)
 
@@ -112,5 +109,5 @@ def abort(world, directory: RunDirectory | None, error: RunError) -> None:
     if directory:
         directory.write_outcome(error)
     if world.monitor.is_reporter:
-        print_error(error)
+        _print_error(error)
     os._exit(error.code)

@@ -6,14 +6,12 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from cli.flag_types import as_text
-from engine.metrics import Metrics
 from experiment.console import Progress, info, warn
 from fileio.atomic import atomic_write
 
@@ -25,13 +23,10 @@ class EpochRecord:
     """The results of one epoch: a line of log.jsonl. Errors (top1, top5) are in per cent.
 
     Args:
-        epoch: from 1.
-        lr: learning rate of its last step.
+        lr: learning rate of the epoch's last step.
         images_per_s: training images over all processes.
         data_wait: fraction of the training time spent waiting for batches.
-        time_s, val_time_s: seconds of training and of evaluation.
         memory_mb: peak memory so far, in MB.
-        device: its name.
         replicas: number of processes.
         torch: PyTorch's version.
     """
@@ -61,6 +56,8 @@ class RunLog:
         directory: the run directory; None to print only (evaluation without a run).
     """
 
+    progress = Progress  # of one pass over a split
+
     def __init__(self, directory: Path | None):
         self.directory = directory
         self._writer = None
@@ -76,32 +73,25 @@ class RunLog:
     def epoch(self, record: EpochRecord, is_best: bool) -> None:
         """Write one epoch's record to log.jsonl and TensorBoard, and print its result."""
         values = asdict(record)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         # JSON has no NaN: write null for a number that is not finite.
-        jsonable = {key: value if _is_finite(value) else None for key, value in values.items()}
+        nulls = {name: None for name, value in numbers.items() if not math.isfinite(value)}
         try:
-            _append(self.directory / LOG, json.dumps(jsonable) + "\n")
+            _append(self.directory / LOG, json.dumps(values | nulls) + "\n")
         except OSError as error:
             self.warn_once(f"cannot write {self.directory / LOG}: {error.strerror}")
-
-        def scalars(writer) -> None:
-            for key in values.keys() - {"epoch"}:
-                if not isinstance(values[key], str):
-                    writer.add_scalar(_tensorboard_tag(key), values[key], record.epoch)
-            writer.flush()
-
-        self._with_tensorboard(scalars)
+        del numbers["epoch"]
+        for name, value in numbers.items():
+            self._tensorboard("add_scalar", _tensorboard_tag(name), value, record.epoch)
+        self._tensorboard("flush")
         errors = f"top1: {record.val_top1:7.3f}  top5: {record.val_top5:7.3f}"
         best = "  (best so far)" if is_best else ""
         info(f" * Finished epoch # {record.epoch}     {errors}{best}\n")
 
     def add_text(self, **texts: str) -> None:
         """Write texts, such as the config, to TensorBoard."""
-
-        def write(writer) -> None:
-            for name, text in texts.items():
-                writer.add_text(name, f"```\n{text}\n```", 0)
-
-        self._with_tensorboard(write)
+        for name, text in texts.items():
+            self._tensorboard("add_text", name, f"```\n{text}\n```", 0)
 
     def add_images(self, images: Tensor) -> None:
         """Write a grid of up to 64 images (N, 3, H, W), as the network sees them."""
@@ -112,22 +102,22 @@ class RunLog:
         shown = images[:64].float().cpu()
         low, high = shown.min(), shown.max()
         grid = make_grid((shown - low) / (high - low).clamp(min=1e-6), nrow=8)
-        self._with_tensorboard(lambda writer: writer.add_image("augmented training images", grid))
+        self._tensorboard("add_image", "augmented training images", grid)
 
     def close(self, settings: dict[str, object], results: dict[str, float]) -> None:
         """Write a complete run's settings and final errors to TensorBoard, and close it."""
         # TensorBoard takes no lists.
         flat = {n: as_text(v) if isinstance(v, list) else v for n, v in settings.items()}
         errors = {f"final/{name}": value for name, value in results.items() if "top" in name}
-        self._with_tensorboard(lambda writer: writer.add_hparams(flat, errors, run_name="."))
-        self._with_tensorboard(lambda writer: writer.close())
+        self._tensorboard("add_hparams", flat, errors, run_name=".")
+        self._tensorboard("close")
         self._writer = None
 
-    def _with_tensorboard(self, write: Callable) -> None:
-        """Call `write` with the TensorBoard writer; if it fails, train on without TensorBoard."""
+    def _tensorboard(self, method: str, *args: object, **options: object) -> None:
+        """Call a method of the TensorBoard writer; if it fails, train on without TensorBoard."""
         if self._writer:
             try:
-                write(self._writer)
+                getattr(self._writer, method)(*args, **options)
             except Exception as error:  # TensorBoard re-raises any error of its thread
                 self._writer = None
                 self.warn_once(f"no TensorBoard from here on: {error}")
@@ -138,23 +128,17 @@ class RunLog:
             self._warned.add(line)
             warn(f"{line}; training goes on")
 
-    def progress(self, name: str, epoch: int, steps: int, done: int, metrics: Metrics) -> Progress:
-        """Return the progress of one pass over a split, a context manager."""
-        return Progress(name, epoch, steps, done, metrics)
-
 
 def read_log(directory: Path) -> list[dict]:
     """Read the records of log.jsonl, up to a line that is no record, such as one cut by a crash."""
     path = directory / LOG
     records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
+    with contextlib.suppress(ValueError, RecursionError):
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-            break
-        records.append(record)
+            if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+                break
+            records.append(record)
     return records
 
 
@@ -169,10 +153,6 @@ def _append(path: Path, line: str) -> None:
             with contextlib.suppress(OSError):
                 file.truncate(end)
             raise
-
-
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _tensorboard_tag(key: str) -> str:
