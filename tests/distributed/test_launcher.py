@@ -1,7 +1,6 @@
 """`--nGPU N` starts N processes: their ranks, signals to their parent, one exit code."""
 
 import os
-import re
 import signal
 import time
 from functools import partial
@@ -23,7 +22,9 @@ def cpus_for_gpus() -> None:
     import torch
 
     import engine.device
+    from distributed import peer_monitor
 
+    peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1
     torch.cuda.device_count = lambda: 2
     select = engine.device.select
     engine.device.select = lambda *args: select(*args) and torch.device("cpu")
@@ -62,16 +63,6 @@ def goes_on(directory: Path, complete: dict) -> None:
     assert outcome(directory) == complete
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_their_parent_is_forwarded(tmp_path, complete, number):
-    tell = partial(on_rank, 1, partial(tell_parent, number, number))
-    result = run(*replicas(tmp_path, partial(at_batch, tell, 6)))
-    assert result.code == 75, result
-    assert status(tmp_path)["state"] == "preempted"
-    assert result.err.splitlines()[-1].startswith(f"stopped: {signal.Signals(number).name}, ")
-    goes_on(tmp_path, complete)
-
-
 def tell_parent(number: int, answer: int) -> None:
     """Send the parent a signal, and wait for the one that this process gets then."""
     handle, answers = signal.getsignal(answer), []
@@ -81,11 +72,20 @@ def tell_parent(number: int, answer: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_signal_to_all_of_them_at_once_is_one_signal(tmp_path, complete):
-    """Ctrl-C in a terminal reaches every process, and the first passes it on as well."""
-    tell = partial(on_rank, 1, partial(os.killpg, 0, signal.SIGINT))
+SENDERS = {
+    "SIGTERM": partial(tell_parent, signal.SIGTERM, signal.SIGTERM),
+    "SIGUSR1": partial(tell_parent, signal.SIGUSR1, signal.SIGUSR1),
+    "SIGINT": partial(os.killpg, 0, signal.SIGINT),  # Ctrl-C, which the parent passes on as well
+}
+
+
+@pytest.mark.parametrize("name", SENDERS)
+def test_a_signal_to_their_parent_or_to_all_of_them_stops_the_run_once(tmp_path, complete, name):
+    tell = partial(on_rank, 1, SENDERS[name])
     result = run(*replicas(tmp_path, own_group, partial(at_batch, tell, 6)))
     assert result.code == 75, result
+    assert status(tmp_path)["state"] == "preempted"
+    assert result.err.splitlines()[-1].startswith(f"stopped: {name}, ")
     goes_on(tmp_path, complete)
 
 
@@ -125,31 +125,10 @@ def impatient() -> None:
     launcher.GRACE_S = 1
 
 
-def test_gpus_that_are_not_there_are_refused_before_anything_is_started(tmp_path):
-    refused(run(tiny(nGPU=2, save=tmp_path / "run")), 2, "nGPU=2 but no CUDA device; fix: --nGPU 0")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
-    argv = tiny(nGPU=3, save=tmp_path / "run")
-    pattern = re.escape("batchSize 8 over 3 processes is not a whole number; fix: use 9, or ")
-    refused(run(argv), 2, pattern)
-
-
-CODES = [
-    ([0, 0, 0], 0),
-    ([75, 75], 75),
-    ([8, -9, 8], 8),
-    ([-9, 8], 8),
-    ([-9, -9], 137),
-    ([-15, 0], 143),
-    ([0, 3], 3),
-]
-
-
-@pytest.mark.parametrize(("codes", "code"), CODES)
-def test_one_exit_code_stands_for_all(codes, code):
-    assert combined_exit_code(codes) == code
+def test_one_exit_code_stands_for_all():
+    cases = [([0, 0, 0], 0), ([75, 75], 75), ([8, -9, 8], 8), ([-9, 8], 8), ([-9, -9], 137),
+             ([-15, 0], 143), ([0, 3], 3)]  # fmt: skip
+    assert [combined_exit_code(codes) for codes, _ in cases] == [code for _, code in cases]
 
 
 @pytest.mark.parametrize(

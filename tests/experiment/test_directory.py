@@ -3,9 +3,8 @@
 import errno
 import multiprocessing
 import os
+import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +24,6 @@ STEPS = ["open .file.bin.tmp", "write .file.bin.tmp", "fsync .file.bin.tmp",
          "rename file.bin", "open .", "fsync ."]  # fmt: skip
 
 
-def in_a_process(function, *args) -> int:
-    """The exit code of a function run elsewhere, where it may be killed."""
-    process = _context.Process(target=function, args=args)
-    process.start()
-    process.join(60)
-    return process.exitcode
-
-
 # -------------------------------------------------------------------------------------- one file
 
 
@@ -49,16 +40,25 @@ def write(path: Path, spoil) -> None:
     atomic.atomic_write(path, NEW)
 
 
+def written_elsewhere(path: Path, spoil) -> int:
+    """The exit code of a process that writes the file, and may be killed."""
+    process = _context.Process(target=write, args=(path, spoil))
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
 def test_a_write_goes_through_a_temporary_file(path, tmp_path):
     report = tmp_path / "report"
-    assert in_a_process(write, path, partial(sabotage.record_files, path.parent, report)) == 0
+    assert written_elsewhere(path, partial(sabotage.record_files, path.parent, report)) == 0
     assert report.read_text().splitlines() == STEPS
     assert path.read_bytes() == NEW and os.listdir(path.parent) == ["file.bin"]
 
 
 @pytest.mark.parametrize("k", range(1, len(STEPS) + 2))
 def test_a_write_that_is_killed_leaves_the_old_file_or_the_new_one(path, k):
-    code = in_a_process(write, path, partial(sabotage.on_files, sabotage.kill, path.parent, k=k))
+    kill = partial(sabotage.on_files, sabotage.kill, path.parent, k=k)
+    code = written_elsewhere(path, kill)
     assert code == (-signal.SIGKILL if k <= len(STEPS) else 0)  # each step was reached
     assert path.read_bytes() == (OLD if k <= 4 else NEW)  # the fourth is the rename
 
@@ -76,14 +76,11 @@ def test_a_refused_write_changes_nothing_and_says_why(path, monkeypatch, functio
     assert path.read_bytes() == OLD and os.listdir(path.parent) == ["file.bin"]
 
 
-def test_a_directory_is_checked_without_being_made(tmp_path):
-    check_writable(tmp_path / "a" / "b")
-    check_writable(tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("below", ["", "run"])
-def test_a_file_where_a_directory_should_be_is_an_error(path, below):
+def test_a_directory_is_checked_without_being_made_and_no_file_is_in_its_place(path, below):
+    check_writable(path.parent / "a" / below)
+    check_writable(path.parent)
+    assert os.listdir(path.parent) == [path.name]
     with pytest.raises(StorageError, match=f"not a directory: {path}"):
         check_writable(path / below)
     with pytest.raises(StorageError, match="cannot write"):
@@ -95,63 +92,35 @@ def test_a_file_where_a_directory_should_be_is_an_error(path, below):
 
 
 def hold(directory: Path, pipe) -> None:
+    """Have the run directory open, and a child that outlives this process, as a loader's may."""
     with RunDirectory(directory):
-        pipe.send("held")
-        pipe.poll(60)  # until the other end is closed
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        pipe.send(child)
+        pipe.poll(60)
 
 
-@contextmanager
-def held(directory: Path) -> Iterator[multiprocessing.Process]:
-    """Let another process have the run directory open."""
+def test_a_directory_has_one_writer_until_that_is_killed_and_is_swept_by_the_next(tmp_path):
     ours, theirs = _context.Pipe()
-    process = _context.Process(target=hold, args=(directory, theirs))
-    process.start()
-    assert ours.recv() == "held"
-    yield process
-    ours.close()
-    process.join(60)
-
-
-def test_a_second_process_is_told_who_has_the_directory_and_changes_nothing(tmp_path):
-    half = tmp_path / ".checkpoint_000000003.pt.tmp"
-    with held(tmp_path) as owner:
-        half.write_bytes(b"being written")
+    owner = _context.Process(target=hold, args=(tmp_path, theirs))
+    owner.start()
+    child = ours.recv()
+    (tmp_path / ".checkpoint_000000003.pt.tmp").write_bytes(b"being written")
+    (tmp_path / "checkpoint_000000002.pt").write_bytes(b"whole")
+    left = sorted(os.listdir(tmp_path))
+    name = rf"in use by host {re.escape(os.uname().nodename)}, process {owner.pid}, since 20"
+    try:
         for _ in range(2):  # what is known about the owner outlives a refusal
-            with pytest.raises(BusyError) as caught:
+            with pytest.raises(BusyError, match=name):
                 RunDirectory(tmp_path)
-            report = caught.value.report()
-            assert f"host {os.uname().nodename}, process {owner.pid}, since 20" in report
-            assert "; fix: wait for it to end, or choose another --save" in report
-        assert half.exists()
-
-
-def test_what_a_killed_process_was_writing_is_swept_at_the_next_start(tmp_path):
-    with held(tmp_path) as owner:
+        assert sorted(os.listdir(tmp_path)) == left
         os.kill(owner.pid, signal.SIGKILL)
         owner.join(60)
-    assert str(owner.pid) in (tmp_path / ".lock").read_text()  # it could not clean up
-    (tmp_path / ".checkpoint_000000003.pt.tmp").write_bytes(b"half")
-    (tmp_path / "checkpoint_000000002.pt").write_bytes(b"whole")
-    with RunDirectory(tmp_path):  # a killed owner does not block it
-        assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoint_000000002.pt"]
-
-
-def open_and_fork(directory: Path, pipe) -> None:
-    with RunDirectory(directory):
-        pid = os.fork()
-        if pid == 0:
-            signal.pause()
-        pipe.send(pid)
-        sabotage.kill()
-
-
-def test_a_child_that_outlives_the_owner_does_not_hold_the_directory(tmp_path):
-    ours, theirs = _context.Pipe()
-    assert in_a_process(open_and_fork, tmp_path, theirs) == -signal.SIGKILL
-    child = ours.recv()
-    try:
-        os.kill(child, 0)  # it is alive
-        RunDirectory(tmp_path).close()
+        assert sorted(os.listdir(tmp_path)) == left  # it could not clean up
+        os.kill(child, 0)  # it is alive, and does not hold the lock
+        with RunDirectory(tmp_path):
+            assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoint_000000002.pt"]
     finally:
         os.kill(child, signal.SIGKILL)
 

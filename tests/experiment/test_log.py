@@ -83,18 +83,12 @@ def test_a_number_that_is_not_finite_is_null(tmp_path):
     assert line == asdict(record(1)) | dict.fromkeys(["train_loss", "val_loss", "val_top1"])
 
 
-def test_a_resumed_run_cuts_the_log_back_to_where_it_goes_on(tmp_path):
-    assert read_log(tmp_path) == []
-    written(tmp_path, 1, 2, 3)
-    written(tmp_path, next_epoch=2)
-    assert read_log(tmp_path) == [asdict(record(1))]
-
-
 CUT_OFF = [b'{"epoch": 3, "lr', b"{", b'{"epoch": 3}garbage', b"\0\0\0", b"\xff\xfe\n[1]\n", b"{}"]
 
 
 @pytest.mark.parametrize("rest", CUT_OFF)
-def test_a_log_is_read_up_to_what_is_no_record(tmp_path, rest):
+def test_a_log_is_read_up_to_what_is_no_record_and_cut_back_to_where_a_run_goes_on(tmp_path, rest):
+    assert read_log(tmp_path) == []
     written(tmp_path, 1, 2)
     path = tmp_path / "log.jsonl"
     whole = path.read_bytes()
@@ -103,6 +97,8 @@ def test_a_log_is_read_up_to_what_is_no_record(tmp_path, rest):
         assert [line["epoch"] for line in read_log(tmp_path)] == [1, 2]
         written(tmp_path, 3, next_epoch=3)
         assert read_log(tmp_path) == [asdict(record(epoch)) for epoch in (1, 2, 3)]
+    written(tmp_path, next_epoch=2)
+    assert read_log(tmp_path) == [asdict(record(1))]
 
 
 def test_a_full_disk_for_the_log_alone_is_said_once_and_stops_nothing(tmp_path, capsys):
@@ -190,14 +186,14 @@ def test_a_full_disk_for_tensorboard_stops_nothing(tmp_path):
 LOGITS, TARGETS = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
 
 
-def progress(steps: int, name: str = "train", lr: float | None = 0.1) -> None:
-    """Show a pass in which every second image is wrong."""
+def progress(steps: int, name: str = "train", lr: float | None = 0.1, of_all=None) -> None:
+    """Show a pass in which every second image is wrong; `of_all`: the metrics of all replicas."""
     metrics = Metrics(torch.device("cpu"))
     with RunLog(None).progress(name, 7, steps, 0, metrics) as shown:
         for _ in range(steps):
             metrics.add(torch.tensor(0.5), LOGITS, TARGETS)
             shown.update(2, 0.0, lr)
-        shown.finish(metrics, lr)
+        shown.finish(of_all or metrics, lr)
 
 
 def test_outside_a_terminal_a_pass_is_its_last_line_or_a_line_when_it_is_due(capsys, monkeypatch):
@@ -220,14 +216,10 @@ def test_outside_a_terminal_a_pass_is_its_last_line_or_a_line_when_it_is_due(cap
 
 
 def test_the_last_line_of_a_pass_is_of_all_replicas(capsys):
-    own, of_all = Metrics(torch.device("cpu")), Metrics(torch.device("cpu"))
-    own.add(torch.tensor(0.5), LOGITS, TARGETS)
+    of_all = Metrics(torch.device("cpu"))
     of_all.add(torch.tensor(0.25), LOGITS[:1], TARGETS[:1])
-    with RunLog(None).progress("val", 7, 1, 0, own) as shown:
-        shown.update(2, 0.0)
-        shown.finish(of_all)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "Err 0.2500  top1   0.000" in line
+    progress(1, "val", None, of_all)
+    assert "Err 0.2500  top1   0.000" in capsys.readouterr().out
 
 
 def test_a_process_that_is_not_the_first_prints_nothing(capsys, monkeypatch):

@@ -250,12 +250,5 @@ def test_a_traceback_is_shown_for_a_bug_and_on_request(tmp_path):
 def test_kernels_that_cannot_run_are_refused_and_notes_are_no_errors(tmp_path):
     pattern = r"kernels triton: there is no CUDA device; fix: use --kernels auto"
     refused(run(tiny(kernels="triton", save=tmp_path / "no")), 2, pattern)
-    auto = run(tiny(nEpochs=1, kernels="auto", save=tmp_path / "auto"))
-    assert (auto.code, auto.err) == (0, "")
-    argv = tiny(nEpochs=1, kernels="torch", save=tmp_path / "torch")
-    result = run([*argv, "-backend", "cudnn", "-shareGradInput", "true"])
-    assert result.code == 0
-    assert all(line.startswith("note: ") for line in result.err.splitlines())
-    assert "note: backend has no effect here" in result.err
-    assert "note: shareGradInput is optMemory 2 here" in result.err
-    assert outcome(tmp_path / "auto") == outcome(tmp_path / "torch")
+    result = run([*tiny(nEpochs=1, save=tmp_path / "yes"), "-backend", "cudnn"])
+    assert result.code == 0 and result.err.startswith("note: backend has no effect here")
