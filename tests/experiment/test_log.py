@@ -2,11 +2,10 @@
 
 import json
 import math
-import multiprocessing
-import os
 import re
 import resource
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -113,16 +112,22 @@ def test_a_full_disk_for_the_log_alone_is_said_once_and_stops_nothing(tmp_path, 
     assert printed.out.count("Finished epoch") == 3 and printed.out.count("best so far") == 1
 
 
-def test_a_line_that_a_full_disk_cut_off_spoils_no_later_one(tmp_path):
+@contextmanager
+def limited_file_size(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes, as on a full disk; capsys must hold the outputs."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+
+def test_a_line_that_a_full_disk_cut_off_spoils_no_later_one(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")  # it would meet the limit as well
     log = written(tmp_path, 1)
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    room = (tmp_path / "log.jsonl").stat().st_size + 20
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
+    with limited_file_size((tmp_path / "log.jsonl").stat().st_size + 20):
         log.epoch(record(2), is_best=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     log.epoch(record(3), is_best=False)
     assert read_log(tmp_path) == [asdict(record(1)), asdict(record(3))]
 
@@ -161,24 +166,17 @@ def test_a_tensorboard_that_cannot_be_made_stops_nothing(tmp_path, capsys):
     assert read_log(tmp_path) == [asdict(record(1))]
 
 
-def fill_up(directory: Path) -> None:
-    """A log whose disk is full after its first records."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (else files with the limit)
-    log = written(directory, 1)
-    sabotage.limit_file_size((directory / "log.jsonl").stat().st_size)
-    for epoch in range(2, 6):
-        log.epoch(record(epoch), is_best=False)
-    log.add_text(config="x")
-    log.add_images(torch.rand(2, 3, 8, 8))
-    log.close({"depth": 10}, {"last_top1": 1.0})
-    os._exit(5)  # reached
-
-
-def test_a_full_disk_for_tensorboard_stops_nothing(tmp_path):
-    process = multiprocessing.get_context("forkserver").Process(target=fill_up, args=(tmp_path,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 5
+def test_a_full_disk_for_tensorboard_stops_nothing(tmp_path, capsys):
+    log = written(tmp_path, 1)
+    with limited_file_size((tmp_path / "log.jsonl").stat().st_size):
+        for epoch in range(2, 6):
+            log.epoch(record(epoch), is_best=False)
+        log.add_text(config="x")
+        log.add_images(torch.rand(2, 3, 8, 8))
+        log.close({"depth": 10}, {"last_top1": 1.0})
+    printed = capsys.readouterr()
+    assert printed.err.count("note: no TensorBoard from here on") == 1
+    assert printed.out.count("Finished epoch") == 5
 
 
 # ---------------------------------------------------------------------------------------- console
