@@ -1,6 +1,6 @@
-"""Shared by all tests: one thread, so that results repeat and two test runs do not fight.
+"""Give all tests one thread, so that results repeat and two test runs do not fight.
 
-Also what the long tests measure goes from here into a file: `--record FILE`.
+`--record FILE` writes what the long tests measure into a file.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.results import Figure, record
+from faults.results import record
 
 torch.set_num_threads(1)
 
@@ -32,6 +32,6 @@ def measured(request) -> Callable[[str, str, float, str], None]:
     def measured(goal: str, what: str, value: float, limit: str) -> None:
         print(f"{goal}: {what}: {value} ({limit})")
         if path:
-            record(path, [Figure(goal, what, value, limit, command)])
+            record(path, goal, what, value, limit, command)
 
     return measured

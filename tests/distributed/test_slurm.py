@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +15,8 @@ from torch.distributed import run as torchrun
 
 import opts
 from experiment import resume
+from helpers.run_main import ROOT, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train.slurm"
 CONFIG = "configs/c10plus/densenet-bc-L100-k12.yaml"
 
@@ -68,7 +67,7 @@ def slurm(tmp_path) -> SimpleNamespace:
         return finish(start(scenario, *args, **more))
 
     def finish(process: subprocess.Popen) -> SimpleNamespace:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return SimpleNamespace(code=process.returncode, out=out, err=err)
 
     def calls(name: str) -> list[str]:
@@ -211,15 +210,18 @@ for ((i = 0; i < 600; i++)); do sleep 0.1; done
 """
 
 
-def told(slurm, number: int, step: str = STEP, **more: object) -> SimpleNamespace:
-    """A job whose batch shell gets a signal while its step runs."""
+def tell(slurm, number: int, step: str = STEP, **more: object) -> subprocess.Popen:
+    """Start a job, and send a signal to its batch shell while its step runs."""
     process = slurm.start(step, **more)
-    end = time.monotonic() + 30
-    while not (slurm.log / "began").exists():
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: (slurm.log / "began").exists() or process.poll() is not None)
     process.send_signal(number)
-    return slurm.finish(process)
+    (slurm.log / "told").touch()
+    return process
+
+
+def told(slurm, *args: object, **more: object) -> SimpleNamespace:
+    """Return how a job ends that gets a signal while its step runs."""
+    return slurm.finish(tell(slurm, *args, **more))
 
 
 def test_a_job_told_to_stop_passes_it_on_waits_and_is_requeued_once(slurm):
@@ -230,12 +232,20 @@ def test_a_job_told_to_stop_passes_it_on_waits_and_is_requeued_once(slurm):
     assert "stopped and saved; requeued, 1 of at most 50 times" in result.out
 
 
+# Waits for a file of the test, and saves then.
+HELD = 'until [[ -e "$LOG/{}" ]]; do sleep 0.01; done; say preempted 75; exit 1'
+
+
 def test_a_job_that_did_not_wait_for_its_step_would_judge_too_early(slurm, tmp_path):
     text = SCRIPT.read_text()
     hasty = tmp_path / "hasty"
     hasty.write_text(text.replace("((!told))", "true"))
     assert hasty.read_text() != text
-    assert "stopped and saved" not in told(slurm, signal.SIGUSR1, script=hasty).out
+    step = STEP.replace("sleep 0.1; say preempted 75; exit 1", HELD.format("judged"))
+    process = tell(slurm, signal.SIGUSR1, step, script=hasty)
+    process.wait(timeout=300)  # the step is held until the script has judged
+    (slurm.log / "judged").touch()
+    assert "stopped and saved" not in slurm.finish(process).out
 
 
 def test_a_job_told_to_stop_before_its_run_has_said_anything_is_requeued(slurm):
@@ -252,7 +262,7 @@ def test_a_job_told_to_stop_for_the_last_time_says_so(slurm):
 
 
 def test_a_cancelled_job_waits_for_its_step_and_is_not_requeued(slurm):
-    step = STEP.replace("i < 600", "i < 3") + "say preempted 75; exit 1"
+    step = """trap 'echo TERM >>"$LOG/signals"' TERM; touch "$LOG/began"\n""" + HELD.format("told")
     one_line(told(slurm, signal.SIGTERM, step), 75, "cancelled; ", "is preempted")
     assert slurm.calls("scontrol") == [] and slurm.calls("signals") == []
 

@@ -1,15 +1,16 @@
-"""The contract of docs/faults.md in a few functions: one line, an exit code, nothing lost."""
+"""Assert the contract of docs/faults.md: one line, an exit code, nothing lost."""
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import checkpoints
 import experiment.log
-from helpers.run_main import Result
+from helpers.run_main import Ranks, Result, run
 from helpers.sample_data import write_folder
 
 # A run of four steps an epoch that takes a few hundredths of a second.
@@ -32,11 +33,12 @@ TINY_FILES = {
     "growthRate": 2,
     "batchSize": 2,
 }
+FLAGS = {"nEpochs": 3, "dropRate": 0.2, "nGPU": 0}  # of most runs that are disturbed
 OF_CLOCKS = ("images_per_s", "data_wait", "time_s", "val_time_s", "memory_mb")
 
 
 def command(**flags: object) -> list[str]:
-    """A command line; a flag that is None is left out."""
+    """Return a command line; a flag that is None is left out."""
     words = {True: "true", False: "false"}
     return [
         f"--{name}={words[value] if isinstance(value, bool) else value}"
@@ -46,15 +48,29 @@ def command(**flags: object) -> list[str]:
 
 
 def tiny(**flags: object) -> list[str]:
-    """The command line of a tiny run with some flags changed."""
+    """Return the command line of a tiny run with some flags changed."""
     return command(**TINY | flags)
 
 
-def write_files(root: Path) -> Path:
-    """Two classes of six and two images for `TINY_FILES`."""
-    counts = {"train": {"cat": 6, "dog": 6}, "val": {"cat": 2, "dog": 2}}
-    write_folder(root, counts, size=80)
+def write_files(root: Path, train: int = 6, val: int = 2, classes: str = "cat dog") -> Path:
+    """Write so many images of each class for `TINY_FILES`."""
+    counts = {"train": train, "val": val}
+    write_folder(root, {s: dict.fromkeys(classes.split(), n) for s, n in counts.items()}, size=80)
     return root
+
+
+def call(
+    argv: list[str], size: int = 1, sabotages: dict[int, Callable] | None = None, **more
+) -> list[Result]:
+    """Run `main.py` in so many processes; `sabotages` are for some of them, by rank."""
+    if size == 1:
+        return [run(argv, (sabotages or {}).get(0))]
+    return Ranks(argv, size, sabotages or {}, **more).wait()
+
+
+def codes(results: list[Result]) -> list[int]:
+    """Return the exit codes of several processes."""
+    return [result.code for result in results]
 
 
 def refused(result: Result, code: int, pattern: str) -> None:
@@ -66,14 +82,22 @@ def refused(result: Result, code: int, pattern: str) -> None:
     assert re.search(pattern, lines[0]), result.err
 
 
+def refused_by_all(results: list[Result], code: int, pattern: str) -> None:
+    """Assert that all processes ended with `code`, and that one of them says why."""
+    assert set(codes(results)) == {code}, results
+    said = [result for result in results if result.err]
+    assert len(said) == 1, results
+    refused(said[0], code, pattern)
+
+
 def saved(directory: Path) -> dict[str, bytes]:
-    """What must not change when something goes wrong later: the files a run has saved."""
+    """Read what must not change when something goes wrong later: the files a run has saved."""
     names = ("checkpoint_*.pt", "model_*.pt", "config.yaml", "log.jsonl", "data.json")
     return {path.name: path.read_bytes() for name in names for path in directory.glob(name)}
 
 
 def check_whole(directory: Path) -> int:
-    """Assert that every file is whole or has a temporary name; how many checkpoints there are."""
+    """Assert that every file is whole or has a temporary name; return how many checkpoints are."""
     steps = [checkpoints.load(path)["global_step"] for path in directory.glob("checkpoint_*.pt")]
     for path in directory.glob("model_*.pt"):
         assert checkpoints.load_weights(path)
@@ -84,13 +108,19 @@ def check_whole(directory: Path) -> int:
     return len(steps)
 
 
+def newest_step(directory: Path) -> int | None:
+    """Return the global step of the newest checkpoint, which must be valid; None without one."""
+    paths = checkpoints.list_checkpoints(directory)
+    return checkpoints.load(paths[0])["global_step"] if paths else None
+
+
 def status(directory: Path) -> dict:
-    """The verdict of a run, for whoever cannot see its exit code."""
+    """Read the verdict of a run, for whoever cannot see its exit code."""
     return json.loads((directory / "status.json").read_text())
 
 
 def records(directory: Path) -> list[dict]:
-    """The log of a run without what depends on the clock and the memory."""
+    """Read the log of a run without what depends on the clock and the memory."""
     lines = (directory / "log.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if key not in OF_CLOCKS}
@@ -99,7 +129,7 @@ def records(directory: Path) -> list[dict]:
 
 
 def losses(report: Path) -> dict[str, set[str]]:
-    """The losses of each step in what `sabotage.record_losses` wrote: one, if all tries agree."""
+    """Read the losses of each step from `sabotage.record_losses`: one, if all attempts agree."""
     seen: dict[str, set[str]] = {}
     for line in report.read_text().splitlines():
         step, loss, _ = line.split()
@@ -108,7 +138,7 @@ def losses(report: Path) -> dict[str, set[str]]:
 
 
 def outcome(directory: Path) -> dict:
-    """Everything that two runs of the same settings must agree in, to the last bit."""
+    """Collect everything that two runs of the same settings must agree in, to the last bit."""
     checkpoint = max(directory.glob("checkpoint_*.pt"))
     state = torch.load(checkpoint, weights_only=True)
     return {
@@ -123,7 +153,7 @@ def outcome(directory: Path) -> dict:
 
 
 def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """sha256 of every tensor."""
+    """Compute the SHA-256 of every tensor."""
     return {
         name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
         for name, tensor in tensors.items()

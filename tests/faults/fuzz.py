@@ -1,8 +1,8 @@
-"""Mutated inputs of every kind that the program reads; whatever they are, it may only refuse them.
+"""Mutate inputs of every kind that the program reads, which it may read or refuse, nothing else.
 
 Each kind is a function of (random numbers, scratch directory) that makes one input and returns a
-call that reads it, and what the call may raise. A process of its own runs them, so that a crash of
-a library is seen as such.
+call that reads it, and what the call may raise. They run in a process of their own, which shows
+when a library crashes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ import opts
 from datasets.download import unpack
 from datasets.file_loader import ImageFileDataset
 from errors import CheckpointError, DataError, RunError, UsageError
-from faults import costs
+from faults import bombs
 from faults.contract import TINY, command, tiny
 from faults.sabotage import no_fsync
 from fileio import tensor_files
@@ -40,7 +40,7 @@ NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """The same with one to eight things done to it."""
+    """Change one to eight things."""
     changed = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 8))):
         size = len(changed)
@@ -65,12 +65,9 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-# ----------------------------------------------------------------------------------- checkpoints
-
-
 @cache
 def run_of(root: Path) -> Path:
-    """A run directory with a checkpoint, made once."""
+    """Make a run directory with a checkpoint, once."""
     directory = root / "run"
     with contextlib.redirect_stdout(io.StringIO()):
         assert main.main(tiny(nEpochs=1, save=directory)) == 0
@@ -86,7 +83,7 @@ def _reading(path: Path, draw: random.Random) -> Case:
 
 
 def checkpoint_bytes(draw: random.Random, root: Path) -> Case:
-    """The file as a whole, with its digest or, as others write it, without."""
+    """Mutate the file as a whole, with its digest or, as others write it, without."""
     data = checkpoint_of(root).read_bytes()
     path = root / "bytes.pt"
     if draw.random() < 0.7:
@@ -97,14 +94,14 @@ def checkpoint_bytes(draw: random.Random, root: Path) -> Case:
 
 
 def checkpoint_pickle(draw: random.Random, root: Path) -> Case:
-    """Only the pickle in it, with right checksums around, or in the format of old."""
+    """Mutate only the pickle in it, with right checksums around, or in the old format."""
     with zipfile.ZipFile(checkpoint_of(root)) as old:
         entries = {name: old.read(name) for name in old.namelist()}
     name = next(name for name in entries if name.endswith("data.pkl"))
     changed = mutated(entries[name], draw)
     path = root / "pickle.pt"
     if draw.random() < 0.2:
-        path.write_bytes(costs.old_format(changed))
+        path.write_bytes(bombs.old_format(changed))
     else:
         with zipfile.ZipFile(path, "w") as new:
             for entry, data in (entries | {name: changed}).items():
@@ -118,7 +115,7 @@ VALUES = (None, True, -1, 0, 1, 2**31, 10**400, 0.5, float("nan"), float("inf"),
 
 
 def odd_value(draw: random.Random, old: object) -> object:
-    """Something else, sometimes of the same type."""
+    """Draw another value, sometimes of the same type."""
     if draw.random() < 0.3:
         shape = draw.choice(((), (1,), (3,), (0,), (5056,)))
         dtype = draw.choice((torch.uint8, torch.float32, torch.int64, torch.complex64, torch.bool))
@@ -129,7 +126,7 @@ def odd_value(draw: random.Random, old: object) -> object:
 
 
 def checkpoint_contents(draw: random.Random, root: Path) -> Case:
-    """Other values in a sound file, down to the first step of the program that goes on with it."""
+    """Put other values in a sound file, down to the first step of a run that goes on with it."""
     state = checkpoints.load(checkpoint_of(root))
     for _ in range(draw.choice((1, 1, 2))):
         place, key = state, draw.choice(list(state))
@@ -173,13 +170,11 @@ def program(argv: list[str], save: Path) -> None:
         raise Refused(errors[0])
 
 
-# ------------------------------------------------------------------------------------------ YAML
-
 MARKS = "\n\n  :-,[]{}&*!'\"#?\t|>%@`<\\\x07\u2028"
 
 
 def config(draw: random.Random, root: Path) -> Case:
-    """A mutated config, or characters that mean something to YAML."""
+    """Mutate a config, or draw characters that mean something to YAML."""
     path = root / "c.yaml"
     words = [*opts.FLAGS, "paper", "<<", "!!python/object/apply:os.system", "&a", "*a", "0x1", "~"]
     if draw.random() < 0.5:
@@ -192,12 +187,9 @@ def config(draw: random.Random, root: Path) -> Case:
     return partial(opts.parse, ["--config", str(path)]), UsageError
 
 
-# ---------------------------------------------------------------------------------------- images
-
-
 @cache
 def pictures() -> list[bytes]:
-    """One of each kind that Pillow writes."""
+    """Make an image of each kind that Pillow writes."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     kinds = [
@@ -228,7 +220,7 @@ class ToTensor:
 
 
 def image(draw: random.Random, root: Path) -> Case:
-    """An image; a reason why it cannot be read counts as a refusal."""
+    """Mutate an image; a reason why it cannot be read counts as a refusal."""
     path = root / "image"
     path.write_bytes(mutated(draw.choice(pictures()), draw))
     return partial(_read_image, path), DataError
@@ -241,16 +233,13 @@ def _read_image(path: Path) -> None:
     assert sample[0].shape == (8, 8, 3)
 
 
-# -------------------------------------------------------------------------------------- archives
-
-
 def archive(draw: random.Random, root: Path) -> Case:
-    """A packed archive, or a plain one: its headers are as if the publisher had written them."""
+    """Mutate a packed archive, or the plain one in it, so that its headers are well packed."""
     folder = root / "archives"
     folder.mkdir(exist_ok=True)
-    entries = [(costs.entry(f"data/{i}", 2000), draw.randbytes(2000)) for i in range(4)]
-    entries += [(costs.entry("data/" + "long" * 50, 5), b"12345")]
-    data = costs.tar_gz(*entries)
+    entries = [(bombs.entry(f"data/{i}", 2000), draw.randbytes(2000)) for i in range(4)]
+    entries += [(bombs.entry("data/" + "long" * 50, 5), b"12345")]
+    data = bombs.tar_gz(*entries)
     if draw.random() < 0.7:
         data = gzip.compress(mutated(gzip.decompress(data), draw), 1)
     else:
@@ -300,12 +289,12 @@ def fuzz(kind: str, root: Path, seed: int, count: int, seconds: float, report: P
                 refused.append(error.report())
 
         report.write_text(json.dumps(said))
-        took_s, size = costs.cost(attempt)
+        took_s, size = bombs.cost(attempt)
         said["count"] += 1
         said["slowest_s"] = max(said["slowest_s"], took_s)
         if refused:
             said["refused"] += 1
-            said["mb"] = max(said["mb"], size / costs.MB)
+            said["mb"] = max(said["mb"], size / bombs.MB)
     report.write_text(json.dumps(said | {"done": True}))
 
 

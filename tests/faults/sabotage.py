@@ -1,7 +1,7 @@
-"""What tests do to a run from inside it: picklable functions for `run_main.run(argv, sabotage)`.
+"""Inject faults into a run from inside its process, by picklable functions for `run_main.run`.
 
-`at_batch` and `on_files` wait for a moment and then call an action; both take the action first, so
-that a test reads `partial(at_batch, kill, k=3)`.
+An action does something now. A moment, such as `at_batch`, calls an action later on; it takes the
+action first, so that a test reads `partial(at_batch, kill, k=3)`.
 """
 
 import builtins
@@ -20,58 +20,145 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+# The functions of the program that tests replace or wrap: {what it does: (module, name)}.
+HOOKS = {
+    "run the program": ("main", "main"),
+    "end the process": ("experiment.lifecycle", "_exit"),
+    "agree on a name of the start": ("distributed.rendezvous", "_attempt_id"),
+    "hash the code": ("distributed.rendezvous", "versions"),
+    "share what the first process did": ("distributed.world", "World.broadcast_result"),
+    "create the data": ("datasets.factory", "create"),
+    "create the network": ("models.factory", "create"),
+    "make images up": ("datasets.synthetic", "_noisy"),
+    "decode an image": ("datasets.file_loader", "decode"),
+    "take a batch from memory": ("datasets.memory_loader", "Batches.make_batch"),
+    "take a batch from the loader processes": ("datasets.file_loader", "FileLoader._on_device"),
+    "iterate over memory": ("datasets.memory_loader", "Batches.batches"),
+    "iterate over files": ("datasets.file_loader", "FileLoader.batches"),
+    "find a checkpoint": ("experiment.resume", "find"),
+    "restore a checkpoint": ("experiment.resume", "restore"),
+    "train an epoch": ("train", "Trainer.train"),
+    "train a batch": ("train", "Trainer._train_step"),
+    "count a batch": ("engine.metrics", "Sums.add"),
+    "sum the gradients": ("engine.gradients", "Gradients.finish"),
+    "choose eager or recorded steps": ("engine.cuda_graph", "recorder"),
+    "save the end of an epoch": ("checkpoints", "CheckpointSaver.on_epoch_end"),
+    "compute a loss": ("torch.nn.functional", "cross_entropy"),
+    "compute the gradients": ("torch", "Tensor.backward"),
+    "update the weights": ("torch.optim", "SGD.step"),
+    "read the tensors": ("torch", "load"),
+    "open TensorBoard": ("torch.utils.tensorboard", "SummaryWriter"),
+    "count the GPUs": ("torch.cuda", "device_count"),
+}
+# The time limits of the program that tests shorten: {of what: (module, name)}.
+LIMITS = {
+    "end after a lost process": ("distributed.peer_monitor", "ABORT_GRACE_S"),
+    "meet": ("distributed.rendezvous", "RENDEZVOUS_TIMEOUT_S"),
+    "stop while starting": ("distributed.signals", "STARTUP_TIMEOUT_S"),
+    "repeat a signal": ("distributed.signals", "DUPLICATE_SIGNAL_S"),
+    "wait for a loader process": ("datasets.file_loader", "WORKER_TIMEOUT_S"),
+    "wait for a server": ("datasets.download", "TIMEOUT_S"),
+    "pause between downloads": ("datasets.download", "RETRY_DELAY_S"),
+    "read a checkpoint": ("fileio.tensor_files", "READ_S"),
+}
+
+
+def replace(hook: str, make: Callable[[Callable], object]) -> None:
+    """Put `make(function)` in the place of a function in HOOKS."""
+    module, name = HOOKS[hook]
+    *owners, last = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    setattr(owner, last, make(getattr(owner, last)))
+
+
+def shorten(limits: dict[str, float]) -> None:
+    """Set time limits in LIMITS, in seconds."""
+    for limit, seconds in limits.items():
+        module, name = LIMITS[limit]
+        setattr(importlib.import_module(module), name, seconds)
+
+
 # --------------------------------------------------------------------------------------- actions
 
 
 def kill() -> None:
-    """What the out-of-memory killer does to this process."""
+    """Do what the out-of-memory killer does to this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_after(seconds: float) -> None:
-    """The same, a moment later, wherever the main thread is then."""
+    """Do so a moment later, wherever the main thread is then."""
     threading.Thread(target=lambda: (time.sleep(seconds), kill()), daemon=True).start()
 
 
-def send(number: int) -> None:
-    """A signal to this process."""
-    os.kill(os.getpid(), number)
+def crash() -> None:
+    """End this process by a segmentation fault."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def stop() -> None:
+    """Suspend this process."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def send(*numbers: int) -> None:
+    """Send signals to this process."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
 
 
 def send_to_group(number: int) -> None:
-    """A signal to this process and its loader processes; the group must be its own."""
+    """Send a signal to this process and its loader processes; the group must be its own."""
     os.killpg(0, number)
 
 
 def kill_a_child() -> None:
-    """What the out-of-memory killer does to a loader process."""
+    """Do what the out-of-memory killer does to a loader process."""
     os.kill(int(Path("/proc/thread-self/children").read_text().split()[0]), signal.SIGKILL)
 
 
+def wait_for(path: Path) -> None:
+    """Hold this thread until there is a file, or for longer than any test takes."""
+    for _ in range(60_000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+
+
+def hang() -> None:
+    """Hold this thread for longer than any test takes."""
+    time.sleep(600)
+
+
 def note_time(report: Path) -> None:
-    """Write what the clock that all processes share says."""
+    """Write the time of the clock that all processes share."""
     report.write_text(repr(time.monotonic()))
 
 
 def refuse(number: int) -> None:
-    """What the operating system answers instead of doing what was asked."""
+    """Raise what the operating system answers instead of doing what was asked."""
     raise OSError(number, os.strerror(number))
 
 
+def fail(kind: str, text: str = "out of luck") -> None:
+    """Raise an error of the program, or another one, that names this process."""
+    import errors
+
+    text = f"{text} in process {os.environ.get('RANK', '0')}"
+    if hasattr(errors, kind):
+        raise getattr(errors, kind)(text, "bring luck")
+    raise getattr(builtins, kind)(text)
+
+
 def ask_for_tensors() -> None:
-    """A tensor that no machine has room for."""
+    """Allocate a tensor that no machine has room for."""
     import torch
 
     torch.empty(2**50)
 
 
-def ask_for_bytes() -> None:
-    """The same of Python."""
-    bytearray(2**60)
-
-
 def fill_the_gpu() -> None:
-    """What PyTorch raises when a GPU has no memory left."""
+    """Raise what PyTorch raises when a GPU has no memory left."""
     import torch
 
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -81,48 +168,42 @@ def fill_the_gpu() -> None:
 
 
 def both(*sabotages: Callable[[], None]) -> None:
-    """Several at once."""
+    """Call several functions."""
     for sabotage in sabotages:
         sabotage()
+
+
+def at_call(action: Callable[[], None], hook: str, k: int = 1) -> None:
+    """Call `action` before the k-th call of a function in HOOKS."""
+    calls = itertools.count(1)
+
+    def acting(function: Callable) -> Callable:
+        def act_and_call(*args, **kwargs):
+            if next(calls) == k:
+                action()
+            return function(*args, **kwargs)
+
+        return act_and_call
+
+    replace(hook, acting)
 
 
 def at_batch(action: Callable[[], None], k: int = 1, phase: str = "train") -> None:
     """Call `action` within the k-th batch of `phase`: train, val or any."""
     import torch
 
-    from engine import metrics
+    batches = itertools.count(1)
 
-    add, batches = metrics.Metrics.add, itertools.count(1)
+    def acting(add: Callable) -> Callable:
+        def add_and_act(self, *args) -> None:
+            now = "train" if torch.is_grad_enabled() else "val"
+            if phase in ("any", now) and next(batches) == k:
+                action()
+            add(self, *args)
 
-    def add_and_act(self, *args) -> None:
-        now = "train" if torch.is_grad_enabled() else "val"
-        if phase in ("any", now) and next(batches) == k:
-            action()
-        add(self, *args)
+        return add_and_act
 
-    metrics.Metrics.add = add_and_act
-
-
-def before_call(action: Callable[[], None], function: Callable, k: int = 1) -> None:
-    """Call `action` before the k-th call of a function of a module or method of a class."""
-    *owners, last = function.__qualname__.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(function.__module__))
-    calls = itertools.count(1)
-
-    def act_and_call(*args, **kwargs):
-        if next(calls) == k:
-            action()
-        return function(*args, **kwargs)
-
-    setattr(owner, last, act_and_call)
-
-
-def replace_everywhere(function: Callable, substitute: Callable) -> None:
-    """Replace a function in every module that has it, under whatever name it was imported."""
-    for module in list(sys.modules.values()):
-        for name, value in list(vars(module).items() if hasattr(module, "__dict__") else ()):
-            if value is function:
-                setattr(module, name, substitute)
+    replace("count a batch", acting)
 
 
 def on_files(
@@ -149,58 +230,6 @@ def on_files(
     _watch(directory, act)
 
 
-def record_files(directory: Path, report: Path) -> None:
-    """Write each operation that `on_files` would count to `report`, a line each."""
-    descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def act(operation: str, path: str) -> None:
-        if not path.startswith("tensorboard"):
-            os.write(descriptor, f"{operation} {path}\n".encode())
-
-    _watch(directory, act)
-
-
-def record_disk_use(directory: Path, report: Path) -> None:
-    """Write the most bytes that checkpoints and models take at any moment, also unfinished ones."""
-    most = 0
-
-    def act(operation: str, path: str) -> None:
-        nonlocal most
-        now = sum(path.stat().st_size for path in directory.glob("*.pt*"))
-        if now > most:
-            most = now
-            report.write_text(str(most))
-
-    _watch(directory, act)
-
-
-def record_losses(report: Path) -> None:
-    """Write number, loss and time of each training step to `report`, a line each."""
-    import torch
-    import torch.nn.functional as F
-
-    from train import Trainer
-
-    descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    cross_entropy, train, last = F.cross_entropy, Trainer.train, [0.0]
-
-    def remembered(*args, **kwargs):
-        loss = cross_entropy(*args, **kwargs)
-        if torch.is_grad_enabled():
-            last[0] = loss.item()
-        return loss
-
-    def recorded(self, loader, on_step_end):
-        def after() -> None:
-            line = f"{self.global_step} {last[0].hex()} {time.monotonic()!r}\n"
-            os.write(descriptor, line.encode())
-            on_step_end()
-
-        return train(self, loader, after)
-
-    F.cross_entropy, Trainer.train = remembered, recorded
-
-
 def _watch(directory: Path, act: Callable[[str, str], None]) -> None:
     """Call `act(operation, path below directory)` before each operation on a file."""
     root = os.path.abspath(directory)
@@ -210,20 +239,21 @@ def _watch(directory: Path, act: Callable[[str, str], None]) -> None:
         if path == root or path.startswith(root + os.sep):
             act(operation, os.path.relpath(path, root))
 
+    # Audit events, with the index of the path among their arguments.
     events = {"open": ("open", 0), "os.rename": ("rename", 1), "os.remove": ("remove", 0),
               "os.mkdir": ("mkdir", 0)}  # fmt: skip
 
     def hook(event: str, args: tuple) -> None:
         if event in events:
-            operation, place = events[event]
-            if not isinstance(args[place], int):
-                seen(operation, args[place])
+            operation, index = events[event]
+            if not isinstance(args[index], int):
+                seen(operation, args[index])
 
     open_ = builtins.open
 
     def watched_fsync(file) -> None:
         number = file if isinstance(file, int) else file.fileno()
-        seen("fsync", os.readlink(f"/proc/self/fd/{number}"))  # and no_fsync
+        seen("fsync", os.readlink(f"/proc/self/fd/{number}"))  # and no fsync, as in no_fsync
 
     def watched_open(file, mode="r", *args, **kwargs):
         opened = open_(file, mode, *args, **kwargs)
@@ -259,6 +289,69 @@ class _Writing:
         self._file.close()
 
 
+# ----------------------------------------------------------------------------------------- reports
+
+
+def _appending(report: Path) -> Callable[[str], None]:
+    """Return a function that appends a line to a file, which survives a SIGKILL."""
+    descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    return lambda line: os.write(descriptor, f"{line}\n".encode())
+
+
+def record_files(directory: Path, report: Path) -> None:
+    """Write each operation that `on_files` would count to `report`, a line each."""
+    append = _appending(report)
+
+    def act(operation: str, path: str) -> None:
+        if not path.startswith("tensorboard"):
+            append(f"{operation} {path}")
+
+    _watch(directory, act)
+
+
+def record_disk_use(directory: Path, report: Path) -> None:
+    """Write the most bytes that checkpoints and models take at any moment, also unfinished ones."""
+    most = 0
+
+    def act(operation: str, path: str) -> None:
+        nonlocal most
+        now = sum(path.stat().st_size for path in directory.glob("*.pt*"))
+        if now > most:
+            most = now
+            report.write_text(str(most))
+
+    _watch(directory, act)
+
+
+def record_losses(report: Path) -> None:
+    """Write number, loss and time of each training step to `report`, a line each."""
+    import torch
+
+    append, last = _appending(report), [0.0]
+
+    def remembering(cross_entropy: Callable) -> Callable:
+        def remembered(*args, **kwargs):
+            loss = cross_entropy(*args, **kwargs)
+            if torch.is_grad_enabled():
+                last[0] = loss.item()
+            return loss
+
+        return remembered
+
+    def recording(train: Callable) -> Callable:
+        def recorded(self, loader, on_step_end):
+            def after() -> None:
+                append(f"{self.global_step} {last[0].hex()} {time.monotonic()!r}")
+                on_step_end()
+
+            return train(self, loader, after)
+
+        return recorded
+
+    replace("compute a loss", remembering)
+    replace("train an epoch", recording)
+
+
 # ------------------------------------------------------------------------------------ conditions
 
 
@@ -277,18 +370,41 @@ def environment(**values: str) -> None:
     os.environ.update(values)
 
 
-def nan_loss(k: int) -> None:
-    """Make the loss of the k-th training step NaN."""
+def impatient() -> None:
+    """Give this process a second to meet others, or to end by itself."""
+    shorten({"end after a lost process": 1, "meet": 1, "stop while starting": 1})
+
+
+def nan_loss(k: int, phase: str = "train") -> None:
+    """Make the loss of the k-th batch of `phase` NaN; k = 0: of every one."""
     import torch
-    import torch.nn.functional as F
 
-    cross_entropy, steps = F.cross_entropy, itertools.count(1)
+    batches = itertools.count(1)
 
-    def spoilt(*args, **kwargs):
-        loss = cross_entropy(*args, **kwargs)
-        return loss * float("nan") if torch.is_grad_enabled() and next(steps) == k else loss
+    def spoiling(cross_entropy: Callable) -> Callable:
+        def spoilt(*args, **kwargs):
+            loss = cross_entropy(*args, **kwargs)
+            now = "train" if torch.is_grad_enabled() else "val"
+            return loss * float("nan") if now == phase and k in (0, next(batches)) else loss
 
-    F.cross_entropy = spoilt
+        return spoilt
+
+    replace("compute a loss", spoiling)
+
+
+def nan_gradients(k: int) -> None:
+    """Make gradients of the k-th step NaN, whose loss is finite."""
+    steps = itertools.count(1)
+
+    def spoiling(step: Callable) -> Callable:
+        def spoilt(self, *args, **kwargs):
+            if next(steps) == k:
+                self.param_groups[0]["params"][0].grad.fill_(float("nan"))
+            return step(self, *args, **kwargs)
+
+        return spoilt
+
+    replace("update the weights", spoiling)
 
 
 def forget_rng() -> None:
@@ -300,38 +416,33 @@ def forget_rng() -> None:
 
 def forget_position() -> None:
     """Resume in the middle of an epoch with the first batch of it."""
-    from datasets.file_loader import FileLoader
-    from datasets.memory_loader import MemoryLoader
-
-    def from_the_first(batches):
-        return lambda self, epoch, start=0: batches(self, epoch, 0)
-
-    for kind in (MemoryLoader, FileLoader):
-        kind.batches = from_the_first(kind.batches)
+    for loader in ("iterate over memory", "iterate over files"):
+        replace(loader, lambda batches: lambda self, epoch, start=0: batches(self, epoch, 0))
 
 
 def pause_at_end_of(epoch: int, ready: Path, leave: bool = False) -> None:
     """Make `ready` and wait for SIGUSR2 before the end of an epoch is saved; then `leave`."""
-    from checkpoints import CheckpointSaver
-
-    on_epoch_end, epochs = CheckpointSaver.on_epoch_end, itertools.count(1)
+    epochs = itertools.count(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     ctypes.CDLL(None).prctl(0x59616D61, -1, 0, 0, 0)  # PR_SET_PTRACER: any process may trace this
 
-    def paused(self) -> None:
-        here = next(epochs) == epoch
-        if here:
-            ready.touch()
-            signal.sigwait({signal.SIGUSR2})
-        on_epoch_end(self)
-        if here and leave:
-            os._exit(0)
+    def pausing(on_epoch_end: Callable) -> Callable:
+        def paused(self) -> None:
+            here = next(epochs) == epoch
+            if here:
+                ready.touch()
+                signal.sigwait({signal.SIGUSR2})
+            on_epoch_end(self)
+            if here and leave:
+                os._exit(0)
 
-    CheckpointSaver.on_epoch_end = paused
+        return paused
+
+    replace("save the end of an epoch", pausing)
 
 
 def limit_file_size(size: int) -> None:
-    """A disk that is full after `size` bytes of any one file (Python ignores SIGXFSZ)."""
+    """Fill the disk after `size` bytes of any one file (Python ignores SIGXFSZ)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -351,35 +462,43 @@ def limit_files(more: int, soft: bool = False) -> None:
 
 
 def turn_the_clock_back() -> None:
-    """A clock that is set back by an hour whenever it is looked at."""
+    """Set the clock back by an hour whenever it is read."""
     calls = itertools.count(1)
     now = time.time()
     time.time = lambda: now - 3600 * next(calls)
 
 
 def close_standard_files(*numbers: int) -> None:
-    """As after `<&- >&- 2>&-` or some of these."""
+    """Close standard files as `<&- >&- 2>&-` or some of these do."""
     for number in numbers:
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
 
 
 def close_pipes() -> None:
-    """Standard output and error are pipes whose reader is gone, as of `| tee` after Ctrl-C."""
-    import main
-
+    """Make standard output and error pipes without a reader, as of `| tee` after Ctrl-C."""
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
-    run = main.main
 
-    def run_and_reopen(argv: list[str]) -> int:
-        code = run(argv)
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (the harness flushes them)
-        return code
+    def reopening(run: Callable) -> Callable:
+        def run_and_reopen(argv: list[str]) -> int:
+            code = run(argv)
+            # The harness flushes them.
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            return code
 
-    main.main = run_and_reopen
+        return run_and_reopen
+
+    replace("run the program", reopening)
+
+
+def leave(directory: Path) -> None:
+    """Have a working directory that is gone."""
+    directory.mkdir()
+    os.chdir(directory)
+    directory.rmdir()
 
 
 def mount(directory: Path, options: str, read_only: bool = False) -> None:
@@ -402,3 +521,11 @@ def mount(directory: Path, options: str, read_only: bool = False) -> None:
     )
     if not done:
         raise PermissionError("no mount")
+
+
+def mount_or_leave(directory: Path, options: str, read_only: bool = False) -> None:
+    """`mount`, or exit code 77 where the system does not let the tests do it."""
+    try:
+        mount(directory, options, read_only)
+    except PermissionError:
+        os._exit(77)

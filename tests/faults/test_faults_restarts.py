@@ -1,4 +1,4 @@
-"""A run that is restarted again and again without getting further is stopped, with the reason."""
+"""Test that a run which is restarted again and again and gets no further is stopped, and why."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """What one process does: it finds its checkpoint at `step`, says so, and ends with `end`."""
+    """Do what one process does: find its checkpoint at `step`, write so, and end with `end`."""
 
     def start(environment: dict[str, str], step: int, end: BaseException = CAUSE) -> None:
         for name in launcher.RESTART_COUNTS:
@@ -40,7 +40,7 @@ def start(tmp_path, monkeypatch):
 
 
 def refused(start, environment: dict[str, str], step: int) -> RunError:
-    """The error that a start is refused with."""
+    """Return the error that a start is refused with."""
     with pytest.raises(PeerError) as caught:
         start(environment, step)
     return caught.value
@@ -48,7 +48,7 @@ def refused(start, environment: dict[str, str], step: int) -> RunError:
 
 @pytest.mark.parametrize("environment", [BY_TORCHRUN, BY_SLURM], ids=["torchrun", "slurm"])
 @pytest.mark.parametrize("step", [0, 40])
-def test_the_third_automatic_start_in_vain_is_refused(start, tmp_path, environment, step):
+def test_the_third_automatic_start_without_progress_is_refused(start, tmp_path, environment, step):
     start(BY_HAND, step)
     for _ in range(2):
         start(environment, step)
@@ -64,7 +64,7 @@ def test_the_third_automatic_start_in_vain_is_refused(start, tmp_path, environme
     assert str(again).count(str(CAUSE)) == 1 and str(again).endswith(str(CAUSE))
 
 
-def test_a_start_by_hand_counts_anew(start):
+def test_a_start_by_hand_resets_the_count(start):
     for _ in range(3):
         start(BY_HAND, 40)
         start(BY_TORCHRUN, 40)
@@ -99,7 +99,7 @@ def test_killed_starts_count_and_are_called_killed(start, tmp_path):
 
 
 def test_an_automatic_start_is_counted_before_it_can_die(tmp_path, monkeypatch):
-    """Of a start by hand nothing is written before it has been found to be in order."""
+    """A start by hand writes nothing before it is known to be in order."""
     for count, written in (("0", False), ("1", True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         with pytest.raises(DataError), RunDirectory(Path(tmp_path)) as directory:

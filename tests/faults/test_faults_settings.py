@@ -1,14 +1,15 @@
-"""Rows 29 to 37, 39, 53 and 54: settings that cannot be run make no run directory."""
+"""Rows 29 to 37, 39, 53 and 54: settings that cannot be run make no run directory.
+
+Each kind of mistake once, by the program itself; tests/cli has all of them.
+"""
 
 from functools import partial
 
 import pytest
 
 from faults.contract import refused, tiny
-from faults.sabotage import environment
+from faults.sabotage import environment, replace
 from helpers.run_main import run
-
-SMALL_BC = {"dataset": "cifar10", "imageSize": None, "nImages": None, "nClasses": None}
 
 
 def refused_before_it_begins(argv, tmp_path, pattern, sabotage=None) -> None:
@@ -26,26 +27,20 @@ def refused_before_it_begins(argv, tmp_path, pattern, sabotage=None) -> None:
         # Row 30
         ("nEpochs: many\n", r"nEpochs: 'many' is not a whole number \(.*line 1\)"),
         ("LR: fast\n", r"LR: 'fast' is not a number"),
-        ("bottleneck: yes\n", r"bottleneck: 'yes' is not true or false"),
-        ("nEpochs: 1.5\n", r"nEpochs: '1.5' is not a whole number"),
         # Row 31
         ("LR: 0.1\nmomentum: 0\nLR: 0.2\n", r"LR is given twice \(.*line 1; .*line 3\)"),
         # Row 32
         ("data: !!python/object/apply:os.system ['touch {marker}']\n", r"data .*line 1"),
-        ("data: !!python/name:os.system\n", r"data .*line 1"),
         ("!!python/object/apply:os.system ['touch {marker}']\n", r"c.yaml"),
         # Row 33
         ("", r"config .*c.yaml holds no settings"),
         ("- depth\n", r"config .*c.yaml holds no settings"),
-        ("depth\n", r"config .*c.yaml holds no settings"),
         ("depth: 10\n---\ndepth: 10\n", r"not YAML: but found another document \(.*line 2\)"),
-        ("depth:\t[10\n", r"not YAML: .*c.yaml"),
-        ("\tdepth: 10\n", r"not YAML: .*line 1\)"),
         ("data: caf\udce9\n", r"not YAML: .*c.yaml"),  # Latin-1
         # Row 34
         ("yes: 1\n", r"unknown flag yes \(.*line 1\)"),
+        ("bottleneck: yes\n", r"bottleneck: 'yes' is not true or false"),
         ("nEpochs: 12:30\n", r"nEpochs: '12:30' is not a whole number"),
-        ("nEpochs: 0x10\n", r"nEpochs: '0x10' is not a whole number"),
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_be_read_is_refused(tmp_path, text, pattern):
@@ -55,31 +50,41 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, text, pattern):
     assert not marker.exists()
 
 
-def test_a_number_in_any_notation_is_accepted(tmp_path):
-    """Row 30: to YAML, `1e-2` is text."""
+@pytest.mark.parametrize(
+    ("content", "flags", "printed"),
+    [
+        (
+            b"LR: 1e-2\nweightDecay: 1.e-4\n",
+            [],
+            ["LR: 0.01", "weightDecay: 0.0001"],
+        ),  # to YAML, text
+        (b"\xef\xbb\xbfmanualSeed: 010\n", [], ["manualSeed: 10"]),  # to YAML, eight
+        (b"LR: 0.3\nmomentum: 0.5\n", ["--LR=0.2"], ["LR: 0.2", "momentum: 0.5"]),
+    ],
+    ids=["row 30", "rows 33 and 34", "row 39"],
+)
+def test_a_config_means_what_the_command_line_means_which_wins(tmp_path, content, flags, printed):
     config = tmp_path / "c.yaml"
-    config.write_text("LR: 1e-2\nweightDecay: 1.e-4\n")
-    result = run(tiny(nEpochs=1, config=config, save=tmp_path / "run"))
-    assert result.code == 0
-    assert "LR: 0.01" in (tmp_path / "run" / "config.yaml").read_text()
+    config.write_bytes(content)
+    result = run(["--printConfig", f"--config={config}", *flags])
+    assert result.code == 0 and set(printed) <= set(result.out.splitlines()), result
+
+
+OUT_OF_RANGE = [
+    *(("growthRate", 0), ("reduction", 1.5), ("dropRate", 1), ("nClasses", 0), ("nEpochs", 0)),
+    *(("batchSize", 0), ("LR", "nan"), ("LR", -0.1), ("momentum", 1), ("weightDecay", -1)),
+]
 
 
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
         # Row 35
-        ({"depth": 41, "bottleneck": False}, r"depth: 41 .*; fix: use 40 or 43"),
         ({"depth": 41}, r"depth: 41 is not 6n \+ 4 .*; fix: use 40 or 46"),
         ({"imageSize": 224, "depth": 120}, r"depth: 120 .*; fix: use 121"),
-        # Row 36
+        # Rows 36 and 37
         *(({name: value}, rf"{name}: '{value}' is out of range .*; fix: use .*")
-          for name, value in [("growthRate", 0), ("growthRate", -1), ("reduction", 0),
-                              ("reduction", 1.5), ("dropRate", 1), ("dropRate", -0.1),
-                              ("nClasses", 0), ("nEpochs", 0), ("nEpochs", -1), ("batchSize", 0)]),
-        # Row 37
-        *(({name: value}, rf"{name}: '{value}' is out of range .*; fix: use .*")
-          for name, value in [("LR", -0.1), ("LR", 0), ("LR", "nan"), ("LR", "inf"),
-                              ("momentum", "nan"), ("momentum", 1), ("weightDecay", -1)]),
+          for name, value in OUT_OF_RANGE),
     ],
     ids=str,
 )  # fmt: skip
@@ -87,47 +92,23 @@ def test_a_setting_out_of_range_is_refused(tmp_path, flags, pattern):
     refused_before_it_begins(tiny(**flags), tmp_path, pattern)
 
 
-def without_gpus() -> None:
-    environment(CUDA_VISIBLE_DEVICES="")
-
-
 def with_gpus(count: int) -> None:
-    import torch
-
-    torch.cuda.device_count = lambda: count
+    environment(CUDA_VISIBLE_DEVICES="")
+    if count:
+        replace("count the GPUs", lambda _: lambda: count)
 
 
 @pytest.mark.parametrize(
-    ("asked", "sabotage", "pattern"),
+    ("asked", "there", "pattern"),
     [
-        (1, without_gpus, r"nGPU=1 but no CUDA device; fix: --nGPU 0"),
-        (2, partial(with_gpus, 1), r"nGPU=2 but 1 CUDA device; fix: --nGPU 1"),
-        (9, partial(with_gpus, 8), r"nGPU=9 but 8 CUDA devices; fix: --nGPU \d"),
+        (1, 0, r"nGPU=1 but no CUDA device; fix: --nGPU 0"),
+        (2, 1, r"nGPU=2 but 1 CUDA device; fix: --nGPU 1"),
+        (9, 8, r"nGPU=9 but 8 CUDA devices; fix: --nGPU \d"),
     ],
 )
-def test_gpus_that_are_not_there_are_refused(tmp_path, asked, sabotage, pattern):
+def test_gpus_that_are_not_there_are_refused(tmp_path, asked, there, pattern):
     argv = tiny(nGPU=asked, batchSize=8 * asked)
-    refused_before_it_begins(argv, tmp_path, pattern, sabotage)
-
-
-def test_all_problems_are_said_at_once(tmp_path):
-    argv = tiny(depth=11, LR=0, nepochs=3, save=tmp_path / "run")
-    result = run(argv)
-    lines = result.err.splitlines()
-    assert result.code == 2 and len(lines) == 3
-    assert all(line.startswith("error: ") and "; fix: " in line for line in lines)
-    assert not (tmp_path / "run").exists()
-
-
-# Rows 33 and 34: what is no fault.
-
-
-def test_a_byte_order_mark_and_leading_zeros_mean_nothing(tmp_path):
-    """To YAML, 010 is eight."""
-    config = tmp_path / "c.yaml"
-    config.write_bytes(b"\xef\xbb\xbfmanualSeed: 010\n")
-    result = run(["--printConfig", f"--config={config}"])
-    assert result.code == 0 and "manualSeed: 10\n" in result.out
+    refused_before_it_begins(argv, tmp_path, pattern, partial(with_gpus, there))
 
 
 # Row 39.
@@ -140,18 +121,16 @@ def test_a_byte_order_mark_and_leading_zeros_mean_nothing(tmp_path):
         (["--optnet=true", "--optMemory=3"], r"optMemory and optnet exclude each other; fix: keep"),
         (["--nosuch=1"], r"unknown flag nosuch \(command line\)"),
         (["depth"], r"'depth' is no flag \(command line\); fix: write --flag VALUE"),
-        (
-            ["--testOnly=true"],
-            r"testOnly without weights would test random ones; fix: add",
-        ),
+        (["--testOnly=true"], r"testOnly without weights would test random ones; fix: add"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(tmp_path, argv, pattern):
     refused_before_it_begins(argv, tmp_path, pattern)
 
 
-def test_the_command_line_wins_over_the_config(tmp_path):
-    config = tmp_path / "c.yaml"
-    config.write_text("LR: 0.3\nmomentum: 0.5\n")
-    result = run([f"--config={config}", "--LR=0.2", "--printConfig"])
-    assert result.code == 0 and "LR: 0.2\n" in result.out and "momentum: 0.5\n" in result.out
+def test_all_problems_are_said_at_once(tmp_path):
+    result = run(tiny(depth=11, LR=0, nepochs=3, save=tmp_path / "run"))
+    lines = result.err.splitlines()
+    assert result.code == 2 and len(lines) == 3
+    assert all(line.startswith("error: ") and "; fix: " in line for line in lines)
+    assert not (tmp_path / "run").exists()

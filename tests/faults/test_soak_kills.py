@@ -11,18 +11,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from faults.contract import (
-    TINY,
-    TINY_FILES,
-    check_whole,
-    command,
-    losses,
-    outcome,
-    refused,
-    saved,
-    tiny,
-    write_files,
-)
+from faults.contract import TINY, check_whole, codes, command, outcome, refused, saved, tiny
 from faults.sabotage import (
     at_batch,
     both,
@@ -34,119 +23,77 @@ from faults.sabotage import (
     on_files,
     pause_at_end_of,
     record_disk_use,
-    record_losses,
 )
+from faults.soak import EVERY_STEP
 from helpers.run_main import Result, run, start
 
 pytestmark = pytest.mark.soak
-KILLS = 200
-EVERY_STEP = 1e-9  # minutes between checkpoints
-IN_MEMORY, IN_FILES = "in memory", "in files"
 
 
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory) -> dict[str, dict]:
-    """Two runs: over images in memory, and over files that loader processes may read."""
-    root = write_files(tmp_path_factory.mktemp("photographs"))
-    return {
-        IN_MEMORY: TINY | {"nEpochs": 3, "dropRate": 0.2},
-        IN_FILES: TINY_FILES | {"data": root, "nEpochs": 2, "dropRate": 0.2},
-    }
-
-
-@pytest.fixture(scope="module")
-def undisturbed(flags, tmp_path_factory) -> dict[str, dict]:
-    """What each of them comes to."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    return {kind: finish(flags[kind], root / kind) for kind in flags}
-
-
-def attempt(flags: dict, directory: Path, *sabotages, **more) -> Result:
-    """Start or go on with a run whose losses are recorded."""
-    record = partial(record_losses, directory.with_suffix(".losses"))
-    argv = command(**{"nThreads": 0, **flags, "save": directory, "resume": "auto", **more})
-    return run(argv, partial(both, record, *sabotages))
-
-
-def finish(flags: dict, directory: Path, *sabotages, **more) -> dict:
-    """Bring a run to its end; what it came to, and every loss that it saw on its way."""
-    result = attempt(flags, directory, *sabotages, **more)
-    assert result.code == 0, result
-    return outcome(directory) | {"losses": losses(directory.with_suffix(".losses"))}
-
-
-# ------------------------------------------------------------------------------------ any moment
-
-
-def some_moment(draws: random.Random, directory: Path):
+def some_moment(draws: random.Random, directory: Path, size: int) -> dict:
     """A kill at a random change of a file, in a random batch, or at a random time."""
-    return draws.choice(
-        [
-            partial(on_files, kill, directory, k=draws.randint(1, 120)),
-            partial(at_batch, kill, draws.randint(1, 12), "any"),
-            partial(kill_after, draws.uniform(0, 0.8)),
-        ]
-    )
+    moments = [
+        partial(on_files, kill, directory, k=draws.randint(1, 120)),
+        partial(at_batch, kill, draws.randint(1, 12 * size), "any"),
+        partial(kill_after, draws.uniform(0, 0.8)),
+    ]
+    number = draws.randrange(3)
+    return {draws.randrange(size) if number == 1 else 0: moments[number]}
 
 
+@pytest.mark.parametrize(
+    ("who", "which", "kinds", "at_least"),
+    [
+        ("one process", "runs killed at random", ["memory", "files"], 200),
+        ("one of two processes", "runs of two processes", ["pair"], 60),
+    ],
+)
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
-    flags, undisturbed, tmp_path, measured
+    runs, tmp_path, measured, who, which, kinds, at_least
 ):
-    draws, kills, runs, resumes, fresh, wrong = random.Random(0), 0, 0, 0, 0, []
-    while kills < KILLS:
-        runs += 1
-        kind = draws.choice([IN_MEMORY, IN_FILES])
-        directory = tmp_path / str(runs)
+    draws, kills, number, resumes, fresh, wrong = random.Random(0), 0, 0, 0, 0, []
+    while kills < at_least:
+        number += 1
+        soak, directory = runs[draws.choice(kinds)], tmp_path / str(number)
         for _ in range(draws.randint(1, 4)):
-            workers = {"nThreads": draws.choice([0, 2])} if kind == IN_FILES else {}
-            every = {"saveEvery": draws.choice([EVERY_STEP, 10])}
-            moment = some_moment(draws, directory)
+            more = {"nThreads": draws.choice([0, 2]), "saveEvery": draws.choice([EVERY_STEP, 10])}
             has_checkpoint = any(directory.glob("checkpoint_*.pt"))
-            result = attempt(flags[kind], directory, moment, **workers, **every)
+            results = soak.attempt(directory, some_moment(draws, directory, soak.size), **more)
             resumes += has_checkpoint
-            fresh += has_checkpoint and "starting afresh" in result.err
-            if result.code == 0:  # it was at its end before its moment came
+            fresh += has_checkpoint and "starting afresh" in results[0].err
+            if set(codes(results)) == {0}:  # it was at its end before its moment came
                 break
-            assert result.code == -signal.SIGKILL, result
+            assert -signal.SIGKILL in codes(results), results
             kills += 1
             check_whole(directory)
-        if finish(flags[kind], directory) != undisturbed[kind]:
+        if soak.finish(directory) != soak.undisturbed:
             wrong.append(directory)
-    measured("G1", "random SIGKILLs of one process", kills, f">= {KILLS}")
-    measured("G1", "runs killed at random, once to four times each", runs, "")
-    measured("G1", "runs killed at random that end otherwise than undisturbed", len(wrong), "= 0")
-    measured("G13", "resumes after a random SIGKILL", resumes, "")
-    measured("G13", "silent fresh starts among them", fresh, "= 0")
+    measured("G1", f"random SIGKILLs of {who}", kills, f">= {at_least}")
+    measured("G1", f"{which} that end otherwise than undisturbed", len(wrong), "= 0")
+    measured("G13", f"resumes after a random SIGKILL of {who}", resumes, "")
+    measured("G13", f"silent fresh starts among them, {who}", fresh, "= 0")
     assert not wrong and not fresh
 
 
-FORGETS = {
-    "the position in the epoch": forget_position,
-    "the state of the generator": forget_rng,
-}
-
-
-def test_another_seed_or_what_a_resume_forgets_is_noticed(flags, undisturbed, tmp_path, measured):
-    """Twins of the test above: it can fail."""
+def test_another_seed_or_what_a_resume_forgets_is_noticed(runs, tmp_path, measured):
+    """The test above can fail."""
     draws, ends = random.Random(0), []
-    for kind, steps in ((IN_MEMORY, 4), (IN_FILES, 6)):
-        want = undisturbed[kind]
-        ends.append((want, finish(flags[kind], tmp_path / f"{kind}-seed", manualSeed=1)))
-        for forgotten, forget in FORGETS.items():
+    for kind, steps in (("memory", 4), ("files", 6)):
+        soak = runs[kind]
+        ends.append((soak.undisturbed, soak.finish(tmp_path / f"{kind}-seed", manualSeed=1)))
+        for forget in (forget_position, forget_rng):
             for k in draws.sample(range(2, steps + 1), 3):  # within the first epoch
-                directory = tmp_path / f"{kind}-{forgotten}-{k}"
-                killed = partial(at_batch, kill, k)
-                result = attempt(flags[kind], directory, killed, saveEvery=EVERY_STEP)
+                directory = tmp_path / f"{kind}-{forget.__name__}-{k}"
+                killed = {0: partial(at_batch, kill, k)}
+                (result,) = soak.attempt(directory, killed, saveEvery=EVERY_STEP)
                 assert result.code == -signal.SIGKILL, result
-                ends.append((want, finish(flags[kind], directory, forget)))
+                ends.append((soak.undisturbed, soak.finish(directory, {0: forget})))
     parts = ("weights", "momentum", "losses")
     unnoticed = sum(any(end[part] == want[part] for part in parts) for want, end in ends)
     measured("G2", "runs with another seed, position or generator", len(ends), "")
     measured("G2", "unnoticed among them", unnoticed, "= 0")
     assert not unnoticed
 
-
-# ---------------------------------------------------------------- every system call of a save
 
 CALLS = ("open", "openat", "write", "fsync", "rename", "renameat", "close", "unlink", "unlinkat")
 CALLS_OF_A_FILE = ("^open.*FILE.*tmp", "^write.*FILE", "^fsync.*FILE", "^close.*FILE",
@@ -188,7 +135,7 @@ def traced(directory: Path, fault: str | None = None) -> tuple[Result, list[str]
 
 @pytest.fixture(scope="module")
 def calls_of_a_save(tmp_path_factory) -> list[tuple[str, int, str]]:
-    """Each call of a save: its name, the how manieth of this name it is, and the whole line."""
+    """Each call of a save: its name, its number among those of this name, and the whole line."""
     if not shutil.which("strace"):
         pytest.skip("there is no strace")
     result, lines = traced(tmp_path_factory.mktemp("calls") / "run")
@@ -247,8 +194,6 @@ def check_end(result: Result, directory: Path, fault: str) -> None:
     assert check_whole(directory) >= 1
     assert {"model_last.pt", "model_best.pt"} <= saved(directory).keys()
 
-
-# ------------------------------------------------------------------------------------ 300 epochs
 
 KEEP = 2
 # Wide, so that a checkpoint is mostly weights, as it is of the networks that people train.

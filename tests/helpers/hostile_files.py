@@ -1,4 +1,4 @@
-"""Checkpoints, real ones and ones that are made to harm whoever reads them."""
+"""Make checkpoints, real ones and ones that are to harm whoever reads them."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from torch import nn
 
 from cli.flag_types import Settings
 from experiment.log import RunLog
-from faults.costs import archive
+from faults.bombs import archive
 from train import Trainer
 
 
@@ -37,7 +37,7 @@ def real_state(step: int = 3) -> dict:
 
 
 def equal(one, other) -> bool:
-    """The same values of the same types, all the way down."""
+    """Whether values and their types are the same, all the way down."""
     if isinstance(one, dict) and isinstance(other, dict):  # plain or ordered
         return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
     if type(one) is not type(other):
@@ -50,7 +50,7 @@ def equal(one, other) -> bool:
 
 
 class Call:
-    """Pickles as a call: whoever unpickles it makes the call."""
+    """An object that pickles as a call: whoever unpickles it makes the call."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -60,7 +60,7 @@ class Call:
 
 
 def tar_archive(pickled: bytes) -> bytes:
-    """A file as torch.save wrote it before version 0.1.10."""
+    """Make a file as torch.save wrote it before version 0.1.10."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as entries:
         parts = {"storages": pickle.dumps(0) + pickle.dumps([]), "tensors": pickle.dumps(0)}
@@ -72,14 +72,14 @@ def tar_archive(pickled: bytes) -> bytes:
 
 
 def old_format(value: object) -> bytes:
-    """A file as torch.save wrote it before version 1.6."""
+    """Make a file as torch.save wrote it before version 1.6."""
     file = io.BytesIO()
     torch.save(value, file, _use_new_zipfile_serialization=False)
     return file.getvalue()
 
 
 def pickles(marker: Path) -> dict[str, bytes]:
-    """Pickles that make `marker` when somebody unpickles them."""
+    """Make pickles that write `marker` when somebody unpickles them."""
     shell, code = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
     script = marker.with_suffix(".py")
     script.write_text(code)
@@ -123,7 +123,7 @@ def pickles(marker: Path) -> dict[str, bytes]:
 
 
 def hostile_files(marker: Path) -> dict[str, bytes]:
-    """Files that make `marker` when torch.load reads them without weights_only."""
+    """Make files that write `marker` when torch.load reads them without weights_only."""
     plain = pickles(marker)
     system = Call(os.system, f"touch {marker}")
     return (
@@ -141,46 +141,47 @@ def hostile_files(marker: Path) -> dict[str, bytes]:
     )
 
 
-def with_pickle(path: Path, pickled: bytes) -> None:
-    """Replace the pickle in a real checkpoint, with right checksums."""
+def repack(path: Path, replaced: bytes | None = None, method: int = zipfile.ZIP_STORED) -> None:
+    """Write the entries of a checkpoint again; its pickle may be `replaced`."""
     with zipfile.ZipFile(path) as old:
         entries = {name: old.read(name) for name in old.namelist()}
-    with zipfile.ZipFile(path, "w") as new:
+    with zipfile.ZipFile(path, "w", method) as new:
         for name, data in entries.items():
-            new.writestr(name, pickled if name.endswith("data.pkl") else data)
+            new.writestr(name, replaced if replaced and name.endswith("data.pkl") else data)
+
+
+def with_pickle(path: Path, pickled: bytes) -> None:
+    """Replace the pickle in a real checkpoint, with right checksums."""
+    repack(path, pickled)
 
 
 def compressed(path: Path) -> None:
-    """200 MB of zeros in 200 kB."""
+    """Write 200 MB of zeros in 200 kB."""
     torch.save({**real_state(), "format": 1, "model": {"w": torch.zeros(50_000_000)}}, path)
-    with zipfile.ZipFile(path) as old:
-        entries = {name: old.read(name) for name in old.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for name, data in entries.items():
-            new.writestr(name, data)
+    repack(path, method=zipfile.ZIP_DEFLATED)
 
 
 def without_strides(path: Path) -> None:
-    """10^12 elements that are all the same four bytes."""
+    """Write 10^12 elements that are all the same four bytes."""
     huge = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
     torch.save({**real_state(), "format": 1, "model": {"w": huge}}, path)
 
 
 def sparse(path: Path) -> None:
-    """10^12 elements of which one is there."""
+    """Write 10^12 elements of which one is there."""
     huge = torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))
     torch.save({**real_state(), "format": 1, "model": {"w": huge}}, path)
 
 
 def same_names(path: Path) -> None:
-    """Two entries of one name: the reader that checks and the one that loads may take either."""
+    """Add an entry of the same name: the reader that checks and the one that loads may differ."""
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         name = archive.namelist()[0]
         archive.writestr(name, archive.read(name))
 
 
 def overlapping(path: Path) -> None:
-    """Eight thousand entries that are the same megabyte of the file."""
+    """Write eight thousand entries that are the same megabyte of the file."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data/0", bytes(2**20))
@@ -194,19 +195,19 @@ def overlapping(path: Path) -> None:
 
 
 def deep(path: Path) -> None:
-    """Lists within lists, 200,000 deep."""
+    """Nest lists 200,000 deep."""
     with_pickle(path, b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".")
 
 
 def shared(path: Path) -> None:
-    """A list of twice a list of twice a list ...: 60 of them, and 2^60 ways through them."""
+    """Put each list twice into the next, 60 times: there are 2^60 ways through them."""
     with_pickle(path, b"\x80\x02]q\x00" + b"".join(
         b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(60)
     ) + b".")  # fmt: skip
 
 
 def huge_number(path: Path, digits: int) -> None:
-    """A whole number with more digits than Python prints."""
+    """Write a whole number with more digits than Python prints."""
     state = torch.load(path, weights_only=True)
     torch.save({**state, "global_step": 10**digits}, path)
 

@@ -1,4 +1,4 @@
-"""Runs the program in processes of its own, each forked from one that has imported torch already.
+"""Run the program in processes of its own, each forked from one that has imported torch already.
 
 `python main.py` takes three seconds to import what it needs; a fork takes milliseconds, and can be
 killed, stopped and sabotaged like the real thing. Exit codes and output are the real ones.
@@ -18,12 +18,34 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
+LONG_S = 300  # no test waits for so long unless something hangs, however busy the machine is
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 )
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main.py asks for before torch is loaded
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["helpers.preload"])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until something is true."""
+    end = time.monotonic() + LONG_S
+    while not condition():
+        assert time.monotonic() < end, f"not within {LONG_S} s"
+        time.sleep(0.005)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, other than as a zombie."""
+    return process_state(pid) not in ("", "Z", "X")
+
+
+def process_state(pid: int) -> str:
+    """Read a process's state as ps shows it, such as T for a stopped one; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -49,19 +71,12 @@ class Running:
         """Send a signal to the process."""
         os.kill(self.process.pid, number)
 
-    def output(self) -> str:
-        """Standard output so far."""
-        return Path(self._out).read_text()
-
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until something is true while the process runs."""
-        end = time.monotonic() + timeout_s
-        while not condition():
-            assert self.process.is_alive(), self.wait().err
-            assert time.monotonic() < end, "timed out"
-            time.sleep(0.005)
+        wait_until(lambda: condition() or not self.process.is_alive())
+        assert condition(), self.wait().err
 
-    def wait(self, timeout_s: float = 120) -> Result:
+    def wait(self, timeout_s: float = LONG_S) -> Result:
         """Wait for the end."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:
@@ -78,7 +93,9 @@ def start(argv: str | list[str], sabotage=None, threads: int = 1) -> Running:
     return Running(argv.split() if isinstance(argv, str) else argv, sabotage, threads)
 
 
-def run(argv: str | list[str], sabotage=None, threads: int = 1, timeout_s: float = 120) -> Result:
+def run(
+    argv: str | list[str], sabotage=None, threads: int = 1, timeout_s: float = LONG_S
+) -> Result:
     """Run `main.py` with a command line to its end."""
     return start(argv, sabotage, threads).wait(timeout_s)
 
@@ -86,15 +103,17 @@ def run(argv: str | list[str], sabotage=None, threads: int = 1, timeout_s: float
 class Ranks:
     """A call in several processes, as a launcher on one machine would start them.
 
-    The store by which they meet is the tests' own, so that it outlives each of them, or is the
-    first process's.
+    Args:
+        sabotages: for some of them, by rank.
+        first_has_store: the store by which they meet is the first process's and ends with it; else
+            it is the tests' own, as that of a launcher.
     """
 
     def __init__(
         self,
         argv: str | list[str],
         size: int,
-        sabotages: dict[int, Callable],
+        sabotages: dict[int, Callable] | None = None,
         first_has_store: bool = False,
     ):
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -103,27 +122,21 @@ class Ranks:
             self._store = None  # and its port is free
         as_rank = partial(_as_rank, size=size, port=port, store=not first_has_store)
         self.ranks = [
-            start(argv, partial(as_rank, rank=rank, sabotage=sabotages.get(rank)))
+            start(argv, partial(as_rank, rank=rank, sabotage=(sabotages or {}).get(rank)))
             for rank in range(size)
         ]
 
     def __getitem__(self, rank: int) -> Running:
         return self.ranks[rank]
 
-    def wait(self, timeout_s: float = 120) -> list[Result]:
+    def wait(self) -> list[Result]:
         """Wait for the end of all of them."""
-        end = time.monotonic() + timeout_s
-        return [rank.wait(max(end - time.monotonic(), 1)) for rank in self.ranks]
+        return [rank.wait() for rank in self.ranks]
 
 
-def run_ranks(
-    argv: str | list[str],
-    size: int,
-    sabotages: dict[int, Callable] | None = None,
-    timeout_s: float = 120,
-) -> list[Result]:
+def run_ranks(argv: str | list[str], size: int, sabotages: dict[int, Callable] | None = None):
     """Run `main.py` in `size` processes; `sabotages` are for some of them, by rank."""
-    return Ranks(argv, size, sabotages or {}).wait(timeout_s)
+    return Ranks(argv, size, sabotages).wait()
 
 
 def _as_rank(*, rank: int, size: int, port: int, store: bool, sabotage: Callable | None) -> None:

@@ -1,4 +1,4 @@
-"""A terminal that a run writes to."""
+"""Give a run a terminal to write to."""
 
 import os
 import termios

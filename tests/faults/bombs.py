@@ -1,6 +1,7 @@
-"""What a call costs in time and memory, and small files that would like to cost much."""
+"""Measure what a call costs in time and memory; make small files that claim to be large."""
 
 import gc
+import gzip
 import io
 import pickle
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -21,23 +23,36 @@ ALLOWED = 256 * MB  # beyond three times the size of the file
 
 
 def cost(call: Callable[[], object]) -> tuple[float, int]:
-    """Processor seconds that a call takes, and bytes by which it raises the memory in use."""
+    """Return the processor seconds that a call takes, and the bytes that it adds to memory."""
+
+    def peak() -> int:
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now
-    before, since = _peak(), time.process_time()
+    before, since = peak(), time.process_time()
     call()
-    return time.process_time() - since, _peak() - before
+    return time.process_time() - since, peak() - before
 
 
-def _peak() -> int:
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def check_cost(path: Path, read: Callable, error: type[Exception] | tuple) -> tuple[float, int]:
+    """Assert that a file is refused for little memory; processor seconds and bytes of memory.
 
+    The bytes are those beyond three times the size of the file.
+    """
 
-# ----------------------------------------------------------------------------------- checkpoints
+    def refuse() -> None:
+        with pytest.raises(error):
+            read(path)
+
+    seconds, memory = cost(refuse)
+    memory -= 3 * path.stat().st_size
+    assert memory <= ALLOWED
+    return seconds, memory
 
 
 def archive(pickled: bytes) -> bytes:
-    """A file as torch.save writes it, with right checksums, around any pickle."""
+    """Make a file as torch.save writes it, with right checksums, around any pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as entries:
         entries.writestr("archive/data.pkl", pickled)
@@ -46,20 +61,20 @@ def archive(pickled: bytes) -> bytes:
 
 
 def old_format(pickled: bytes) -> bytes:
-    """A file as torch.save wrote it before version 1.6, around any pickle."""
+    """Make a file as torch.save wrote it before version 1.6, around any pickle."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
     start = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, system)
     return b"".join(pickle.dumps(part, 2) for part in start) + pickled
 
 
 def number(value: int) -> bytes:
-    """A whole number, pickled."""
+    """Pickle a whole number."""
     data = value.to_bytes(9, "little")
     return b"\x8a" + bytes([len(data)]) + data
 
 
 def list_of(item: bytes, count: int) -> bytes:
-    """A list of as many new objects, a byte each, pickled."""
+    """Pickle a list of as many new objects, a byte each."""
     return b"\x80\x02](" + item * count + b"e."
 
 
@@ -72,7 +87,7 @@ COUNTING = (
 
 
 def many_entries(count: int) -> bytes:
-    """A zip archive with as many entries of no bytes."""
+    """Make a zip archive with as many entries of no bytes."""
     local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, *[0] * 9)
     name = b"a%07d"
     central = b"".join(
@@ -85,7 +100,7 @@ def many_entries(count: int) -> bytes:
 
 
 CHECKPOINTS = {
-    "two gigabytes of zeros": lambda: archive(BYTES),
+    "two gigabytes": lambda: archive(BYTES),
     "sets": lambda: archive(list_of(b"\x8f", 4 * MB)),
     "lists": lambda: archive(list_of(b"]", 4 * MB)),
     "marks": lambda: archive(b"\x80\x02" + b"(" * 4 * MB),
@@ -96,11 +111,9 @@ CHECKPOINTS = {
     "old, counting": lambda: old_format(COUNTING),
 }
 
-# ---------------------------------------------------------------------------------------- images
-
 
 def png(width: int, height: int, depth: int = 8, colour: int = 2, rows: int = 0) -> bytes:
-    """A PNG of one colour, in very few bytes; only the first `rows` rows of it if not 0."""
+    """Make a PNG of one colour in very few bytes; only the first `rows` rows of it if not 0."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + data))
@@ -115,7 +128,7 @@ def png(width: int, height: int, depth: int = 8, colour: int = 2, rows: int = 0)
 
 
 def scans(size: int, count: int) -> bytes:
-    """A progressive JPEG whose last scan over all its pixels is repeated."""
+    """Make a progressive JPEG whose last scan over all its pixels is repeated."""
     file = io.BytesIO()
     Image.new("RGB", (size, size)).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -131,55 +144,43 @@ IMAGES = {
     "scans": lambda: scans(4000, 20_000),
 }
 
-# -------------------------------------------------------------------------------------- archives
 
-
-def tar_gz(*parts: tuple[tarfile.TarInfo, bytes], tail: int = 0) -> bytes:
-    """A packed archive; `tail` more zeros follow the content of the last entry."""
+def tar_gz(*parts: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    """Pack an archive."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for entry, data in parts:
-            tar.addfile(entry, io.BytesIO(data))
-    packer = zlib.compressobj(1, wbits=31)
-    plain = file.getvalue()
-    packed = [packer.compress(plain[: -tarfile.RECORDSIZE] if tail else plain)]
-    packed += [packer.compress(bytes(MB)) for _ in range(tail // MB)]
-    return b"".join(packed) + packer.flush()
+        for header, data in parts:
+            tar.addfile(header, io.BytesIO(data))
+    return gzip.compress(file.getvalue(), 1, mtime=0)
 
 
 def entry(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
-    """An entry of an archive."""
+    """Make the header of a file in an archive."""
     made = tarfile.TarInfo(name)
     made.size, made.type = size, kind
     return made
 
 
-def _header_bomb(folder: str, size: int) -> bytes:
-    """A name, in a header of its own, that takes all memory."""
-    header = entry("././@LongLink", size, tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT)
+def _packed(start: bytes, filler: bytes, count: int, end: bytes) -> bytes:
+    """Compress `start`, `filler` so many times, and `end`, without having them in memory."""
     packer = zlib.compressobj(1, wbits=31)
-    packed = [packer.compress(header)] + [packer.compress(b"a" * MB) for _ in range(size // MB)]
-    packed.append(packer.compress(entry(folder).tobuf() + bytes(1024)))
-    return b"".join(packed) + packer.flush()
+    parts = [packer.compress(start), *(packer.compress(filler) for _ in range(count))]
+    return b"".join([*parts, packer.compress(end)]) + packer.flush()
 
 
 def archives(folder: str) -> dict[str, Callable[[], bytes]]:
-    """Bombs in the form of a dataset's archive."""
+    """Make bombs in the form of a dataset's archive."""
+    long_file = entry(f"{folder}/data_batch_1", 300 * MB).tobuf()
+    long_name = entry("././@LongLink", 600 * MB, tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT)
     return {
-        "a long file": partial(_long_file, folder, 300 * MB),
-        "a long name": partial(_header_bomb, folder, 600 * MB),
+        "a long file": partial(_packed, long_file, bytes(MB), 300, bytes(1024)),
+        "a long name": partial(
+            _packed, long_name, b"a" * MB, 600, entry(folder).tobuf() + bytes(1024)
+        ),
         "many files": lambda: tar_gz(*[(entry(f"{folder}/{i}"), b"") for i in range(5000)]),
     }
 
 
-def _long_file(folder: str, size: int) -> bytes:
-    header = entry(f"{folder}/data_batch_1", size).tobuf()
-    packer = zlib.compressobj(1, wbits=31)
-    packed = [packer.compress(header)] + [packer.compress(bytes(MB)) for _ in range(size // MB)]
-    return b"".join(packed) + packer.compress(bytes(1024)) + packer.flush()
-
-
-# ------------------------------------------------------------------------------------------ YAML
 def _twice(i: int) -> bytes:
     return b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1)
 
