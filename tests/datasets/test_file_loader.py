@@ -16,7 +16,7 @@ from datasets import file_loader, transforms
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import decode
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
-from faults import costs
+from faults import bombs
 from helpers.sample_data import error_line, noise, same_batches
 
 
@@ -111,10 +111,10 @@ def test_colours_are_kept_whatever_the_format(tmp_path, name, make, wanted):
 @pytest.mark.parametrize("size", [(50_000, 50_000), (12_000, 10_000), (1, 40_000_000)])
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, loader, size):
     path = tmp_path / "bomb.png"
-    path.write_bytes(costs.png(*size, depth=1, colour=0, rows=1000))
+    path.write_bytes(bombs.png(*size, depth=1, colour=0, rows=1000))
     batches = loader([(str(path), 0)], transforms.validation(56))
     assert f"cannot read image {path}" in error_line(epoch, batches)
-    path.write_bytes(costs.png(1000, 1000, depth=1, colour=0))  # the same, of an allowed size
+    path.write_bytes(bombs.png(1000, 1000, depth=1, colour=0))  # the same, of an allowed size
     assert len(epoch(batches)) == 1
 
 

@@ -176,6 +176,13 @@ ONE_PROCESS = [
     Fault("SIGPIPE", 63, batch(3), partial(send, signal.SIGPIPE), 0, 12),
     Fault("SIGTERM after the reader of the output is gone", 76, batch(6), TERM, 75, 6,
           also=sabotage.close_pipes),
+    Fault("the disk fills up in the middle of a file", 11, before,
+          partial(sabotage.limit_file_size, 20_000), 6, 4,
+          r"no space in .* needs .* MB, has .* MB .*File too large.*; fix: free space",
+          resumes=True),
+    Fault("the working directory is removed", 78, batch(3), sabotage.leave, 0, 12),
+    Fault("TensorBoard is not installed", 79, before, sabotage.hide_tensorboard, 0, 12,
+          "note: no TensorBoard: .*; training goes on\n"),
     Fault("TensorBoard fails", 79, calling("open TensorBoard"), partial(sabotage.fail, "TypeError"),
           0, 12, "note: no TensorBoard: .*; training goes on\n"),
 ]  # fmt: skip

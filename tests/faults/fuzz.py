@@ -34,6 +34,7 @@ from faults import bombs
 from faults.contract import TINY, command, tiny
 from faults.sabotage import no_fsync
 from fileio import tensor_files
+from helpers.hostile_files import repack
 
 Case = tuple[Callable[[], object], type[Exception] | tuple]
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -66,19 +67,14 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 @cache
-def run_of(root: Path) -> Path:
-    """Make a run directory with a checkpoint, once."""
-    directory = root / "run"
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main.main(tiny(nEpochs=1, save=directory)) == 0
-    return directory
-
-
 def checkpoint_of(root: Path) -> Path:
-    return max(run_of(root).glob("checkpoint_*.pt"))
+    """Make a checkpoint, once."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main.main(tiny(nEpochs=1, save=root / "run")) == 0
+    return max((root / "run").glob("checkpoint_*.pt"))
 
 
-def _reading(path: Path, draw: random.Random) -> Case:
+def reading(path: Path, draw: random.Random) -> Case:
     return partial(draw.choice((checkpoints.load, checkpoints.load_weights)), path), CheckpointError
 
 
@@ -90,23 +86,20 @@ def checkpoint_bytes(draw: random.Random, root: Path) -> Case:
         length = len(fileio.archive.DIGEST_PREFIX) + 64
         data = data[: -length - 2] + bytes(2)
     path.write_bytes(mutated(data, draw))
-    return _reading(path, draw)
+    return reading(path, draw)
 
 
 def checkpoint_pickle(draw: random.Random, root: Path) -> Case:
     """Mutate only the pickle in it, with right checksums around, or in the old format."""
-    with zipfile.ZipFile(checkpoint_of(root)) as old:
-        entries = {name: old.read(name) for name in old.namelist()}
-    name = next(name for name in entries if name.endswith("data.pkl"))
-    changed = mutated(entries[name], draw)
-    path = root / "pickle.pt"
+    path = Path(shutil.copy(checkpoint_of(root), root / "pickle.pt"))
+    with zipfile.ZipFile(path) as old:
+        (name,) = [name for name in old.namelist() if name.endswith("data.pkl")]
+        changed = mutated(old.read(name), draw)
     if draw.random() < 0.2:
         path.write_bytes(bombs.old_format(changed))
     else:
-        with zipfile.ZipFile(path, "w") as new:
-            for entry, data in (entries | {name: changed}).items():
-                new.writestr(entry, data)
-    return _reading(path, draw)
+        repack(path, changed)
+    return reading(path, draw)
 
 
 VALUES = (None, True, -1, 0, 1, 2**31, 10**400, 0.5, float("nan"), float("inf"), "", "text", "1,2",
@@ -152,12 +145,13 @@ def checkpoint_contents(draw: random.Random, root: Path) -> Case:
 class Refused(RunError):
     """The program has ended with an error."""
 
-    def __init__(self, line: str):
-        super().__init__(line, "")
-
 
 def program(argv: list[str], save: Path) -> None:
-    """Run the program here; it may end well, or with 2, 3 or 4 and lines that say what to do."""
+    """Run the program here; it may end well, or with 2, 3 or 4 and lines that say what to do.
+
+    Raises:
+        Refused: it has ended with an error.
+    """
     shutil.rmtree(save, ignore_errors=True)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -167,7 +161,7 @@ def program(argv: list[str], save: Path) -> None:
     assert bool(errors) == bool(code), err.getvalue()
     assert all(line.startswith("error: ") and "; fix: " in line for line in errors), errors
     if code:
-        raise Refused(errors[0])
+        raise Refused(errors[0], "")
 
 
 MARKS = "\n\n  :-,[]{}&*!'\"#?\t|>%@`<\\\x07\u2028"
@@ -193,16 +187,13 @@ def pictures() -> list[bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     kinds = [
-        (image, "JPEG", {}), (image, "JPEG", {"progressive": True}), (image, "PNG", {}),
-        (image.convert("CMYK"), "JPEG", {}), (image.convert("P"), "PNG", {}),
-        (image.convert("P"), "PNG", {"transparency": 0}), (image.convert("1"), "PNG", {}),
-        (image.convert("RGBA"), "PNG", {}), (image.convert("I;16"), "PNG", {}),
-        (image, "PNG", {"save_all": True, "append_images": [image] * 2}), (image, "GIF", {}),
+        (image, "JPEG", {"progressive": True}), (image.convert("CMYK"), "JPEG", {}),
+        (image, "PNG", {}), (image.convert("P"), "PNG", {"transparency": 0}),
+        (image.convert("1"), "PNG", {}), (image.convert("RGBA"), "PNG", {}),
+        (image, "PNG", {"save_all": True, "append_images": [image] * 2}),
         (image, "GIF", {"save_all": True, "append_images": [image] * 2}), (image, "PPM", {}),
-        (image, "WEBP", {"lossless": True}), (image, "WEBP", {}), (image, "BMP", {}),
-        (image.convert("P"), "BMP", {}), (image, "TIFF", {}), (image.convert("L"), "PPM", {}),
-        (image, "TIFF", {"compression": "tiff_lzw"}), (image, "TIFF", {"compression": "jpeg"}),
-        (image, "TIFF", {"compression": "tiff_deflate"}), (image.convert("F"), "TIFF", {}),
+        (image, "WEBP", {}), (image.convert("P"), "BMP", {}), (image.convert("F"), "TIFF", {}),
+        *((image, "TIFF", {"compression": f"tiff_{way}"}) for way in ("lzw", "deflate")),
     ]  # fmt: skip
     written = []
     for picture, kind, settings in kinds:
@@ -210,13 +201,6 @@ def pictures() -> list[bytes]:
         picture.save(file, kind, **settings)
         written.append(file.getvalue())
     return written
-
-
-class ToTensor:
-    """PIL image -> tensor, at a size that does not matter."""
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image.resize((8, 8))))
 
 
 def image(draw: random.Random, root: Path) -> Case:
@@ -227,10 +211,11 @@ def image(draw: random.Random, root: Path) -> Case:
 
 
 def _read_image(path: Path) -> None:
-    sample = ImageFileDataset([(str(path), 0)], ToTensor(), seed=0)[1, 0]
+    dataset = ImageFileDataset([(str(path), 0)], lambda image: image.resize((8, 8)), seed=0)
+    sample = dataset[1, 0]
     if isinstance(sample, str):
         raise DataError(sample, "remove it")
-    assert sample[0].shape == (8, 8, 3)
+    assert sample[0].size == (8, 8)
 
 
 def archive(draw: random.Random, root: Path) -> Case:

@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -81,35 +82,21 @@ def shorten(limits: dict[str, float]) -> None:
 # --------------------------------------------------------------------------------------- actions
 
 
-def kill() -> None:
-    """Do what the out-of-memory killer does to this process."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_after(seconds: float) -> None:
-    """Do so a moment later, wherever the main thread is then."""
-    threading.Thread(target=lambda: (time.sleep(seconds), kill()), daemon=True).start()
-
-
-def crash() -> None:
-    """End this process by a segmentation fault."""
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def stop() -> None:
-    """Suspend this process."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 def send(*numbers: int) -> None:
     """Send signals to this process."""
     for number in numbers:
         os.kill(os.getpid(), number)
 
 
-def send_to_group(number: int) -> None:
-    """Send a signal to this process and its loader processes; the group must be its own."""
-    os.killpg(0, number)
+# As the out-of-memory killer, a segmentation fault and a batch system do.
+kill, crash, stop = (partial(send, n) for n in (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP))
+send_to_group = partial(os.killpg, 0)  # with its loader processes; the group must be its own
+hang = partial(time.sleep, 600)  # longer than any test takes
+
+
+def kill_after(seconds: float) -> None:
+    """Kill this process a moment later, wherever its main thread is then."""
+    threading.Thread(target=lambda: (time.sleep(seconds), kill()), daemon=True).start()
 
 
 def kill_a_child() -> None:
@@ -123,11 +110,6 @@ def wait_for(path: Path) -> None:
         if path.exists():
             return
         time.sleep(0.01)
-
-
-def hang() -> None:
-    """Hold this thread for longer than any test takes."""
-    time.sleep(600)
 
 
 def note_time(report: Path) -> None:
@@ -173,13 +155,15 @@ def both(*sabotages: Callable[[], None]) -> None:
         sabotage()
 
 
-def at_call(action: Callable[[], None], hook: str, k: int = 1) -> None:
-    """Call `action` before the k-th call of a function in HOOKS."""
+def at_call(
+    action: Callable[[], None], hook: str, k: int = 1, counts: Callable[[], bool] = lambda: True
+) -> None:
+    """Call `action` before the k-th call of a function in HOOKS, of those for which `counts()`."""
     calls = itertools.count(1)
 
     def acting(function: Callable) -> Callable:
         def act_and_call(*args, **kwargs):
-            if next(calls) == k:
+            if counts() and next(calls) == k:
                 action()
             return function(*args, **kwargs)
 
@@ -190,20 +174,13 @@ def at_call(action: Callable[[], None], hook: str, k: int = 1) -> None:
 
 def at_batch(action: Callable[[], None], k: int = 1, phase: str = "train") -> None:
     """Call `action` within the k-th batch of `phase`: train, val or any."""
+    at_call(action, "count a batch", k, lambda: phase in ("any", _phase()))
+
+
+def _phase() -> str:
     import torch
 
-    batches = itertools.count(1)
-
-    def acting(add: Callable) -> Callable:
-        def add_and_act(self, *args) -> None:
-            now = "train" if torch.is_grad_enabled() else "val"
-            if phase in ("any", now) and next(batches) == k:
-                action()
-            add(self, *args)
-
-        return add_and_act
-
-    replace("count a batch", acting)
+    return "train" if torch.is_grad_enabled() else "val"
 
 
 def on_files(
@@ -257,36 +234,20 @@ def _watch(directory: Path, act: Callable[[str, str], None]) -> None:
 
     def watched_open(file, mode="r", *args, **kwargs):
         opened = open_(file, mode, *args, **kwargs)
-        if isinstance(file, int) or not set(mode) & set("wax+"):
-            return opened
-        return _Writing(opened, partial(seen, "write", file))
+        if not isinstance(file, int) and set(mode) & set("wax+"):
+            opened.write = partial(in_halves, file, opened.write, opened.flush)
+        return opened
+
+    def in_halves(file, write: Callable, flush: Callable, data) -> int:
+        half = len(data) // 2
+        write(data[:half])
+        flush()
+        seen("write", file)
+        write(data[half:])
+        return len(data)
 
     os.fsync, builtins.open = watched_fsync, watched_open
     sys.addaudithook(hook)
-
-
-class _Writing:
-    """A file that is written in two halves, with a call between them."""
-
-    def __init__(self, file, between: Callable[[], None]):
-        self._file, self._between = file, between
-
-    def write(self, data) -> int:
-        half = len(data) // 2
-        self._file.write(data[:half])
-        self._file.flush()
-        self._between()
-        self._file.write(data[half:])
-        return len(data)
-
-    def __getattr__(self, name: str):
-        return getattr(self._file, name)
-
-    def __enter__(self) -> "_Writing":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 # ----------------------------------------------------------------------------------------- reports
@@ -325,14 +286,12 @@ def record_disk_use(directory: Path, report: Path) -> None:
 
 def record_losses(report: Path) -> None:
     """Write number, loss and time of each training step to `report`, a line each."""
-    import torch
-
     append, last = _appending(report), [0.0]
 
     def remembering(cross_entropy: Callable) -> Callable:
         def remembered(*args, **kwargs):
             loss = cross_entropy(*args, **kwargs)
-            if torch.is_grad_enabled():
+            if _phase() == "train":
                 last[0] = loss.item()
             return loss
 
@@ -377,15 +336,12 @@ def impatient() -> None:
 
 def nan_loss(k: int, phase: str = "train") -> None:
     """Make the loss of the k-th batch of `phase` NaN; k = 0: of every one."""
-    import torch
-
     batches = itertools.count(1)
 
     def spoiling(cross_entropy: Callable) -> Callable:
         def spoilt(*args, **kwargs):
             loss = cross_entropy(*args, **kwargs)
-            now = "train" if torch.is_grad_enabled() else "val"
-            return loss * float("nan") if now == phase and k in (0, next(batches)) else loss
+            return loss * float("nan") if _phase() == phase and k in (0, next(batches)) else loss
 
         return spoilt
 
@@ -475,6 +431,11 @@ def close_standard_files(*numbers: int) -> None:
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
 
 
+def hide_tensorboard() -> None:
+    """Fail to import it, as where it is not installed."""
+    sys.modules["torch.utils.tensorboard"] = None
+
+
 def close_pipes() -> None:
     """Make standard output and error pipes without a reader, as of `| tee` after Ctrl-C."""
     reader, writer = os.pipe()
@@ -494,38 +455,25 @@ def close_pipes() -> None:
     replace("run the program", reopening)
 
 
-def leave(directory: Path) -> None:
+def leave() -> None:
     """Have a working directory that is gone."""
-    directory.mkdir()
+    directory = tempfile.mkdtemp()
     os.chdir(directory)
-    directory.rmdir()
+    os.rmdir(directory)
 
 
-def mount(directory: Path, options: str, read_only: bool = False) -> None:
-    """Put an empty tmpfs over `directory`, visible to this process alone.
-
-    Raises:
-        PermissionError: this system does not let the tests do it.
-    """
-    libc, new_mounts, new_user = ctypes.CDLL(None, use_errno=True), 0x20000, 0x10000000
+def mount_or_leave(directory: Path, options: str, read_only: bool = False) -> None:
+    """Put an empty tmpfs over `directory`, visible to this process alone; 77 if not allowed."""
+    libc, new_mounts, new_user = ctypes.CDLL(None), 0x20000, 0x10000000
     user, group = os.getuid(), os.getgid()
     if libc.unshare(new_mounts) != 0:
         if libc.unshare(new_mounts | new_user) != 0:
-            raise PermissionError("no mount namespace")
+            os._exit(77)
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     private, flags = 0x44000, 1 if read_only else 0  # MS_PRIVATE | MS_REC, MS_RDONLY
-    done = libc.mount(b"none", b"/", None, private, None) == 0 and (
-        libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options.encode()) == 0
-    )
-    if not done:
-        raise PermissionError("no mount")
-
-
-def mount_or_leave(directory: Path, options: str, read_only: bool = False) -> None:
-    """`mount`, or exit code 77 where the system does not let the tests do it."""
-    try:
-        mount(directory, options, read_only)
-    except PermissionError:
+    if libc.mount(b"none", b"/", None, private, None) or (
+        libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", flags, options.encode())
+    ):
         os._exit(77)

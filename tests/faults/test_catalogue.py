@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterator
 
-import pytest
-
 import errors
 from distributed.signals import SIGNALS
 from faults.catalogue import FAULTS
@@ -81,26 +79,6 @@ def test_the_rows_that_name_the_common_test_are_those_of_its_faults():
         # A killed process has no code of its own.
         documented = {int(code) for code in re.findall(r"\d+", by_row[fault.row][2])}
         assert {code for code in codes if code >= 0} <= documented, fault
-
-
-ROW = "| 2 | SIGKILL | 0 | test_resume.py::test_the_same_command_gives_the_same_run |"
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("", "rows: 2"),
-        (ROW.replace("test_the_same", "test_the_sane"), "row 2: no such test: "),
-        (ROW.replace("| 0 |", "| 9 |"), "row 2: no such exit code: 9"),
-        (f"| 2 | SIGKILL | 0 | {UNCLAIMED}no |", "row 2: no reason"),
-        (re.sub("test_resume.*", "test_gpu.py::test_every_precision_learns |", ROW), "row 2: "),
-    ],
-)
-def test_a_fault_without_a_test_would_be_noticed(line, problem):
-    others = "\n".join(ROW.replace("| 2 |", f"| {n} |") for n in range(1, NUM_ROWS + 1) if n != 2)
-    first, rest = others.split("\n", 1)
-    assert problems(f"{first}\n{ROW}\n{rest}") == []
-    assert problems(f"{first}\n{line}\n{rest}")[0].startswith(problem)
 
 
 def test_the_exit_codes_of_the_manual_are_those_of_the_program():

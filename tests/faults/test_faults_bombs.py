@@ -20,19 +20,36 @@ from helpers.run_main import run
 QUICKLY = {"read a checkpoint": 0.2}  # of processor time, so that the test takes little as well
 
 
-@pytest.fixture
-def quickly(monkeypatch):
-    """Give a checkpoint little time in this process."""
-    with monkeypatch.context() as patch:
-        patch.setattr("fileio.tensor_files.READ_S", 0.2)
-        yield
+def parse(path) -> None:
+    opts.parse(["--config", str(path)])
 
 
-@pytest.mark.parametrize("name", bombs.CHECKPOINTS)
-def test_a_checkpoint_that_claims_much_is_refused(tmp_path, quickly, name):
-    path = tmp_path / "weights.pt"
-    path.write_bytes(bombs.CHECKPOINTS[name]())
-    check_cost(path, checkpoints.load_weights, CheckpointError)
+def cut(make) -> bytes:
+    return make()[:MAX_CONFIG_BYTES]
+
+
+# Too long, and as much of it as is read.
+CONFIGS = bombs.YAML | {f"{name}, cut": partial(cut, make) for name, make in bombs.YAML.items()}
+ARCHIVES = bombs.archives(FOLDER)
+# File name, contents, what reads it and refuses it by which error.
+KINDS = {
+    "checkpoint": ("weights.pt", bombs.CHECKPOINTS, checkpoints.load_weights, CheckpointError),
+    "config": ("c.yaml", CONFIGS, parse, UsageError),
+    "image": ("image.jpg", bombs.IMAGES, decode, Exception),
+    "archive": ("archive.tar.gz", ARCHIVES, partial(unpack, folder=FOLDER), DataError),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in KINDS for name in KINDS[kind][1]]
+)
+def test_a_file_that_claims_much_is_refused(tmp_path, monkeypatch, kind, name):
+    monkeypatch.setattr("fileio.tensor_files.READ_S", QUICKLY["read a checkpoint"])
+    file_name, makes, read, error = KINDS[kind]
+    path = tmp_path / file_name
+    path.write_bytes(makes[name]())
+    check_cost(path, read, error)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(("name", "flag"), [("two gigabytes", "resume"), ("counting", "retrain")])
@@ -42,25 +59,6 @@ def test_a_checkpoint_that_claims_much_ends_the_program_with_4(tmp_path, name, f
     result = run(tiny(**{flag: path}, save=tmp_path / "run"), partial(shorten, QUICKLY))
     refused(result, 4, f"{path} takes more")
     assert not saved(tmp_path / "run")
-
-
-def parse(path) -> None:
-    opts.parse(["--config", str(path)])
-
-
-@pytest.mark.parametrize("name", bombs.YAML)
-def test_a_config_that_claims_much_is_refused(tmp_path, name):
-    path = tmp_path / "c.yaml"
-    for size in (None, MAX_CONFIG_BYTES):  # too long, and as much of it as is read
-        path.write_bytes(bombs.YAML[name]()[:size])
-        check_cost(path, parse, UsageError)
-
-
-@pytest.mark.parametrize("name", bombs.IMAGES)
-def test_an_image_that_claims_much_is_refused(tmp_path, name):
-    path = tmp_path / "image.jpg"
-    path.write_bytes(bombs.IMAGES[name]())
-    check_cost(path, decode, Exception)
 
 
 def test_an_image_of_the_same_kind_that_claims_less_is_read(tmp_path):
@@ -75,17 +73,6 @@ def test_an_image_that_claims_much_ends_the_program_with_3(root, name):
     path = min((root / "train" / "cat").iterdir())
     path.write_bytes(bombs.IMAGES[name]())
     refused(run(folder(root, SMALL)), 3, rf"cannot read image {path}: .*too many|scans")
-
-
-ARCHIVES = bombs.archives(FOLDER)
-
-
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_an_archive_that_claims_much_is_refused(tmp_path, name):
-    path = tmp_path / "archive.tar.gz"
-    path.write_bytes(ARCHIVES[name]())
-    check_cost(path, partial(unpack, folder=FOLDER), DataError)
-    assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
 def test_an_archive_that_claims_much_ends_the_program_with_3(tmp_path):

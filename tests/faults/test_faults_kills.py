@@ -88,11 +88,11 @@ def test_what_another_process_wrote_is_read_once_and_what_this_one_wrote_never(
     tmp_path, monkeypatch
 ):
     write_some(tmp_path, 2, 4)
-    read, known = [], {}
+    read, validated = [], {}
     is_valid = checkpoints.is_valid
     monkeypatch.setattr(
         checkpoints, "is_valid", lambda path: read.append(path.name) or is_valid(path)
     )
-    write_some(tmp_path, 6, 8, 10, keep=3, known=known)
+    write_some(tmp_path, 6, 8, 10, keep=3, validated=validated)
     assert sorted(read) == ["checkpoint_000000002.pt", "checkpoint_000000004.pt"]
     assert steps(tmp_path) == [10, 8, 6]

@@ -39,7 +39,7 @@ def start(tmp_path, monkeypatch):
     return start
 
 
-def refused(start, environment: dict[str, str], step: int) -> RunError:
+def refused(start, environment: dict[str, str], step: int = 40) -> RunError:
     """Return the error that a start is refused with."""
     with pytest.raises(PeerError) as caught:
         start(environment, step)
@@ -49,9 +49,8 @@ def refused(start, environment: dict[str, str], step: int) -> RunError:
 @pytest.mark.parametrize("environment", [BY_TORCHRUN, BY_SLURM], ids=["torchrun", "slurm"])
 @pytest.mark.parametrize("step", [0, 40])
 def test_the_third_automatic_start_without_progress_is_refused(start, tmp_path, environment, step):
-    start(BY_HAND, step)
-    for _ in range(2):
-        start(environment, step)
+    for begun_by in (BY_HAND, environment, environment):
+        start(begun_by, step)
     error = refused(start, environment, step)
     assert error.code == 8
     assert error.report() == (
@@ -64,38 +63,28 @@ def test_the_third_automatic_start_without_progress_is_refused(start, tmp_path, 
     assert str(again).count(str(CAUSE)) == 1 and str(again).endswith(str(CAUSE))
 
 
-def test_a_start_by_hand_resets_the_count(start):
-    for _ in range(3):
-        start(BY_HAND, 40)
-        start(BY_TORCHRUN, 40)
-        start(BY_TORCHRUN, 40)
-    refused(start, BY_TORCHRUN, 40)
-    start(BY_HAND, 40)
-    start({}, 40)
-    start(BY_TORCHRUN, 40)
+STOPPED = Preempted("SIGTERM", "go on")
+TWO_FAILURES = [(BY_HAND, 40, CAUSE), (BY_TORCHRUN, 40, CAUSE), (BY_TORCHRUN, 40, CAUSE)]
 
 
-def test_a_run_that_gets_further_is_never_refused(start):
-    start(BY_HAND, 0)
-    for step in range(10):
-        start(BY_SLURM, step)
-        start(BY_SLURM, step)
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [*TWO_FAILURES, (BY_HAND, 40, CAUSE), ({}, 40, CAUSE), (BY_TORCHRUN, 40, CAUSE)],
+        [*TWO_FAILURES, (BY_TORCHRUN, 41, CAUSE), (BY_TORCHRUN, 41, CAUSE)],
+        [(BY_HAND, 40, CAUSE), *[(BY_SLURM, 40, STOPPED)] * 9, *[(BY_SLURM, 40, CAUSE)] * 2],
+    ],
+    ids=["started by hand", "got further", "stopped by a signal"],
+)
+def test_what_is_no_failed_start_without_progress_is_not_counted(start, starts):
+    for environment, step, end in starts:
+        start(environment, step, end)
 
 
-def test_a_start_that_is_stopped_by_a_signal_is_no_failure(start):
-    start(BY_HAND, 40)
-    for _ in range(9):
-        start(BY_SLURM, 40, Preempted("SIGTERM", "go on"))
-    start(BY_SLURM, 40)  # with the start by hand, two failures so far
-    start(BY_SLURM, 40)
-    refused(start, BY_SLURM, 40)
-
-
-def test_killed_starts_count_and_are_called_killed(start, tmp_path):
-    start(BY_HAND, 40, Killed())
-    start(BY_TORCHRUN, 40, Killed())
-    start(BY_TORCHRUN, 40, Killed())
-    assert str(refused(start, BY_TORCHRUN, 40)).endswith("ended with: it was killed")
+def test_killed_starts_count_and_are_called_killed(start):
+    for environment in (BY_HAND, BY_TORCHRUN, BY_TORCHRUN):
+        start(environment, 40, Killed())
+    assert str(refused(start, BY_TORCHRUN)).endswith("ended with: it was killed")
 
 
 def test_an_automatic_start_is_counted_before_it_can_die(tmp_path, monkeypatch):

@@ -21,44 +21,22 @@ def refused_before_it_begins(argv, tmp_path, pattern, sabotage=None) -> None:
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        # Row 29
-        ("depth: 10\ngrowthrate: 2\n", r"unknown flag growthrate \(.*c.yaml, line 2\); fix: did .*"
-         r"growthRate"),
-        # Row 30
-        ("nEpochs: many\n", r"nEpochs: 'many' is not a whole number \(.*line 1\)"),
-        ("LR: fast\n", r"LR: 'fast' is not a number"),
-        # Row 31
-        ("LR: 0.1\nmomentum: 0\nLR: 0.2\n", r"LR is given twice \(.*line 1; .*line 3\)"),
-        # Row 32
-        ("data: !!python/object/apply:os.system ['touch {marker}']\n", r"data .*line 1"),
-        ("!!python/object/apply:os.system ['touch {marker}']\n", r"c.yaml"),
-        # Row 33
-        ("", r"config .*c.yaml holds no settings"),
-        ("- depth\n", r"config .*c.yaml holds no settings"),
-        ("depth: 10\n---\ndepth: 10\n", r"not YAML: but found another document \(.*line 2\)"),
-        ("data: caf\udce9\n", r"not YAML: .*c.yaml"),  # Latin-1
-        # Row 34
-        ("yes: 1\n", r"unknown flag yes \(.*line 1\)"),
-        ("bottleneck: yes\n", r"bottleneck: 'yes' is not true or false"),
-        ("nEpochs: 12:30\n", r"nEpochs: '12:30' is not a whole number"),
+        ("LR: 0.1\nmomentum: 0\nLR: 0.2\n", r"LR is given twice \(.*line 1; .*line 3\)"),  # row 31
+        ("data: caf\udce9\n", r"not YAML: .*c.yaml"),  # row 33: Latin-1
+        ("nEpochs: 12:30\n", r"nEpochs: '12:30' is not a whole number"),  # rows 30 and 34
     ],
-)  # fmt: skip
+)
 def test_a_config_that_cannot_be_read_is_refused(tmp_path, text, pattern):
-    marker, config = tmp_path / "marker", tmp_path / "c.yaml"
-    config.write_text(text.replace("{marker}", str(marker)), errors="surrogateescape")
+    config = tmp_path / "c.yaml"
+    config.write_text(text, errors="surrogateescape")
     refused_before_it_begins([f"--config={config}"], tmp_path, pattern)
-    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
     ("content", "flags", "printed"),
     [
-        (
-            b"LR: 1e-2\nweightDecay: 1.e-4\n",
-            [],
-            ["LR: 0.01", "weightDecay: 0.0001"],
-        ),  # to YAML, text
-        (b"\xef\xbb\xbfmanualSeed: 010\n", [], ["manualSeed: 10"]),  # to YAML, eight
+        (b"LR: 1e-2\nweightDecay: 1.e-4\n", [], ["LR: 0.01", "weightDecay: 0.0001"]),  # YAML: text
+        (b"\xef\xbb\xbfmanualSeed: 010\n", [], ["manualSeed: 10"]),  # YAML: eight
         (b"LR: 0.3\nmomentum: 0.5\n", ["--LR=0.2"], ["LR: 0.2", "momentum: 0.5"]),
     ],
     ids=["row 30", "rows 33 and 34", "row 39"],
@@ -70,25 +48,18 @@ def test_a_config_means_what_the_command_line_means_which_wins(tmp_path, content
     assert result.code == 0 and set(printed) <= set(result.out.splitlines()), result
 
 
-OUT_OF_RANGE = [
-    *(("growthRate", 0), ("reduction", 1.5), ("dropRate", 1), ("nClasses", 0), ("nEpochs", 0)),
-    *(("batchSize", 0), ("LR", "nan"), ("LR", -0.1), ("momentum", 1), ("weightDecay", -1)),
-]
-
-
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
-        # Row 35
         ({"depth": 41}, r"depth: 41 is not 6n \+ 4 .*; fix: use 40 or 46"),
-        ({"imageSize": 224, "depth": 120}, r"depth: 120 .*; fix: use 121"),
-        # Rows 36 and 37
-        *(({name: value}, rf"{name}: '{value}' is out of range .*; fix: use .*")
-          for name, value in OUT_OF_RANGE),
+        ({"dropRate": 1}, "dropRate: '1' is out of range .*; fix: use .*"),
+        ({"LR": "nan"}, "LR: 'nan' is out of range .*; fix: use .*"),
+        ({"optnet": True, "optMemory": 3}, "optMemory and optnet exclude each other; fix: keep"),
+        ({"nosuch": 1}, r"unknown flag nosuch \(command line\)"),
     ],
-    ids=str,
-)  # fmt: skip
-def test_a_setting_out_of_range_is_refused(tmp_path, flags, pattern):
+    ids=["row 35", "row 36", "row 37", "row 39, a contradiction", "row 39, unknown"],
+)
+def test_settings_that_cannot_be_run_are_refused(tmp_path, flags, pattern):
     refused_before_it_begins(tiny(**flags), tmp_path, pattern)
 
 
@@ -109,23 +80,6 @@ def with_gpus(count: int) -> None:
 def test_gpus_that_are_not_there_are_refused(tmp_path, asked, there, pattern):
     argv = tiny(nGPU=asked, batchSize=8 * asked)
     refused_before_it_begins(argv, tmp_path, pattern, partial(with_gpus, there))
-
-
-# Row 39.
-
-
-@pytest.mark.parametrize(
-    ("argv", "pattern"),
-    [
-        (["--LR=1", "--LR=1"], r"LR is given twice \(command line; command line\); fix: keep one"),
-        (["--optnet=true", "--optMemory=3"], r"optMemory and optnet exclude each other; fix: keep"),
-        (["--nosuch=1"], r"unknown flag nosuch \(command line\)"),
-        (["depth"], r"'depth' is no flag \(command line\); fix: write --flag VALUE"),
-        (["--testOnly=true"], r"testOnly without weights would test random ones; fix: add"),
-    ],
-)
-def test_flags_that_contradict_each_other_are_refused(tmp_path, argv, pattern):
-    refused_before_it_begins(argv, tmp_path, pattern)
 
 
 def test_all_problems_are_said_at_once(tmp_path):

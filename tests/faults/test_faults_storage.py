@@ -9,7 +9,6 @@ import pytest
 from faults.contract import (
     FLAGS,
     command,
-    newest_step,
     outcome,
     refused,
     saved,
@@ -22,7 +21,6 @@ from faults.sabotage import (
     both,
     fail,
     kill,
-    limit_file_size,
     limit_files,
     mount_or_leave,
     wait_for,
@@ -31,19 +29,6 @@ from faults.test_faults_data import folder
 from helpers.run_main import run, start
 
 no_data = partial(at_call, partial(fail, "DataError"), "create the data")  # found out too late
-
-
-def test_a_disk_that_fills_up_in_the_middle_of_a_file(begun, undisturbed, tmp_path):
-    directory = begun(tmp_path / "run")
-    before = saved(directory)
-    argv = tiny(**FLAGS, save=directory, resume="auto")
-    full = partial(limit_file_size, len(before["checkpoint_000000004.pt"]) // 2)
-    pattern = "no space in .* needs .* MB, has .* MB .*File too large.*; fix: free space"
-    refused(run(argv, full), 6, pattern)
-    assert not list(directory.glob(".*.tmp"))
-    assert saved(directory) == before
-    assert run(argv).code == 0
-    assert outcome(directory) == undisturbed()
 
 
 @pytest.mark.parametrize(
@@ -67,15 +52,6 @@ def test_a_disk_that_takes_nothing_is_named_as_that(tmp_path, options, read_only
     refused(result, 6, pattern.format(tmp_path))
 
 
-@pytest.mark.parametrize("below", ["", "a/b"])
-def test_a_file_in_the_way_is_refused_before_the_data_is_read(tmp_path, below):
-    """Row 14."""
-    (tmp_path / "file").write_text("in the way")
-    result = run(tiny(**FLAGS, save=tmp_path / "file" / below), no_data)
-    refused(result, 6, f"not a directory: {tmp_path / 'file'}; fix: ")
-    assert (tmp_path / "file").read_text() == "in the way"
-
-
 def test_a_run_directory_that_is_removed_meanwhile_is_named(tmp_path):
     """Row 15."""
     directory = tmp_path / "run"
@@ -92,7 +68,7 @@ def test_too_few_open_files_are_one_line_and_nothing_is_lost(root):
     assert run(argv, partial(at_batch, kill, 6)).code < 0  # in the second epoch
     before = saved(root.parent / "run")
     argv.append("--resume=auto")
-    for more, code in ((0, 3), (1, 6), (2, 3), (4, 3), (20, 3)):
+    for more, code in ((0, 3), (1, 6), (4, 3)):
         result = run(argv, partial(limit_files, more))
         refused(result, code, "ulimit -n" if more else "Too many open files")
         assert saved(root.parent / "run") == before
@@ -120,9 +96,3 @@ def test_a_second_process_is_refused_and_harms_nothing(tmp_path, undisturbed, re
     (tmp_path / "go on").touch()
     assert first.wait().code == 0
     assert outcome(directory) == undisturbed() == outcome(tmp_path / "elsewhere")
-
-
-def test_a_killed_process_does_not_block_the_next(begun, tmp_path):
-    directory = begun(tmp_path / "run")
-    assert "process" in (directory / ".lock").read_text() and newest_step(directory) == 4
-    assert run(tiny(**FLAGS, save=directory, resume="auto")).code == 0

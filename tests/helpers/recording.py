@@ -56,7 +56,7 @@ def _may_begin(directory: Path, step: int) -> bool:
     """Whether a step is not held back, or the run was asked to stop after it."""
     stop = signal.getsignal(signal.SIGTERM).__self__
     hold = directory / HOLD
-    return bool(stop.number) or not hold.exists() or step <= int(hold.read_text())
+    return bool(stop.signum) or not hold.exists() or step <= int(hold.read_text())
 
 
 def steps(directory: Path) -> list[list[dict]]:
