@@ -24,7 +24,7 @@ from pathlib import Path
 # The functions of the program that tests replace or wrap: {what it does: (module, name)}.
 HOOKS = {
     "run the program": ("main", "main"),
-    "end the process": ("experiment.lifecycle", "_exit_now"),
+    "end the process": ("experiment.lifecycle", "_exit"),
     "agree on a name of the start": ("distributed.rendezvous", "_attempt_id"),
     "hash the code": ("distributed.rendezvous", "code_version"),
     "share what the first process did": ("distributed.world", "World.broadcast_result"),
