@@ -192,7 +192,7 @@ def _work(program: Callable[[list[str]], int], directory: Path, argv: list[str])
     (directory / f"pid.{os.getpid()}").write_text(str(os.getppid()))
     record_steps(directory)
     # The agent waits for what this function returns.
-    replace("end the process", lambda end: lambda code: end(code) if code else None)
+    replace("end the process", lambda end: lambda code, world: end(code, world) if code else code)
     code = program(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
