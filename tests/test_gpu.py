@@ -107,9 +107,7 @@ def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
     assert error == pytest.approx(log(tmp_path / "run")[-1]["val_top1"], abs=1.0)
 
 
-# ------------------------------------------------------------------- levels, backends and graphs
-
-
+# Levels, backends and graphs:
 def backends() -> list:
     """The backends that run on this machine."""
     return [REFERENCE, kernels.backend.select("auto", torch.device("cuda", 0), "single")[0]]

@@ -40,9 +40,7 @@ def from_yaml(tmp_path, monkeypatch):
     return read
 
 
-# -------------------------------------------------------------------------------- command lines
-
-
+# Command lines:
 @pytest.mark.parametrize(
     ("line", "values"),
     [
@@ -91,9 +89,7 @@ def test_a_flag_given_twice_is_refused_and_the_first_origin_wins():
     assert (parser.values, parser.problems) == ({"depth": 3, "LR": 2.0}, [])
 
 
-# --------------------------------------------------------------------------------------- values
-
-
+# Values:
 @pytest.mark.parametrize(
     ("flag", "raw", "value"),
     [
@@ -149,9 +145,7 @@ def test_a_long_value_is_cut_in_its_message():
     assert len(from_line("--depth", "x" * 10_000).problems[0][0]) < 120
 
 
-# ------------------------------------------------------------------------------------------ YAML
-
-
+# YAML:
 @pytest.mark.parametrize("raw", TRICKY.split())
 def test_yaml_means_what_the_command_line_means(raw, from_yaml):
     for flag in ONE_OF_EACH_TYPE.split():

@@ -41,8 +41,7 @@ def config(tmp_path, text: str, name: str = "c.yaml") -> str:
     return f"--config {tmp_path / name}"
 
 
-# ------------------------------------------------------------------------------------- defaults
-
+# Defaults:
 # Section 1 of docs/parity.md, in its order, on CIFAR-10; then the flags that the original lacks.
 DEFAULTS = {
     "data": "data", "dataset": "cifar10", "manualSeed": 0, "nGPU": None, "backend": "cudnn",
@@ -184,9 +183,7 @@ def test_replicas_are_those_of_the_launcher_or_a_gpu_each():
     assert "replicas" not in opts.settings(parse(""))
 
 
-# ----------------------------------------------------------------------------------- precedence
-
-
+# Precedence:
 def test_command_line_beats_config_beats_run_beats_default(tmp_path):
     (tmp_path / "config.yaml").write_text("LR: 0.1\nmomentum: 0.2\nbatchSize: 3\nsave: elsewhere\n")
     line = config(tmp_path, "LR: 0.4\nmomentum: 0.5\n") + f" --LR 0.7 --resume {tmp_path}"
@@ -228,9 +225,7 @@ def test_a_problem_in_a_file_is_shown_with_its_line(tmp_path):
     assert what == f"config: a config file cannot name another ({tmp_path / 'c.yaml'}, line 2)"
 
 
-# ------------------------------------------------------------------------------- what is refused
-
-
+# What is refused:
 def test_every_problem_is_reported_at_once(tmp_path):
     bad = config(tmp_path, "depth: 41\nLR: -1\nLR: 2\nprecison: half\ntf32: true\nd1: 6\n")
     problems = refused(f"{bad} --growthrate 12 --precision half --testOnly true 7")
@@ -395,9 +390,7 @@ def test_a_batch_that_does_not_divide_is_answered_with_the_nearest(line, world_s
     assert parse(f"{line} --batchSize {batch} --testOnly true --retrain w.pt", world_size)
 
 
-# ---------------------------------------------------------------------------------------- notes
-
-
+# Notes:
 @pytest.mark.parametrize(
     ("line", "notes"),
     [
@@ -429,9 +422,7 @@ def test_a_flag_without_effect_is_remarked_on(line, notes):
     assert "; ".join(note.replace(";", ",") for note in parse(line).notes) == notes
 
 
-# ---------------------------------------------------------------------------------------- paths
-
-
+# Paths:
 @pytest.mark.parametrize(
     ("line", "error", "what", "fix"),
     [
@@ -467,9 +458,7 @@ def test_each_process_needs_the_paths_that_it_reads(tmp_path):
         path_checks.check(parse("--dataset folder --data gone"), is_first=False)
 
 
-# ----------------------------------------------------------------------------------- comparison
-
-
+# Comparison:
 @pytest.mark.parametrize(
     ("line", "changed", "role", "expected"),
     [
@@ -497,9 +486,7 @@ def test_a_selection_of_settings_leaves_out_those_of_another_kind(select, left_o
     assert select(parse(f"--{left_out} 7")) == select(parse("")) != select(parse(f"--{kept} 7"))
 
 
-# ---------------------------------------------------------------------------- printConfig, --help
-
-
+# PrintConfig, --help:
 @pytest.mark.parametrize(
     "line",
     [
@@ -577,8 +564,7 @@ def test_the_program_answers_before_anything_heavy_is_loaded(line, code, num_err
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
-# ----------------------------------------------------------------------------------------- fuzzing
-
+# Fuzzing:
 VALUES = (
     "0 1 -1 2 0.5 1e-4 nan inf -inf 40 100 121 161 1e400 true false none auto cosine half "
     "multistep cifar10 svhn imagenet folder digits synthetic 5,6 [] , . .. / ~ \udc80 é x=y "

@@ -81,9 +81,7 @@ def test_every_flag_is_read_by_the_program():
     assert flags_read('opt.gen = 1; print("opt.backend", other.depth, opt.LR)') == {"LR"}
 
 
-# ------------------------------------------------------------------------------------- schedules
-
-
+# Schedules:
 def rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[float]:
     """Return the rate of each epoch by the defaults of the program."""
     milestones = opts.default_milestones(num_epochs, imagenet, net_type)

@@ -68,9 +68,7 @@ def content(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
-# ----------------------------------------------------------------------------- the official formats
-
-
+# The official formats:
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_read_from_its_archive_to_the_last_pixel(tmp_path, monkeypatch, name):
     shift = 0 if name == "cifar10" else 90  # CIFAR-100 has the fine labels 0 to 99
@@ -111,9 +109,7 @@ def test_a_label_that_is_no_class_is_refused(tmp_path, monkeypatch, label):
     assert f"training label {label} is not a class from 0 to 9" in line
 
 
-# --------------------------------------------------------------------------------- damaged archives
-
-
+# Damaged archives:
 DAMAGES = {
     "truncated": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
@@ -168,9 +164,7 @@ def test_damaged_files_of_an_unpacked_archive_are_refused(tmp_path, monkeypatch,
         shutil.rmtree(folder)  # the fix works
 
 
-# --------------------------------------------------------------------------------- hostile archives
-
-
+# Hostile archives:
 def entry(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     made = tarfile.TarInfo(name)
     made.type, made.linkname = kind, target
@@ -220,9 +214,7 @@ def test_unpacking_is_all_or_nothing(tmp_path, damage):
     assert content(tmp_path) == [path.name, "folder", "folder/one", "folder/two"]
 
 
-# -------------------------------------------------------------------------------------- downloading
-
-
+# Downloading:
 @contextmanager
 def server(respond):
     """A web server on this machine; yields the address of its one file."""

@@ -72,9 +72,7 @@ def targets_of(batches: list) -> list[int]:
     return [target for _, targets in batches for target in targets.tolist()]
 
 
-# ----------------------------------------------------------------------------------------- decoding
-
-
+# Decoding:
 COLOURS = noise(1, 16)[0]
 FEW, GREY = COLOURS // 64 * 64, COLOURS[..., 0]  # 64 colours fit a palette
 RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
@@ -118,9 +116,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, l
     assert len(epoch(batches)) == 1
 
 
-# ------------------------------------------------------------------------------- unreadable images
-
-
+# Unreadable images:
 BAD = {
     "absent": None,
     "no bytes": lambda good: b"",
@@ -192,9 +188,7 @@ def test_ranks_that_stop_at_the_first_unreadable_image_have_nothing_to_compare()
     UnreadableImages("error", 1000, pytest.fail, all_gather=pytest.fail).sync()
 
 
-# ----------------------------------------------------------------------------- order and randomness
-
-
+# Order and randomness:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_counts_every_image_once_and_in_order(samples, loader, workers):
     indices = [4, 2, 20, 9, 17, 11]
@@ -262,9 +256,7 @@ def test_loading_and_the_generators_of_the_process_leave_each_other_alone(
     assert same_batches(load(), first)
 
 
-# -------------------------------------------------------------------------------- loader processes
-
-
+# Loader processes:
 @pytest.mark.parametrize("error", [
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.\nmore"),
     RuntimeError("DataLoader timed out after 1 seconds"),

@@ -31,9 +31,7 @@ def files(directory: Path) -> list[Path]:
     return sorted(directory.rglob("*.png"))
 
 
-# ------------------------------------------------------------------------------------------ listing
-
-
+# Listing:
 def test_classes_are_the_directories_in_order_and_images_their_files(tmp_path):
     write_folder(tmp_path, COUNTS)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
@@ -67,9 +65,7 @@ def test_a_class_without_images_is_refused_and_named(tmp_path, split):
         (tmp_path / split / "camel" / "notes.txt").write_text("no camels yet")
 
 
-# --------------------------------------------------------------------------------- small: in memory
-
-
+# Small: in memory:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_small_folder_is_decoded_once_to_the_last_pixel(tmp_path, workers):
     written = write_folder(tmp_path, COUNTS)
@@ -130,9 +126,7 @@ def test_a_small_folder_names_or_skips_its_bad_images(tmp_path, monkeypatch):
     assert data.train.images.labels.tolist() == np.delete(labels, bad).tolist()
 
 
-# ---------------------------------------------------------------------------------- large: in files
-
-
+# Large: in files:
 def by_hand(paths: list[Path], transform) -> torch.Tensor:
     images = torch.stack([transform(decode(path)) for path in paths]).flatten(0, -4)
     return transforms.Normalise("cpu", torch.float64)(images)

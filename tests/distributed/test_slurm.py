@@ -86,9 +86,7 @@ def one_line(result: SimpleNamespace, code: int, *words: str) -> None:
     assert all(word in line for word in words), line
 
 
-# ------------------------------------------------------------------------------- what is started
-
-
+# What is started:
 def test_every_node_gets_a_torchrun_that_meets_the_others_on_the_first(slurm):
     assert slurm.run("exit 0", CONFIG, "--data", "/scratch/a b").code == 0
     words = slurm.calls("srun")
@@ -141,8 +139,7 @@ def test_a_mistake_in_the_flags_ends_the_job_before_anything_is_started(slurm):
     assert not slurm.calls("srun") and not slurm.calls("scontrol")
 
 
-# ------------------------------------------------------------------------- what becomes of the job
-
+# What becomes of the job:
 REQUEUED = ["requeue 31234"]
 
 
@@ -199,8 +196,7 @@ def test_one_task_of_an_array_is_requeued_and_not_the_whole_array(slurm):
     assert slurm.calls("scontrol") == ["requeue 31234_2"]
 
 
-# ----------------------------------------------------------------------------------------- signals
-
+# Signals:
 # A step that saves a moment after it was told to stop.
 STEP = """
 trap 'echo USR1 >>"$LOG/signals"; sleep 0.1; say preempted 75; exit 1' USR1
@@ -267,9 +263,7 @@ def test_a_cancelled_job_waits_for_its_step_and_is_not_requeued(slurm):
     assert slurm.calls("scontrol") == [] and slurm.calls("signals") == []
 
 
-# -------------------------------------------------------------------------------- the script itself
-
-
+# The script itself:
 def test_slurm_is_asked_for_what_the_script_relies_on():
     asked = [line.split()[1] for line in SCRIPT.read_text().splitlines()
              if line.startswith("#SBATCH ")]  # fmt: skip

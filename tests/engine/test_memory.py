@@ -63,9 +63,7 @@ def measured(network: str, level: int, precision: str) -> int:
     return peak
 
 
-# ---------------------------------------------------------------------- prediction and measurement
-
-
+# Prediction and measurement:
 @pytest.mark.parametrize(
     ("network", "level", "precision"),
     [
@@ -111,9 +109,7 @@ def test_each_of_several_processes_needs_what_its_part_of_the_batch_does():
     assert reference._tiles is before
 
 
-# ------------------------------------------------------------------------------ on a GPU, unseen
-
-
+# On a GPU, unseen:
 def test_on_a_gpu_a_batch_is_one_tile():
     flags = "--depth 10 --growthRate 24 --imageSize 64 --batchSize 24"
     on_gpu, on_cpu = (estimate(flags, 3, device=device).peak_bytes() for device in (GPU, CPU))
@@ -137,9 +133,7 @@ def test_triton_needs_little_besides_the_buffers(precision, size):
     assert peaks[3] < peaks[2]
 
 
-# -------------------------------------------------------------------------------- what to change
-
-
+# What to change:
 class LinearEstimate(MemoryEstimate):
     """10 MB, and so many MB per image: numbers to reckon with."""
 

@@ -85,8 +85,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
-# ------------------------------------------------------------------------------------ one SGD step
-
+# One SGD step:
 LR, DECAY = 0.1, 0.01
 
 
@@ -179,8 +178,7 @@ def test_each_step_moves_the_weights_by_the_scheduled_rate(changed, want):
     assert [record["lr"] for record in records] == pytest.approx(want[2::3], abs=1e-15)
 
 
-# ------------------------------------------------------------------------------------------ resume
-
+# Resume:
 RESUMED = {"dropRate": 0.3, "lrShape": "cosine", "manualSeed": 3}
 
 
@@ -295,9 +293,7 @@ def test_a_state_can_go_on_under_the_settings_that_override_may_change(before, a
     assert run_epoch(fresh, data)["epoch"] == 2
 
 
-# ----------------------------------------------------------------- precision, values not finite
-
-
+# Precision, values not finite:
 @pytest.mark.parametrize(
     ("precision", "weights", "logits"),
     [
@@ -418,9 +414,7 @@ def test_what_is_not_finite_stops_in_its_step_before_it_touches_the_weights(prec
 
 
 @pytest.mark.parametrize("case", GRADIENTS)
-# -------------------------------------------------------------------------------------- evaluation
-
-
+# Evaluation:
 def expected_errors(logits: Tensor, targets: Tensor) -> dict[str, float]:
     ranks = (logits > logits.gather(1, targets[:, None])).sum(dim=1)  # 0 for the largest logit
     errors = {f"test_top{k}": 100 * (ranks >= k).sum().item() / len(targets) for k in (1, 5)}
@@ -472,9 +466,7 @@ def test_evaluation_changes_nothing_and_repeats(precision):
     assert not torch.equal(trainer.model.state_dict()[name], state[name])
 
 
-# ------------------------------------------------------------------------------- epochs, overhead
-
-
+# Epochs, overhead:
 def test_an_epoch_ends_with_its_record_and_a_fresh_start():
     trainer, data = build()
     record = run_epoch(trainer, data)

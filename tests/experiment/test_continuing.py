@@ -48,9 +48,7 @@ def state_of(step: int = 7, **flags: object) -> dict:
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------- finding the checkpoint
-
-
+# Finding the checkpoint:
 @pytest.fixture
 def place(tmp_path) -> Path:
     """A run with checkpoints of steps 3 and 7, one with step 5, remains of one, and nothing."""
@@ -187,9 +185,7 @@ def test_a_restart_without_progress_is_counted_and_the_third_refused(place, coun
         assert directory.read_status()["start"] == start | {"in_vain": count + 1, "reason": "b"}
 
 
-# -------------------------------------------------------------------------- comparing settings
-
-
+# Comparing settings:
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
@@ -265,9 +261,7 @@ def test_what_a_run_keeps_from_its_start(flags, saved, kept, note):
     assert same is state and overrides == [EARLIER]
 
 
-# --------------------------------------------------------------------------- restoring the state
-
-
+# Restoring the state:
 class FakeTrainer:
     """What `restore` needs of a trainer; it keeps what is loaded."""
 
@@ -366,9 +360,7 @@ def test_the_best_model_comes_along_or_is_forgotten(place, source, best, is_copi
         assert saves == ["models"] * trainer.is_between_epochs + ["checkpoint"]
 
 
-# ----------------------------------------------------------------------------------- whole runs
-
-
+# Whole runs:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run of three epochs with milestones 2 and 3."""

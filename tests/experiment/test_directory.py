@@ -24,9 +24,7 @@ STEPS = ["open .file.bin.tmp", "write .file.bin.tmp", "fsync .file.bin.tmp",
          "rename file.bin", "open .", "fsync ."]  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------- one file
-
-
+# One file:
 @pytest.fixture
 def path(tmp_path) -> Path:
     (tmp_path / "run").mkdir()
@@ -88,9 +86,7 @@ def test_a_directory_is_checked_without_being_made_and_no_file_is_in_its_place(p
     assert path.read_bytes() == OLD
 
 
-# --------------------------------------------------------------------------------- run directory
-
-
+# Run directory:
 def hold(directory: Path, pipe) -> None:
     """Have the run directory open, and a child that outlives this process, as a loader's may."""
     with RunDirectory(directory):

@@ -55,9 +55,7 @@ def logged(tmp_path_factory):
     return directory, run(tiny(nEpochs=2, save=directory))
 
 
-# -------------------------------------------------------------------------------------- log.jsonl
-
-
+# Log.jsonl:
 def test_a_run_logs_every_column_of_every_epoch_its_images_and_its_config(logged):
     directory, _ = logged
     first, second = read_log(directory)
@@ -132,9 +130,7 @@ def test_a_line_that_a_full_disk_cut_off_spoils_no_later_one(tmp_path, capsys):
     assert read_log(tmp_path) == [asdict(record(1)), asdict(record(3))]
 
 
-# ------------------------------------------------------------------------------------ TensorBoard
-
-
+# TensorBoard:
 def test_tensorboard_gets_a_run_with_each_epoch_once(tmp_path):
     written(tmp_path, 1, 2, 3, train_loss=9.0)
     log = written(tmp_path, 2, 3, next_epoch=2)  # resumed in the second
@@ -179,8 +175,7 @@ def test_a_full_disk_for_tensorboard_stops_nothing(tmp_path, capsys):
     assert printed.out.count("Finished epoch") == 5
 
 
-# ---------------------------------------------------------------------------------------- console
-
+# Console:
 LOGITS, TARGETS = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
 
 

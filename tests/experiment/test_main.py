@@ -48,9 +48,7 @@ def errors(record: dict, split: str = "val") -> tuple[float, float]:
     return round(record[f"{split}_top1"], 3), round(record[f"{split}_top5"], 3)
 
 
-# -------------------------------------------------------------------------------- what a run leaves
-
-
+# What a run leaves:
 def test_a_run_directory_holds_the_run_its_last_and_its_best_model(complete):
     steps = {1: 3, 2: 6, 3: 9}
     names = {epoch: f"checkpoint_{step:09d}.pt" for epoch, step in steps.items()}
@@ -100,9 +98,7 @@ def test_the_digits_are_learnt(tmp_path):
     assert json.loads((tmp_path / "data.json").read_text())["train"] == 1437
 
 
-# -------------------------------------------------------------------------------------- test only
-
-
+# Test only:
 def test_only_testing_gives_the_errors_of_the_weights_and_writes_nothing(plain, complete, tmp_path):
     before = {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()}
     log, best = records(plain), status(plain)["best_epoch"]
@@ -133,9 +129,7 @@ def test_only_testing_a_run_in_progress_is_not_upset_by_its_retention(plain, tmp
     assert numbers(result.out) == [errors(records(plain)[1])]
 
 
-# --------------------------------------------------------------------------------------- resuming
-
-
+# Resuming:
 def test_the_fix_that_a_stopped_run_names_is_one(complete, tmp_path):
     """The command line that began the run may not be at hand, nor have been all flags."""
     directory = tmp_path / "run"
@@ -172,9 +166,7 @@ def test_a_run_killed_while_the_test_set_is_measured_measures_it_again(complete,
     assert status(tmp_path)["test_top1"] == status(complete)["test_top1"]
 
 
-# ------------------------------------------------------------------------------------- retraining
-
-
+# Retraining:
 STILL = {"LR": 1e-30, "momentum": 0, "weightDecay": 0, "nEpochs": 1}
 
 
@@ -207,9 +199,7 @@ def test_a_fine_tuned_run_has_a_new_classifier_and_is_resumed_and_tested(plain, 
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
-# ------------------------------------------------------------------------------- the command line
-
-
+# The command line:
 ANSWERS = {
     "--help": 0, "--printConfig": 0, "-depth 41": 2, "--nGPU 3": 2, "--resume nowhere": 4,
     "--dataset folder --data nowhere": 3, "--save main.py/run": 6,

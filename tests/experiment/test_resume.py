@@ -144,9 +144,7 @@ def test_a_run_goes_on_at_another_memory_level_within_round_off(tmp_path):
         assert largest < 1e-10 if seed == 0 else largest > 1e-3
 
 
-# ---------------------------------------------------------------------------------- image folders
-
-
+# Image folders:
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("photographs")
@@ -170,9 +168,7 @@ def test_a_folder_of_images_resumes_alike_with_any_number_of_workers(photographs
     assert finish(forgetful, forget_position, **flags)["weights"] != want["weights"]
 
 
-# ------------------------------------------------------------------------------- what is refused
-
-
+# What is refused:
 def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
     for threads, remarked in ((1, False), (2, True)):
         argv = tiny(**RUN, resume=stopped_run, save=tmp_path / str(threads))

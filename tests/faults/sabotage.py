@@ -79,9 +79,7 @@ def shorten(limits: dict[str, float]) -> None:
         setattr(importlib.import_module(module), name, seconds)
 
 
-# --------------------------------------------------------------------------------------- actions
-
-
+# Actions:
 def send(*numbers: int) -> None:
     """Send signals to this process."""
     for number in numbers:
@@ -146,9 +144,7 @@ def fill_the_gpu() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-# --------------------------------------------------------------------------------------- moments
-
-
+# Moments:
 def both(*sabotages: Callable[[], None]) -> None:
     """Call several functions."""
     for sabotage in sabotages:
@@ -250,9 +246,7 @@ def _watch(directory: Path, act: Callable[[str, str], None]) -> None:
     sys.addaudithook(hook)
 
 
-# ----------------------------------------------------------------------------------------- reports
-
-
+# Reports:
 def _appending(report: Path) -> Callable[[str], None]:
     """Return a function that appends a line to a file, which survives a SIGKILL."""
     descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -311,9 +305,7 @@ def record_losses(report: Path) -> None:
     replace("train an epoch", recording)
 
 
-# ------------------------------------------------------------------------------------ conditions
-
-
+# Conditions:
 def no_fsync() -> None:
     """Do not wait for the disk: a killed process loses nothing by it, a test saves time."""
     os.fsync = lambda file: None

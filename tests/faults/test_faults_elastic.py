@@ -43,9 +43,7 @@ def test_a_lost_node_is_done_without_and_taken_back(tmp_path):
         check_complete(run)
 
 
-# ------------------------------------------------------------- the long form: networks of their own
-
-
+# The long form: networks of their own:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[Node, Node]]:
     try:

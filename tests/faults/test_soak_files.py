@@ -24,9 +24,7 @@ REAL = {"dataset": "synthetic", "imageSize": 32, "nImages": 16, "depth": 40, "gr
         "batchSize": 16, "nEpochs": 1}  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------- G6: corruption
-
-
+# G6: corruption:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
     """The checkpoint of a DenseNet-BC of 40 layers, as in the paper."""
@@ -106,9 +104,7 @@ def test_the_checkpoint_before_a_damaged_one_is_found_soon(real, tmp_path, measu
     assert found["global_step"] == 7
 
 
-# -------------------------------------------------------------------------------- G8: bounded cost
-
-
+# G8: bounded cost:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("kind", "read"),

@@ -70,9 +70,7 @@ def flipped(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-# ------------------------------------------------------------------------------ what was written
-
-
+# What was written:
 def test_a_state_is_read_as_it_was_written(path):
     state = checkpoints.load(path)
     assert state.pop("format") == checkpoints.FORMAT
@@ -145,9 +143,7 @@ def test_an_entry_without_a_checksum_is_refused(path):
     assert load_or_none(path, data.replace(crc, bytes(4))) is None
 
 
-# -------------------------------------------------------------------- what must never be executed
-
-
+# What must never be executed:
 HOSTILE = list(hostile_files(Path(tempfile.gettempdir()) / "marker of the names alone"))
 
 
@@ -211,9 +207,7 @@ def test_a_torchscript_file_is_refused(tmp_path):
         checkpoints.load_weights(path)
 
 
-# -------------------------------------------------------------------- what would take all memory
-
-
+# What would take all memory:
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_a_bomb_is_refused_in_little_time_and_memory(bomb, path):
@@ -224,9 +218,7 @@ def test_a_bomb_is_refused_in_little_time_and_memory(bomb, path):
     refused(result, 4, re.escape(str(path)))
 
 
-# ------------------------------------------------------------------- what is no valid checkpoint
-
-
+# What is no valid checkpoint:
 @pytest.mark.parametrize(
     ("data", "looks_like"),
     [
@@ -316,9 +308,7 @@ def test_a_renamed_checkpoint_is_refused(path):
         checkpoints.load(renamed)
 
 
-# -------------------------------------------------------------------------------- run directories
-
-
+# Run directories:
 def write_steps(directory: Path, *steps: int, keep: int = 9) -> list[Path]:
     return [checkpoints.save(directory, real_state(step), keep) for step in steps]
 
@@ -396,8 +386,7 @@ def test_links_are_followed_when_reading(tmp_path):
             checkpoints.load(tmp_path / name)
 
 
-# ---------------------------------------------------------------------------------------- weights
-
+# Weights:
 WEIGHTS = {"features.conv0.weight": torch.ones(2, 3), "classifier.bias": torch.zeros(2)}
 
 
@@ -429,9 +418,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, value):
         checkpoints.load_weights(tmp_path / "w.pth")
 
 
-# --------------------------------------------------------------------------------- the saver
-
-
+# The saver:
 class Directory:
     """A run directory whose lock is held; records its status."""
 
@@ -497,9 +484,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------- what reading may cost
-
-
+# What reading may cost:
 def test_tensors_together_hold_no_more_than_the_file():
     tensors = [torch.zeros(4), [torch.zeros(4)]]
     tensor_files.check_tensors(tensors, 32)

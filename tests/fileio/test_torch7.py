@@ -26,9 +26,7 @@ def refusal(path: Path, content: bytes) -> str:
     return report
 
 
-# ------------------------------------------------------------------------------------ what is read
-
-
+# What is read:
 def test_every_type_of_value_is_read_as_what_it_is():
     shared = {"inner": True}
     table = {"a": 1.5, "b": [None, False, "text"], 2: "two", "one": shared, "other": shared}
@@ -84,8 +82,7 @@ def test_a_file_of_another_kind_of_machine_is_called_so(content, reason, tmp_pat
     assert reason in refusal(tmp_path / "m.t7", content)
 
 
-# ---------------------------------------------------------------------------------- hostile files
-
+# Hostile files:
 SOME = Storage(np.arange(4, dtype=np.float32))
 INT = struct.Struct("<i").pack
 

@@ -254,8 +254,7 @@ def test_nan_is_not_rectified_to_0(operation):
     assert nan.any() and not nan.all()
 
 
-# ---------------------------------------------------------------------------------- whole networks
-
+# Whole networks:
 TRITON = Backend.from_module(triton_ops)
 
 

@@ -33,9 +33,7 @@ def correlation(left: Tensor, right: Tensor) -> float:
     return ((left * right).mean() / left.std() / right.std() * math.sqrt(left.numel())).item()
 
 
-# ----------------------------------------------------------------------------------------- values
-
-
+# Values:
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize(("number", "layer_id"), [(0, 0), (1, 77), (2**31 - 2, 1), (5, 10**12)])
 def test_the_fraction_of_dropped_values_is_the_rate(rate, number, layer_id):
@@ -64,9 +62,7 @@ def test_kept_values_are_divided_by_the_probability_to_be_kept(dtype):
     assert torch.equal(mask != 0, kept(0.3))  # the same values whatever the precision
 
 
-# ----------------------------------------------------------------------------------- independence
-
-
+# Independence:
 @pytest.mark.parametrize(
     ("name", "left", "right"),
     [
@@ -102,9 +98,7 @@ def test_one_value_is_dropped_independently_from_step_to_step():
     assert abs(correlation(masks[:-1], masks[1:])) < SIGMAS
 
 
-# ------------------------------------------------------------------------------ tiles and overflow
-
-
+# Tiles and overflow:
 @pytest.mark.parametrize(("offset", "start", "stop"), [(0, 0, 3), (0, 3, 6), (4, 0, 2), (4, 2, 3)])
 def test_the_mask_of_a_part_is_the_slice_of_the_mask_of_the_batch(offset, start, stop):
     shape = (7, 5, 3, 11)
@@ -154,9 +148,7 @@ def test_the_mask_is_a_hash_of_the_lowest_32_bits_of_the_index(number, layer_id,
     assert mask != [is_kept(0.4, number, layer_id + 1, start + i) for i in range(100)]
 
 
-# ------------------------------------------------------------------------------- in the network
-
-
+# In the network:
 def test_seeds_come_from_the_global_generator_and_are_resumed_with_it():
     state = torch.get_rng_state()
     seeds = [draw_seed(torch.device("cpu")) for _ in range(50)]

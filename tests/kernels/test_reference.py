@@ -131,9 +131,7 @@ DROPOUT, OTHER_DROPOUT = DropoutSpec(0.4, SEED, 5), DropoutSpec(0.4, SEED, 6)
 DROPOUTS = pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["whole", "dropout"])
 
 
-# --------------------------------------------------------------------------------------- forward
-
-
+# Forward:
 def test_copy_writes_the_values_and_their_statistics_and_nothing_else():
     buffer, target = new_target(CHANNELS)
     values = draw(IMAGES, HEIGHT, WIDTH, CHANNELS)
@@ -188,9 +186,7 @@ def test_pool_averages_whole_windows(window):
         assert (got - largest).abs().max() > 0.1
 
 
-# -------------------------------------------------------------------------------------- backward
-
-
+# Backward:
 @SIDES
 @DROPOUTS
 @pytest.mark.parametrize(("overwrite", "normed"), [(True, True), (False, True), (True, False)])
@@ -260,9 +256,7 @@ def test_two_convolutions_and_a_pool_that_read_the_same_maps_add_up():
     torch.testing.assert_close(reference.complete_gradient(part), want[..., : CHANNELS - 2])
 
 
-# ------------------------------------------------------------------------------------- precision
-
-
+# Precision:
 @pytest.mark.parametrize("mean", [0.0, 100.0, -1000.0])
 def test_moments_of_far_means_keep_their_digits_in_single_precision(mean):
     values = (mean + draw(IMAGES, HEIGHT, WIDTH, CHANNELS)).float()

@@ -58,9 +58,7 @@ LAYERS = {
 }
 
 
-# -------------------------------------------------------------------------------------- launches
-
-
+# Launches:
 @dataclass(frozen=True)
 class Launch:
     """A kernel as triton_ops launches it: types of its parameters, constants, threads, stages."""
@@ -175,9 +173,7 @@ def spilled_bytes(compiled, path: Path) -> int:
     return int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-# ----------------------------------------------------------------------------------------- tests
-
-
+# Tests:
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_kernel_of_a_layer_fits_the_gpu(launches, tmp_path, layer, architecture):

@@ -40,9 +40,7 @@ def ragged_tiles(monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------ equal steps
-
-
+# Equal steps:
 def move_a_weight(model: nn.Module) -> None:
     with torch.no_grad():
         model.features.denseblock1.denselayer1.conv1.weight[0, 0] += 1e-3
@@ -97,9 +95,7 @@ def test_gammas_of_any_size_are_supported(level, form, factor):
     assert largest_difference(got, level_0_step(form, count=3)) > 1e-3
 
 
-# -------------------------------------------------------------------------------- lower precision
-
-
+# Lower precision:
 @LEVELS
 @pytest.mark.parametrize("form", ["BC", "basic, dropout", "ImageNet"])
 def test_single_precision_is_equal_to_four_digits(level, form):
@@ -161,9 +157,7 @@ def test_the_memory_format_of_images_and_weights_does_not_matter(level, form):
     assert largest_difference(mirrored, level_0_step(form)) > 1e-3
 
 
-# ------------------------------------------------- one block, compared with a plain restatement
-
-
+# One block, compared with a plain restatement:
 def plain_block(block: DenseBlock, epilogue: memory_efficient.BlockEpilogue, x: Tensor) -> Tensor:
     """Section 3 of the paper: every layer reads the concatenated outputs of all before it."""
 
@@ -299,9 +293,7 @@ def test_finite_differences_find_an_operation_that_is_one_per_cent_off(name):
     assert gradcheck(2, example, ops) == (not name)
 
 
-# -------------------------------------------------------------------------- copies and state dicts
-
-
+# Copies and state dicts:
 @LEVELS
 def test_the_state_dict_is_the_same_at_every_level(level):
     state, want = network(level).state_dict(), network(0).state_dict()

@@ -64,8 +64,7 @@ class HalfBatchNorm(BatchNorm):
         return super().forward(x) / 2
 
 
-# ----------------------------------------------------------------------------- changed batch norms
-
+# Changed batch norms:
 CHANGES = {
     "eps": setting(eps=0.3),
     "momentum": setting(momentum=0.4),
@@ -181,9 +180,7 @@ def test_batch_norms_of_different_replicas_do_not_run_together():
     assert memory_efficient.can_run(block, last)
 
 
-# ------------------------------------------------------------------------------- changed networks
-
-
+# Changed networks:
 def insert(before: str | None, slope: float):
     """The insertion of a module into the features, before another or at the end."""
 

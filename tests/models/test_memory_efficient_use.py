@@ -32,9 +32,7 @@ EFFICIENT_LEVELS = pytest.mark.parametrize("level", memory_efficient.MEMORY_EFFI
 TWO_FORMS = pytest.mark.parametrize("form", ["BC, dropout", "basic"])
 
 
-# ------------------------------------------------------------------------------------- evaluation
-
-
+# Evaluation:
 @LEVELS
 @pytest.mark.parametrize("form", ["BC, dropout", "basic", "ImageNet"])
 def test_evaluation_takes_each_batch_norms_own_running_statistics(level, form):
@@ -79,9 +77,7 @@ def test_no_images_give_no_logits(level):
         assert network(level).eval()(torch.zeros(0, 3, 13, 10).double()).shape == (0, 3)
 
 
-# ------------------------------------------------------------------------- other ways of training
-
-
+# Other ways of training:
 @EFFICIENT_LEVELS
 @TWO_FORMS
 def test_training_mode_without_gradients_moves_the_statistics_alike(level, form):
@@ -267,9 +263,7 @@ def test_every_level_draws_as_many_random_numbers(level):
     assert torch.equal(state_after(level, "BC, dropout", training=False), untouched)
 
 
-# -------------------------------------------------------------------------- kept for backward
-
-
+# Kept for backward:
 @cache
 def kept_mb(level: int, num_layers: int = 16, drop_rate: float = 0.0) -> float:
     """MB per image that backward finds kept of DenseNet-BC with k = 12, in single precision."""

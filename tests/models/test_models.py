@@ -31,9 +31,7 @@ def copied_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-# ------------------------------------------------------------------------- torchvision and timm
-
-
+# Torchvision and timm:
 def line_of(name: str) -> str:
     """The command line for a network of torchvision's, such as densenet121."""
     kind = name.rstrip("0123456789")
@@ -111,9 +109,7 @@ def test_the_names_of_old_torchvision_files_load():
     assert same_state(ours.state_dict(), theirs.state_dict())
 
 
-# ------------------------------------------------------------------------------- initial weights
-
-
+# Initial weights:
 @pytest.mark.parametrize(
     ("line", "num_classes"),
     [
@@ -185,8 +181,7 @@ def test_parameters_keep_their_order_on_which_checkpoints_rely():
     assert [name for name, _ in large.named_parameters()][:7] == want
 
 
-# ----------------------------------------------------------------------------- sizes and numbers
-
+# Sizes and numbers:
 BASIC = "--bottleneck false --reduction 1"
 FREE = "--dataset imagenet --d1 6 --d2 12"
 # Parameters with 10 classes (1000 at ImageNet shape), and those of batch norms, None where
@@ -268,8 +263,7 @@ def test_evaluation_uses_the_running_statistics_and_each_image_alone(line):
         assert not torch.allclose(model(images)[1:2], alone, rtol=1e-2, atol=1e-2)
 
 
-# --------------------------------------------------------------------------------- loaded weights
-
+# Loaded weights:
 LAYER = "features.denseblock2.denselayer1.conv2.weight"
 HEAD = "classifier.weight"
 OTHER_NETWORK = "; fix: give the flags of that network"

@@ -23,9 +23,7 @@ from tools.benchmark import __main__ as benchmark
 NETWORKS = ("resnet", "preresnet")
 
 
-# ------------------------------------------------------------ both networks restated as functions
-
-
+# Both networks restated as functions:
 class Restatement:
     """The sources of both networks in training, function by function, with a model's weights.
 
@@ -180,8 +178,7 @@ def test_a_slip_in_the_restatement_would_be_noticed(name, a, b, c, slip):
     assert largest_difference(found, wrong) > 1e-3
 
 
-# ------------------------------------------------------------------------------- in the same loop
-
+# In the same loop:
 CPU = torch.device("cpu")
 LOOP = "--dataset synthetic --imageSize 8 --nImages 16 --nEpochs 1 --nGPU 0"
 

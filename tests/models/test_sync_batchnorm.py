@@ -124,9 +124,7 @@ def generators(monkeypatch) -> threading.local:
     return local
 
 
-# ---------------------------------------------------------------------------------- whole networks
-
-
+# Whole networks:
 def step(model: nn.Module, images: Tensor, targets: Tensor, generators, scale=1.0) -> Results:
     """Logits, gradients and buffers of a training step whose loss is multiplied by `scale`."""
     generators.generator = torch.Generator().manual_seed(5)
@@ -309,9 +307,7 @@ def test_lower_precision_is_as_near_as_one_process_is(level, generators):
     assert (train(9, 7, low=False) - exact).norm() < 1e-4 * exact.norm()
 
 
-# ------------------------------------------------------------------------------------ one module
-
-
+# One module:
 def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Results:
     """A training step of one batch norm: PyTorch's on the whole batch, or ours on replicas."""
 
@@ -367,9 +363,7 @@ def test_means_far_from_zero_leave_single_precision_its_digits():
     assert (naive - x.var((0, 2, 3), correction=0)).abs().max() > 1e-2
 
 
-# ------------------------------------------------------------------------------------- settings
-
-
+# Settings:
 @pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize(
     ("line", "num_dropouts"),

@@ -31,9 +31,7 @@ def _small_copies(monkeypatch):
     monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 2**16})
 
 
-# ------------------------------------------------------------------------------------------ peers
-
-
+# Peers:
 def loss_and_gradients(network, opt) -> dict[str, torch.Tensor]:
     """The loss of one batch and its gradients by name, in double precision."""
     network = network.double().train()
@@ -78,9 +76,7 @@ def test_a_peer_that_lacks_the_network_says_why(peer, flags, why, monkeypatch):
         peers.create(peer, settings(f"--depth 10 --growthRate 4 {flags or ''}"))
 
 
-# ------------------------------------------------------------------------------------------ cases
-
-
+# Cases:
 def names(argv: str, on_cuda: bool = False) -> list[str]:
     options, opt = benchmark.parse(argv.split())
     found = cases.select_cases(opt, options.only, options.compile, on_cuda)
@@ -146,9 +142,7 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, line, capsys, monkeypatch):
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
-# -------------------------------------------------------------------------------------- measuring
-
-
+# Measuring:
 def kept_by_views(x):
     kept = x.exp()  # 40 bytes, kept as the output of exp and by the two views below
     return (x * kept).sum() + (kept[:5] * kept[5:]).sum()
@@ -249,9 +243,7 @@ def test_the_trainer_takes_turns_with_the_bare_step_on_the_same_network(monkeypa
     assert calls == ["trainer", "trainer", "bare", "bare"] * 4
 
 
-# ---------------------------------------------------------------------------------------- results
-
-
+# Results:
 def test_the_traffic_that_bounds_training_by_hand():
     opt = SimpleNamespace(imagenetShape=False, imageSize=8, initChannels=16, growthRate=4,
                           stages=(2,), bottleneck=False, reduction=1.0)  # fmt: skip
@@ -296,9 +288,7 @@ def test_every_cell_of_the_file_is_filled_and_read_back():
     assert lines[1]["note"] == "no timm,\nno row"
 
 
-# -------------------------------------------------------------------------------- the whole command
-
-
+# The whole command:
 def test_a_run_prints_and_writes_a_row_for_every_case_and_trainer(tmp_path, capsys):
     path = tmp_path / "bench.csv"
     flags = ["--only", "level-4,timm/*/channels", "--trainer", "--csv", str(path), *QUICK]
@@ -345,9 +335,7 @@ def test_a_case_that_cannot_run_is_reported_with_the_reason(tmp_path, monkeypatc
     assert "DenseNet-BC with reduction 0.5" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------- CUDA
-
-
+# CUDA:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("implementation", ["level-0", "level-2-torch", "level-3-triton"])

@@ -52,9 +52,7 @@ def legend_of(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-# ------------------------------------------------------------------------------------ the pictures
-
-
+# The pictures:
 @pytest.mark.parametrize(
     ("flags", "kind", "network"),
     [
@@ -176,9 +174,7 @@ def test_the_heat_map_shows_the_scaled_cells_and_nothing_where_nothing_is_connec
         assert image.get_array()[2, 3] == 1.5 / divisor
 
 
-# --------------------------------------------------------------------------------------- the files
-
-
+# The files:
 def contents(figure: Path) -> tuple[list[str], np.ndarray]:
     """Return the texts in an SVG file of matplotlib, and the numbers of its paths."""
     text = figure.read_text()
@@ -235,9 +231,7 @@ def test_figure_5_has_the_same_bytes_from_weights_from_its_csv_and_with_any_sett
     assert layer_usage.read(alone)[0] == "alone"
 
 
-# -------------------------------------------------------------------------------- the command line
-
-
+# The command line:
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     resnet = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1] * 4)

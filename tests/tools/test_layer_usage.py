@@ -76,8 +76,7 @@ def test_other_weights_are_not_of_a_densenet(remove, what):
         layer_usage.blocks(kept, "it")
 
 
-# ------------------------------------------------------------------------------------ its CSV file
-
+# Its CSV file:
 TABLE = layer_usage.to_csv("a net", layer_usage.blocks(tiny().state_dict(), "it")).decode()
 
 

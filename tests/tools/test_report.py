@@ -160,9 +160,7 @@ def test_pictures_beside_the_runs_are_shown(tmp_path, monkeypatch, empty):
     assert "Figures" not in empty
 
 
-# ------------------------------------------------------------------------------------ command line
-
-
+# Command line:
 def test_results_md_is_what_its_command_writes():
     written = (ROOT / "RESULTS.md").read_text()
     command = re.search(r"^Written by `(.*)`$", written, re.MULTILINE)[1]

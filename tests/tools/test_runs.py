@@ -30,9 +30,7 @@ def only(path) -> runs.Run:
     return run
 
 
-# ------------------------------------------------------------------------------------- its config
-
-
+# Its config:
 @pytest.mark.parametrize(
     "flags, data, status, config",
     [
@@ -64,9 +62,7 @@ def test_no_two_configs_have_the_same_settings():
     assert len({comparable_settings(config.opt) for config in known.values()}) == len(known)
 
 
-# ---------------------------------------------------------------------------------------- finding
-
-
+# Finding:
 def test_runs_are_found_below_directories_each_once(tmp_path):
     for name in ("b/deep/er", "a"):
         write_run(tmp_path / "runs" / name, OWN, [9.0, 8.0])
@@ -114,9 +110,7 @@ def test_a_run_with_a_damaged_file_is_incomplete_or_of_unknown_data(tmp_path, na
     assert (run.images == (None, None)) == (name == "data.json")
 
 
-# -------------------------------------------------------------------------------------- measuring
-
-
+# Measuring:
 def test_the_result_is_the_last_epochs_error_or_the_test_of_the_best_model(tmp_path):
     write_run(tmp_path / "run", SMALL, [60.0, 50.0, 40.0, 20.0, 30.0])
     tested = {"test_top1": 1.75, "val_top1": 2.5, "best_top1": 1.5}
@@ -173,9 +167,7 @@ def test_other_values_than_finite_numbers_are_none(value):
     assert (runs.number({}, "a"), runs.number({"a": 0}, "a")) == (None, 0)
 
 
-# --------------------------------------------------------------------------------------- grouping
-
-
+# Grouping:
 def test_complete_runs_are_grouped_by_seed_and_the_first_of_a_seed_counts(tmp_path):
     write_run(tmp_path / "a", SMALL, FIVE[:2], "failed")
     for name, seed, error in (("b", 2, 25.0), ("c", 0, 20.0), ("d", 1, 21.0), ("e", 2, 10.0)):

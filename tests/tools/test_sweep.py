@@ -98,9 +98,7 @@ def fake(tmp_path, monkeypatch, capsys):
     return run
 
 
-# ------------------------------------------------------------------------------- before any run
-
-
+# Before any run:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -149,9 +147,7 @@ def test_each_slot_is_one_of_the_gpus_that_the_sweep_sees(gpus, visible, present
         sweep.gpu_slots(5, visible, present)
 
 
-# --------------------------------------------------------------------------------------- running
-
-
+# Running:
 def test_runs_go_in_the_order_of_the_table_and_are_not_run_again(table, fake):
     assert fake("tiny/b.yaml").started == ["b-seed0 ", "b-seed1 "]
     before = {path: path.stat() for path in table[2].save.parent.rglob("*") if path.is_file()}
@@ -276,8 +272,7 @@ def test_a_run_that_main_py_has_finished_is_done_with_the_same_settings(table, t
     assert tiny(tmp_path, "--nEpochs=1", "--LR=0.2")[0].state == tasks.OTHER
 
 
-# ----------------------------------------------------------------------------------------- Slurm
-
+# Slurm:
 # Stands for sbatch: starts each task of the array in turn, up to the check of its flags.
 SBATCH = """
 import os, subprocess, sys
