@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist  # noqa: TID251
 
+import errors
 from distributed.launcher import ProcessInfo
 from errors import PeerError, RunError
 
@@ -210,5 +211,4 @@ def first_line(error: RuntimeError | None) -> str:
 
 def _parse_failure(record: bytes) -> RunError:
     name, what, fix, details = json.loads(record)
-    classes = {kind.__name__: kind for kind in RunError.__subclasses__()}
-    return classes.get(name, RunError)(what, fix, **details)
+    return getattr(errors, name, RunError)(what, fix, **details)
