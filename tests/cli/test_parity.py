@@ -11,6 +11,7 @@ import opts
 from distributed.rendezvous import source_files
 from engine.schedule import LRSchedule, cosine_lr, multistep_lr
 from helpers.run_main import ROOT
+from models.registry import ARCHITECTURES
 
 # opts.lua of the released code, in its order.
 ORIGINAL = """
@@ -73,6 +74,7 @@ def test_every_flag_is_read_by_the_program():
     outside = [path for path in source_files(ROOT)
                if path.relative_to(ROOT).parts[0] not in ("opts.py", "tools")]  # fmt: skip
     read = set.union(*(flags_read(path.read_text()) for path in outside))
+    read |= {name for network in ARCHITECTURES.values() for name in network.arguments.values()}
     assert set(opts.FLAGS) - read == {*opts.IGNORED_FLAGS} | READ_IN_OPTS_ONLY
     # The Lua code's parser accepts three that nothing reads after it; so does this one.
     assert set(opts.IGNORED_FLAGS) == {"backend", "gen", "optimState"}
