@@ -1,8 +1,8 @@
-"""The errors that a user can cause or meet, with their exit codes. A bug exits with 1."""
+"""Define the errors that a user can cause or encounter. A bug exits with code 1."""
 
 
 class RunError(Exception):
-    """An error that is reported in one line with its fix, without a traceback.
+    """Report an error in one line with its fix, without a traceback.
 
     Args:
         what: what is wrong, with the value or path.
@@ -24,7 +24,7 @@ class RunError(Exception):
 
 
 class UsageError(RunError):
-    """A flag or config file is invalid."""
+    """Report that a flag or config file is invalid."""
 
     code = 2
 
@@ -37,53 +37,53 @@ class UsageError(RunError):
 
 
 class DataError(RunError):
-    """The dataset is missing, damaged or not as the settings say."""
+    """Report that the dataset is missing, damaged or not as the settings say."""
 
     code = 3
 
 
 class CheckpointError(RunError):
-    """A checkpoint is missing, damaged or of another network."""
+    """Report that a checkpoint is missing, damaged or of another network."""
 
     code = 4
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint differs from what was written."""
+    """Report that a checkpoint differs from what was written."""
 
 
 class NonFiniteError(RunError):
-    """A loss is NaN or infinite."""
+    """Report that a loss or gradient is NaN or infinite."""
 
     code = 5
 
 
 class StorageError(RunError):
-    """The run directory cannot be written."""
+    """Report that the run directory cannot be written."""
 
     code = 6
 
 
 class OutOfMemoryError(RunError):
-    """A step needs more memory than there is."""
+    """Report that a step needs more memory than there is."""
 
     code = 6
 
 
 class BusyError(RunError):
-    """Another process is writing the run directory."""
+    """Report that another process is writing the run directory."""
 
     code = 7
 
 
 class PeerError(RunError):
-    """Another process of the run is lost, hangs or does not join."""
+    """Report that another process of the run is lost, hangs or does not join."""
 
     code = 8
 
 
 class Preempted(RunError):
-    """The run stopped at a signal after it saved its state: run it again with --resume."""
+    """Report that the run stopped at a signal, with its state saved; --resume continues."""
 
     code = 75
     template = "stopped: {}; to go on: {}"

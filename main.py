@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         path_checks.check(opt, process.is_rank0)
         if process.is_rank0 and not opt.testOnly:
             check_writable(Path(opt.save))
-        # Start the processes of --nGPU, or meet those that a launcher has started.
+        # Start the processes of --nGPU, or connect to those that a launcher has started.
         if opt.replicas > 1 and not process.has_launcher:
             return lifecycle.spawn_processes(opt, partial(main, argv))
         world, device = lifecycle.init_processes(opt, process)

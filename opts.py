@@ -136,10 +136,10 @@ GROUPS: dict[str, list[Flag]] = {
     "Model options for DenseNet": [
         Flag("growthRate", integer, None, "feature maps k that each layer adds",
              "12; 32 ImageNet, 48 for depth 161 and 232", range=AT_LEAST_1, role="model"),
-        Flag("bottleneck", boolean, True, "1x1 convolution to 4k maps before each 3x3 "
+        Flag("bottleneck", boolean, True, "1x1 convolution to 4k channels before each 3x3 "
              "(DenseNet-B); preresnet up to 64 pixels: 1x1, 3x3, 1x1, not two 3x3",
              role="model"),
-        Flag("reduction", number, 0.5, "fraction of the maps that a transition keeps (DenseNet-C)",
+        Flag("reduction", number, 0.5, "fraction of channels that a transition keeps (DenseNet-C)",
              range=Range(0, 1, low_open=True), role="model"),
         Flag("dropRate", number, None, "dropout rate after each convolution but the first",
              "0; 0.2 without augmentation", range=Range(0, 1, high_open=True), role="training"),

@@ -27,7 +27,7 @@ from experiment.log import RunLog
 
 
 class Metadata(NamedTuple):
-    """What a checkpoint says about its run, in plain values (numbers, strings, lists, dicts)."""
+    """Describe a run in its checkpoint, in plain values (numbers, strings, lists, dicts)."""
 
     settings: dict[str, object]  # flag name -> value
     data: dict[str, object]  # must be equal on resume, see datasets.factory.DataSplits

@@ -71,7 +71,7 @@ class FlagParser:
             elif positionals is not None and not token.startswith("-"):
                 positionals.append(token)
             else:
-                what = f"{token!r} is no flag (command line)"
+                what = f"{token!r} is not a flag (command line)"
                 self.problems.append((what, "write --flag VALUE; see --help"))
         return raw
 
@@ -121,7 +121,7 @@ class FlagParser:
 
     def _text(self, key, node) -> str:
         if not _is_plain(key, "scalar"):
-            raise ValueError("a key that is no flag")
+            raise ValueError("a key that is not a flag")
         flag = self.flags.get(key.value)
         if not flag:  # `add` refuses it; its node may be an alias bomb
             return ""

@@ -139,5 +139,7 @@ def _width_problems(opt: SimpleNamespace) -> list[Problem]:
     for i, num_layers in enumerate(opt.stages[:-1], start=1):
         channels = math.floor(opt.reduction * (channels + num_layers * opt.growthRate))
         if channels < 1:
-            return [(f"reduction: {opt.reduction:g} leaves no maps after block {i}", "use 0.5")]
+            return [
+                (f"reduction: {opt.reduction:g} leaves no feature maps after block {i}", "use 0.5")
+            ]
     return []

@@ -38,17 +38,17 @@ class BatchSampler:
 
     @property
     def num_images(self) -> int:
-        """Images in an epoch, over all ranks."""
+        """Return the number of images in an epoch, over all ranks."""
         return len(self.indices)
 
     @property
     def global_batch(self) -> int:
-        """Images of a full step, over all ranks."""
+        """Return the number of images of a full step, over all ranks."""
         return self.batch_size * (self.process.size if self.whole_batches else 1)
 
     @property
     def local_batch(self) -> int:
-        """Images of a full step on this rank."""
+        """Return the number of images of a full step on this rank."""
         return self.global_batch // self.process.size
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class BatchSampler:
 
     @property
     def full_steps(self) -> int:
-        """Leading steps of an epoch in which every rank has `local_batch` images."""
+        """Count the leading steps of an epoch in which every rank has `local_batch` images."""
         return self.num_images // self.global_batch
 
     def local_slice(self, step: int) -> slice:

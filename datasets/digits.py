@@ -1,4 +1,4 @@
-"""Handwritten digits from scikit-learn: 1,797 grey images of 8x8 pixels, without a download."""
+"""Load scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels; no download."""
 
 from pathlib import Path
 

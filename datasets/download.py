@@ -122,4 +122,4 @@ def _check_members(tar: tarfile.TarFile) -> None:
             raise tarfile.TarError(f"{member.name} is too large, or one too many")
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
-            raise tarfile.TarError(f"{member.name} is no plain file inside it")
+            raise tarfile.TarError(f"{member.name} is not a plain file inside it")

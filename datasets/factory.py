@@ -51,7 +51,7 @@ class DataSplits:
 
     @property
     def is_resident(self) -> bool:
-        """Whether all images are on the training device."""
+        """Return whether all images are on the training device."""
         return isinstance(self.train, MemoryLoader)
 
 

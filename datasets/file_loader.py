@@ -1,4 +1,4 @@
-"""Decode, transform and batch image files in worker processes, anew in each epoch."""
+"""Decode, transform and batch image files in worker processes, new ones in each epoch."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Datasets that fit in memory: one uint8 tensor on the training device, indexed by batch."""
+"""Load datasets that fit in memory: one uint8 tensor on the device, indexed by batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

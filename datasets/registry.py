@@ -50,7 +50,7 @@ class Dataset:
 
     @property
     def fixed_size(self) -> int | None:
-        """Height and width in pixels; None if the size can be chosen."""
+        """Return height and width in pixels; None if the size can be chosen."""
         return None if self.is_image_folder or self.is_generated else self.image_size
 
     def is_read_from_disk(self, image_size: int) -> bool:

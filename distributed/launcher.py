@@ -22,7 +22,7 @@ GRACE_S = 45  # for the other processes to exit by themselves once one has exite
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process of a run.
+    """Describe one process of a run.
 
     Args:
         rank, size: over all machines; rank 0 prints and writes.

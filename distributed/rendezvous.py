@@ -20,7 +20,7 @@ RENDEZVOUS_TIMEOUT_S = 300  # for all processes to join
 
 
 def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: float) -> World:
-    """Meet the other processes of the run.
+    """Connect to the other processes of the run.
 
     Args:
         timeout_s: longest wait for them within the run; the rendezvous itself may take longer.
@@ -51,7 +51,7 @@ def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: fl
             port = reason.partition("port: ")[2].partition(",")[0]
             fix = "end the program that has it, or choose another MASTER_PORT"
             raise UsageError(f"port {port} is in use", fix) from error
-        what = f"the {process.size} processes do not meet: {reason}"
+        what = f"the {process.size} processes cannot connect: {reason}"
         raise PeerError(what, RERUN_HINT) from error
     store.set(f"who/{process.rank}", json.dumps([socket.gethostname(), os.getpid()]))
     monitor = PeerMonitor(process, store, heartbeat_group=groups[1], timeout_s=timeout_s)
@@ -108,7 +108,7 @@ def source_files(root: Path) -> list[Path]:
 def claim_report(line: str) -> bool:
     """Return whether this process is the first of the run to claim printing `line`."""
     try:
-        key = "said/" + hashlib.sha256(line.encode()).hexdigest()
+        key = "reported/" + hashlib.sha256(line.encode()).hexdigest()
         return _env_store(timeout_s=10).add(key, 1) == 1
     except (RuntimeError, ValueError):
         return True

@@ -23,7 +23,7 @@ MIN_INT = torch.iinfo(torch.int64).min
 
 
 class World:
-    """The processes (ranks) of a run, which may be this one alone.
+    """Communicate between the processes (ranks) of a run, which may be this one alone.
 
     Args:
         host_group: gloo group for numbers on the host; None for one process, like `monitor`.
@@ -162,7 +162,7 @@ def _shorten(value: object) -> str:
 
 
 class BatchShard:
-    """This rank's part of a global batch, for the layers that compute over the whole batch.
+    """Describe this rank's part of a global batch to layers that need the whole batch.
 
     Attributes:
         weights: (size,) float64: the part of the batch that each rank has.

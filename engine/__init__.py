@@ -1,1 +1,1 @@
-"""The parts of a training step: schedule, precision, optimizer, gradients, CUDA graphs, memory."""
+"""Provide the parts of a training step: schedule, precision, optimizer, CUDA graphs, memory."""

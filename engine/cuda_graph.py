@@ -79,7 +79,7 @@ def capture(fn: Callable[[], None], pool: tuple[int, int] | None = None) -> Call
 
 
 class GraphedStep:
-    """A step over the full batches of one split, captured after its warm-up.
+    """Run a step over the full batches of one split, captured after its warm-up.
 
     Args:
         loader: has `plan`, `make_batch` and `sampler`, as datasets.memory_loader.MemoryLoader.

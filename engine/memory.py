@@ -298,7 +298,7 @@ class _MemoryTracker(TorchDispatchMode):
 def _im2col_bytes(op: torch._ops.OpOverloadPacket, args: tuple, out: Tensor | tuple) -> int:
     """Return the bytes of a convolution's unfolded input: (N, C * kh * kw, H, W) of its output.
 
-    PyTorch's own CPU convolution unfolds; it runs for the dtypes that oneDNN does not support here.
+    PyTorch's own CPU convolution uses im2col; it runs for dtypes that oneDNN does not support.
     """
     if op is torch.ops.aten.convolution:
         source, weight, output = args[0], args[1], out

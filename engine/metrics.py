@@ -56,7 +56,7 @@ class Metrics:
 
     @property
     def count(self) -> int:
-        """The number of images added so far (waits for the device)."""
+        """Return the number of images added so far (waits for the device)."""
         return int(self._totals[3].item())
 
     def state_dict(self) -> dict:
@@ -85,7 +85,7 @@ class Results:
 
     @property
     def is_best(self) -> bool:
-        """Whether the last epoch is the best so far."""
+        """Return whether the last epoch is the best so far."""
         return self.best is not None and self.best == self.last
 
     def flat(self) -> dict[str, float]:

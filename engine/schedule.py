@@ -21,7 +21,7 @@ def cosine_lr(
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """The schedule of `--lrShape`, multistep or cosine."""
+    """Compute the learning rate of `--lrShape`, multistep or cosine."""
 
     shape: str
     base_lr: float

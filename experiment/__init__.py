@@ -1,1 +1,1 @@
-"""What the user sees of a run: its directory, console and log, and how it is resumed."""
+"""Manage the run directory, console output and log of a run, and resume it."""

@@ -25,7 +25,7 @@ def check_writable(directory: Path) -> None:
 
 
 class RunDirectory:
-    """The directory of one run, locked against a second writer until the `with` block ends.
+    """Hold the directory of one run, locked against a second writer until the `with` ends.
 
     Raises:
         StorageError: it cannot be created or written.

@@ -1,4 +1,4 @@
-"""Start the processes of a run, let them meet, and report how the run ended.
+"""Start the processes of a run, connect them, and report how the run ended.
 
 Functions import torch where they need it, so that a mistyped flag is reported at once.
 """
@@ -25,7 +25,7 @@ def spawn_processes(opt: SimpleNamespace, fn: Callable[[], int]) -> int:
 
 
 def init_processes(opt: SimpleNamespace, process: launcher.ProcessInfo):
-    """Meet the other processes of the run, if any; return the `World` and this one's device."""
+    """Connect to the other processes, if any; return the `World` and this one's device."""
     if process.has_launcher:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
 

@@ -20,7 +20,7 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """The results of one epoch: a line of log.jsonl. Errors (top1, top5) are in per cent.
+    """Hold the results of one epoch, a line of log.jsonl; errors (top1, top5) in per cent.
 
     Args:
         lr: learning rate of the epoch's last step.
@@ -130,7 +130,7 @@ class RunLog:
 
 
 def read_log(directory: Path) -> list[dict]:
-    """Read the records of log.jsonl, up to a line that is no record, such as one cut by a crash."""
+    """Read the records of log.jsonl, up to a line that is none, such as one cut by a crash."""
     path = directory / LOG
     records = []
     with contextlib.suppress(ValueError, RecursionError):

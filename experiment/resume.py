@@ -152,7 +152,7 @@ def check_progress(directory: RunDirectory, state: dict | None, restarted: bool)
         raise PeerError(
             f"{num_fruitless} automatic starts in a row found the run at step {step}; "
             f"the one before ended with: {reason}",
-            "look into the cause, then start it by hand, which counts anew",
+            "look into the cause, then start it by hand, which resets the count",
         )
 
 

@@ -1,1 +1,1 @@
-"""Files as bytes: atomic writes, limits on reading, checkpoint and Lua Torch formats."""
+"""Read and write files: atomic writes, limits on reading, checkpoints, Lua Torch."""

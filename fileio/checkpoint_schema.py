@@ -1,4 +1,4 @@
-"""The entries of a checkpoint and the values that each may have."""
+"""Define the entries of a checkpoint and the values that each may have."""
 
 import math
 from collections.abc import Callable

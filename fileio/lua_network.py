@@ -56,7 +56,7 @@ def _leaves(root: Object) -> Iterator[tuple[str, Object]]:
     while stack:  # not recursive: references allow any depth
         path, module = stack.pop()
         if not isinstance(module, Object):
-            raise _unsupported(path, "is no module")
+            raise _unsupported(path, "is not a module")
         if "modules" not in module.fields:
             yield path[1:], module
             continue

@@ -147,7 +147,7 @@ def check_tensors(state: object, max_bytes: float = math.inf) -> None:
             size = value.numel() * value.element_size()
             max_bytes -= size
             if type(value) not in TENSOR_CLASSES or value.dtype not in DTYPES:
-                raise ValueError("a tensor that is no weight")
+                raise ValueError("a tensor that is not a weight")
             strided = value.layout == torch.strided
             if not strided or size > value.untyped_storage().nbytes() or max_bytes < 0:
                 raise ValueError("a tensor larger than its data")

@@ -49,7 +49,7 @@ _INT, _DOUBLE = struct.Struct("<i"), struct.Struct("<d")
 
 @dataclass(eq=False)
 class Object:
-    """An object of a torch class other than a tensor or storage."""
+    """Hold an object of a torch class other than a tensor or storage."""
 
     name: str  # the class, such as "nn.Sequential"
     fields: dict[str | float, object]
@@ -57,7 +57,7 @@ class Object:
 
 @dataclass(eq=False)
 class Storage:
-    """The data that tensors are views of."""
+    """Hold the data that tensors are views of."""
 
     values: np.ndarray
 
@@ -117,7 +117,7 @@ class _Reader:
 
     @property
     def left(self) -> int:
-        """Number of bytes not yet read."""
+        """Return the number of bytes not yet read."""
         return len(self._data) - self._position
 
     def _skip(self, size: int) -> int:

@@ -1,1 +1,1 @@
-"""The operations of a dense block: a specification in PyTorch, and Triton kernels."""
+"""Implement the operations of a dense block: a specification in PyTorch, and Triton kernels."""

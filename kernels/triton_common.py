@@ -1,4 +1,4 @@
-"""Building blocks of the Triton kernels: pointers and masks, normalisation, products, dropout.
+"""Provide the parts of Triton kernels: pointers, masks, normalisation, products, dropout.
 
 A kernel sees feature maps (N, H, W, C) as a matrix of M = N * H * W rows (pixels), each with C
 contiguous channels. Z = relu(norm(value)), (M, C), is the input of every convolution and pooling:

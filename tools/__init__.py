@@ -1,1 +1,1 @@
-"""Command lines beside `main.py`: `python -m tools.NAME`."""
+"""Provide command lines beside `main.py`: `python -m tools.NAME`."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]  # of the project, whatever the curre
 
 
 class Command(NamedTuple):
-    """A parsed command line."""
+    """Hold a parsed command line."""
 
     options: SimpleNamespace  # the values of the tool's flags by name
     arguments: list[str]  # positional

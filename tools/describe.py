@@ -25,7 +25,7 @@ Counts parameters, multiply-adds and activations of a network, and lists its lay
 
 
 class Layer(NamedTuple):
-    """A convolution or the classifier, with its multiply-adds for one image."""
+    """Describe a convolution or the classifier, with its multiply-adds for one image."""
 
     name: str
     kind: str

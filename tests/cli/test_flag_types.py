@@ -69,7 +69,7 @@ def test_every_spelling_gives_the_same_values(line, values):
         (["--tf32", "--depth", "3"], ("tf32: has no value", "give true or false")),
         (["--LR="], ("LR: has no value", "give a number above 0")),
         (["--printConfig", "--data"], ("data: has no value", "give text")),
-        *(([token], (f"{token!r} is no flag", "write --flag VALUE; see --help"))
+        *(([token], (f"{token!r} is not a flag", "write --flag VALUE; see --help"))
           for token in ("", "-", "--", "---depth", "40", "-1", "depth=40", "--=3", "a b")),
         (["--dept", "3"], ("unknown flag dept", "did you mean depth?")),
         (["--DEPTH", "3"], ("unknown flag DEPTH", "did you mean depth?")),
@@ -239,7 +239,7 @@ def test_a_file_that_cannot_be_read_is_one_problem(name, tmp_path):
         ("depth: [40]\n", "depth has no plain value"),
         ("data: {a: b}\n", "data has no plain value"),
         ("milestones: [[5]]\n", "milestones has no plain value"),
-        ("? [name]\n: a\n", "a key that is no flag"),
+        ("? [name]\n: a\n", "a key that is not a flag"),
         ("<<: {depth: 3}\n", "unknown flag <<"),
         *((f"data: {tag} x\n", "data has no plain value")
           for tag in ("!!python/name:os.system", "!!int", "!mine", "!!binary")),

@@ -210,12 +210,12 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_with_one_warning(capsys):
 def test_a_loss_that_is_not_finite_is_reported_at_its_step_in_a_replay():
     trainer, data = build("", Capturer())
 
-    def spoil() -> None:
+    def inject_nonfinite() -> None:
         if trainer.step == 7:  # replayed by then: the change is seen in memory only
             data.train.mean.fill_(float("nan"))
 
     with pytest.raises(NonFiniteError) as error:
-        trainer.train(data.train, spoil)
+        trainer.train(data.train, inject_nonfinite)
     assert "epoch 1, step 8" in error.value.report()
 
 

@@ -314,33 +314,33 @@ def test_every_precision_learns(precision, weights, logits):
     assert losses[3] < 0.7 * losses[0]
 
 
-def spoil_image(batches: FixedBatches, trainer: Trainer, value: float) -> None:
+def inject_image(batches: FixedBatches, trainer: Trainer, value: float) -> None:
     batches.pairs[2][0][0, 0, 0, 0] = value
 
 
-def spoil_logit(batches: FixedBatches, trainer: Trainer, value: float) -> None:
+def inject_logit(batches: FixedBatches, trainer: Trainer, value: float) -> None:
     # The loss is infinite while softmax minus target, its gradient, is finite: in half precision
     # an overflowing logit does this.
     with torch.no_grad():
         trainer.model.classifier.bias[batches.pairs[2][1][0]] = -value
 
 
-def spoil_gradient(batches: FixedBatches, trainer: Trainer, value: float) -> None:
+def inject_gradient(batches: FixedBatches, trainer: Trainer, value: float) -> None:
     # Of the next step alone, whose loss is finite.
-    def spoil(gradient: Tensor) -> Tensor:
+    def inject_nonfinite(gradient: Tensor) -> Tensor:
         hook.remove()
         return gradient.index_fill(0, torch.tensor([1]), value)
 
     weight = trainer.model.get_parameter("features.denseblock2.denselayer1.conv1.weight")
-    hook = weight.register_hook(spoil)
+    hook = weight.register_hook(inject_nonfinite)
 
 
 NONFINITE = {
-    "NaN image": (spoil_image, math.nan),
-    "infinite image": (spoil_image, math.inf),
-    "infinite logit": (spoil_logit, math.inf),
-    "NaN gradient": (spoil_gradient, math.nan),
-    "infinite gradient": (spoil_gradient, math.inf),
+    "NaN image": (inject_image, math.nan),
+    "infinite image": (inject_image, math.inf),
+    "infinite logit": (inject_logit, math.inf),
+    "NaN gradient": (inject_gradient, math.nan),
+    "infinite gradient": (inject_gradient, math.inf),
 }
 GRADIENTS = ["NaN gradient", "infinite gradient"]
 # Gradients that overflow are usual in half precision, and no reason to stop.
@@ -363,14 +363,14 @@ def inject_nonfinite(precision: str, case: str):
     if precision == "half":
         # Where long runs are: a higher scale overflows by itself and hides what is tested here.
         trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 1024.0})
-    spoil, value = NONFINITE[case]
+    inject_nonfinite, value = NONFINITE[case]
     noted = []
 
     def on_step_end() -> None:
         if trainer.step == 2:
-            # Every image of the next batch is of a class whose logit is about to be spoilt.
+            # Every image of the next batch is of a class whose logit is about to be infinite.
             batches.pairs[2][1].fill_(0)
-            spoil(batches, trainer, value)
+            inject_nonfinite(batches, trainer, value)
             noted.append(weights_of(trainer))
 
     return trainer, batches, on_step_end, noted

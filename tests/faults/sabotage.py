@@ -330,29 +330,29 @@ def nan_loss(k: int, phase: str = "train") -> None:
     """Make the loss of the k-th batch of `phase` NaN; k = 0: of every one."""
     batches = itertools.count(1)
 
-    def spoiling(cross_entropy: Callable) -> Callable:
-        def spoilt(*args, **kwargs):
+    def with_nonfinite(cross_entropy: Callable) -> Callable:
+        def inject_nonfinite(*args, **kwargs):
             loss = cross_entropy(*args, **kwargs)
             return loss * float("nan") if _phase() == phase and k in (0, next(batches)) else loss
 
-        return spoilt
+        return inject_nonfinite
 
-    replace("compute a loss", spoiling)
+    replace("compute a loss", with_nonfinite)
 
 
 def nan_gradients(k: int) -> None:
     """Make gradients of the k-th step NaN, whose loss is finite."""
     steps = itertools.count(1)
 
-    def spoiling(step: Callable) -> Callable:
-        def spoilt(self, *args, **kwargs):
+    def with_nonfinite(step: Callable) -> Callable:
+        def inject_nonfinite(self, *args, **kwargs):
             if next(steps) == k:
                 self.param_groups[0]["params"][0].grad.fill_(float("nan"))
             return step(self, *args, **kwargs)
 
-        return spoilt
+        return inject_nonfinite
 
-    replace("update the weights", spoiling)
+    replace("update the weights", with_nonfinite)
 
 
 def forget_rng() -> None:

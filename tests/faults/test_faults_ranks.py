@@ -105,7 +105,7 @@ def test_more_processes_than_gpus_are_refused_with_both_numbers(tmp_path):
 
 def test_processes_that_do_not_come_are_missed(tmp_path):
     results = call(tiny(**FLAGS, save=tmp_path / "run"), 2, {0: impatient, 1: partial(os._exit, 0)})
-    refused(results[0], 8, "do not meet: no word of process 1; fix: run it again")
+    refused(results[0], 8, "cannot connect: no word of process 1; fix: run it again")
 
 
 def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):

@@ -55,7 +55,7 @@ def test_the_third_automatic_start_without_progress_is_refused(start, tmp_path, 
     assert error.code == 8
     assert error.report() == (
         f"error: 3 automatic starts in a row found the run at step {step}; the one before ended "
-        f"with: {CAUSE}; fix: look into the cause, then start it by hand, which counts anew"
+        f"with: {CAUSE}; fix: look into the cause, then start it by hand, which resets the count"
     )
     assert (status(tmp_path)["state"], status(tmp_path)["code"]) == ("failed", 8)
     again = refused(start, environment, step)  # whatever restarts it may not have understood

@@ -208,7 +208,7 @@ REFUSED = {
     "two sizes": (lambda: changed(CONV, weight=ONE), "1 weights for each map, not 10"),
     "a module twice": (with_twins, r"\(nn.Sequential\) stands in the network twice"),
     "no modules": (lambda: sequential(3.0), "has no list of modules"),
-    "no module": (lambda: sequential({1: 3.0}), "1 is no module"),
+    "no module": (lambda: sequential({1: 3.0}), "1 is not a module"),
     "a graph": (lambda: renamed("nn.Concat", "nn.gModule"), "is a graph"),
     "another layer": (lambda: renamed("Linear", "nn.Bilinear"), r"\(nn.Bilinear\) has weights"),
 }

@@ -127,7 +127,7 @@ def test_flags_select_the_cases(flags, on_cuda, wanted):
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ("--optMemory 2", "optMemory is no setting of a comparison; fix: select cases with --only"),
+        ("--optMemory 2", "optMemory is not a setting of a comparison; fix: select cases"),
         ("--precision half", "precision: half is not measured; fix: use single or bf16"),
         ("--only nothing", "only: nothing matches no case of these flags; fix: names are as "
          "level-0/fp32/contiguous/eager"),

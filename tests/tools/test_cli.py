@@ -44,7 +44,7 @@ def test_main_pys_flags_are_passed_on_unless_the_tool_has_its_own():
           "unknown flag cvs (command line)"]),
         (["x", "--depth", "40"], {"arguments": "image"}, ["unknown flag depth (command line)"]),
         (["x"], {"arguments": "second image", "least": 2}, ["no second image"]),
-        (["x.png"], {}, ["'x.png' is no flag (command line)"]),
+        (["x.png"], {}, ["'x.png' is not a flag (command line)"]),
     ],
 )  # fmt: skip
 def test_all_mistakes_are_reported_at_once(argv, settings, problems):

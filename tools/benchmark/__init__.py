@@ -1,1 +1,1 @@
-"""`python -m tools.benchmark`: training speed and memory beside other implementations."""
+"""Compare training speed and memory with other implementations: `python -m tools.benchmark`."""

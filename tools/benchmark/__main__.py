@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
         raise UsageError(what, f"use {' or '.join(PRECISIONS)}")
     for name in ("tf32", "optMemory", "kernels", "cudaGraph"):
         if name in opt.given:
-            raise UsageError(f"{name} is no setting of a comparison", "select cases with --only")
+            raise UsageError(f"{name} is not a setting of a comparison", "select cases with --only")
     num_classes = opt.nClasses or registry.DATASETS["synthetic"].num_classes
     return command.options, opt.replace(nClasses=num_classes)
 

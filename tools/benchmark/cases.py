@@ -14,7 +14,7 @@ PEERS = ("torchvision", "torchvision-memory-efficient", "timm")
 
 
 class Case(NamedTuple):
-    """An implementation of the network, and how it trains: the CSV columns that identify a row."""
+    """Name an implementation and how it trains: the CSV columns that identify a row."""
 
     who: str  # level-0, level-1, level-N-BACKEND, or one of PEERS
     precision: str  # fp32, tf32 or bf16 (autocast)
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
     @property
     def trains_as_main(self) -> bool:
-        """Whether main.py's trainer can take the same steps with this network."""
+        """Return whether main.py's trainer can take the same steps with this network."""
         return self[2:] == ("channels-last", "eager") and self.who not in PEERS
 
 

@@ -1,7 +1,7 @@
 """Measure the cases of `python -m tools.benchmark`: speed, memory and first step.
 
 All cases train on one batch of random images, from the same weights, with the same optimizer. They
-take turns in random order, so that a change of clock rate or load meets all of them alike.
+take turns in random order, so that a change of clock rate or load affects all of them alike.
 """
 
 import contextlib

@@ -22,7 +22,7 @@ def create(peer: str, opt: Settings) -> nn.Module:
     if not opt.bottleneck or opt.reduction != REDUCTION:
         raise NotImplementedError("it has only DenseNet-BC with reduction 0.5")
     if opt.dropRate > 0:
-        raise NotImplementedError("its dropout sits in other places")
+        raise NotImplementedError("its dropout is at other positions")
     if peer == "timm":
         try:
             from timm.models.densenet import DenseNet

@@ -1,1 +1,1 @@
-"""`python -m tools.export`: a trained network as ONNX, torchvision or timm weights."""
+"""Export a trained network to ONNX, torchvision or timm weights: `python -m tools.export`."""

@@ -87,7 +87,7 @@ def compare(
 
     Args:
         name: of their network and of the images, for messages.
-        limit: largest difference allowed, as a share of the largest logit.
+        limit: largest difference allowed, as a fraction of the largest logit.
 
     Raises:
         CheckpointError: one of our logits is not finite.
@@ -108,12 +108,11 @@ def compare(
         largest = torch.maximum(largest, wanted.abs().max())
     if not count:  # no image was given, or none can be read
         return
-    share = difference / largest
-    print(
-        f"{name}, {count} images: logits at most {difference:.2e} off, {share:.1e} of the largest"
-    )
-    if not share <= limit:  # also if it is NaN
-        what = f"{name}: logits differ by {share:.1e} of the largest, beyond rounding"
+    relative = difference / largest
+    off = f"logits at most {difference:.2e} off, {relative:.1e} of the largest"
+    print(f"{name}, {count} images: {off}")
+    if not relative <= limit:  # also if it is NaN
+        what = f"{name}: logits differ by {relative:.1e} of the largest, beyond rounding"
         raise RunError(what, "nothing was written; report it, or use another --to")
 
 

@@ -1,1 +1,1 @@
-"""`python -m tools.figures`: the paper's figures, drawn from runs."""
+"""Draw the paper's figures from runs: `python -m tools.figures`."""

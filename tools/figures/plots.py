@@ -133,7 +133,7 @@ def with_note(title: str, note: str, runs: list[Run]) -> str:
 
 
 class Point(NamedTuple):
-    """The test error of a network in per cent: published, or the mean over seeds."""
+    """Hold the test error of a network in per cent: published, or the mean over seeds."""
 
     opt: Settings
     error: float
@@ -205,9 +205,9 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
 def side(name: str) -> dict:
     """Place the names of a kind: those of the smaller networks below, the others above."""
     is_below = name.startswith("DenseNet-")
-    place = {"xytext": (-4, -4), "ha": "right"} if is_below else {"xytext": (5, 3), "ha": "left"}
+    position = {"xytext": (-4, -4), "ha": "right"} if is_below else {"xytext": (5, 3), "ha": "left"}
     look = {"textcoords": "offset points", "rotation": 38, "rotation_mode": "anchor"}
-    return look | place | {"fontsize": 7, "va": "center"}
+    return look | position | {"fontsize": 7, "va": "center"}
 
 
 def plain_ticks(axis) -> None:

@@ -1,1 +1,1 @@
-"""A trained network and the images that it is run on, for the tools that need one."""
+"""Load a trained network and the images to run it on, for the tools that need one."""

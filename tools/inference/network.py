@@ -26,7 +26,7 @@ OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that exist
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network in evaluation mode on its device, and how to read images for it.
+    """Hold a network in evaluation mode on its device, and read images for it.
 
     Args:
         classes: names in the order of its outputs.

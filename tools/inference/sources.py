@@ -29,7 +29,7 @@ RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetCla
 
 
 class WeightsSource(NamedTuple):
-    """Weights, and what their file or run directory tells about them.
+    """Hold weights, and what their file or run directory tells about them.
 
     Args:
         weights: a state dict, perhaps with another program's names.

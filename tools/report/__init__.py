@@ -1,1 +1,1 @@
-"""`python -m tools.report`: the paper's tables beside measured results."""
+"""Write the paper's tables with measured results: `python -m tools.report`."""

@@ -1,1 +1,1 @@
-"""Configs, published results and runs, and which run reproduces which config."""
+"""Read configs, published results and runs, and match runs to configs."""

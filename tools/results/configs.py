@@ -13,7 +13,7 @@ ALSO_COMPARED = ("retrain", "epochNumber", "tenCrop")
 
 
 class Config(NamedTuple):
-    """A file of configs/: settings; table, column, error and params of its line `paper:`, or {}."""
+    """Hold a file of configs/: settings; table, column, error, params of its `paper:`, or {}."""
 
     opt: Settings
     claim: dict[str, object]
@@ -50,7 +50,7 @@ def names_by_settings() -> dict[tuple, str]:
 
 
 class Counts(NamedTuple):
-    """The size of a network: trained numbers, and multiply-adds for one image."""
+    """Count the size of a network: trained numbers, and multiply-adds for one image."""
 
     parameters: int
     macs: int

@@ -12,7 +12,7 @@ PUBLISHED = cli.ROOT / "docs" / "published.yaml"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a published table, every number as it is printed.
+    """Hold one line of a published table, every number as it is printed.
 
     Args:
         params: such as "27.2M"; None where the source gives none.
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A published table: its columns are datasets, or "top-1" of ImageNet."""
+    """Hold a published table: its columns are datasets, or "top-1" of ImageNet."""
 
     title: str
     note: str

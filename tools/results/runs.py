@@ -25,7 +25,7 @@ MAX_MISSING = 0.001  # part of ImageNet's images; other datasets are complete or
 
 @dataclass
 class Run:
-    """The small files of a run directory. Nothing raises because of their values.
+    """Read the small files of a run directory; no value in them raises an error.
 
     Args:
         records: the epochs of log.jsonl.
@@ -40,7 +40,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> str | None:
-        """The name of the config with the same settings.
+        """Return the name of the config with the same settings.
 
         None after --override, when the last settings are not those of all epochs, and for a run on
         a part of ImageNet.
@@ -56,25 +56,25 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """The last epoch in the log, 0 if there is none."""
+        """Return the last epoch in the log, 0 if there is none."""
         return self.records[-1]["epoch"] if self.records else 0
 
     @property
     def state(self) -> str:
-        """The state in status.json: running, preempted, failed or done; else unknown."""
+        """Return the state in status.json: running, preempted, failed or done; else unknown."""
         state = self.status.get("state")
         return state if state in ("running", "preempted", "failed", "done") else "unknown"
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, and its log has every epoch and the result."""
+        """Return whether the run has ended, with every epoch and the result in its log."""
         epochs = [record["epoch"] for record in self.records]
         is_whole = epochs == list(range(1, self.opt.nEpochs + 1))
         return self.state == "done" and is_whole and self.error is not None
 
     @property
     def error(self) -> float | None:
-        """The test error in per cent that the paper would report, see `selection`."""
+        """Return the test error in per cent that the paper would report, see `selection`."""
         if self.opt.validSize:
             return number(self.status, "test_top1")
         return number(self.records[-1], "val_top1") if self.records else None
@@ -87,13 +87,13 @@ class Run:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median time of a training step over the epochs."""
+        """Return the median time of a training step over the epochs."""
         speed = statistics.median(self._column("images_per_s") or [0.0])
         return self.opt.batchSize / speed if speed else None
 
     @property
     def memory_mb(self) -> float | None:
-        """Peak memory: of the GPU's allocator, or of the process on the CPU."""
+        """Return the peak memory: of the GPU's allocator, or of the process on the CPU."""
         return max(self._column("memory_mb") or [], default=None)
 
     def _column(self, name: str) -> list[float] | None:
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def device(self) -> str | None:
-        """The hardware, such as "4 x NVIDIA H200"; None if an older log lacks it."""
+        """Return the hardware, such as "4 x NVIDIA H200"; None if an older log lacks it."""
         found = {}  # keeps the order
         for record in self.records:
             device, count = record.get("device"), number(record, "replicas")
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def images(self) -> tuple[object, object]:
-        """Fingerprints of its training and test images: runs on others are not repetitions."""
+        """Return fingerprints of its images: runs on other images are not repetitions."""
         return self.data.get("training_set"), self.data.get("test_set")
 
 
@@ -198,7 +198,7 @@ class SeedGroup:
 
     @property
     def mean(self) -> float:
-        """Mean test error, in per cent."""
+        """Return the mean test error, in per cent."""
         return statistics.fmean(run.error for run in self.runs)
 
     @property
@@ -214,7 +214,7 @@ class SeedGroup:
 
 @dataclass(frozen=True)
 class GroupedRuns:
-    """Runs by what they are used for."""
+    """Group runs by their use."""
 
     groups: dict[str, SeedGroup]  # config -> its complete runs
     others: list[SeedGroup]  # complete runs that belong to no config

@@ -1,1 +1,1 @@
-"""`python -m tools.sweep`: train the configs of a table with several seeds."""
+"""Train the configs of a table with several seeds: `python -m tools.sweep`."""

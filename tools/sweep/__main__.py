@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> cli.Command:
 
 
 class Job(NamedTuple):
-    """A run in progress."""
+    """Hold a run in progress."""
 
     task: Task
     gpu: str | None  # a value of CUDA_VISIBLE_DEVICES; None leaves it as it is

@@ -26,7 +26,7 @@ OTHER = "done, other settings"  # main.py decides whether it may go on
 
 @dataclass(eq=False)
 class Task:
-    """One run of a table, and what became of it."""
+    """Hold one run of a table, and its outcome."""
 
     name: str  # its directory below RUNS
     config: str  # its config file
@@ -40,12 +40,12 @@ class Task:
 
     @property
     def is_left(self) -> bool:
-        """Whether a sweep is to start the run."""
+        """Return whether a sweep is to start the run."""
         return self.state not in (DONE, RUNNING)
 
     @property
     def has_failed(self) -> bool:
-        """Whether the run ended in this sweep, and was neither stopped nor left to others."""
+        """Return whether the run ended in this sweep, neither stopped nor left to others."""
         return self.code not in (None, 0, Preempted.code, BusyError.code)
 
     def read_state(self) -> None:
