@@ -64,7 +64,7 @@ def test_a_peer_with_our_weights_computes_our_loss_and_gradients(peer, flags):
     [
         ("torchvision", "--bottleneck false", "only DenseNet-BC"),
         ("timm", "--reduction 0.7", "only DenseNet-BC"),
-        ("torchvision", "--dropRate 0.2", "dropout sits in other places"),
+        ("torchvision", "--dropRate 0.2", "dropout is at other positions"),
         ("timm", "--initChannels 16", "2k channels"),
         ("timm", None, "not installed"),
     ],
@@ -127,7 +127,8 @@ def test_flags_select_the_cases(flags, on_cuda, wanted):
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ("--optMemory 2", "optMemory is not a setting of a comparison; fix: select cases"),
+        ("--optMemory 2", "optMemory is not a setting of a comparison; fix: select cases with "
+         "--only"),
         ("--precision half", "precision: half is not measured; fix: use single or bf16"),
         ("--only nothing", "only: nothing matches no case of these flags; fix: names are as "
          "level-0/fp32/contiguous/eager"),
