@@ -16,15 +16,12 @@ from errors import printable
 from tools import cli
 from tools.inference import network, sources
 
-FLAGS = {
-    flag.name: flag
-    for flag in (
-        Flag("top", integer, 5, "classes to name for each image", range=AT_LEAST_1),
-        Flag("csv", text, None, "CSV file to write instead of printing; - prints it", "none"),
-        sources.CLASSES,
-        network.OVERWRITE,
-    )
-}
+FLAGS = (
+    Flag("top", integer, 5, "classes to name for each image", range=AT_LEAST_1),
+    Flag("csv", text, None, "CSV file to write instead of printing; - prints it", "none"),
+    sources.CLASSES,
+    network.OVERWRITE,
+)
 USAGE = f"""usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
 
 Names the classes that a trained network finds most probable for each image, with their
@@ -33,9 +30,8 @@ probabilities in per cent. An IMAGE may be a directory, with all images below it
 With --tenCrop true ten crops of each image are averaged. An image that cannot be read is an error
 line, the others are classified, and the exit code is 3."""
 COLUMNS = ("image", "rank", "class", "percent")
-parse = partial(
-    cli.read, flags=FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
-)
+TOOL = cli.Tool(USAGE, FLAGS, "image after the checkpoint", least=2, main_flags=True)
+parse = TOOL.parse
 
 
 def lines(net: network.LoadedModel, paths: list[str], top: int, as_csv: bool) -> Iterator[str]:
@@ -84,7 +80,7 @@ def run(argv: list[str]) -> int:
     return net.exit_code
 
 
-main = partial(cli.run, usage=USAGE, flags=FLAGS, function=run, main_flags=True)
+main = partial(TOOL.run, run)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

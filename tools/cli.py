@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,66 +24,60 @@ class Command(NamedTuple):
     main_flags: list[str]  # in the form that main.py takes
 
 
-def read(
-    argv: list[str],
-    flags: dict[str, Flag],
-    *,
-    arguments: str = "",
-    least: int = 1,
-    main_flags: bool = False,
-) -> Command:
-    """Parse the flags of a tool; `run` has answered a request for help before.
+@dataclass(frozen=True)
+class Tool:
+    """Describe a tool: its help, its flags, and what else its command line takes.
 
     Args:
         arguments: what error messages call a positional argument; "": the tool takes none.
         least: number of positional arguments that are required.
         main_flags: accept main.py's flags too, unchecked; a flag of the tool hides main.py's.
-
-    Raises:
-        UsageError: every problem of the tool's flags at once.
     """
-    others = opts.FLAGS.keys() - flags.keys() if main_flags else set()
-    parser = FlagParser(flags | {name: opts.FLAGS[name] for name in others})
-    found: list[str] | None = [] if arguments else None
-    raw = parser.parse_argv(argv, found)
-    parser.add([flag for flag in raw if flag[0] not in others])
-    problems = parser.problems
-    if arguments and len(found) < least:
-        problems.insert(0, (f"no {arguments}", f"name at least one {arguments}"))
-    if problems:
-        raise UsageError.from_problems(problems)
-    values = {name: flag.default for name, flag in flags.items()} | parser.values
-    passed_on = [f"--{name}={value}" for name, value, _ in raw if name in others]
-    return Command(SimpleNamespace(**values), found or [], passed_on)
 
+    usage: str
+    flags: tuple[Flag, ...] = ()
+    arguments: str = ""
+    least: int = 1
+    main_flags: bool = False
 
-def run(
-    argv: list[str],
-    usage: str,
-    flags: dict[str, Flag],
-    function: Callable[[list[str]], int | None],
-    main_flags: bool = False,
-) -> int:
-    """Print help, or call the tool's function and report its errors; return the exit code.
+    def parse(self, argv: list[str]) -> Command:
+        """Parse a command line, or raise UsageError with every problem of the tool's flags."""
+        own = {flag.name: flag for flag in self.flags}
+        others = opts.FLAGS.keys() - own.keys() if self.main_flags else set()
+        parser = FlagParser(own | {name: opts.FLAGS[name] for name in others})
+        found: list[str] | None = [] if self.arguments else None
+        raw = parser.parse_argv(argv, found)
+        parser.add([flag for flag in raw if flag[0] not in others])
+        problems = parser.problems
+        if self.arguments and len(found) < self.least:
+            fix = f"name at least one {self.arguments}"
+            problems.insert(0, (f"no {self.arguments}", fix))
+        if problems:
+            raise UsageError.from_problems(problems)
+        values = {name: flag.default for name, flag in own.items()} | parser.values
+        passed_on = [f"--{name}={value}" for name, value, _ in raw if name in others]
+        return Command(SimpleNamespace(**values), found or [], passed_on)
 
-    Args:
-        function: takes `argv` and returns an exit code, None for 0.
-        main_flags: show main.py's flags in the help.
-    """
-    try:
-        code = 0
-        if {"-h", "-help", "--help"} & set(argv):
-            own = {"Options": list(flags.values())} if flags else {}
-            print(help_text(usage, own | (opts.GROUPS if main_flags else {})))
-        else:
-            code = function(argv) or 0
-        print(end="", flush=True)
-        return code
-    except BrokenPipeError:  # the reader has gone, as with `| head`
-        sys.stdout = None
-        return 0
-    except RunError as error:
-        print(error.report(), file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    def run(self, function: Callable[[list[str]], int | None], argv: list[str]) -> int:
+        """Print help, or call `function` and report its errors; return the exit code.
+
+        Args:
+            function: takes `argv` and returns an exit code, None for 0.
+        """
+        try:
+            code = 0
+            if {"-h", "-help", "--help"} & set(argv):
+                own = {"Options": list(self.flags)} if self.flags else {}
+                print(help_text(self.usage, own | (opts.GROUPS if self.main_flags else {})))
+            else:
+                code = function(argv) or 0
+            print(end="", flush=True)
+            return code
+        except BrokenPipeError:  # the reader has gone, as with `| head`
+            sys.stdout = None
+            return 0
+        except RunError as error:
+            print(error.report(), file=sys.stderr)
+            return error.code
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT

@@ -157,7 +157,7 @@ def run(argv: list[str]) -> None:
             print(line, flush=True)
 
 
-main = partial(cli.run, usage=USAGE, flags={}, function=run, main_flags=True)
+main = partial(cli.Tool(USAGE, main_flags=True).run, run)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -22,14 +22,11 @@ from tools.inference import network, sources
 if TYPE_CHECKING:
     import numpy as np
 
-FLAGS = {
-    flag.name: flag
-    for flag in (
-        Flag("output", text, "features.npz", "file to write"),
-        sources.CLASSES,
-        network.OVERWRITE,
-    )
-}
+FLAGS = (
+    Flag("output", text, "features.npz", "file to write"),
+    sources.CLASSES,
+    network.OVERWRITE,
+)
 USAGE = f"""usage: python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER... [options]
                                          [main.py's flags]
 
@@ -40,9 +37,8 @@ Writes the features of images, the input of the network's classifier, for numpy.
   classes    (K,) names of the directories, for a folder with the images in a directory a class
 {sources.SOURCES}
 An image that cannot be read is an error line and left out, and the exit code is 3."""
-parse = partial(
-    cli.read, flags=FLAGS, arguments="image after the checkpoint", least=2, main_flags=True
-)
+TOOL = cli.Tool(USAGE, FLAGS, "image after the checkpoint", least=2, main_flags=True)
+parse = TOOL.parse
 
 
 def features(
@@ -109,7 +105,7 @@ def run(argv: list[str]) -> int:
     return net.exit_code
 
 
-main = partial(cli.run, usage=USAGE, flags=FLAGS, function=run, main_flags=True)
+main = partial(TOOL.run, run)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

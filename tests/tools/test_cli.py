@@ -2,6 +2,7 @@
 
 import io
 import sys
+from functools import partial
 
 import pytest
 
@@ -10,29 +11,30 @@ from cli.flag_types import AT_LEAST_1, Flag, integer, text
 from errors import DataError, UsageError
 from tools import cli
 
-FLAGS = {
-    "csv": Flag("csv", text, None, "file to write", "none"),
-    "top": Flag("top", integer, 5, "how many", range=AT_LEAST_1),
-}
+FLAGS = (
+    Flag("csv", text, None, "file to write", "none"),
+    Flag("top", integer, 5, "how many", range=AT_LEAST_1),
+)
+tool = partial(cli.Tool, "usage: this", FLAGS)
 
 
 def test_flags_and_arguments_are_told_apart_in_any_order():
     words = ["a.png", "--top", "3", "b.png", "-csv", "out.csv", "7"]
-    command = cli.read(words, FLAGS, arguments="image")
+    command = tool(arguments="image").parse(words)
     assert command.arguments == ["a.png", "b.png", "7"]
     assert (command.options.top, command.options.csv) == (3, "out.csv")
-    command = cli.read(["x"], FLAGS, arguments="image")
+    command = tool(arguments="image").parse(["x"])
     assert (command.options.top, command.options.csv, command.main_flags) == (5, None, [])
-    assert cli.read([], FLAGS, arguments="run", least=0).arguments == []
+    assert tool(arguments="run", least=0).parse([]).arguments == []
 
 
 def test_main_pys_flags_are_passed_on_unless_the_tool_has_its_own():
     words = ["x", "--depth", "40", "--top", "2", "-bottleneck=false"]
-    command = cli.read(words, FLAGS, arguments="image", main_flags=True)
+    command = tool(arguments="image", main_flags=True).parse(words)
     assert command.main_flags == ["--depth=40", "--bottleneck=false"] and command.options.top == 2
     assert opts.parse([*command.main_flags, "--reduction=1"]).depth == 40
-    own = {"depth": Flag("depth", text, "", "another meaning")}
-    command = cli.read(["--depth", "deep"], own, main_flags=True)
+    own = Flag("depth", text, "", "another meaning")
+    command = cli.Tool("", (own,), main_flags=True).parse(["--depth", "deep"])
     assert command.options.depth == "deep" and command.main_flags == []
 
 
@@ -49,14 +51,14 @@ def test_main_pys_flags_are_passed_on_unless_the_tool_has_its_own():
 )  # fmt: skip
 def test_all_mistakes_are_reported_at_once(argv, settings, problems):
     with pytest.raises(UsageError) as error:
-        cli.read(argv, FLAGS, **settings)
+        tool(**settings).parse(argv)
     lines = error.value.report().splitlines()
     assert [line.split(";")[0] for line in lines] == [f"error: {problem}" for problem in problems]
 
 
 @pytest.mark.parametrize("main_flags", [False, True])
 def test_help_names_every_flag_and_does_not_call_the_tool(capsys, main_flags):
-    assert cli.run(["x", "--help"], "usage: this", FLAGS, lambda argv: 1, main_flags) == 0
+    assert tool(main_flags=main_flags).run(lambda argv: 1, ["x", "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: this") and "--csv" in out and "--top" in out
     assert ("--growthRate" in out) == main_flags
@@ -73,12 +75,12 @@ def test_help_names_every_flag_and_does_not_call_the_tool(capsys, main_flags):
     ids=str,
 )
 def test_an_error_is_a_line_and_every_outcome_an_exit_code(capsys, outcome, code, line):
-    def tool(argv: list[str]) -> int | None:
+    def function(argv: list[str]) -> int | None:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    assert cli.run([], "", FLAGS, tool) == code
+    assert tool().run(function, []) == code
     assert capsys.readouterr().err == line
 
 
@@ -89,5 +91,5 @@ def test_a_closed_standard_output_is_no_error(argv, monkeypatch, capsys):
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    assert cli.run(argv, "usage: this", FLAGS, lambda argv: print("a result")) == 0
+    assert tool().run(lambda argv: print("a result"), argv) == 0
     assert capsys.readouterr().err == ""

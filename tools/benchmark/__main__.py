@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,8 +27,7 @@ from tools import cli
 from tools.benchmark import results
 from tools.benchmark.cases import PRECISIONS, select_cases
 
-# fmt: off
-FLAGS = {flag.name: flag for flag in (
+FLAGS = (
     Flag("only", text, None, "cases to measure: patterns with commas between, each to be found in "
          "WHO/PRECISION/FORMAT/MODE, e.g. level-2,torchvision/bf16*eager", "all"),
     Flag("turns", integer, None, "turns of each case that count: one step on the CPU, five "
@@ -38,23 +38,19 @@ FLAGS = {flag.name: flag for flag in (
     Flag("trainer", boolean, False, "beside each channels-last, eager case of this project: "
          "main.py's trainer with the same network, which also loads and augments", const="true"),
     Flag("csv", text, "none", "new file to write the rows to"),
-)}
-# fmt: on
+)  # fmt: skip
 USAGE = """usage: python -m tools.benchmark [--flag value ...]
 
 Compares the training steps of this project's network with other implementations of it. Of main.py's
 flags those of the network, the batch and the optimizer count, and precision; --only selects all
 else. Images are synthetic: add --imageSize 224 --nClasses 1000 for ImageNet's shape. On a CPU a
 network that does not fit the memory ends the process: leave it out with --only."""
+TOOL = cli.Tool(USAGE, FLAGS, main_flags=True)
 
 
 def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
-    """Read the tool's flags and the network's settings.
-
-    Raises:
-        UsageError: a flag is wrong, or the network is not one to compare.
-    """
-    command = cli.read(argv, FLAGS, main_flags=True)
+    """Read the tool's flags and the settings of a network to compare, or raise UsageError."""
+    command = TOOL.parse(argv)
     opt = opts.parse(["--dataset=synthetic", *command.main_flags])
     if opt.netType != "densenet":
         what = f"netType: {opt.netType} is not measured, its peers are other DenseNets"
@@ -135,10 +131,7 @@ def run(argv: list[str]) -> None:
         print(f"\nwritten: {path}")
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line and return its exit code."""
-    return cli.run(argv, USAGE, FLAGS, run, main_flags=True)
-
+main = partial(TOOL.run, run)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

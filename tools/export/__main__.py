@@ -23,24 +23,22 @@ if TYPE_CHECKING:
     import torch
 
 TARGETS = ("onnx", "torchvision", "timm", "weights")
-FLAGS = {
-    flag.name: flag
-    for flag in (
-        Flag("to", text, None, "what to write: an ONNX file; a state dict that torchvision's or "
-             "timm's network loads; or this program's, for --retrain", "none", choices=TARGETS),
-        Flag("output", text, None, "file to write", "none"),
-        Flag("check", boolean, True, "compare what ONNX Runtime computes with PyTorch"),
-        Flag("images", text, None, "directory of images to compare on besides random ones", "none"),
-        sources.CLASSES,
-        network.OVERWRITE,
-    )
-}  # fmt: skip
+FLAGS = (
+    Flag("to", text, None, "what to write: an ONNX file; a state dict that torchvision's or "
+         "timm's network loads; or this program's, for --retrain", "none", choices=TARGETS),
+    Flag("output", text, None, "file to write", "none"),
+    Flag("check", boolean, True, "compare what ONNX Runtime computes with PyTorch"),
+    Flag("images", text, None, "directory of images to compare on besides random ones", "none"),
+    sources.CLASSES,
+    network.OVERWRITE,
+)  # fmt: skip
 USAGE = f"""usage: python -m tools.export CHECKPOINT --to TARGET --output FILE [options]
                                [main.py's flags]
 
 Writes the weights of a trained network for other programs. An ONNX file holds settings, classes
 and statistics as well, and is a CHECKPOINT to the other tools and to --to weights.
 {sources.SOURCES}"""
+TOOL = cli.Tool(USAGE, FLAGS, "checkpoint", main_flags=True)
 # Settings that an exported network does not carry.
 NOT_EXPORTED = (*sources.RUN_ONLY, "nThreads", "optMemory", "timeout", "keep", "saveEvery")
 # Exported from plain modules on the CPU, whatever the run trained with.
@@ -50,12 +48,8 @@ LIMIT_DOUBLE = 1e-9  # of the largest logit, between two networks of the same we
 
 
 def parse(argv: list[str]) -> cli.Command:
-    """Read the command line; its argument is the checkpoint.
-
-    Raises:
-        UsageError: a flag is wrong or missing.
-    """
-    command = cli.read(argv, FLAGS, arguments="checkpoint", main_flags=True)
+    """Parse a command line, which names a checkpoint, or raise UsageError."""
+    command = TOOL.parse(argv)
     options = command.options
     rules = [
         (not options.to, "no --to", f"add --to {' or '.join(TARGETS)}"),
@@ -71,9 +65,6 @@ def parse(argv: list[str]) -> cli.Command:
     flags = [flag for flag in command.main_flags if flag[2:].partition("=")[0] not in ON_CPU]
     flags += [f"--{name}={value}" for name, value in ON_CPU.items()]
     return command._replace(main_flags=flags)
-
-
-# --------------------------------------------------------------------------------------- checks
 
 
 def compare(
@@ -178,9 +169,6 @@ def check_peer(net: network.LoadedModel, to: str) -> None:
     compare(f"{to} in double precision", ours, peer, images, LIMIT_DOUBLE)
 
 
-# ----------------------------------------------------------------------------------- command line
-
-
 def run(argv: list[str]) -> int:
     """Write what the command line asks for; return the exit code."""
     command = parse(argv)
@@ -212,7 +200,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-main = partial(cli.run, usage=USAGE, flags=FLAGS, function=run, main_flags=True)
+main = partial(TOOL.run, run)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

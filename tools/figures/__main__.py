@@ -5,6 +5,7 @@ multiply-adds from counting the networks of configs/. Nothing is drawn where not
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +16,17 @@ from tools import cli
 from tools.results import runs
 
 NAMES = ("figure3", "figure4", "figure4-small", "figure4-digits", "curves", "figure5")
-FLAGS = {
-    flag.name: flag
-    for flag in (
-        Flag("output", text, "results/figures", "directory to write the figures into"),
-        Flag("only", text, None, f"which figures, with commas between: {', '.join(NAMES)}",
-             "all that can be drawn"),
-        Flag("weights", text, None, "run directory, checkpoint or model file to draw Figure 5 of, "
-             "or the figure5.csv of an earlier call", "no Figure 5"),
-        Flag("scale", text, "column", "what a cell of Figure 5 is divided by: the largest of its "
-             "column, of its block, or nothing", choices=("column", "block", "none")),
-        Flag("note", text, "", "text to show with figures of weights and of runs on a folder of "
-             "images, such as where these are from", "none"),
-    )
-}  # fmt: skip
+FLAGS = (
+    Flag("output", text, "results/figures", "directory to write the figures into"),
+    Flag("only", text, None, f"which figures, with commas between: {', '.join(NAMES)}",
+         "all that can be drawn"),
+    Flag("weights", text, None, "run directory, checkpoint or model file to draw Figure 5 of, "
+         "or the figure5.csv of an earlier call", "no Figure 5"),
+    Flag("scale", text, "column", "what a cell of Figure 5 is divided by: the largest of its "
+         "column, of its block, or nothing", choices=("column", "block", "none")),
+    Flag("note", text, "", "text to show with figures of weights and of runs on a folder of "
+         "images, such as where these are from", "none"),
+)  # fmt: skip
 USAGE = """usage: python -m tools.figures RUNS... [options]
        python -m tools.figures --weights CHECKPOINT [options]
 
@@ -36,15 +34,12 @@ RUNS are run directories, or directories to search for them. Draws figure3 (Imag
 (parameter efficiency on C10+), figure4-small and figure4-digits (the same of runs of configs/small
 and configs/digits), curves of all runs, and with --weights figure5 (which layer uses which), each
 as PNG and SVG, and the numbers of figure5 as CSV."""
+TOOL = cli.Tool(USAGE, FLAGS, "run directory", least=0)
 
 
 def parse(argv: list[str]) -> SimpleNamespace:
-    """Return the flags, with `runs` and the names in `only` as lists.
-
-    Raises:
-        UsageError: every problem of the command line at once.
-    """
-    given = cli.read(argv, FLAGS, arguments="run directory", least=0)
+    """Return the flags, with `runs` and the names in `only` as lists, or raise UsageError."""
+    given = TOOL.parse(argv)
     asked = given.options
     asked.runs = given.arguments
     possible = [name for name in NAMES if (asked.weights if name == "figure5" else asked.runs)]
@@ -90,10 +85,7 @@ def draw_and_save(argv: list[str]) -> None:
         print(directory / name)
 
 
-def main(argv: list[str]) -> int:
-    """Run a command line; return the exit code."""
-    return cli.run(argv, USAGE, FLAGS, draw_and_save)
-
+main = partial(TOOL.run, draw_and_save)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -92,9 +92,6 @@ def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
     return files
 
 
-# ------------------------------------------------------------------------------------------ names
-
-
 def kind(opt: Settings) -> str:
     """Name the family of a network, such as `DenseNet-BC`."""
     if opt.netType != "densenet":
@@ -127,9 +124,6 @@ def with_note(title: str, note: str, runs: list[Run]) -> str:
     """Add the note to figures of a user's own images, whose name says little."""
     own_images = all(DATASETS[run.opt.dataset].is_named_by_directory for run in runs)
     return f"{title}\n{note}".rstrip() if own_images else title
-
-
-# ------------------------------------------------------------------------- errors against sizes
 
 
 class Point(NamedTuple):
@@ -225,9 +219,6 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=2)
 
 
-# ------------------------------------------------------------------------------- training curves
-
-
 def curves(runs: list[Run], note: str) -> dict[str, Figure]:
     """Draw the runs on the same data and of the same length together, by name of the file."""
     groups: dict[str, list[Run]] = {}
@@ -275,8 +266,6 @@ def training(runs: list[Run], title: str) -> Figure:
     figure.suptitle(title)
     return figure
 
-
-# ------------------------------------------------------------------------------------ layer usage
 
 SCALES = {
     "column": "divided by the largest of its target",

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from cli.flag_types import Flag, Settings, text
@@ -20,14 +21,16 @@ from tools.results import published, runs
 from tools.results.configs import configs, count
 from tools.results.runs import GroupedRuns, SeedGroup
 
-OUTPUT = "Markdown file to write; an existing report is replaced"
-FLAGS = {"output": Flag("output", text, None, OUTPUT, "print it")}
-
+OUTPUT = Flag(
+    "output", text, None, "Markdown file to write; an existing report is replaced", "print it"
+)
 USAGE = """usage: python -m tools.report RUNS... [--output FILE]
 
 The paper's tables as Markdown, published and measured errors side by side, from the runs in the
 directories RUNS and below. A run is a directory with config.yaml and log.jsonl; it needs no
 weights. It belongs to the config in configs/ whose settings it has, seed aside."""
+TOOL = cli.Tool(USAGE, (OUTPUT,), "directory of runs")
+parse = TOOL.parse
 
 FIRST_WORDS = "# Results\n\nWritten by `python -m tools.report"
 HEAD = """# Results
@@ -58,7 +61,6 @@ COSTS = {"seconds_per_iteration": "s/step, paper>", "memory_mb": "MB, paper>"}
 NOT_RUN = "not run"  # nothing was measured
 UNKNOWN = "-"  # nothing was published, or a log lacks it
 
-# ----------------------------------------------------------------------------- cells of the tables
 
 # A row of a table is title -> cell; a title that ends in > is of a column of numbers.
 Cells = dict[str, str]
@@ -114,9 +116,6 @@ def markdown_table(rows: list[Cells]) -> str:
     rule = ["--:" if title.endswith(">") else "---" for title in rows[0]]
     body = [[printable(text).replace("|", "\\|") for text in row.values()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [titles, rule, *body])
-
-
-# --------------------------------------------------------------------------------------- sections
 
 
 def overview(table: published.Table, found: GroupedRuns) -> str:
@@ -203,14 +202,6 @@ def figures(directories: list[str], base: Path) -> Iterator[str]:
         yield f"![{path.stem}]({link})"
 
 
-# ----------------------------------------------------------------------------------- the command
-
-
-def parse(argv: list[str]) -> cli.Command:
-    """Parse a command line, or raise UsageError; read no file."""
-    return cli.read(argv, FLAGS, arguments="directory of runs")
-
-
 def create(argv: list[str]) -> str:
     """Return the report that a command line asks for; print which runs are left out."""
     asked = parse(argv)
@@ -250,10 +241,7 @@ def report(argv: list[str]) -> None:
         print(markdown, end="")
 
 
-def main(argv: list[str]) -> int:
-    """Run a command line; return the exit code."""
-    return cli.run(argv, USAGE, FLAGS, report)
-
+main = partial(TOOL.run, report)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

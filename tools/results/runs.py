@@ -140,9 +140,6 @@ def number(values: dict, name: str) -> float | None:
     return value if is_number and math.isfinite(value) else None
 
 
-# ---------------------------------------------------------------------------------------- reading
-
-
 def warn(line: str) -> None:
     """Print on standard error what was left out, and why."""
     print(f"note: {printable(line)}", file=sys.stderr)
@@ -185,9 +182,6 @@ def read(directory: Path, warn: Callable[[str], None] = warn) -> Run | None:
         return None
     status, data = (read_json(directory / name) for name in ("status.json", "data.json"))
     return Run(directory, opt, records, status, data)
-
-
-# --------------------------------------------------------------------------------------- grouping
 
 
 @dataclass(frozen=True)

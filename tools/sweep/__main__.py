@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,7 @@ from tools.sweep.tasks import Task
 PROGRAM, SCRIPT = (sys.executable, "main.py"), "scripts/train.slurm"
 POLL_S = 0.2
 
-# fmt: off
-FLAGS = {flag.name: flag for flag in (
+FLAGS = (
     Flag("seeds", integers, [0], "with commas between; each config is trained with each",
          range=NON_NEGATIVE),
     Flag("runs", text, "runs", "directory of the run directories"),
@@ -35,8 +35,7 @@ FLAGS = {flag.name: flag for flag in (
          "and start nothing", const="true"),
     Flag("dryRun", boolean, False, "list the runs and how far they are, and start nothing",
          const="true"),
-)}
-# fmt: on
+)  # fmt: skip
 # Flags of main.py that a sweep sets itself, or that do not train.
 NOT_PASSED_ON = ("config", "manualSeed", "save", "resume", "nGPU", "printConfig", "testOnly")
 USAGE = """usage: python -m tools.sweep TABLE|CONFIG... [--flag value ...] [any flags of main.py]
@@ -48,15 +47,12 @@ of config files. Runs are in RUNS/c10plus/densenet-L40-k12-seed0 and so on; what
 a file beside it (.log). The same command again goes on; what is done is left alone. Ctrl-C stops
 all runs, saved. Exit code: 0 all done, 75 stopped, else that of the first run that failed.
 The flags config, manualSeed, save, resume, nGPU, printConfig and testOnly are the sweep's own."""
+TOOL = cli.Tool(USAGE, FLAGS, "table or config", main_flags=True)
 
 
 def parse(argv: list[str]) -> cli.Command:
-    """Parse the sweep's flags, tables and flags of main.py; look at no file.
-
-    Raises:
-        UsageError: every problem of the sweep's own flags at once.
-    """
-    asked = cli.read(argv, FLAGS, arguments="table or config", main_flags=True)
+    """Parse a command line, or raise UsageError; look at no file."""
+    asked = TOOL.parse(argv)
     options = asked.options
     fix = "leave it out; a sweep has --seeds, --runs and --gpus, and names configs without a flag"
     names = [flag[2:].partition("=")[0] for flag in asked.main_flags]
@@ -265,10 +261,7 @@ def sweep(argv: list[str]) -> None:
         train(asked, table, f"python -m tools.sweep {shlex.join(argv)}")
 
 
-def main(argv: list[str]) -> int:
-    """Run a command line; return the exit code."""
-    return cli.run(argv, USAGE, FLAGS, sweep, main_flags=True)
-
+main = partial(TOOL.run, sweep)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
