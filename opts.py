@@ -170,9 +170,6 @@ MEMORY_ALIASES = ("optMemory", "shareGradInput", "optnet")
 NOT_SAVED = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
 
 
-# -------------------------------------------------------------------------------------- defaults
-
-
 def apply_defaults(given: dict[str, object]) -> Settings:
     """Return all settings: those given, then the defaults, which depend on the dataset and others.
 
@@ -226,9 +223,6 @@ def run_name(opt: Settings) -> str:
     plus = "+" if opt.augment and dataset.marks_augmentation else ""
     cosine = "-cosine" if opt.lrShape == "cosine" else ""
     return f"{data}{plus}-{network_settings.network_name(opt)}{cosine}-seed{opt.manualSeed}"
-
-
-# ----------------------------------------------------------------------------------------- rules
 
 
 # fmt: off
@@ -314,9 +308,6 @@ def notes(opt: Settings, given: dict[str, object]) -> list[str]:
         *(["syncBN has no effect on one process"] if opt.syncBN and opt.replicas == 1 else []),
         *network_settings.notes(opt, given),
     ]
-
-
-# ------------------------------------------------------------------------------------- interface
 
 
 def parse(argv: list[str], world_size: int = 0) -> Settings:

@@ -87,8 +87,6 @@ class Trainer:
         self.metrics.reset()
         self.time_s = self.data_s = 0.0
 
-    # ---------------------------------------------------------------------------------- training
-
     def train(self, loader, on_step_end: Callable[[], None]) -> dict[str, float]:
         """Train to the end of the current epoch; return loss, errors (per cent), LR and speed.
 
@@ -193,8 +191,6 @@ class Trainer:
         self.check_finite()
         self.time_s += time.perf_counter() - since
 
-    # -------------------------------------------------------------------------------- evaluation
-
     @torch.no_grad()
     def evaluate(
         self, loader, on_batch_end: Callable[[], None], phase: str = "val"
@@ -222,8 +218,6 @@ class Trainer:
             logits = mean_over_crops(logits, self.num_crops)  # (N, C)
             loss = F.cross_entropy(logits, targets)
         self._eval_metrics.add(loss, logits, targets)
-
-    # ------------------------------------------------------------------------- results and state
 
     def finish_epoch(self, train: dict, val: dict) -> dict:
         """Record the epoch's result, move to the next epoch, and return the epoch's log record."""

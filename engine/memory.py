@@ -211,9 +211,6 @@ def _mb(size: float) -> str:
     return f"{math.ceil(size / 1e6):,} MB"
 
 
-# ---------------------------------------------------------------------------------- simulation
-
-
 def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops: Backend) -> int:
     """Return the most bytes in use during forward and backward of one step."""
     dtype = PRECISIONS[opt.precision].dtype

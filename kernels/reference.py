@@ -21,8 +21,6 @@ from kernels.feature_maps import FeatureMaps, NormParams
 TILE_BYTES = 8_000_000  # that an operation reads at a time on the CPU: half of a usual cache
 VECTOR_CHANNELS = 64  # PyTorch's batch norm is slow with fewer channels
 
-# ------------------------------------------------------------------------------------- forward
-
 
 def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
     """Copy value, (N, H, W, C), to target.value; compute the target's statistics."""
@@ -70,9 +68,6 @@ def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int,
         z = _affine(source.value[tile], *affine).relu_()
         pooled[tile] = _nhwc(F.avg_pool2d(_nchw(z), window))
     return pooled
-
-
-# ------------------------------------------------------------------------------------ backward
 
 
 def conv_backward(
@@ -172,9 +167,6 @@ def _complete_tile(x: FeatureMaps, tile: slice) -> Tensor:
     scale = -x.rstd * x.var_correction
     shift = -x.mean_correction - x.mean * scale
     return _affine(x.value[tile], scale, shift).add_(_compact(x.grad[tile], scale))
-
-
-# ------------------------------------------------------------------------------------- helpers
 
 
 def _tiles(value: Tensor) -> Iterator[slice]:

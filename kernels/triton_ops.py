@@ -12,8 +12,6 @@ from kernels.dropout import DropoutSpec
 from kernels.feature_maps import FeatureMaps, NormParams
 from kernels.tiling import Tile
 
-# ------------------------------------------------------------------------------------- forward
-
 
 def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
     """See kernels.reference.copy_with_stats."""
@@ -114,9 +112,6 @@ def _reduce_stats(target: FeatureMaps, partial: Tensor, tile: Tile) -> None:
         num_rows=target.num_pixels,
         channels=channels,
     )
-
-
-# ------------------------------------------------------------------------------------ backward
 
 
 def conv1x1_backward(
@@ -304,9 +299,6 @@ def _reduce_partials(
         dweight_size=size,
     )
     return dweight, dgamma, dbeta
-
-
-# ------------------------------------------------------------------------ arguments of kernels
 
 
 def _row_stride(x: Tensor) -> int:
