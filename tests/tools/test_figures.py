@@ -75,7 +75,7 @@ def test_a_network_is_named_as_in_the_paper_and_has_its_own_look(flags, kind, ne
 def test_figures_3_and_4_show_the_published_errors_and_the_means_of_runs():
     groups = {BC: group_of(BC, 5.0, 6.0), "c10/densenet-L40-k12": group_of(BC, 9.0)}
     figure4, figure3 = (plots.efficiency(f"figure{n}", groups, "") for n in (4, 3))
-    by_size, by_macs = (drawn_points(axes) for axes in figure4.axes)
+    by_size, by_macs = (drawn_points(axes) for axes in figure4.axes[:2])
     assert by_size["DenseNet, published"][1:] == ([5.24, 4.10, 3.74], False)
     assert by_size["DenseNet-BC, published"][1:] == ([4.51, 3.62, 3.46], False)
     assert by_size["pre-activation ResNet, published"][1:] == ([5.46, 4.62], False)
@@ -85,8 +85,13 @@ def test_figures_3_and_4_show_the_published_errors_and_the_means_of_runs():
     (bar,) = figure4.axes[0].containers[-1].lines[2]
     assert bar.get_segments()[0][:, 1].tolist() == pytest.approx([5.5 - 0.5**0.5, 5.5 + 0.5**0.5])
     assert [axes.get_xlabel() for axes in figure4.axes] == [
-        "parameters, millions", "multiply-adds per image, billions"
+        "parameters, millions", "multiply-adds per image, billions", "epoch", "epoch"
     ]  # fmt: skip
+    loss, error = (axes.lines[0] for axes in figure4.axes[2:])
+    records = groups[BC].runs[0].records
+    assert error.get_ydata().tolist() == [record["val_top1"] for record in records]
+    assert loss.get_ydata().tolist() == [record["train_loss"] for record in records]
+    assert figure4.axes[3].get_legend_handles_labels()[1] == ["DenseNet-BC L=100 k=12"]
     names = [text.get_text() for text in figure4.axes[0].texts]
     assert len(names) == len(set(names)) + 1 == 9  # L=100 k=12, with and without BC
     assert sorted(legend_of(figure4)) == sorted(by_size)

@@ -50,6 +50,7 @@ KINDS = {
     "ResNet": ("v", "#D55E00"),
     "pre-activation ResNet": ("X", "#000000"),
 }
+OTHER = ("*", "#7F7F7F")
 CURVES = [
     {"linestyle": dashes, "color": colour}
     for dashes, (_, colour) in itertools.product(("-", "--", ":", "-."), KINDS.values())
@@ -60,6 +61,8 @@ MEASURES = {
 }
 # Left out, so that the files are the same on any day and with any version.
 METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+# Whose training curves Figure 4 shows.
+PAPER_CURVES = ("c10plus/preresnet-1001", "c10plus/densenet-bc-L100-k12")
 # Folder of configs/, and the published table, column and title, if anything was published.
 EFFICIENCY = {
     "figure3": ("imagenet", "imagenet", "top-1", "ImageNet, top-1 error of one crop"),
@@ -153,12 +156,17 @@ def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | N
         title = with_note(title, note, runs)
     if not own:
         title += "\nmeasured: not run"
-    figure = Figure(figsize=(WIDTH, 4.2))
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, measure in zip(panels, MEASURES, strict=True):
+    has_curves = bool(own) and name != "figure3"
+    figure = Figure(figsize=(WIDTH, 7.2 if has_curves else 4.2))
+    panels = figure.subplots(1 + has_curves, 2, squeeze=False)
+    panels[0, 1].sharey(panels[0, 0])
+    for axes, measure in zip(panels[0], MEASURES, strict=True):
         scatter(axes, points, measure)
-    panels[0].set_ylabel("test error, %" + " (bar: ± std of seeds)" * any(p.std for p in points))
-    legend_below(figure, panels[0])
+    if has_curves:
+        plot_training(panels[1], own)
+    bar = " (bar: ± std of seeds)" * any(p.std for p in points)
+    panels[0, 0].set_ylabel(f"test error, %{bar}")
+    legend_below(figure, panels[0, 0])
     figure.suptitle(title)
     return figure
 
@@ -175,7 +183,7 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
         lines.setdefault((point.std is not None, kind(point.opt)), []).append(point)
     named = set()
     for (is_measured, name), line in sorted(lines.items()):
-        marker, colour = KINDS.get(name, ("*", "#7F7F7F"))
+        marker, colour = KINDS.get(name, OTHER)
         axes.errorbar(
             [size(point) for point in line],
             [point.error for point in line],
@@ -194,6 +202,37 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
     axes.set(xscale="log", xlabel=label)
     axes.margins(x=0.22, y=0.25)
     plain_ticks(axes.xaxis)
+
+
+def plot_training(panels: list[Axes], groups: list[SeedGroup]) -> None:
+    """Draw the training loss and the test error of the paper's two networks.
+
+    Where neither was trained: of the largest network of each kind.
+    """
+    runs = [group.runs[0] for group in groups]
+    runs.sort(key=lambda run: count(run.opt).parameters)
+    largest = {kind(run.opt): run for run in runs}.values()
+    shown = [run for run in runs if run.config in PAPER_CURVES] or largest
+    labels = {"train_loss": "training loss", "val_top1": "test error, %"}
+    for axes, (column, label) in zip(panels, labels.items(), strict=True):
+        for run in shown:
+            name, colour = f"{kind(run.opt)} {network(run.opt)}", KINDS.get(kind(run.opt), OTHER)[1]
+            plot_epochs(axes, run, column, color=colour, label=name)
+        axes.set(xlabel="epoch", ylabel=label, yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        plain_ticks(axes.yaxis)
+    panels[1].legend()
+
+
+def plot_epochs(axes: Axes, run: Run, column: str, **look: object) -> None:
+    """Draw a column of the log over the epochs; a value that is missing is a gap."""
+    values = [number(record, column) for record in run.records]
+    axes.plot(
+        [record["epoch"] for record in run.records],
+        [math.nan if value is None else value for value in values],
+        marker="." if len(values) <= 20 else "",
+        **look,
+    )
 
 
 def side(name: str) -> dict:
@@ -245,14 +284,8 @@ def training(runs: list[Run], title: str) -> Figure:
         for row, measure in enumerate(("loss", "top1")):
             axes = panels[row, column]
             for run, name in zip(runs, names, strict=True):
-                values = [number(record, f"{split}_{measure}") for record in run.records]
-                axes.plot(
-                    [record["epoch"] for record in run.records],
-                    [math.nan if value is None else value for value in values],
-                    label=f"{name} ({names.count(name)} run{'s' * (names.count(name) > 1)})",
-                    marker="." if len(values) <= 20 else "",
-                    **looks[name],
-                )
+                label = f"{name} ({names.count(name)} run{'s' * (names.count(name) > 1)})"
+                plot_epochs(axes, run, f"{split}_{measure}", label=label, **looks[name])
             for epoch in drops:
                 axes.axvline(epoch, color="0.5", linestyle=":", label="learning rate drops")
             axes.set_yscale("log")  # the changes after the drops are small
