@@ -113,7 +113,7 @@ class MemoryEstimate:
         If no level fits, return the smallest: the run may need less than TOLERANCE allows for.
 
         Args:
-            free_bytes: None where it is unknown, as on the CPU.
+            free_bytes: at the start of the run; None where it is unknown, as on the CPU.
         """
         fastest = LEVELS_BY_SPEED[0]
         if free_bytes is None:
@@ -129,11 +129,7 @@ class MemoryEstimate:
         return level, f"optMemory auto: {level}, since {why}"
 
     def suggestion(self, free_bytes: int | None) -> str:
-        """Return what to change after a step ran out of memory.
-
-        Args:
-            free_bytes: what the run had at its start; None where it is unknown, as on the CPU.
-        """
+        """Return what to change after a step ran out of memory; see `choose_level`."""
         try:
             # The current settings failed, so whatever is free, they do not fit.
             current = self.peak_bytes()
@@ -182,10 +178,9 @@ def decide_level(
     world: World,
     warn: Callable[[str], None],
 ) -> tuple[Settings, Callable[[], str]]:
-    """Decide `--optMemory auto` for all processes of a run.
+    """Decide `--optMemory auto` for all processes of a run; return the settings with the level.
 
-    Returns:
-        The settings with the level, and a function that says what to change if memory runs out.
+    Also returns a function that says what to change if memory runs out.
     """
     estimate = MemoryEstimate(opt, num_classes, device, ops)
     free_bytes = engine.device.free_bytes(device)
@@ -216,7 +211,7 @@ def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops:
     dtype = PRECISIONS[opt.precision].dtype
     with torch.device("meta"):
         model = models.factory.create(opt, num_classes, ops).to(dtype)
-    tracker = _MemoryTracker(device)
+    tracker = MemoryTracker(device)
     # Fake CPU tensors for a GPU as well: autograd switches to the device, which must exist.
     with _tiling_for(device), FakeTensorMode(), tracker:
         state = {
@@ -258,14 +253,19 @@ def _tiling_for(device: torch.device) -> Iterator[None]:
         reference._tiles = tiles
 
 
-class _MemoryTracker(TorchDispatchMode):
-    """Add up the bytes that live tensors hold on `device`, operation by operation."""
+class MemoryTracker(TorchDispatchMode):
+    """Add up the bytes that live tensors hold on `device`, operation by operation.
+
+    Attributes:
+        current, peak: bytes of all storages now, and at most.
+        alive: a reference to each storage, by its address.
+    """
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.uses_im2col = device.type == "cpu"
         self.current = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}  # by the address of a storage
+        self.alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         """Run an operation and count the storages that it allocated."""
@@ -279,15 +279,15 @@ class _MemoryTracker(TorchDispatchMode):
 
     def _track(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._alive:
+        if key in self.alive:
             return
         size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
 
         def release(_: weakref.ref) -> None:
             self.current -= size
-            del self._alive[key]
+            del self.alive[key]
 
-        self._alive[key] = weakref.ref(storage, release)
+        self.alive[key] = weakref.ref(storage, release)
         self.current += size
         self.peak = max(self.peak, self.current)
 

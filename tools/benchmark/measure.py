@@ -11,15 +11,12 @@ import random
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import datasets.factory
 import engine.device
@@ -28,6 +25,7 @@ import models.factory
 import train
 from cli.flag_types import Settings
 from engine import cuda_graph, optimizer
+from engine.memory import MemoryTracker
 from engine.precision import autocast
 from experiment import console
 from experiment.log import RunLog
@@ -151,21 +149,11 @@ def held_bytes(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> int
     Args:
         existing: tensors that do not count: parameters, buffers and the batch.
     """
-    storages: list[weakref.ref] = []
-
-    class Recorder(TorchDispatchMode):  # of the storage of every tensor that an operation returns
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            outputs = operation(*args, **(kwargs or {}))
-            tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-            storages.extend(weakref.ref(tensor.untyped_storage()) for tensor in tensors)
-            return outputs
-
-    with Recorder():
+    with MemoryTracker(torch.device("cuda")) as tracker:  # on either device: without im2col
         loss = forward()
     excluded = {tensor.untyped_storage()._cdata for tensor in (*existing, loss)}
     gc.collect()
-    alive = {storage._cdata: storage for ref in storages if (storage := ref())}
-    return sum(storage.nbytes() for key, storage in alive.items() if key not in excluded)
+    return sum(ref().nbytes() for key, ref in tracker.alive.items() if key not in excluded)
 
 
 def _reset_peak_bytes(device: torch.device) -> tuple[int, int]:
@@ -220,10 +208,7 @@ def time_beside_trainer(bare: Runner, warm_up: int, turns: int) -> dict[str, obj
     """Time main.py's trainer in alternating turns with a runner of the same network.
 
     The trainer also loads and augments images, sets learning rates, sums metrics and checks that
-    they are finite.
-
-    Returns:
-        The speeds of the trainer by column; in the note the ratio to the runner's.
+    they are finite. Return its speeds by column, and in the note the ratio to the runner's.
     """
     device, burst = bare.device, BURST[bare.device.type]
     num_images = bare.opt.batchSize * burst * (warm_up + turns)
@@ -267,11 +252,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def measure(
     cases: list[Case], options: SimpleNamespace, opt: Settings, device: torch.device
 ) -> Iterator[list[dict]]:
-    """Measure the cases; yield the rows of each precision, trainers last.
-
-    Args:
-        options: the tool's flags turns, warmUp and trainer.
-    """
+    """Measure the cases, as the tool's flags say; yield the rows of each precision."""
     turns = options.turns or TURNS[device.type]
     warm_up = WARM_UP[device.type] if options.warmUp is None else options.warmUp
     bandwidth = copy_bandwidth(device)
