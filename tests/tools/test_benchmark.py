@@ -118,6 +118,8 @@ def test_without_flags_all_that_the_device_can_do_is_a_case(
          ["level-4-triton/tf32/channels-last/graph"]),
         ("--only fp32*compiled,timm/fp32 --compile false", False,
          ["timm/fp32/contiguous/eager", "timm/fp32/channels-last/eager"]),
+        ("--tf32 true --optMemory 3 --kernels triton --cudaGraph true --only level*/channels", True,
+         ["level-3-triton/tf32/channels-last/graph"]),
     ],
 )  # fmt: skip
 def test_flags_select_the_cases(flags, on_cuda, wanted):
@@ -127,8 +129,9 @@ def test_flags_select_the_cases(flags, on_cuda, wanted):
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ("--optMemory 2", "optMemory is not a setting of a comparison; fix: select cases with "
-         "--only"),
+        ("--tf32 true", "tf32 has no effect on the CPU; fix: leave it out"),
+        ("--cudaGraph true", "cudaGraph: there is no CUDA device; fix: use --cudaGraph auto"),
+        ("--kernels triton", "kernels triton: there is no CUDA device; fix: use --kernels auto"),
         ("--precision half", "precision: half is not measured; fix: use single or bf16"),
         ("--only nothing", "only: nothing matches no case of these flags; fix: names are as "
          "level-0/fp32/contiguous/eager"),

@@ -1,7 +1,12 @@
-"""Compare training speed and memory with other implementations: `python -m tools.benchmark`.
+"""Compare the training steps of this project's network with other implementations of it.
 
-Every memory level and kernel backend of this project, torchvision's DenseNet (plain, memory
-efficient, compiled) and timm's train the same network on the same batch in one process.
+usage: python -m tools.benchmark [--flag value ...]
+
+Every memory level and kernel backend, torchvision's DenseNet (plain, memory efficient, compiled)
+and timm's train the same network on the same batch in one process. Of main.py's flags those of the
+network, the batch and the optimizer count; precision, tf32, optMemory, kernels and cudaGraph select
+cases, as --only does. Images are synthetic: add --imageSize 224 --nClasses 1000 for ImageNet's
+shape. On a CPU a network that does not fit the memory ends the process: leave it out with --only.
 """
 
 import contextlib
@@ -37,15 +42,9 @@ FLAGS = (
     Flag("compile", boolean, True, "include torch.compile, which needs minutes and a C++ compiler"),
     Flag("trainer", boolean, False, "beside each channels-last, eager case of this project: "
          "main.py's trainer with the same network, which also loads and augments", const="true"),
-    Flag("csv", text, "none", "new file to write the rows to"),
+    Flag("csv", text, None, "new file to write the rows to, or none", "named in results/"),
 )  # fmt: skip
-USAGE = """usage: python -m tools.benchmark [--flag value ...]
-
-Compares the training steps of this project's network with other implementations of it. Of main.py's
-flags those of the network, the batch and the optimizer count, and precision; --only selects all
-else. Images are synthetic: add --imageSize 224 --nClasses 1000 for ImageNet's shape. On a CPU a
-network that does not fit the memory ends the process: leave it out with --only."""
-TOOL = cli.Tool(USAGE, FLAGS, main_flags=True)
+TOOL = cli.Tool(__doc__, FLAGS, main_flags=True)
 
 
 def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
@@ -58,9 +57,6 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
     if opt.precision not in PRECISIONS:
         what = f"precision: {opt.precision} is not measured"
         raise UsageError(what, f"use {' or '.join(PRECISIONS)}")
-    for name in ("tf32", "optMemory", "kernels", "cudaGraph"):
-        if name in opt.given:
-            raise UsageError(f"{name} is not a setting of a comparison", "select cases with --only")
     num_classes = opt.nClasses or registry.DATASETS["synthetic"].num_classes
     return command.options, opt.replace(nClasses=num_classes)
 
@@ -98,27 +94,40 @@ def constant_columns(opt: Settings, device) -> dict[str, object]:
     }
 
 
+def csv_path(given: str | None, constants: dict[str, object]) -> Path | None:
+    """Return the file to write, if any; raise UsageError if it exists or cannot be written."""
+    if given == "none":
+        return None
+    name = "bench_{network}-b{batch_size}_{device}_torch{torch}_{date}.csv".format(**constants)
+    path = Path(given) if given else cli.ROOT / "results" / re.sub(r"[^\w.-]+", "-", name)
+    if path.exists():
+        raise UsageError(f"csv: {path} exists", "move it away, or name another with --csv FILE")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"csv: cannot write in {path.parent}", "name another with --csv FILE")
+    return path
+
+
 def run(argv: list[str]) -> None:
     """Measure the selected cases, write a CSV file and print a table."""
     options, opt = parse(argv)
 
     import engine.device
+    import kernels.backend
     from engine import cuda_graph
     from tools.benchmark.measure import measure
 
     # Find every usage error before measuring.
     device = engine.device.select(opt.nGPU)
-    cuda_graph.make_capturer("auto", device, resident=True)  # sets a stream to capture on
+    cuda_graph.make_capturer(opt.cudaGraph, device, resident=True)  # sets a stream to capture on
+    kernels.backend.select(opt.kernels, device, "single")
+    if opt.tf32 and device.type == "cpu":
+        raise UsageError("tf32 has no effect on the CPU", "leave it out")
     cases = select_cases(opt, options.only, options.compile, device.type == "cuda")
-    path = None if options.csv == "none" else Path(options.csv)
-    if path and path.exists():
-        raise UsageError(f"csv: {path} exists", "move it away, or name another with --csv FILE")
-    if path and not os.access(path.parent, os.W_OK):
-        raise UsageError(f"csv: cannot write in {path.parent}", "name another with --csv FILE")
+    constants = constant_columns(opt, device)
+    path = csv_path(options.csv, constants)
 
     # With empty compiler caches, so that the first step takes as long as on a new machine.
     rows: list[dict] = []
-    constants = constant_columns(opt, device)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
         variables = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
         with mock.patch.dict(os.environ, {name: f"{caches}/{name}" for name in variables}):

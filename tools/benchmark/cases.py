@@ -52,10 +52,17 @@ def select_cases(opt: Settings, only: str | None, compiled: bool, on_cuda: bool)
     if not on_cuda:
         modes, backends = modes[:1], backends[:1]
         precisions, compiled_modes = ["fp32", "bf16"], ["compiled"]
-    if "precision" in opt.given:
-        precisions = [PRECISIONS[opt.precision]]
+    # Flags of main.py that are given select one precision, backend, mode or level.
+    if opt.tf32 or "precision" in opt.given:
+        precisions = ["tf32" if opt.tf32 else PRECISIONS[opt.precision]]
+    if opt.kernels != "auto":
+        backends = (opt.kernels,)
+    if opt.cudaGraph != "auto":
+        modes = ("graph",) if opt.cudaGraph == "true" else ("eager",)
     levels = ["level-0", "level-1"]
     levels += [f"level-{level}-{backend}" for level in (2, 3, 4) for backend in backends]
+    if "optMemory" in opt.given and opt.optMemory != "auto":
+        levels = [level for level in levels if level.split("-")[1] == str(opt.optMemory)]
     pairs = [(level, mode) for level in levels for mode in modes]
     pairs += [(peer, "eager") for peer in PEERS]
     pairs += [("torchvision", mode) for mode in compiled_modes if compiled]

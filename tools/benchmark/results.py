@@ -74,11 +74,7 @@ def add_ratios(rows: list[dict]) -> None:
 
 
 def as_csv(rows: list[dict]) -> bytes:
-    """Write the rows as CSV; every cell has a value.
-
-    Raises:
-        ValueError: a row has a column that `COLUMNS` does not list.
-    """
+    """Write the rows as CSV, or raise ValueError for a column that `COLUMNS` does not list."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, restval=NOT_RUN, lineterminator="\n")
     writer.writeheader()
