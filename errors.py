@@ -29,11 +29,12 @@ class UsageError(RunError):
     code = 2
 
     @classmethod
-    def from_problems(cls, problems: list[tuple[str, str]]) -> "UsageError":
-        """Report all problems of a command line at once: (what, fix) pairs."""
-        error = cls(*problems[0])
-        error.problems = list(problems)
-        return error
+    def raise_for(cls, problems: list[tuple[str, str]]) -> None:
+        """Raise all problems of a command line, (what, fix) each, as one error if there are any."""
+        if problems:
+            error = cls(*problems[0])
+            error.problems = list(problems)
+            raise error
 
 
 class DataError(RunError):

@@ -340,8 +340,7 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
     # While one of these is unknown, the rules about depth and size would apply to its default.
     if not parser.unparsed & {"dataset", "imageSize", "netType", "bottleneck"}:
         problems = problems + validate(opt, parser.values)
-    if problems:
-        raise UsageError.from_problems(problems)
+    UsageError.raise_for(problems)
     opt.notes = notes(opt, parser.values)
     opt.given = frozenset(parser.values)
     return opt

@@ -78,25 +78,19 @@ POSITIVE = Range(low=0, low_open=True)
 
 @dataclass(frozen=True)
 class Flag:
-    """Describe one option of a command line.
-
-    Args:
-        default: None if the dataset or another flag decides; `default_note` then says how.
-        role: what a changed value means for a resumed run: "model" another network (an error),
-            "training" other training (an error unless --override true), "duration" longer or
-            shorter training (an error if shorter), "" nothing.
-        const: value of the flag where it stands alone on a command line.
-    """
+    """Describe one option of a command line."""
 
     name: str
     type: FlagType
-    default: object
+    default: object  # None if the dataset or another flag decides; `default_note` then says how
     help: str
     default_note: str = ""
     choices: tuple = ()
     range: Range | None = None
+    # What a changed value means for a resumed run: "model" another network (an error), "training"
+    # other training (an error unless --override true), "duration" more epochs, or fewer (an error).
     role: str = ""
-    const: str | None = None
+    const: str | None = None  # value of the flag where it stands alone on a command line
 
     def parse(self, raw: str) -> object:
         """Return the value that a text stands for.

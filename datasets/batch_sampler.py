@@ -16,20 +16,14 @@ class BatchSampler:
 
     The order of an epoch is a function of (seed, epoch). The world size decides which rank
     computes an image, never in which training step.
-
-    Args:
-        indices: (n,) images of the split.
-        batch_size: images of a batch, over all ranks.
-        seed: shuffles each epoch; None keeps the order of `indices`.
-        process: this rank and the world size.
-        whole_batches: True: ranks take whole batches in turn (evaluation: the result does not
-            depend on the world size). False: every batch is split over the ranks.
     """
 
-    indices: Tensor
-    batch_size: int
-    seed: int | None = None
+    indices: Tensor  # (n,) images of the split
+    batch_size: int  # images of a batch, over all ranks
+    seed: int | None = None  # shuffles each epoch; None keeps the order of `indices`
     process: ProcessInfo = SINGLE_PROCESS
+    # True: ranks take whole batches in turn (evaluation: the result does not depend on the world
+    # size). False: every batch is split over the ranks.
     whole_batches: bool = False
 
     def to(self, device: torch.device) -> "BatchSampler":

@@ -18,11 +18,7 @@ MAX_ASPECT = 100  # a line of pixels, resized by its shorter side, would be huge
 
 
 def decode(path: str | Path) -> Image.Image:
-    """Decode an image file to RGB from any format and colour mode.
-
-    Raises:
-        Exception: any type, from the decoder of a damaged file.
-    """
+    """Decode an image file of any mode to RGB; a damaged one raises any type of exception."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):  # reading a pipe could block forever
         raise ValueError("not a regular file")

@@ -33,21 +33,13 @@ Loader = MemoryLoader | FileLoader
 
 @dataclass
 class DataSplits:
-    """Hold the loaders of a run, which batch each split on the training device.
+    """Hold the loaders of a run, which batch each split on the training device."""
 
-    Args:
-        train: None for a test that needs no training images.
-        val: for the test after every epoch: held out of training with `validSize`, else the test
-            set.
-        test: for one test at the end, with `validSize`; else None.
-        metadata: classes, counts, statistics, split and fingerprints, which a resumed run compares.
-    """
-
-    train: Loader | None
-    val: Loader
-    test: Loader | None
+    train: Loader | None  # None for a test that needs no training images
+    val: Loader  # for the test after every epoch: the test set, or with `validSize` held-out images
+    test: Loader | None  # for one test at the end, with `validSize`; else None
     classes: list[str]
-    metadata: dict
+    metadata: dict  # classes, counts, statistics, split, fingerprints: a resumed run compares them
 
     @property
     def is_resident(self) -> bool:

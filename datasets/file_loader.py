@@ -52,20 +52,13 @@ class ImageFileDataset(Dataset):
 
 @dataclass
 class UnreadableImages:
-    """Count the images that cannot be read, and stop when they are too many.
+    """Count the images that cannot be read, and stop when they are too many."""
 
-    Args:
-        policy: "error" stops at the first, "skip" after a thousandth of the images.
-        total: images in the split.
-        warn: called with a line for each skipped image.
-        all_gather: collects the reasons from all ranks.
-    """
-
-    policy: str
-    total: int
-    warn: Callable[[str], None]
-    all_gather: Callable[[list[str]], list[list[str]]] = lambda found: [found]
-    seen: dict[str, None] = field(default_factory=dict)
+    policy: str  # "error" stops at the first, "skip" after a thousandth of the images
+    total: int  # images in the split
+    warn: Callable[[str], None]  # called with a line for each skipped image
+    all_gather: Callable[[list[str]], list[list[str]]] = lambda found: [found]  # from all ranks
+    seen: dict[str, None] = field(default_factory=dict)  # reasons, each once
 
     def add(self, reason: str) -> None:
         """Count an unreadable image; raise DataError if there are too many."""

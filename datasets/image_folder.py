@@ -86,11 +86,7 @@ def find_image_files(directory: Path) -> list[str]:
 def load_folder(
     root: Path, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
 ) -> InMemoryDataset:
-    """Decode a folder of images once into memory, at `size` x `size` pixels.
-
-    Raises:
-        DataError: see `index_folder`; or an image cannot be read.
-    """
+    """Decode a folder of images once into memory, at `size` x `size` pixels, or raise DataError."""
     index = index_folder(root)
 
     def decode_all(samples: Samples) -> ImageTensors:

@@ -13,15 +13,10 @@ from errors import DataError
 
 @dataclass(frozen=True)
 class ImageTensors:
-    """Hold images and their classes.
+    """Hold images and their classes."""
 
-    Args:
-        pixels: (N, H, W, 3) uint8.
-        labels: (N,) int64.
-    """
-
-    pixels: Tensor
-    labels: Tensor
+    pixels: Tensor  # (N, H, W, 3) uint8
+    labels: Tensor  # (N,) int64
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,17 +36,11 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Say which image each position of an epoch has and how it is augmented.
+    """Say which image each position of an epoch has and how it is augmented."""
 
-    Args:
-        indices: (n,) images.
-        offset: (n, 2) shift in rows and columns; None without augmentation.
-        flipped: (n, 1) bool; None without mirroring.
-    """
-
-    indices: Tensor
-    offset: Tensor | None = None
-    flipped: Tensor | None = None
+    indices: Tensor  # (n,) images
+    offset: Tensor | None = None  # (n, 2) shift in rows and columns; None without augmentation
+    flipped: Tensor | None = None  # (n, 1) bool; None without mirroring
 
     def at(self, positions: Tensor | slice) -> "EpochPlan":
         """Select some positions."""
@@ -154,12 +143,7 @@ def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
-    """Compute mean and standard deviation per channel of some images, on a scale of 255.
-
-    Args:
-        pixels: (N, H, W, 3) uint8.
-        indices: (n,) images to include.
-    """
+    """Compute mean and std per channel of images `indices`, (n,), of (N, H, W, 3) uint8 pixels."""
     # Integers sum exactly, so that the result does not depend on the number of threads.
     total = torch.zeros(3, dtype=torch.int64)
     sum_of_squares = torch.zeros(3, dtype=torch.int64)

@@ -16,37 +16,22 @@ SYNTHETIC = (127.5,) * 3, (64.0,) * 3
 
 @dataclass(frozen=True)
 class Dataset:
-    """Describe a dataset before it is read, and name the function that reads it.
-
-    Args:
-        loader: "module:function" in this package; returns an `InMemoryDataset`.
-        image_size: height and width in pixels; the default if the size can be chosen.
-        num_classes: the default of a generated dataset; None if only the data tells.
-        num_images: in the training and test sets; None if only the data tells.
-        statistics: published mean and std per channel; None computes them from the training images.
-        flip: whether a mirrored image still shows its class.
-        augment, valid_size: defaults of `--augment` and `--validSize`.
-        num_epochs: default of `--nEpochs` up to 64 pixels; None takes the network's.
-        marks_augmentation: whether names of augmented runs get the + of the paper's tables.
-        is_image_folder: whether images are files, `train/CLASS/IMAGE` and `val/CLASS/IMAGE`.
-        is_named_by_directory: whether the directory's name identifies the dataset.
-        is_generated: whether `--nImages`, `--nClasses` and `--imageSize` set its size.
-    """
+    """Describe a dataset before it is read, and name the function that reads it."""
 
     name: str
-    loader: str
-    image_size: int
-    num_classes: int | None = None
-    num_images: tuple[int, int] | None = None
-    statistics: Statistics | None = None
-    flip: bool = True
-    augment: bool = True
-    valid_size: int = 0
-    num_epochs: int | None = None
-    marks_augmentation: bool = False
-    is_image_folder: bool = False
-    is_named_by_directory: bool = False
-    is_generated: bool = False
+    loader: str  # "module:function" in this package; returns an `InMemoryDataset`
+    image_size: int  # height and width in pixels; the default if the size can be chosen
+    num_classes: int | None = None  # default of a generated dataset; None if only the data tells
+    num_images: tuple[int, int] | None = None  # training and test; None if only the data tells
+    statistics: Statistics | None = None  # published; None: computed from the training images
+    flip: bool = True  # a mirrored image still shows its class
+    augment: bool = True  # default of `--augment`
+    valid_size: int = 0  # default of `--validSize`
+    num_epochs: int | None = None  # default of `--nEpochs` up to 64 pixels; None: the network's
+    marks_augmentation: bool = False  # names of augmented runs get the + of the paper's tables
+    is_image_folder: bool = False  # images are files, `train/CLASS/IMAGE` and `val/CLASS/IMAGE`
+    is_named_by_directory: bool = False  # the directory's name identifies the dataset
+    is_generated: bool = False  # `--nImages`, `--nClasses` and `--imageSize` set its size
 
     @property
     def fixed_size(self) -> int | None:

@@ -22,21 +22,14 @@ GRACE_S = 45  # for the other processes to exit by themselves once one has exite
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Describe one process of a run.
+    """Describe one process of a run."""
 
-    Args:
-        rank, size: over all machines; rank 0 prints and writes.
-        local_rank, local_size: on this machine; `local_rank` is also the index of its GPU.
-        has_launcher: a launcher started it, alone or with others.
-        restarted: a launcher restarted it automatically after a failure.
-    """
-
-    rank: int = 0
+    rank: int = 0  # over all machines; rank 0 prints and writes
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # on this machine; also the index of its GPU
     local_size: int = 1
-    has_launcher: bool = False
-    restarted: bool = False
+    has_launcher: bool = False  # a launcher started it, alone or with others
+    restarted: bool = False  # a launcher restarted it automatically after a failure
 
     @property
     def is_rank0(self) -> bool:

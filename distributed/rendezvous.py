@@ -69,9 +69,7 @@ def _attempt_id(base_store: dist.Store, process: ProcessInfo) -> str:
     torchrun keeps one store over all restarts. It still has the addresses of processes that have
     exited, and gloo would connect to those. So rank 0 draws a name, and each other rank asks for
     it under a random token of its own, so that it cannot get an answer of an earlier attempt.
-
-    Raises:
-        RuntimeError: not all processes join.
+    Raises RuntimeError if not all processes join.
     """
     token = os.urandom(8).hex()
     if not process.is_rank0:

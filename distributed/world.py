@@ -62,11 +62,7 @@ class World:
         pack: Callable[[object], bytes] = bytes,
         unpack: Callable[[bytes], object] = bytes,
     ) -> object:
-        """Call `fn` on rank 0 and return its result on every rank.
-
-        Args:
-            pack, unpack: convert the result to bytes and back.
-        """
+        """Call `fn` on rank 0; return its result, which `pack` makes bytes, on every rank."""
         if not self.is_rank0:
             return unpack(self._broadcast_bytes(0, b""))
         self.monitor.expect_collective(False)  # fn may take long
@@ -93,11 +89,7 @@ class World:
         return bytes(buffer)
 
     def check_equal(self, values: dict[str, object]) -> None:
-        """Check that all ranks have the same values.
-
-        Raises:
-            UsageError: names the first value that differs, and the rank.
-        """
+        """Raise UsageError if a rank has other values than rank 0; name the first and the rank."""
         first, *others = self.all_gather_json(values)
         for rank, other in enumerate(others, start=1):
             for name in values:

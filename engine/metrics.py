@@ -44,11 +44,7 @@ class Metrics:
         return {"loss": loss / count, "top1": 100 * wrong1 / count, "top5": 100 * wrong5 / count}
 
     def all_reduced(self, all_reduce_: Callable[[Tensor], None]) -> "Metrics":
-        """Return the sums over all processes.
-
-        Args:
-            all_reduce_: replaces a tensor by its sum over the processes.
-        """
+        """Return the sums over all processes; `all_reduce_` replaces a tensor by its sum."""
         reduced = Metrics(self._totals.device)
         reduced._totals.copy_(self._totals)
         all_reduce_(reduced._totals)

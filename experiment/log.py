@@ -20,41 +20,28 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Hold the results of one epoch, a line of log.jsonl; errors (top1, top5) in per cent.
-
-    Args:
-        lr: learning rate of the epoch's last step.
-        images_per_s: training images over all processes.
-        data_wait: fraction of the training time spent waiting for batches.
-        memory_mb: peak memory so far, in MB.
-        replicas: number of processes.
-        torch: PyTorch's version.
-    """
+    """Hold the results of one epoch, a line of log.jsonl; errors (top1, top5) in per cent."""
 
     epoch: int
-    lr: float
+    lr: float  # of the epoch's last step
     train_loss: float
     train_top1: float
     train_top5: float
-    images_per_s: float
-    data_wait: float
+    images_per_s: float  # training images over all processes
+    data_wait: float  # fraction of the training time spent waiting for batches
     time_s: float
     val_loss: float
     val_top1: float
     val_top5: float
     val_time_s: float
-    memory_mb: float
+    memory_mb: float  # peak so far
     device: str
-    replicas: int
-    torch: str
+    replicas: int  # number of processes
+    torch: str  # PyTorch's version
 
 
 class RunLog:
-    """Log one run to the console and to its files.
-
-    Args:
-        directory: the run directory; None to print only (evaluation without a run).
-    """
+    """Log one run to the console and to files in its directory; without one, print only."""
 
     progress = Progress  # of one pass over a split
 

@@ -89,11 +89,7 @@ def find_checkpoint(opt: SimpleNamespace, warn: Warn) -> dict | None:
 
 
 def _parse_saved_settings(state: dict) -> dict[str, object]:
-    """Parse a checkpoint's settings; a flag that it does not know has its default.
-
-    Raises:
-        CheckpointError: a setting or a statistic of the data is invalid.
-    """
+    """Parse a checkpoint's settings, with defaults for new flags, or raise CheckpointError."""
     flags, given = opts.FLAGS, state["settings"]
     try:
         known = [flag for flag in flags.values() if flag.name in given]

@@ -13,9 +13,7 @@ SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
 
 def is_plain(value: object) -> bool:
     """Accept None, a bool, number or string, or a flat list of these."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_scalar, value))
-    return _is_scalar(value)
+    return all(map(_is_scalar, value if isinstance(value, list | tuple) else [value]))
 
 
 def _is_scalar(value: object) -> bool:

@@ -54,11 +54,7 @@ def memory_limit(size: int) -> Iterator[None]:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the soft limit so that `count` more files can be opened.
-
-    Raises:
-        OSError: the hard limit is too low.
-    """
+    """Let `count` more files be opened; raise OSError if the hard limit does not allow it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/dev/fd")) + count
     if hard != resource.RLIM_INFINITY and hard < needed:

@@ -73,9 +73,8 @@ def _children(path: str, module: Object) -> Iterator[tuple[str, object]]:
         raise _unsupported(path, "is a graph (nngraph), which is not read")
     if not isinstance(modules, dict):
         raise _unsupported(path, "has no list of modules")
-    count = (
-        1 if kind == "DataParallelTable" else len(modules)
-    )  # its modules are copies of one network
+    # The modules of a DataParallelTable are copies of one network.
+    count = 1 if kind == "DataParallelTable" else len(modules)
     for i in range(1, count + 1):
         yield f"{path}.{i}", modules.get(i)
 

@@ -15,19 +15,12 @@ HASH_BITS = 24  # the lowest bits of the hash, compared with the threshold
 
 @dataclass(frozen=True)
 class DropoutSpec:
-    """Describe one dropout layer in one step.
+    """Describe one dropout layer in one step."""
 
-    Args:
-        rate: probability that a value becomes 0; the others are divided by 1 - rate.
-        seed: (1,) int32 on the device of the data, a new one in every step.
-        layer_id: distinguishes the dropout layers of one step.
-        sample_offset: index of this process's first image in the global batch.
-    """
-
-    rate: float
-    seed: Tensor
-    layer_id: int
-    sample_offset: int = 0
+    rate: float  # probability that a value becomes 0; the others are divided by 1 - rate
+    seed: Tensor  # (1,) int32 on the device of the data, a new one in every step
+    layer_id: int  # distinguishes the dropout layers of one step
+    sample_offset: int = 0  # index of this process's first image in the global batch
 
     @property
     def threshold(self) -> int:

@@ -17,26 +17,18 @@ class FeatureMaps:
     corrections. After the last one the complete gradient (docs/memory.md, "Deferred correction") is
 
         grad - mean_correction - (value - mean) * rstd * var_correction
-
-    Args:
-        value: (N, H, W, C).
-        mean: (C,), of the batch, or running in evaluation; None if no batch norm reads the maps.
-        rstd: (C,), 1 / sqrt(variance + eps).
-        var: (C,), biased variance of the batch; None if forward must not compute statistics.
-        grad: (N, H, W, C), in backward.
-        mean_correction, var_correction: (C,), sums over all these batch norms of scale * dbeta / M
-            and scale * dgamma / M; scale = gamma * rstd, M = N * H * W.
-        eps: of all these batch norms.
     """
 
-    value: Tensor
-    mean: Tensor | None = None
-    rstd: Tensor | None = None
-    var: Tensor | None = None
-    grad: Tensor | None = None
+    value: Tensor  # (N, H, W, C)
+    mean: Tensor | None = None  # (C,), of the batch or running; None: no batch norm reads it
+    rstd: Tensor | None = None  # (C,), 1 / sqrt(variance + eps)
+    var: Tensor | None = None  # (C,), biased, of the batch; None: forward computes no statistics
+    grad: Tensor | None = None  # (N, H, W, C), in backward
+    # (C,), sums over all these batch norms of scale * dbeta / M and scale * dgamma / M, where
+    # scale = gamma * rstd and M = N * H * W.
     mean_correction: Tensor | None = None
     var_correction: Tensor | None = None
-    eps: float = 1e-5
+    eps: float = 1e-5  # of all these batch norms
 
     def channels(self, start: int, stop: int) -> FeatureMaps:
         """Return channels [start, stop) as a view: writing to it writes to these maps."""
@@ -60,3 +52,13 @@ class NormParams:
         """Return (scale, shift), (C,) each: the normalised value is value * scale + shift."""
         scale = self.weight * x.rstd
         return scale, torch.addcmul(self.bias, x.mean, scale, value=-1)
+
+
+def nchw(x: Tensor) -> Tensor:
+    """View (N, H, W, C) as (N, C, H, W)."""
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """View (N, C, H, W) as (N, H, W, C)."""
+    return x.permute(0, 2, 3, 1)

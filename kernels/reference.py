@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dropout import DropoutSpec
-from kernels.feature_maps import FeatureMaps, NormParams
+from kernels.feature_maps import FeatureMaps, NormParams, nchw, nhwc
 
 TILE_BYTES = 8_000_000  # that an operation reads at a time on the CPU: half of a usual cache
 VECTOR_CHANNELS = 64  # PyTorch's batch norm is slow with fewer channels
@@ -44,7 +44,7 @@ def conv(
     tile_stats = []
     for tile in _tiles(source.value):
         z = _affine(source.value[tile], *affine).relu_()
-        out = _nhwc(F.conv2d(_nchw(z), weight, padding=weight.shape[-1] // 2))
+        out = nhwc(F.conv2d(nchw(z), weight, padding=weight.shape[-1] // 2))
         if dropout:
             out.mul_(dropout.mask(out, tile.start))
         target.value[tile] = out
@@ -66,7 +66,7 @@ def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int,
     )
     for tile in _tiles(source.value):
         z = _affine(source.value[tile], *affine).relu_()
-        pooled[tile] = _nhwc(F.avg_pool2d(_nchw(z), window))
+        pooled[tile] = nhwc(F.avg_pool2d(nchw(z), window))
     return pooled
 
 
@@ -94,13 +94,13 @@ def conv_backward(
         z = _affine(value, scale, shift).relu_()
         for output_mask in ((False, True, False), (True, False, False)):
             grads = torch.ops.aten.convolution_backward(
-                _nchw(upstream), _nchw(z), weight, None,
+                nchw(upstream), nchw(z), weight, None,
                 (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, output_mask,
             )  # fmt: skip
             if grads[1] is not None:
                 dweight += grads[1]
         # Through ReLU and norm to the source; z's memory is free for the product.
-        dz = _relu_backward(_nhwc(grads[0]), z)
+        dz = _relu_backward(nhwc(grads[0]), z)
         sums.add(dz, torch.mul(dz, value, out=z))
         _scale_into(source.grad[tile], dz, scale, overwrite)
     return dweight, *sums.finish(norm, scale)
@@ -122,9 +122,9 @@ def norm_relu_avg_pool_backward(
         value = _compact(source.value[tile], scale)
         z = _affine(value, scale, shift).relu_()
         dz = torch.ops.aten.avg_pool2d_backward(
-            _nchw(grad[tile]), _nchw(z), window, window, (0, 0), False, True, None
+            nchw(grad[tile]), nchw(z), window, window, (0, 0), False, True, None
         )
-        dz = _relu_backward(_nhwc(dz), z)
+        dz = _relu_backward(nhwc(dz), z)
         sums.add(dz, torch.mul(dz, value, out=z))
         _scale_into(source.grad[tile], dz, scale, overwrite=True)
     return sums.finish(norm, scale)
@@ -178,14 +178,6 @@ def _tiles(value: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, images))
 
 
-def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
 def _affine(value: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
     """Return value * scale + shift per channel, in new memory, rounded once."""
     if value.dtype == scale.dtype:
@@ -193,8 +185,8 @@ def _affine(value: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor
     # 16-bit maps with float32 factors: of PyTorch's kernels that take both, only batch norm's is
     # fast, and only on contiguous memory.
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
-    x = _nchw(value.contiguous())
-    return _nhwc(torch.batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0, False))
+    x = nchw(value.contiguous())
+    return nhwc(torch.batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0, False))
 
 
 def _scale_into(grad: Tensor, dz: Tensor, scale: Tensor, overwrite: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distributed.world import BatchShard
 from kernels.dropout import DropoutSpec, draw_seed
+from kernels.feature_maps import nchw, nhwc
 from models.layers import make_conv
 from models.sync_batchnorm import BatchNorm, sample_offset
 
@@ -188,5 +189,5 @@ def apply_dropout(x: Tensor, dropout: DropoutSpec | None, inplace: bool) -> Tens
     if dropout is None:
         return x
     # Masks are defined in the order (N, H, W, C), which is the kernels' layout.
-    mask = dropout.mask(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    mask = nchw(dropout.mask(nhwc(x)))
     return x.mul_(mask) if inplace else x * mask

@@ -53,8 +53,10 @@ class DenseNet(nn.Module):
         super().__init__()
         self.memory_level, self.ops = memory_level, ops
         channels = init_channels
-        stem = _imagenet_stem if imagenet_stem else _cifar_stem
-        self.features = nn.Sequential(stem(channels))
+        if imagenet_stem:
+            self.features = nn.Sequential(_imagenet_stem(channels))
+        else:  # Parity: no BN or ReLU, since the first dense layer begins with both.
+            self.features = nn.Sequential(OrderedDict(conv0=make_conv(3, channels, 3)))
         for i, num_layers in enumerate(stages, start=1):
             block = DenseBlock(
                 num_layers,
@@ -108,11 +110,6 @@ def _relu_mean_pool(features: Tensor) -> Tensor:
     """Apply ReLU to (N, C, H, W), in place; return the mean over pixels, (N, C)."""
     # Not AdaptiveAvgPool2d: adaptive pooling has no deterministic backward on CUDA.
     return F.relu(features, inplace=True).mean(dim=(2, 3))
-
-
-def _cifar_stem(channels: int) -> OrderedDict[str, nn.Module]:
-    # Parity: no BN or ReLU, since the first dense layer begins with both.
-    return OrderedDict(conv0=make_conv(3, channels, 3))
 
 
 def _imagenet_stem(channels: int) -> OrderedDict[str, nn.Module]:

@@ -36,11 +36,7 @@ def create(
 
 
 def attach_shard(model: nn.Module, shard: BatchShard, sync_norms: bool) -> None:
-    """Set `shard` in the modules that need to know this process's part of the global batch.
-
-    Args:
-        sync_norms: batch norms use statistics of the global batch, not of this process's images.
-    """
+    """Tell modules this process's part of the global batch; with `sync_norms` also batch norms."""
     sharded = (DenseBlock, Dropout, BatchNorm) if sync_norms else (DenseBlock, Dropout)
     for module in model.modules():
         if isinstance(module, sharded):

@@ -79,11 +79,7 @@ def block_sizes(counts: tuple[int, ...], width: int, bottleneck: bool) -> list[l
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Initialise all parameters as fb.resnet.torch does (docs/parity.md, rules).
-
-    Args:
-        model: a network whose attribute `classifier` is its last, linear layer.
-    """
+    """Initialise a network, with its linear layer `classifier`, as Lua does (docs/parity.md)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # N(0, sqrt(2 / (kh kw C_out))).

@@ -46,7 +46,7 @@ from torch.autograd.function import once_differentiable
 
 from distributed.world import BatchShard
 from kernels.backend import Backend
-from kernels.feature_maps import FeatureMaps, NormParams
+from kernels.feature_maps import FeatureMaps, NormParams, nchw, nhwc
 from models.dense_block import DenseBlock
 from models.sync_batchnorm import BatchNorm, all_reduce_corrections, all_reduce_stats
 
@@ -55,36 +55,25 @@ MEMORY_EFFICIENT_LEVELS = (2, 3, 4)
 
 @dataclass(frozen=True)
 class BlockEpilogue:
-    """Name the modules after a block: batch norm, ReLU, then average pooling or a 1x1 convolution.
-
-    Args:
-        norm: the batch norm.
-        window, conv: (height, width) of the pooling, or the 1x1 convolution; the other is None.
-    """
+    """Name the modules after a block: batch norm, ReLU, then average pooling or 1x1 convolution."""
 
     norm: nn.BatchNorm2d
-    window: tuple[int, int] | None = None
+    window: tuple[int, int] | None = None  # (height, width) of the pooling; None with a convolution
     conv: nn.Conv2d | None = None
 
 
 @dataclass(frozen=True)
 class _BlockSpec:
-    """Hold the arguments of `_DenseBlockFunction` that are not tensors.
-
-    Args:
-        ops, level, block: backend, memory level and modules, as in `run_dense_block`.
-        eps: the value that all batch norms share.
-        window, dtype: the epilogue's pooling window, the dtype of the feature maps.
-        shard: this process's part of the batch with `--syncBN`, else None. With it, a channel's
-            statistics are all-reduced when it is written, its corrections after its last reader.
-    """
+    """Hold the arguments of `_DenseBlockFunction` that are not tensors, as in `run_dense_block`."""
 
     ops: Backend
     level: int
     block: DenseBlock
-    eps: float
-    window: tuple[int, int] | None
-    dtype: torch.dtype
+    eps: float  # the value that all batch norms share
+    window: tuple[int, int] | None  # of the epilogue's pooling
+    dtype: torch.dtype  # of the feature maps
+    # This process's part of the batch with `--syncBN`, else None. With it, a channel's statistics
+    # are all-reduced when it is written, its corrections after its last reader.
     shard: BatchShard | None
 
     def new_buffer(self, channels: int, x: Tensor) -> Tensor:
@@ -167,7 +156,7 @@ def run_dense_block(
     ]
     with torch.autocast(x.device.type, enabled=False):  # autocast's dtype is in spec already
         if not block.training:
-            return _nchw(_evaluate(spec, _nhwc(x), parameters, norms))
+            return nchw(_evaluate(spec, nhwc(x), parameters, norms))
         images = len(x) if shard is None else shard.global_size
         count = images * x.shape[2] * x.shape[3]
         if count == 1:
@@ -185,7 +174,7 @@ class _DenseBlockFunction(torch.autograd.Function):
     def forward(ctx, spec: _BlockSpec, x: Tensor, seed: Tensor | None, *parameters: Tensor | None):
         block = spec.block
         *layers, (epilogue,) = _split(block, parameters)
-        source = _nhwc(x)
+        source = nhwc(x)
 
         # Statistics mean, rstd = 1 / sqrt(var + eps) and var: (3, C) of X, C = out_channels, and
         # (layers, 3, width) of the bottleneck maps; in float32, or in float64 for float64 maps.
@@ -218,7 +207,7 @@ class _DenseBlockFunction(torch.autograd.Function):
         ctx.spec, ctx.num_saved = spec, len(saved)
         ctx.save_for_backward(*saved, stats, bottleneck_stats, seed, *parameters)
         ctx.mark_non_differentiable(stats, bottleneck_stats)
-        return _nchw(out), stats, bottleneck_stats
+        return nchw(out), stats, bottleneck_stats
 
     @staticmethod
     @once_differentiable
@@ -234,7 +223,7 @@ class _DenseBlockFunction(torch.autograd.Function):
         # The buffer X, (N, H, W, C). Without var, the backend does not compute statistics again.
         features = FeatureMaps(kept, *stats[:2], eps=spec.eps)
         if spec.level == 4:  # `kept` is the block's input, (N, C_0, H, W)
-            source = _nhwc(kept)
+            source = nhwc(kept)
             features.value = spec.new_buffer(block.out_channels, source)
             features.value[..., : block.channels] = source
             del saved, kept, source
@@ -261,7 +250,7 @@ class _DenseBlockFunction(torch.autograd.Function):
         # G, (N, H, W, C), which the epilogue overwrites; corrections, (C,), begin with zeros.
         features.grad = spec.new_buffer(block.out_channels, features.value)
         features.mean_correction, features.var_correction = torch.zeros_like(stats[:2])
-        grads = [_epilogue_backward(spec, epilogue, features, _nhwc(grad).to(spec.dtype))]
+        grads = [_epilogue_backward(spec, epilogue, features, nhwc(grad).to(spec.dtype))]
         for i, layer in reversed([*enumerate(layers)]):
             grads[:0] = _layer_backward(spec, i, layer, features, bottleneck_maps(i), seed)
 
@@ -270,7 +259,7 @@ class _DenseBlockFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             block_input = features.channels(0, block.channels)
             all_reduce_corrections(spec.shard, block_input)
-            dx = _nchw(spec.ops.complete_gradient(block_input))
+            dx = nchw(spec.ops.complete_gradient(block_input))
 
         # Gradients in the order of the parameters, with their shapes and dtypes.
         grads = [
@@ -402,13 +391,3 @@ def _features_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return x.dtype
-
-
-def _nchw(x: Tensor) -> Tensor:
-    """View (N, H, W, C) as (N, C, H, W)."""
-    return x.permute(0, 3, 1, 2)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    """View (N, C, H, W) as (N, H, W, C)."""
-    return x.permute(0, 2, 3, 1)

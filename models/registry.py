@@ -47,42 +47,25 @@ class TrainingDefaults:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describe a network and its flags. Pairs are values for (CIFAR shape, ImageNet shape).
-
-    Args:
-        title: the paper's name.
-        network: "module:class" in this package.
-        arguments: argument of the class -> setting; not `num_classes`, and not `ops`, which
-            networks get that read `--kernels`.
-        depths: defaults of `--depth`.
-        imagenet_stages: depth -> layers or blocks of each stage of the ImageNet shape.
-        extra_layers: layers of the CIFAR shape outside of its three stages.
-        layers_per_block: of the CIFAR shape, (without, with) a bottleneck.
-        training_defaults: defaults of `--nEpochs` and `--batchSize`.
-        large_training_defaults: the same for depths of the ImageNet shape that differ.
-        milestones: of the CIFAR shape, fractions of all epochs as (numerator, denominator).
-        unused_flags: flags that the network does not read, with the values recorded for them.
-        wide_depths: depths of the ImageNet shape with growth rate 48 instead of 32.
-        basic_depths: depths of the ImageNet shape without bottlenecks; None if `--bottleneck`
-            decides.
-        shortcuts: defaults of `--shortcutType`; None without shortcuts.
-    """
+    """Describe a network and its flags. Pairs are values for (CIFAR shape, ImageNet shape)."""
 
     name: str
-    title: str
-    network: str
-    arguments: dict[str, str]
-    depths: tuple[int, int]
-    imagenet_stages: dict[int, tuple[int, ...]]
-    extra_layers: int
-    layers_per_block: tuple[int, int]
+    title: str  # the paper's name
+    network: str  # "module:class" in this package
+    arguments: dict[str, str]  # of the class -> setting; without `num_classes` and `ops`
+    depths: tuple[int, int]  # defaults of `--depth`
+    imagenet_stages: dict[int, tuple[int, ...]]  # depth -> layers or blocks of each stage
+    extra_layers: int  # of the CIFAR shape, outside of its three stages
+    layers_per_block: tuple[int, int]  # of the CIFAR shape, (without, with) a bottleneck
     training_defaults: tuple[TrainingDefaults, TrainingDefaults]
-    milestones: tuple[tuple[int, int], ...]
-    unused_flags: dict[str, object]
+    milestones: tuple[tuple[int, int], ...]  # of the CIFAR shape, fractions a/b of all epochs
+    unused_flags: dict[str, object]  # flags that the network does not read -> values recorded
+    # Depths of the ImageNet shape with other defaults, and with growth rate 48 instead of 32.
     large_training_defaults: dict[int, TrainingDefaults] = field(default_factory=dict)
     wide_depths: tuple[int, ...] = ()
+    # Depths of the ImageNet shape without bottlenecks; None if `--bottleneck` decides.
     basic_depths: tuple[int, ...] | None = None
-    shortcuts: tuple[str, str] | None = None
+    shortcuts: tuple[str, str] | None = None  # defaults of `--shortcutType`; None without shortcuts
 
     def uses(self, flag: str) -> bool:
         """Tell whether the network reads a flag."""

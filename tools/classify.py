@@ -1,7 +1,11 @@
-"""Classify images with a trained network: `python -m tools.classify CHECKPOINT IMAGE...`.
+"""Name the classes that a trained network finds most probable for images, in per cent.
 
-The images go through the pipeline of --testOnly, so that an error counted from the output equals
-the error that --testOnly reports.
+usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
+
+An IMAGE may be a directory, with all images below it. Images go through the pipeline of --testOnly,
+so that an error counted from the output equals the one that --testOnly reports. With --tenCrop true
+ten crops of each image are averaged. An image that cannot be read is an error line, the others are
+classified, and the exit code is 3.
 """
 
 import csv
@@ -22,15 +26,10 @@ FLAGS = (
     sources.CLASSES,
     network.OVERWRITE,
 )
-USAGE = f"""usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
-
-Names the classes that a trained network finds most probable for each image, with their
-probabilities in per cent. An IMAGE may be a directory, with all images below it.
-{sources.SOURCES}
-With --tenCrop true ten crops of each image are averaged. An image that cannot be read is an error
-line, the others are classified, and the exit code is 3."""
 COLUMNS = ("image", "rank", "class", "percent")
-TOOL = cli.Tool(USAGE, FLAGS, "image after the checkpoint", least=2, main_flags=True)
+TOOL = cli.Tool(
+    __doc__ + sources.SOURCES, FLAGS, "image after the checkpoint", least=2, main_flags=True
+)
 parse = TOOL.parse
 
 

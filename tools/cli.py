@@ -26,19 +26,13 @@ class Command(NamedTuple):
 
 @dataclass(frozen=True)
 class Tool:
-    """Describe a tool: its help, its flags, and what else its command line takes.
+    """Describe a tool: its help, its flags, and what else its command line takes."""
 
-    Args:
-        arguments: what error messages call a positional argument; "": the tool takes none.
-        least: number of positional arguments that are required.
-        main_flags: accept main.py's flags too, unchecked; a flag of the tool hides main.py's.
-    """
-
-    usage: str
+    usage: str  # what `--help` shows above the flags: the tool's docstring
     flags: tuple[Flag, ...] = ()
-    arguments: str = ""
-    least: int = 1
-    main_flags: bool = False
+    arguments: str = ""  # what errors call a positional argument; "": the tool takes none
+    least: int = 1  # positional arguments that are required
+    main_flags: bool = False  # accept main.py's flags too, unchecked, but for the tool's own names
 
     def parse(self, argv: list[str]) -> Command:
         """Parse a command line, or raise UsageError with every problem of the tool's flags."""
@@ -52,23 +46,19 @@ class Tool:
         if self.arguments and len(found) < self.least:
             fix = f"name at least one {self.arguments}"
             problems.insert(0, (f"no {self.arguments}", fix))
-        if problems:
-            raise UsageError.from_problems(problems)
+        UsageError.raise_for(problems)
         values = {name: flag.default for name, flag in own.items()} | parser.values
         passed_on = [f"--{name}={value}" for name, value, _ in raw if name in others]
         return Command(SimpleNamespace(**values), found or [], passed_on)
 
     def run(self, function: Callable[[list[str]], int | None], argv: list[str]) -> int:
-        """Print help, or call `function` and report its errors; return the exit code.
-
-        Args:
-            function: takes `argv` and returns an exit code, None for 0.
-        """
+        """Print help, or call `function`; report its errors, and return the exit code."""
         try:
             code = 0
             if {"-h", "-help", "--help"} & set(argv):
                 own = {"Options": list(self.flags)} if self.flags else {}
-                print(help_text(self.usage, own | (opts.GROUPS if self.main_flags else {})))
+                groups = own | (opts.GROUPS if self.main_flags else {})
+                print(help_text(self.usage.rstrip(), groups))
             else:
                 code = function(argv) or 0
             print(end="", flush=True)

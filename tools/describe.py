@@ -1,6 +1,8 @@
-"""Count a network: `python -m tools.describe` with any flags or `--config` of main.py.
+"""Count the parameters, multiply-adds and activations of a network, and list its layers.
 
-With `--batchSize` it also predicts the memory of a training step in each precision and, of a
+usage: python -m tools.describe [main.py's flags]
+
+With --batchSize it also predicts the memory of a training step in each precision and, of a
 DenseNet, at each memory level.
 """
 
@@ -18,10 +20,6 @@ from models.registry import ARCHITECTURES
 from tools import cli
 
 PRECISIONS = ("single", "half", "bf16", "double")
-USAGE = """usage: python -m tools.describe [main.py's flags]
-
-Counts parameters, multiply-adds and activations of a network, and lists its layers. With
---batchSize it also predicts the memory of a training step."""
 
 
 class Layer(NamedTuple):
@@ -157,7 +155,7 @@ def run(argv: list[str]) -> None:
             print(line, flush=True)
 
 
-main = partial(cli.Tool(USAGE, main_flags=True).run, run)
+main = partial(cli.Tool(__doc__, main_flags=True).run, run)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

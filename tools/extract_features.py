@@ -1,7 +1,14 @@
-"""Write the input of a trained network's classifier for images, for other programs to work on.
+"""Write the features of images, the input of a trained network's classifier, for numpy.load().
 
-`python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER --output features.npz`. Features are
-written as they are computed, so that memory does not grow with the number of images.
+usage: python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER... [options] [main.py's flags]
+
+  features   (N, C) float32
+  names      (N,) the images as they are named; of a folder, the paths below it
+  labels     (N,) int64, and
+  classes    (K,) names of the directories, for a folder with the images in a directory a class
+
+Features are written as they are computed, so that memory does not grow with the number of images.
+An image that cannot be read is an error line and left out, and the exit code is 3.
 """
 
 import os
@@ -27,17 +34,9 @@ FLAGS = (
     sources.CLASSES,
     network.OVERWRITE,
 )
-USAGE = f"""usage: python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER... [options]
-                                         [main.py's flags]
-
-Writes the features of images, the input of the network's classifier, for numpy.load():
-  features   (N, C) float32
-  names      (N,) the images as they are named; of a folder, the paths below it
-  labels     (N,) int64, and
-  classes    (K,) names of the directories, for a folder with the images in a directory a class
-{sources.SOURCES}
-An image that cannot be read is an error line and left out, and the exit code is 3."""
-TOOL = cli.Tool(USAGE, FLAGS, "image after the checkpoint", least=2, main_flags=True)
+TOOL = cli.Tool(
+    __doc__ + sources.SOURCES, FLAGS, "image after the checkpoint", least=2, main_flags=True
+)
 parse = TOOL.parse
 
 

@@ -289,6 +289,7 @@ def test_an_alias_bomb_costs_no_memory(last, from_yaml):
 
 @pytest.mark.parametrize("key", ["a\\nb", "a\\rb", "a\\eb", "a\\x85b", "a\\u2028b", "a\\ud800b"])
 def test_each_problem_is_one_printable_line_whatever_a_key_holds(key, from_yaml):
-    error = UsageError.from_problems(from_yaml(f'"{key}": 1\n').problems)
-    assert len(error.report().splitlines()) == 1
-    assert error.report().isprintable()
+    with pytest.raises(UsageError) as error:
+        UsageError.raise_for(from_yaml(f'"{key}": 1\n').problems)
+    assert len(error.value.report().splitlines()) == 1
+    assert error.value.report().isprintable()

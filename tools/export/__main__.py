@@ -1,7 +1,10 @@
-"""Write trained weights for other programs: `python -m tools.export CHECKPOINT --to onnx`.
+"""Write the weights of a trained network for other programs, and check the file beforehand.
 
-A file is checked before it is written: torchvision and timm build their network and its logits are
-compared in double precision; ONNX Runtime runs the ONNX file.
+usage: python -m tools.export CHECKPOINT --to TARGET --output FILE [options] [main.py's flags]
+
+torchvision and timm build their network, and its logits are compared in double precision; ONNX
+Runtime runs the ONNX file, which holds settings, classes and statistics as well, and is a
+CHECKPOINT to the other tools and to --to weights.
 """
 
 import copy
@@ -32,13 +35,7 @@ FLAGS = (
     sources.CLASSES,
     network.OVERWRITE,
 )  # fmt: skip
-USAGE = f"""usage: python -m tools.export CHECKPOINT --to TARGET --output FILE [options]
-                               [main.py's flags]
-
-Writes the weights of a trained network for other programs. An ONNX file holds settings, classes
-and statistics as well, and is a CHECKPOINT to the other tools and to --to weights.
-{sources.SOURCES}"""
-TOOL = cli.Tool(USAGE, FLAGS, "checkpoint", main_flags=True)
+TOOL = cli.Tool(__doc__ + sources.SOURCES, FLAGS, "checkpoint", main_flags=True)
 # Settings that an exported network does not carry.
 NOT_EXPORTED = (*sources.RUN_ONLY, "nThreads", "optMemory", "timeout", "keep", "saveEvery")
 # Exported from plain modules on the CPU, whatever the run trained with.
@@ -59,9 +56,7 @@ def parse(argv: list[str]) -> cli.Command:
         (options.images and options.to not in (None, "onnx"),
          f"images has no effect with --to {options.to}", "leave it out"),
     ]  # fmt: skip
-    problems = broken(rules)
-    if problems:
-        raise UsageError.from_problems(problems)
+    UsageError.raise_for(broken(rules))
     flags = [flag for flag in command.main_flags if flag[2:].partition("=")[0] not in ON_CPU]
     flags += [f"--{name}={value}" for name, value in ON_CPU.items()]
     return command._replace(main_flags=flags)

@@ -1,7 +1,13 @@
 """Draw the paper's figures and training curves from runs, as PNG and SVG.
 
-Published numbers come from docs/published.yaml, measured ones from the logs of runs, parameters and
-multiply-adds from counting the networks of configs/. Nothing is drawn where nothing was measured.
+usage: python -m tools.figures [RUNS...] [--weights CHECKPOINT] [options]
+
+RUNS are run directories, or directories to search for them. Draws figure3 (ImageNet), figure4
+(parameter efficiency and training on C10+), figure4-small and figure4-digits (the same of runs of
+configs/small and configs/digits), curves of all runs, and with --weights figure5 (which layer uses
+which), also as CSV. Published numbers come from docs/published.yaml, measured ones from the logs of
+runs, parameters and multiply-adds from counting the networks of configs/. Nothing is drawn where
+nothing was measured.
 """
 
 import sys
@@ -27,14 +33,7 @@ FLAGS = (
     Flag("note", text, "", "text to show with figures of weights and of runs on a folder of "
          "images, such as where these are from", "none"),
 )  # fmt: skip
-USAGE = """usage: python -m tools.figures RUNS... [options]
-       python -m tools.figures --weights CHECKPOINT [options]
-
-RUNS are run directories, or directories to search for them. Draws figure3 (ImageNet), figure4
-(parameter efficiency on C10+), figure4-small and figure4-digits (the same of runs of configs/small
-and configs/digits), curves of all runs, and with --weights figure5 (which layer uses which), each
-as PNG and SVG, and the numbers of figure5 as CSV."""
-TOOL = cli.Tool(USAGE, FLAGS, "run directory", least=0)
+TOOL = cli.Tool(__doc__, FLAGS, "run directory", least=0)
 
 
 def parse(argv: list[str]) -> SimpleNamespace:
@@ -50,17 +49,12 @@ def parse(argv: list[str]) -> SimpleNamespace:
     problems = [(f"only: cannot draw {name!r}", fix) for name in asked.only if name not in possible]
     if "figure5" not in asked.only and asked.weights:
         problems.append(("weights are of figure5 alone", "add figure5 to --only"))
-    if problems:
-        raise UsageError.from_problems(problems)
+    UsageError.raise_for(problems)
     return asked
 
 
 def draw_and_save(argv: list[str]) -> None:
-    """Read everything, draw, then write and print the names of the files.
-
-    Raises:
-        RunError: of any kind; nothing was written unless it is a StorageError.
-    """
+    """Read everything and draw; then write the files and print their names."""
     asked = parse(argv)
     try:
         from tools.figures import plots

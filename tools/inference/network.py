@@ -26,21 +26,15 @@ OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that exist
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Hold a network in evaluation mode on its device, and read images for it.
-
-    Args:
-        classes: names in the order of its outputs.
-        mean, std: of its training images, per channel, of pixels from 0 to 255.
-        unreadable: the images that could not be read so far; each was reported in one line.
-    """
+    """Hold a network in evaluation mode on its device, and read images for it."""
 
     model: "torch.nn.Module"
     opt: Settings
-    classes: list[str]
-    mean: list[float]
+    classes: list[str]  # names in the order of its outputs
+    mean: list[float]  # of its training images, per channel, of pixels from 0 to 255
     std: list[float]
     device: "torch.device"
-    unreadable: "UnreadableImages"
+    unreadable: "UnreadableImages"  # those so far; each was reported in one line
 
     @property
     def exit_code(self) -> int:
@@ -161,10 +155,7 @@ def load_model_and_images(
 ) -> tuple[LoadedModel, list[str]]:
     """Load the network that a command line names first, and list its image files.
 
-    Paths are checked before anything heavy is loaded.
-
-    Args:
-        output: the file to be written, if any.
+    The paths, also of an output file, are checked before anything heavy is loaded.
     """
     checkpoint, classes = Path(command.arguments[0]), command.options.classes
     if output:
@@ -175,11 +166,7 @@ def load_model_and_images(
 
 
 def find_images(arguments: list[str]) -> list[str]:
-    """List the named files, and the images below the named directories, in order.
-
-    Raises:
-        DataError: an argument does not exist, or a directory holds no image.
-    """
+    """List the named files and the images below the named directories, or raise DataError."""
     for argument in arguments:
         if not os.path.exists(argument):
             raise DataError(f"no such file or directory: {argument}", "name images or directories")
@@ -207,9 +194,5 @@ def check_new(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists", "name another, or add --overwrite true")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        what = (
-            f"cannot write in {path.parent}"
-            if path.parent.is_dir()
-            else f"no directory {path.parent}"
-        )
-        raise StorageError(what, "make that directory, or name another")
+        what = "cannot write in" if path.parent.is_dir() else "no directory"
+        raise StorageError(f"{what} {path.parent}", "make that directory, or name another")

@@ -33,11 +33,7 @@ def require(*packages: str) -> None:
 
 
 def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> bytes:
-    """Export a network in single precision, for any number of images, as an ONNX file.
-
-    Args:
-        size: height and width of the images.
-    """
+    """Export a network in single precision, for any number of images of one size, as ONNX."""
     import torch
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

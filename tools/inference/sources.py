@@ -12,7 +12,8 @@ from cli.flag_reader import FlagParser
 from cli.flag_types import Flag, Settings, as_text, text
 from errors import CheckpointError, UsageError
 
-SOURCES = """CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint_*.pt, a
+SOURCES = """
+CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint_*.pt, a
 model_*.pt in its run directory, an ONNX file of tools.export, or plain weights (of torchvision or
 timm, a .t7, a model_*.pt on its own) together with main.py's flags for their network, such as
 --dataset imagenet --depth 121."""
@@ -29,17 +30,12 @@ RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetCla
 
 
 class WeightsSource(NamedTuple):
-    """Hold weights, and what their file or run directory tells about them.
+    """Hold weights, and what their file or run directory tells about them."""
 
-    Args:
-        weights: a state dict, perhaps with another program's names.
-        settings: main.py's flags as text by name; {} if unknown.
-        data: `classes` in the order of the outputs, and `mean` and `std` per channel of pixels
-            from 0 to 255, as in a run's data.json; an entry that is unknown is missing.
-    """
-
-    weights: dict
-    settings: dict[str, str]
+    weights: dict  # a state dict, perhaps with another program's names
+    settings: dict[str, str]  # main.py's flags as text by name; {} if unknown
+    # `classes` in the order of the outputs, and `mean` and `std` per channel of pixels from 0 to
+    # 255, as in a run's data.json; an entry that is unknown is missing.
     data: dict[str, list]
 
 
@@ -112,8 +108,7 @@ def _read_run_files(directory: Path) -> tuple[dict, dict]:
         parser = FlagParser(opts.FLAGS)
         raw = parser.parse_yaml(config)
         parser.add(raw)  # finds values that main.py would refuse, and names their line
-        if parser.problems:
-            raise UsageError.from_problems(parser.problems)
+        UsageError.raise_for(parser.problems)
     settings = {name: value for name, value, _ in raw}
     return settings, read_classes(data) if data.is_file() else {}
 

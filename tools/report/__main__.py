@@ -1,8 +1,11 @@
-"""Print the paper's tables with the errors that runs have measured: `python -m tools.report RUNS`.
+"""Print the paper's tables as Markdown, published and measured errors side by side.
 
-The output is Markdown: Table 2 of the paper, and the Wide-DenseNets and ImageNet models of the
-authors' README, each published error beside the measured one; then all other runs. It depends on
-the runs, configs/ and docs/published.yaml alone: RESULTS.md is the report of results/runs.
+usage: python -m tools.report RUNS... [--output FILE]
+
+The measured ones are of the runs in the directories RUNS and below. A run is a directory with
+config.yaml and log.jsonl; it needs no weights, and belongs to the config in configs/ whose settings
+it has, seed aside. The report depends on the runs, configs/ and docs/published.yaml alone:
+RESULTS.md is the report of results/runs.
 """
 
 import os
@@ -15,6 +18,7 @@ from pathlib import Path
 from cli.flag_types import Flag, Settings, text
 from cli.network_settings import network_name
 from errors import UsageError, printable
+from experiment import console
 from fileio.atomic import atomic_write
 from tools import cli
 from tools.results import published, runs
@@ -24,12 +28,7 @@ from tools.results.runs import GroupedRuns, SeedGroup
 OUTPUT = Flag(
     "output", text, None, "Markdown file to write; an existing report is replaced", "print it"
 )
-USAGE = """usage: python -m tools.report RUNS... [--output FILE]
-
-The paper's tables as Markdown, published and measured errors side by side, from the runs in the
-directories RUNS and below. A run is a directory with config.yaml and log.jsonl; it needs no
-weights. It belongs to the config in configs/ whose settings it has, seed aside."""
-TOOL = cli.Tool(USAGE, (OUTPUT,), "directory of runs")
+TOOL = cli.Tool(__doc__, (OUTPUT,), "directory of runs")
 parse = TOOL.parse
 
 FIRST_WORDS = "# Results\n\nWritten by `python -m tools.report"
@@ -207,7 +206,7 @@ def create(argv: list[str]) -> str:
     asked = parse(argv)
     found = runs.group_runs(runs.find(asked.arguments))
     for run, first in found.repeated:
-        runs.warn(f"{run.path} is left out: {first.path} has the same settings and seed")
+        console.warn(f"{run.path} is left out: {first.path} has the same settings and seed")
     command = printable(shlex.join(["python", "-m", "tools.report", *argv]))
     parts = [HEAD.format(command=command), INTRODUCTION]
     for table in published.tables().values():
@@ -223,11 +222,7 @@ def create(argv: list[str]) -> str:
 
 
 def report(argv: list[str]) -> None:
-    """Write or print the report that a command line asks for.
-
-    Raises:
-        UsageError: the output exists and is not a report, or a flag cannot be read.
-    """
+    """Write or print the report; raise UsageError if the output exists and is not a report."""
     output = parse(argv).options.output
     if output and Path(output).is_file():
         with open(output, "rb") as file:

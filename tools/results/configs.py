@@ -21,11 +21,7 @@ class Config(NamedTuple):
 
 @functools.cache
 def configs() -> dict[str, Config]:
-    """Load configs/*/*.yaml by path without suffix, such as "c10plus/densenet-bc-L100-k12".
-
-    Raises:
-        UsageError: one of them cannot be parsed.
-    """
+    """Load configs/*/*.yaml by path without suffix, such as "c10plus/densenet-bc-L100-k12"."""
     found = {}
     for path in (cli.ROOT / "configs").glob("*/*.yaml"):
         name = f"{path.parent.name}/{path.stem}"

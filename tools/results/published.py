@@ -12,25 +12,16 @@ PUBLISHED = cli.ROOT / "docs" / "published.yaml"
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one line of a published table, every number as it is printed.
-
-    Args:
-        params: such as "27.2M"; None where the source gives none.
-        errors: column -> error in per cent, such as "7.00".
-        source: a key of `sources`.
-        configs: column -> config that reproduces it; {} for a row that is only cited.
-        own: columns in which the authors of DenseNet ran another method themselves.
-        costs: `seconds_per_iteration` and `memory_mb`, where they were published.
-    """
+    """Hold one line of a published table, every number as it is printed."""
 
     method: str
-    errors: dict[str, str]
-    source: str
+    errors: dict[str, str]  # column -> error in per cent, such as "7.00"
+    source: str  # a key of `sources`
     depth: str | None = None
-    params: str | None = None
-    configs: dict[str, str] = field(default_factory=dict)
-    own: list[str] = field(default_factory=list)
-    costs: dict[str, str] = field(default_factory=dict)
+    params: str | None = None  # such as "27.2M"; None where the source gives none
+    configs: dict[str, str] = field(default_factory=dict)  # column -> config; {}: only cited
+    own: list[str] = field(default_factory=list)  # columns run by DenseNet's authors
+    costs: dict[str, str] = field(default_factory=dict)  # seconds_per_iteration, memory_mb
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 import opts
 from cli.flag_types import Settings
 from datasets.registry import DATASETS
-from errors import DataError, RunError, printable
+from errors import DataError, RunError
+from experiment.console import warn
 from fileio.atomic import read_json
 from tools.results.configs import comparable_settings, names_by_settings
 
@@ -25,18 +25,13 @@ MAX_MISSING = 0.001  # part of ImageNet's images; other datasets are complete or
 
 @dataclass
 class Run:
-    """Read the small files of a run directory; no value in them raises an error.
-
-    Args:
-        records: the epochs of log.jsonl.
-        status: status.json, {} when it cannot be read; `data` is data.json.
-    """
+    """Read the small files of a run directory; no value in them raises an error."""
 
     path: Path
     opt: Settings
-    records: list[dict]
-    status: dict
-    data: dict
+    records: list[dict]  # the epochs of log.jsonl
+    status: dict  # status.json, {} when it cannot be read
+    data: dict  # data.json, likewise
 
     @functools.cached_property
     def config(self) -> str | None:
@@ -140,26 +135,13 @@ def number(values: dict, name: str) -> float | None:
     return value if is_number and math.isfinite(value) else None
 
 
-def warn(line: str) -> None:
-    """Print on standard error what was left out, and why."""
-    print(f"note: {printable(line)}", file=sys.stderr)
-
-
 def find(paths: Iterable[Path | str]) -> list[Run]:
-    """Read the runs in some directories and below, each once, in the order of their paths.
-
-    Raises:
-        DataError: one of `paths` is not a directory.
-    """
-
-    def skip(error: OSError) -> None:
-        warn(f"{error.filename} is left out: {error.strerror}")
-
+    """Read the runs below some directories, by path, or raise DataError for another path."""
     seen, found = set(), []
     for path in map(Path, paths):
         if not path.is_dir():
             raise DataError(f"not a directory: {path}", "name a directory of runs")
-        for directory, below, files in os.walk(path, onerror=skip, followlinks=True):
+        for directory, below, files in os.walk(path, onerror=_skip, followlinks=True):
             real = os.path.realpath(directory)
             is_new, is_run = real not in seen, "log.jsonl" in files
             seen.add(real)
@@ -168,6 +150,10 @@ def find(paths: Iterable[Path | str]) -> list[Run]:
             if is_new and is_run:
                 found.append(read(Path(directory)))
     return [run for run in found if run]
+
+
+def _skip(error: OSError) -> None:
+    warn(f"{error.filename} is left out: {error.strerror}")
 
 
 def read(directory: Path, warn: Callable[[str], None] = warn) -> Run | None:

@@ -1,4 +1,14 @@
-"""Train a table: its configs x seeds, one after another on the GPUs at hand or as a Slurm array."""
+"""Train configs with several seeds, one run after another on each GPU, or as a Slurm array.
+
+usage: python -m tools.sweep TABLE|CONFIG... [--flag value ...] [main.py's flags]
+
+TABLE: a directory below configs/ (c10plus, wide, ...), or table2, which is all of c10, c10plus,
+c100, c100plus and svhn. CONFIG: a config file, or c10plus/densenet-L40-k12, or a directory of
+config files. Runs are in RUNS/c10plus/densenet-L40-k12-seed0 and so on; what each prints is in a
+file beside it (.log). The same command again goes on; what is done is left alone. Ctrl-C stops all
+runs, saved. Exit code: 0 all done, 75 stopped, else that of the first run that failed.
+The flags config, manualSeed, save, resume, nGPU, printConfig and testOnly are the sweep's own.
+"""
 
 import os
 import shlex
@@ -13,7 +23,7 @@ from typing import NamedTuple
 
 import experiment.directory
 from cli import path_checks
-from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, integer, integers, text
+from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, broken, integer, integers, text
 from distributed import signals
 from errors import BusyError, Preempted, RunError, StorageError, UsageError
 from experiment import console
@@ -38,16 +48,7 @@ FLAGS = (
 )  # fmt: skip
 # Flags of main.py that a sweep sets itself, or that do not train.
 NOT_PASSED_ON = ("config", "manualSeed", "save", "resume", "nGPU", "printConfig", "testOnly")
-USAGE = """usage: python -m tools.sweep TABLE|CONFIG... [--flag value ...] [any flags of main.py]
-
-Train configs with several seeds, one run after another on each GPU, or print the Slurm array that
-does. TABLE: a directory below configs/ (c10plus, wide, ...), or table2, which is all of c10,
-c10plus, c100, c100plus and svhn. CONFIG: a config file, or c10plus/densenet-L40-k12, or a directory
-of config files. Runs are in RUNS/c10plus/densenet-L40-k12-seed0 and so on; what each prints is in
-a file beside it (.log). The same command again goes on; what is done is left alone. Ctrl-C stops
-all runs, saved. Exit code: 0 all done, 75 stopped, else that of the first run that failed.
-The flags config, manualSeed, save, resume, nGPU, printConfig and testOnly are the sweep's own."""
-TOOL = cli.Tool(USAGE, FLAGS, "table or config", main_flags=True)
+TOOL = cli.Tool(__doc__, FLAGS, "table or config", main_flags=True)
 
 
 def parse(argv: list[str]) -> cli.Command:
@@ -56,18 +57,16 @@ def parse(argv: list[str]) -> cli.Command:
     options = asked.options
     fix = "leave it out; a sweep has --seeds, --runs and --gpus, and names configs without a flag"
     names = [flag[2:].partition("=")[0] for flag in asked.main_flags]
-    problems = [(f"{name} is not a flag of a sweep", fix) for name in names
-                if name in NOT_PASSED_ON]  # fmt: skip
-    if len(set(options.seeds)) < max(1, len(options.seeds)):
-        what = f"seeds: {as_text(options.seeds)} are not one or more different seeds"
-        problems.append((what, "name each seed once, as in --seeds 0,1,2"))
-    if options.slurm and options.dryRun:
-        problems.append(("slurm and dryRun exclude each other", "keep one"))
-    if options.slurm and options.gpus is not None:
-        what = "gpus has no effect on a Slurm array"
-        problems.append((what, f"leave it out: {SCRIPT} asks for them"))
-    if problems:
-        raise UsageError.from_problems(problems)
+    rules = [
+        *((name in NOT_PASSED_ON, f"{name} is not a flag of a sweep", fix) for name in names),
+        (len(set(options.seeds)) < max(1, len(options.seeds)),
+         f"seeds: {as_text(options.seeds)} are not one or more different seeds",
+         "name each seed once, as in --seeds 0,1,2"),
+        (options.slurm and options.dryRun, "slurm and dryRun exclude each other", "keep one"),
+        (options.slurm and options.gpus is not None,
+         "gpus has no effect on a Slurm array", f"leave it out: {SCRIPT} asks for them"),
+    ]  # fmt: skip
+    UsageError.raise_for(broken(rules))
     return asked
 
 
@@ -149,10 +148,7 @@ def progress(table: list[Task]) -> str:
 def run(table: list[Task], gpus: list[str | None], handler: signals.SignalHandler) -> bool:
     """Run what is left of a table, one run at a time in each slot; set the code of each run.
 
-    After a signal tell the runs in progress to save, and start no others.
-
-    Returns:
-        Whether a signal stopped it.
+    After a signal tell the runs in progress to save, start no others, and return True.
     """
 
     def report_end(task: Task) -> None:

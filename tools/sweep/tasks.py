@@ -92,19 +92,14 @@ def work_list(names: list[str], seeds: list[int], directory: str, flags: list[st
             tasks.append(Task(name, config, Path(save), tuple(argv), opts.parse(argv)))
         except UsageError as error:
             problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise UsageError.from_problems(list(problems))
+    UsageError.raise_for(list(problems))
     for task in tasks:
         task.read_state()
     return tasks
 
 
 def configs_of(name: str) -> list[str]:
-    """Return the config files of a table or a directory, or the one config file.
-
-    Raises:
-        UsageError: there are none.
-    """
+    """List the config files of a table or a directory, or the one config, or raise UsageError."""
     if name in TABLES:
         return [config for part in TABLES[name] for config in configs_of(part)]
     for path in (CONFIGS / name, CONFIGS / f"{name}.yaml", Path(name)):
