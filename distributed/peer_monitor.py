@@ -24,6 +24,7 @@ from distributed.launcher import ProcessInfo
 from errors import PeerError, RunError
 
 MISSING_RANKS_TIMEOUT_S = 3.0  # for all ranks to check in, once a peer is missing
+RECORD_TIMEOUT_S = 10.0  # for all ranks to read the record of a failure
 ABORT_GRACE_S = 6.0  # for the main thread to exit by itself after a failure; then it is aborted
 HEARTBEAT_S = 1.0  # between two heartbeats
 FAILURE_KEY = "notice"
@@ -80,7 +81,7 @@ class PeerMonitor:
             self._has_failed = True
             self._wake.set()
             # Until all have read the record: the store may end with this process.
-            self._thread.join(MISSING_RANKS_TIMEOUT_S)
+            self._thread.join(RECORD_TIMEOUT_S)
         return error
 
     @property

@@ -234,7 +234,7 @@ TWO_PROCESSES = [
           others=partial(sabotage.both, impatient, partial(at_call, hang, "find a checkpoint")),
           **lost(1)),
     *(Fault(f"process {rank} hangs in {what}", 66, moment, sabotage.stop, step=step,
-            flags={"timeout": 4}, others=impatient,
+            flags={"timeout": 10}, others=impatient,
             **lost(rank) | {"says": LOST.format(rank) + r" \(.*timed out.*\); fix: "}
             | {"verdict": {} if rank else None})  # which holds the lock of the run directory
       for rank, what, moment, step in [

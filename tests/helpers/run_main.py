@@ -151,7 +151,8 @@ def _as_rank(*, rank: int, size: int, port: int, store: bool, sabotage: Callable
     }
     from distributed import peer_monitor
 
-    peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1  # nobody is far away
+    peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1
+    peer_monitor.RECORD_TIMEOUT_S = LONG_S
     if sabotage:
         sabotage()
 

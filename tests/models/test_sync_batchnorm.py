@@ -27,7 +27,7 @@ from helpers.tiny_networks import (
 from models import dense_block, sync_batchnorm
 from models.densenet import DenseNet
 
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 LEVELS = pytest.mark.parametrize("level", range(5))
 
 
