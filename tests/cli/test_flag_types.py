@@ -1,4 +1,4 @@
-"""How a command line and a YAML file give flags their values, and what both refuse."""
+"""Test how a command line and a YAML file set flags, and which values both refuse."""
 
 import contextlib
 import tracemalloc

@@ -1,4 +1,4 @@
-"""The original's flags and learning rates: each flag is there, each rate changes in its epoch."""
+"""Test that each flag of the original exists, and that each learning rate changes in its epoch."""
 
 import ast
 import math
@@ -85,7 +85,7 @@ def test_every_flag_is_read_by_the_program():
 
 # Schedules:
 def rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[float]:
-    """Return the rate of each epoch by the defaults of the program."""
+    """Return the learning rate of each epoch by the defaults of the program."""
     milestones = opts.default_milestones(num_epochs, imagenet, net_type)
     return [multistep_lr(0.1, milestones, epoch) for epoch in range(1, num_epochs + 1)]
 

@@ -1,4 +1,4 @@
-"""From the settings to the splits of a run, for every dataset; digits and synthetic images."""
+"""Test the splits that settings give, for every dataset; digits and synthetic images."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def create(*flags: str, rank: int = 0, size: int = 1) -> DataSplits:
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a small version of a dataset; its flags and (train, val, test, classes, size)."""
+    """Write a small version of a dataset; return flags and (train, val, test, classes, size)."""
 
     def write(name: str) -> tuple[list[str], tuple]:
         root = ["--dataset", name, "--data", str(tmp_path)]

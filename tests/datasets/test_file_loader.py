@@ -1,4 +1,4 @@
-"""Images read from files: every format, damaged ones, and batches that depend on no process."""
+"""Test images read from files: all formats, damaged ones, batches that depend on no process."""
 
 import multiprocessing
 import os
@@ -21,18 +21,18 @@ from helpers.sample_data import error_line, noise, same_batches
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """A transform without randomness: PIL image -> (3, H, W) from 0 to 255."""
+    """Transform without randomness: PIL image -> (3, H, W) from 0 to 255."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
 def draw(image: Image.Image) -> torch.Tensor:
-    """A transform to one random number for each image, to see where it comes from."""
+    """Transform an image to one random number, to see where it comes from."""
     return torch.rand(3, 1, 1)
 
 
 @pytest.fixture
 def samples(tmp_path) -> list[tuple[str, int]]:
-    """23 small PNG files, each with its number as its class."""
+    """Write 23 small PNG files, each with its number as its class."""
     paths = [tmp_path / f"{number}.png" for number in range(23)]
     for path, pixels in zip(paths, noise(23, 12), strict=True):
         Image.fromarray(pixels).save(path)
@@ -41,7 +41,7 @@ def samples(tmp_path) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def loader():
-    """Makes FileLoader, and ends their processes after the test however that ends."""
+    """Return a function that makes FileLoaders; end their processes however the test ends."""
     made = []
 
     def make(samples, transform=to_pixels, *, indices=range(23), batch_size=4, seed=None,

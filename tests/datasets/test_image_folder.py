@@ -1,4 +1,4 @@
-"""Folders of images: what is listed, what is refused, small ones in memory, large ones in files."""
+"""Test folders of images: listed and refused files, small ones in memory, large ones in files."""
 
 from pathlib import Path
 

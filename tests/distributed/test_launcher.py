@@ -1,4 +1,4 @@
-"""`--nGPU N` starts N processes: their ranks, signals to their parent, one exit code."""
+"""Test that `--nGPU N` starts N processes: their ranks, forwarded signals, one exit code."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def replicas(directory: Path, *sabotages, **flags):
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> dict:
-    """What two processes come to that a launcher started."""
+    """Return the outcome of two processes that a launcher started."""
     directory = tmp_path_factory.mktemp("complete")
     results = run_ranks(tiny(**FLAGS, nGPU=0, save=directory), 2)
     assert [result.code for result in results] == [0, 0], results
@@ -64,7 +64,7 @@ def goes_on(directory: Path, complete: dict) -> None:
 
 
 def tell_parent(number: int, answer: int) -> None:
-    """Send the parent a signal, and wait for the one that this process gets then."""
+    """Send the parent a signal, and wait for the one that this process receives then."""
     handle, answers = signal.getsignal(answer), []
     signal.signal(answer, lambda *args: (answers.append(args), handle(*args)))
     os.kill(os.getppid(), number)
@@ -97,7 +97,7 @@ def test_a_process_that_is_killed_ends_the_others_with_its_name(tmp_path, comple
 
 
 def test_when_the_one_that_started_them_is_killed_they_save_and_end(tmp_path, complete):
-    """Row 68: two runs must not write in one directory."""
+    """Test row 68: two runs must not write in one directory."""
     report = tmp_path / "pids"
     tell = partial(on_rank, 0, partial(kill_parent, report))
     running = start(*replicas(tmp_path / "run", partial(at_batch, tell, 6)))

@@ -1,4 +1,4 @@
-"""The memory that engine/memory.py predicts is what the allocator counts in a real run."""
+"""Test that engine/memory.py predicts the memory that the allocator counts in a real run."""
 
 from functools import cache
 
@@ -47,7 +47,7 @@ def estimate(
 
 @cache
 def measured(network: str, level: int, precision: str) -> int:
-    """The most bytes that PyTorch's allocator gave out while a network was made and trained."""
+    """Return the peak bytes of PyTorch's allocator while a network was made and trained."""
     opt = settings(NETWORKS[network], level, precision)
     opt.nImages = 2 * opt.batchSize
     data = create_data(opt)
@@ -135,7 +135,7 @@ def test_triton_needs_little_besides_the_buffers(precision, size):
 
 # What to change:
 class LinearEstimate(MemoryEstimate):
-    """10 MB, and so many MB per image: numbers to reckon with."""
+    """Estimate 10 MB, and so many MB per image: numbers that are easy to calculate with."""
 
     def peak_bytes(self, level=None, batch=None) -> int:
         level = self.opt.optMemory if level is None else level
@@ -149,7 +149,7 @@ def linear(level: int | str = 2, batch: int = 100, replicas: int = 1) -> LinearE
 
 
 def room_for(megabytes: float) -> int:
-    """What must be free for an estimate of so many MB."""
+    """Return the free memory that an estimate of so many MB needs."""
     return round(1e6 * TOLERANCE * megabytes) + 1
 
 

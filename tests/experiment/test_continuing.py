@@ -1,4 +1,4 @@
-"""What a run may be resumed as, and what is refused: by small checkpoints, and by tiny runs."""
+"""Test which settings a run may be resumed with: by small checkpoints, and by tiny runs."""
 
 import re
 import shutil
@@ -31,12 +31,12 @@ DATA = {
 
 
 def given(**flags: object) -> opts.Settings:
-    """The settings of a command line of four epochs with milestones 2 and 3."""
+    """Parse a command line of four epochs with milestones 2 and 3."""
     return opts.parse(tiny(**{"nEpochs": 4, **flags}))
 
 
 def state_of(step: int = 7, **flags: object) -> dict:
-    """A valid checkpoint from the middle of the second epoch of such a run."""
+    """Make a valid checkpoint from the middle of the second epoch of such a run."""
     weights = nn.Linear(3, 2).state_dict()
     return {
         "model": weights, "momentum": dict(weights), "scaler": {},
@@ -51,7 +51,7 @@ def state_of(step: int = 7, **flags: object) -> dict:
 # Finding the checkpoint:
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """A run with checkpoints of steps 3 and 7, one with step 5, remains of one, and nothing."""
+    """Write a run with checkpoints of steps 3 and 7, one with step 5, remains of one, and none."""
     for name, steps in (("run", (3, 7)), ("other", (5,)), ("remains", ()), ("empty", ())):
         (tmp_path / name).mkdir()
         for step in steps:
@@ -173,7 +173,7 @@ def test_a_process_that_sees_a_newer_checkpoint_is_named(place, save, others, pa
 
 @pytest.mark.parametrize("count", [-1, 0, 1, 2])
 def test_a_restart_without_progress_is_counted_and_the_third_refused(place, count):
-    """A start by hand sets the count to 0; test_faults_restarts.py has the rest."""
+    """Reset the count by a manual start; test_faults_restarts.py has the rest."""
     opt, world = settings_in(place, "auto", "run"), World(ProcessInfo(restarted=count >= 0))
     with RunDirectory(place / "run") as directory:
         start = {"global_step": 7, "in_vain": count, "reason": "a"}
@@ -263,7 +263,7 @@ def test_what_a_run_keeps_from_its_start(flags, saved, kept, note):
 
 # Restoring the state:
 class FakeTrainer:
-    """What `restore` needs of a trainer; it keeps what is loaded."""
+    """Provide the part of a trainer that `restore` needs; keep what is loaded."""
 
     def __init__(self, size: int = 1):
         self.model, self.device = nn.Linear(3, 2), torch.device("cpu")
@@ -363,19 +363,19 @@ def test_the_best_model_comes_along_or_is_forgotten(place, source, best, is_copi
 # Whole runs:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run of three epochs with milestones 2 and 3."""
+    """Finish a run of three epochs with milestones 2 and 3."""
     directory = tmp_path_factory.mktemp("finished")
     assert run(tiny(nEpochs=3, save=directory)).code == 0
     return directory
 
 
 def rates(directory: Path) -> list[float]:
-    """The learning rate of each epoch."""
+    """Return the learning rate of each epoch."""
     return [record["lr"] for record in records(directory)]
 
 
 def test_a_longer_run_keeps_its_milestones_unless_others_are_given(finished, tmp_path):
-    """Also when its directory is all that is given, and what it began with is gone."""
+    """Test it also when its directory alone is given, and its first flags are gone."""
     longer = Path(shutil.copytree(finished, tmp_path / "longer"))
     result = run(command(resume=longer, nEpochs=5, retrain="/nowhere.pt"))
     assert result.code == 0 and "retrain has no effect" in result.err

@@ -1,4 +1,4 @@
-"""experiment/directory.py and fileio/atomic.py: whole files, and one writer."""
+"""Test experiment/directory.py and fileio/atomic.py: whole files, and one writer."""
 
 import errno
 import multiprocessing
@@ -39,7 +39,7 @@ def write(path: Path, spoil) -> None:
 
 
 def written_elsewhere(path: Path, spoil) -> int:
-    """The exit code of a process that writes the file, and may be killed."""
+    """Return the exit code of a process that writes the file, and may be killed."""
     process = _context.Process(target=write, args=(path, spoil))
     process.start()
     process.join(60)
@@ -88,7 +88,7 @@ def test_a_directory_is_checked_without_being_made_and_no_file_is_in_its_place(p
 
 # Run directory:
 def hold(directory: Path, pipe) -> None:
-    """Have the run directory open, and a child that outlives this process, as a loader's may."""
+    """Open the run directory, and start a child that outlives this process, as a loader's may."""
     with RunDirectory(directory):
         child = os.fork()
         if child == 0:

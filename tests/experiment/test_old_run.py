@@ -1,4 +1,4 @@
-"""A run that an earlier version began goes on as if that version had finished it.
+"""Test that a run of an earlier version continues as if that version had finished it.
 
 `old_run/interrupted` was written at commit cd80cb8 by a run that SIGTERM ended after 30 steps:
 `main.py --dataset digits --depth 10 --growthRate 4 --nEpochs 3 --dropRate 0.2 --augment true
@@ -31,7 +31,7 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def continued(directory: Path, source: str, forget=None) -> dict:
-    """The last weights of a run that goes on from `interrupted`, or from its checkpoint alone."""
+    """Return the last weights of a run that continues `interrupted`, or its checkpoint alone."""
     shutil.copytree(OLD / "interrupted", directory / "run")
     where = directory / "run" / source
     line = f"--resume {where} --save {directory / 'run'} {BEGUN_WITH}"
@@ -41,7 +41,7 @@ def continued(directory: Path, source: str, forget=None) -> dict:
 
 
 def processor() -> dict[str, str]:
-    """What decides how PyTorch rounds, and nothing of this program does."""
+    """Return the properties outside this program that decide how PyTorch rounds."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().partition("\n\n")[0].splitlines() if info.exists() else []
     facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)

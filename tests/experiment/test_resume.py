@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment and resumed ends as if nothing had happened."""
+"""Test that a run that is stopped at any moment and resumed ends as if never stopped."""
 
 import json
 import random
@@ -23,12 +23,12 @@ EVERY_STEP = 1e-9  # minutes between checkpoints
 
 
 def stopped(k: int, phase: str = "train", number: int = signal.SIGTERM):
-    """A sabotage that sends a signal within the k-th batch."""
+    """Return a sabotage that sends a signal within the k-th batch."""
     return partial(at_batch, partial(send, number), k, phase)
 
 
 def finish(directory: Path, sabotage=None, **flags) -> dict:
-    """Run or resume to the end; what it came to."""
+    """Run or resume to the end; return the outcome."""
     result = run(tiny(resume="auto", save=directory, **flags), sabotage)
     assert result.code == 0, result
     return outcome(directory)
@@ -41,7 +41,7 @@ def uninterrupted(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory) -> Path:
-    """The same run, stopped in its first epoch."""
+    """Stop the same run in its first epoch."""
     directory = tmp_path_factory.mktemp("stopped")
     assert run(tiny(**RUN, save=directory), stopped(17)).code == 75
     return directory

@@ -1,4 +1,4 @@
-"""The catalogue of faults: what disturbs a run, when, and what has to follow.
+"""List the faults: what disturbs a run, when, and what has to follow.
 
 Here are those that every run of one or two processes meets in the same way: it ends with a code,
 one line and a verdict, keeps what it had saved, and goes on as if undisturbed.
@@ -25,28 +25,28 @@ BOTH = (0, 1)
 
 
 def batch(k: int, phase: str = "train") -> Moment:
-    """Within a batch."""
+    """Act within a batch."""
     return lambda action, run: partial(at_batch, action, k, phase)
 
 
 def file(operation: str = "", name: str = "(?!tensorboard)", k: int = 1) -> Moment:
-    """At an operation on a file of the run directory."""
+    """Act at an operation on a file of the run directory."""
     return lambda action, run: partial(on_files, action, run, operation=operation, name=name, k=k)
 
 
 def calling(hook: str, k: int = 1) -> Moment:
-    """Before a call of a function in `sabotage.HOOKS`."""
+    """Act before a call of a function in `sabotage.HOOKS`."""
     return lambda action, run: partial(at_call, action, hook, k)
 
 
 def before(action: Action, run: Path) -> Action:
-    """Before the program begins: the action changes its surroundings."""
+    """Act before the program begins: the action changes its environment."""
     return action
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One disturbance of a run.
+    """Describe one disturbance of a run.
 
     Args:
         name: of the test.
@@ -83,17 +83,17 @@ class Fault:
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """Return the number of processes."""
         return len(self.codes) if isinstance(self.codes, tuple) else 1
 
     def sabotages(self, run: Path) -> dict[int, Action]:
-        """What is done in each process, by rank."""
+        """Return the action in each process, by rank."""
         hit = partial(sabotage.both, self.also, self.moment(self.action, run))
         return {rank: hit if rank in self.ranks else self.others for rank in range(self.size)}
 
 
 def stopped(number: int) -> str:
-    """What a run says that was stopped by a signal."""
+    """Return the message of a run that was stopped by a signal."""
     name = signal.Signals(number).name
     begun = rf"{name}: finishing the step, then saving; a second signal exits.*\n"
     return rf"({begun})?stopped: {name}, .* is saved; to go on: .*\n"
@@ -104,7 +104,7 @@ ANYTHING = r"(.*\n)*"
 
 
 def images(step: int) -> dict[str, object]:
-    """What status.json says of a step that is not finite: the images of its batch."""
+    """Return the verdict of status.json on a non-finite step: the images of its batch."""
     epoch, number = (step - 1) // 4 + 1, (step - 1) % 4
     order = permutation(32, "order", 0, epoch).tolist()
     return {"batch": order[8 * number : 8 * number + 8]}
@@ -192,7 +192,7 @@ BUSY = partial(sabotage.both, impatient, partial(at_batch, hang, 6))
 
 
 def lost(rank: int) -> dict[str, object]:
-    """The codes and words of two processes of which one was killed or hangs."""
+    """Return the codes and words of two processes of which one was killed or hangs."""
     codes = (KILLED, 8) if rank == 0 else (8, KILLED)
     return {
         "codes": codes,

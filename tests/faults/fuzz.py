@@ -1,4 +1,4 @@
-"""Mutate inputs of every kind that the program reads, which it may read or refuse, nothing else.
+"""Mutate inputs of every kind that the program reads, which it must read or refuse.
 
 Each kind is a function of (random numbers, scratch directory) that makes one input and returns a
 call that reads it, and what the call may raise. They run in a process of their own, which shows
@@ -143,7 +143,7 @@ def checkpoint_contents(draw: random.Random, root: Path) -> Case:
 
 
 class Refused(RunError):
-    """The program has ended with an error."""
+    """Report that the program has ended with an error."""
 
 
 def program(argv: list[str], save: Path) -> None:
@@ -284,7 +284,7 @@ def fuzz(kind: str, root: Path, seed: int, count: int, seconds: float, report: P
 
 
 def fuzz_apart(kind: str, root: Path, seed: int, count: int = 10**9, seconds: float = 600) -> dict:
-    """`fuzz` in a process of its own, which must not die of it; its report."""
+    """Run `fuzz` in a process of its own, which must not crash; return its report."""
     report = root / "report.json"
     arguments = (kind, root, seed, count, seconds, report)
     process = multiprocessing.get_context("forkserver").Process(target=fuzz, args=arguments)

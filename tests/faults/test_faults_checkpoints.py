@@ -1,4 +1,4 @@
-"""Rows 9 to 24, 28, 73 and 74: what is read of a run, and how little of it is lost."""
+"""Test rows 9 to 24, 28, 73 and 74: the files that are read of a run, and how little is lost."""
 
 import errno
 import os
@@ -17,19 +17,19 @@ from helpers.run_main import run
 
 @pytest.fixture
 def directory(begun, tmp_path) -> Path:
-    """A run that was killed in its third epoch, with the checkpoints of two epochs."""
+    """Kill a run in its third epoch, with the checkpoints of two epochs."""
     return begun(tmp_path / "run", epochs=2)
 
 
 @pytest.fixture
 def newest(directory) -> Path:
-    """Its newest checkpoint."""
+    """Return the newest checkpoint of the killed run."""
     return max(directory.glob("checkpoint_*.pt"))
 
 
 @pytest.fixture
 def complete(directory) -> Path:
-    """That run, when it has gone on to its end."""
+    """Resume the killed run to its end."""
     assert again(directory).code == 0
     return directory
 
@@ -69,7 +69,7 @@ def test_a_damaged_newest_checkpoint_costs_one_epoch(undisturbed, directory, new
 def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_passed_over(
     undisturbed, directory, newest, tmp_path
 ):
-    """In a directory of somebody else's, or on a read-only disk."""
+    """Test it in another user's directory, or on a read-only disk."""
     newest.write_bytes(b"")
     denied = partial(on_files, partial(refuse, errno.EROFS), directory, operation="rename")
     result = run(tiny(**FLAGS, resume=directory, save=tmp_path / "elsewhere"), denied)

@@ -1,4 +1,4 @@
-"""Rows 40 to 42, 44, 47 to 50 and 64: data that is missing, damaged, hostile or contradictory."""
+"""Test rows 40 to 42, 44, 47 to 50, 64: data that is missing, damaged, hostile, contradictory."""
 
 import hashlib
 import os
@@ -137,7 +137,7 @@ def test_an_archive_that_is_not_the_published_one_is_refused(tmp_path):
 
 
 def hostile_archives(outside: Path) -> dict[str, list[tarfile.TarInfo]]:
-    """Entries that write `outside` of an archive where it is unpacked without a filter."""
+    """Return entries that write `outside` of an archive where it is unpacked without a filter."""
     script = entry(f"{FOLDER}/../../outside", 1)
     script.mode = 0o6755
     up = entry(f"{FOLDER}/a", kind=tarfile.SYMTYPE)
@@ -169,7 +169,7 @@ def test_an_archive_that_reaches_outside_itself_is_refused(tmp_path, name):
 
 
 def hanging_loaders() -> None:
-    """Have loader processes never finish one of the images, and wait a second for them."""
+    """Make loader processes hang at one of the images, and wait a second for them."""
 
     def hanging(decode):
         return lambda path: hang() if str(path).endswith("1.png") else decode(path)

@@ -1,4 +1,4 @@
-"""Rows 11, 14, 15, 16 and 71: disks that are full, read-only or gone, and two writers."""
+"""Test rows 11, 14, 15, 16 and 71: disks that are full, read-only or gone, and two writers."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def test_a_disk_that_takes_nothing_is_named_as_that(tmp_path, options, read_only
 
 
 def test_a_run_directory_that_is_removed_meanwhile_is_named(tmp_path):
-    """Row 15."""
+    """Test row 15."""
     directory = tmp_path / "run"
     remove = partial(os.rename, directory, tmp_path / "elsewhere")
     result = run(tiny(**FLAGS, save=directory), partial(at_batch, remove, 2))

@@ -1,4 +1,4 @@
-"""The long form of rows 17 to 46: flipped bits by the thousand, hostile files, mutated inputs."""
+"""Test rows 17 to 46 at length: flipped bits by the thousand, hostile files, mutated inputs."""
 
 import os
 import random
@@ -27,14 +27,14 @@ REAL = {"dataset": "synthetic", "imageSize": 32, "nImages": 16, "depth": 40, "gr
 # G6: corruption:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
-    """The checkpoint of a DenseNet-BC of 40 layers, as in the paper."""
+    """Save the checkpoint of a DenseNet-BC of 40 layers, as in the paper."""
     directory = tmp_path_factory.mktemp("real")
     assert run(command(**REAL, save=directory)).code == 0
     return max(directory.glob("checkpoint_*.pt"))
 
 
 class Damage:
-    """A copy of a file that is damaged and read, again and again."""
+    """Damage and read a copy of a file, again and again."""
 
     def __init__(self, path: Path, copy: Path):
         self.data, self.path = path.read_bytes(), copy / path.name

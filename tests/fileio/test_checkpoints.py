@@ -1,4 +1,4 @@
-"""checkpoints.py: what is read is what was written, or an error; nothing in a file is executed."""
+"""Test checkpoints.py: a file is read as it was written, or refused; none is executed."""
 
 import contextlib
 import os
@@ -57,7 +57,7 @@ def load_or_none(path: Path, data: bytes, load=checkpoints.load):
 
 
 def silently_wrong(path: Path, variants, load=checkpoints.load) -> tuple[int, int]:
-    """How many variants of a file's bytes are refused, and how many load as something else."""
+    """Count variants of a file's bytes: refused ones, and ones that load as something else."""
     original = load(path)
     loaded = [load_or_none(path, data, load) for data in variants]
     refusals = sum(state is None for state in loaded)
@@ -97,7 +97,7 @@ def test_no_flipped_bit_loads_silently_wrong(path):
 
 
 def test_no_flipped_bit_in_the_description_of_a_tensor_loads_silently_wrong(path):
-    """The zip directory is read twice, by two programs: they must not understand it differently."""
+    """Check the zip directory, which two programs read: they must not read it differently."""
     data = path.read_bytes()
     entry = zipfile.ZipFile(path).getinfo(next(n for n in names(path) if n.endswith("data/0")))
     local, size = entry.header_offset, len(entry.filename)
@@ -149,7 +149,7 @@ HOSTILE = list(hostile_files(Path(tempfile.gettempdir()) / "marker of the names 
 
 @pytest.fixture
 def hostile(tmp_path, request) -> tuple[Path, Path]:
-    """A hostile file and the marker that it makes when it is executed."""
+    """Return a hostile file and the marker that it makes when it is executed."""
     marker = tmp_path / "executed"
     path = tmp_path / "checkpoint_000000003.pt"
     path.write_bytes(hostile_files(marker)[request.param])
@@ -420,7 +420,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, value):
 
 # The saver:
 class Directory:
-    """A run directory whose lock is held; records its status."""
+    """Stand for a run directory whose lock is held; record its status."""
 
     def __init__(self, path: Path):
         self.path, self.status = path, {}

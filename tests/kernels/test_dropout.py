@@ -1,4 +1,4 @@
-"""kernels/dropout.py: masks look random, are scaled, and follow from seed and layer_id."""
+"""Test kernels/dropout.py: masks look random, are scaled, and follow from seed and layer_id."""
 
 import math
 from types import SimpleNamespace
@@ -23,12 +23,12 @@ def seed(number: int) -> Tensor:
 def kept(
     rate: float = 0.3, number: int = 1, layer_id: int = 0, shape=SHAPE, start: int = 0
 ) -> Tensor:
-    """The mask as booleans: True where a value is kept."""
+    """Return the mask as booleans: True where a value is kept."""
     return DropoutSpec(rate, seed(number), layer_id).mask(torch.ones(shape), start) != 0
 
 
 def correlation(left: Tensor, right: Tensor) -> float:
-    """In standard deviations of the correlation of independent values."""
+    """Return it in standard deviations of the correlation of independent values."""
     left, right = (x.double() - x.double().mean() for x in (left.flatten(), right.flatten()))
     return ((left * right).mean() / left.std() / right.std() * math.sqrt(left.numel())).item()
 
@@ -126,7 +126,7 @@ def test_a_network_takes_its_masks_from_where_its_part_of_the_batch_begins():
 
 
 def is_kept(rate: float, number: int, layer_id: int, index: int) -> bool:
-    """The hash of an index modulo 2^32 in Python's unbounded numbers."""
+    """Hash an index modulo 2^32 in Python's unbounded numbers."""
     bits = 2**32
 
     def mix(x: int) -> int:

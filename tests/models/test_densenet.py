@@ -1,4 +1,4 @@
-"""DenseNets for CIFAR equal a plain restatement of the paper, in every form and with dropout."""
+"""Test that DenseNets for CIFAR equal a plain restatement of the paper, in all forms."""
 
 import math
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def restatement(
     places: tuple[str, ...] = PLACES,
     pool: Callable[[Tensor, int], Tensor] = F.avg_pool2d,
 ) -> Tensor:
-    """Sections 3 and 4 of the paper, layer by layer. Moves the statistics in `weights`."""
+    """Compute sections 3 and 4 of the paper by layer; update the statistics in `weights`."""
 
     def bn_relu(name: str, x: Tensor) -> Tensor:
         mean, variance = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
@@ -86,7 +86,7 @@ def restatement(
 
 
 def restated_step(state: dict[str, Tensor], images, targets, **variant) -> dict[str, Tensor]:
-    """What `one_step` computes, of the restatement; `state` stays unchanged."""
+    """Compute `one_step` of the restatement; `state` stays unchanged."""
     weights = {name: tensor.clone() for name, tensor in state.items()}
     learnt = [name for name in weights if name.endswith(("weight", "bias"))]
     for name in learnt:

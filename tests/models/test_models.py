@@ -1,4 +1,4 @@
-"""All networks: equal to torchvision's and timm's, with the published sizes and initial weights."""
+"""Test all networks against torchvision's and timm's, published sizes and initial weights."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ def copied_state(model: nn.Module) -> dict[str, Tensor]:
 
 # Torchvision and timm:
 def line_of(name: str) -> str:
-    """The command line for a network of torchvision's, such as densenet121."""
+    """Return the command line for a network of torchvision's, such as densenet121."""
     kind = name.rstrip("0123456789")
     return f"--dataset imagenet --netType {kind} --depth {name.removeprefix(kind)}"
 

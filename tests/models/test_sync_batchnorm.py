@@ -1,4 +1,4 @@
-"""Replicas that share a batch compute what one process computes on all of it.
+"""Test that replicas that share a batch compute what one process computes on all of it.
 
 The replicas are threads of this process, which exchange tensors at a barrier.
 """
@@ -32,7 +32,7 @@ LEVELS = pytest.mark.parametrize("level", range(5))
 
 
 class ThreadGroup:
-    """Exchanges tensors between the replicas of a batch; `log` has the shape of each."""
+    """Exchange tensors between the replicas of a batch; `log` has the shape of each."""
 
     def __init__(self, size: int):
         self._barrier = threading.Barrier(size)
@@ -55,7 +55,7 @@ class ThreadGroup:
 
 @dataclass(eq=False)
 class ThreadShard:
-    """A thread's part of a batch, with the interface of distributed.world.BatchShard."""
+    """Hold a thread's part of a batch, with the interface of distributed.world.BatchShard."""
 
     offset: int
     size: int
@@ -76,7 +76,7 @@ class ThreadShard:
 
 
 def make_shards(*sizes: int) -> list[ThreadShard]:
-    """Shards of replicas with so many images each."""
+    """Make shards of replicas with so many images each."""
     group, total = ThreadGroup(len(sizes)), sum(sizes)
     weights = torch.tensor(sizes, dtype=torch.float64) / total
     return [
@@ -85,7 +85,7 @@ def make_shards(*sizes: int) -> list[ThreadShard]:
 
 
 def make_replicas(level: int, shards: list, sync: bool = True, form="BC", **changes) -> list:
-    """A network for each shard, one after the other: threads share PyTorch's generator."""
+    """Make a network for each shard, one after the other: threads share PyTorch's generator."""
     replicas = [network(level, form, **changes) for _ in shards]
     for model, shard in zip(replicas, shards, strict=True):
         models.factory.attach_shard(model, shard, sync)
@@ -95,7 +95,7 @@ def make_replicas(level: int, shards: list, sync: bool = True, form="BC", **chan
 def on_each(
     work: Callable[[nn.Module, ThreadShard], Results], replicas: list, shards: list
 ) -> list:
-    """The results of work(replica, shard), each in a thread of its own."""
+    """Return the results of work(replica, shard), each in a thread of its own."""
 
     def guarded(model: nn.Module, shard: ThreadShard) -> Results:
         try:
@@ -114,7 +114,7 @@ def on_each(
 
 @pytest.fixture(autouse=True)
 def generators(monkeypatch) -> threading.local:
-    """A generator for each thread, as each process has one; dropout draws from it."""
+    """Make a generator for each thread, as each process has one; dropout draws from it."""
     local = threading.local()
 
     def draw_seed(device: torch.device) -> Tensor:
@@ -126,7 +126,7 @@ def generators(monkeypatch) -> threading.local:
 
 # Whole networks:
 def step(model: nn.Module, images: Tensor, targets: Tensor, generators, scale=1.0) -> Results:
-    """Logits, gradients and buffers of a training step whose loss is multiplied by `scale`."""
+    """Return logits, gradients and buffers of a training step, its loss multiplied by `scale`."""
     generators.generator = torch.Generator().manual_seed(5)
     images = images.clone().requires_grad_()
     logits = model(images)
@@ -141,7 +141,7 @@ def step(model: nn.Module, images: Tensor, targets: Tensor, generators, scale=1.
 
 
 def together(level, form, sizes, generators, *, sync=True, alter=lambda shard: None) -> Results:
-    """The results of replicas' steps, combined; asserts that they end with the same buffers."""
+    """Combine the results of replicas' steps; assert that they end with the same buffers."""
     (images, targets), shards = pictures(form, count=sum(sizes)), make_shards(*sizes)
 
     def work(model: DenseNet, shard: ThreadShard) -> Results:
@@ -171,7 +171,7 @@ def together(level, form, sizes, generators, *, sync=True, alter=lambda shard: N
 
 
 def alone(form: str, count: int, generators) -> Results:
-    """A step of one process on the whole batch."""
+    """Run a step of one process on the whole batch."""
     return step(network(0, form), *pictures(form, count=count), generators)
 
 
@@ -309,7 +309,7 @@ def test_lower_precision_is_as_near_as_one_process_is(level, generators):
 
 # One module:
 def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Results:
-    """A training step of one batch norm: PyTorch's on the whole batch, or ours on replicas."""
+    """Run a step of one batch norm: PyTorch's on the whole batch, or this project's on replicas."""
 
     def work(norm: nn.BatchNorm2d, x: Tensor, upstream: Tensor) -> Results:
         norm = norm.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The benchmark compares equal networks, counts memory and bounds rightly, and fills every row."""
+"""Test that the benchmark compares equal networks, counts memory and bounds, and fills all rows."""
 
 import csv
 import sys
@@ -33,7 +33,7 @@ def _small_copies(monkeypatch):
 
 # Peers:
 def loss_and_gradients(network, opt) -> dict[str, torch.Tensor]:
-    """The loss of one batch and its gradients by name, in double precision."""
+    """Compute the loss of one batch and its gradients by name, in double precision."""
     network = network.double().train()
     images = torch.randn(
         opt.batchSize, 3, opt.imageSize, opt.imageSize, dtype=torch.float64,

@@ -1,4 +1,4 @@
-"""tools.classify names the classes that evaluation finds, on the same pixels."""
+"""Test that tools.classify names the classes that evaluation finds, on the same pixels."""
 
 import csv
 import io
@@ -49,14 +49,14 @@ def test_the_error_counted_from_its_output_is_that_of_evaluation(name, flags, re
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """Random weights of a network of seven classes, with their data."""
+    """Write random weights of a network of seven classes, with their data."""
     flags = command(dataset="folder", imageSize=8, depth=10, growthRate=2)
     return write_model(tmp_path / "run", flags, list("abcdefg"))
 
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Two images in a directory."""
+    """Write two images in a directory."""
     (tmp_path / "images").mkdir()
     for number, pixels in enumerate(noise(2, 8)):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")

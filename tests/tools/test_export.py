@@ -1,4 +1,4 @@
-"""What tools.export writes computes the same elsewhere, and comes back to the same result."""
+"""Test that files of tools.export compute the same elsewhere, and when they are read back."""
 
 import contextlib
 import importlib.util
@@ -34,7 +34,7 @@ SMALL = {"dataset": "cifar10", "depth": 10, "growthRate": 2}
 
 @pytest.fixture(scope="module")
 def onnx_file(large_run, tmp_path_factory) -> tuple[Path, str]:
-    """The run as an ONNX file, compared on its images, and what was printed about that."""
+    """Export the run as an ONNX file, compared on its images; return it and the output."""
     images = large_run.parent / "data" / "val"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         source = [str(large_run), f"--images={images}"]
@@ -44,7 +44,7 @@ def onnx_file(large_run, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture
 def weights_of(tmp_path):
-    """Writes plain weights of a network; the arguments and flags that name them."""
+    """Write plain weights of a network; return the arguments and flags that name them."""
 
     def write(flags: dict) -> list[str]:
         model = scramble(models.factory.create(opts.parse(command(**flags)), num_classes=10))

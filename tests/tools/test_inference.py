@@ -1,4 +1,4 @@
-"""A trained network is the same from every source of its weights; others are refused clearly."""
+"""Test that a network is the same from every source of its weights; others are refused clearly."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ LARGE |= dict.fromkeys(("d1", "d2", "d3", "d4"), 1)
 
 @pytest.fixture
 def copied(small_run, tmp_path) -> Path:
-    """A copy of the run that a test may change."""
+    """Copy the run, so that a test may change it."""
     return Path(shutil.copytree(small_run, tmp_path / "run"))
 
 
@@ -70,7 +70,7 @@ def test_a_network_is_the_same_from_every_source_of_its_weights(small_run, tmp_p
 
 
 def refusal(*args: object) -> str:
-    """The line of the error that loading ends in."""
+    """Return the line of the error that loading ends in."""
     with pytest.raises(RunError) as error:
         network.load(*args)
     line = error.value.report()

@@ -1,4 +1,4 @@
-"""tools.report: the document holds what was published and what was measured, side by side."""
+"""Test tools.report: the document holds the published and the measured results, side by side."""
 
 import re
 import shlex
