@@ -25,7 +25,7 @@ def _seeded():
 
 @pytest.fixture
 def measured(request) -> Callable[[str, str, float, str], None]:
-    """Record a figure with `measured(goal, what, value, limit)`; a test asserts the limit."""
+    """Record a value with `measured(goal, what, value, limit)`; a test asserts the limit."""
     path = request.config.getoption("--record")
     command = f'python -m pytest -q -m soak "{request.node.nodeid}"'
 

@@ -161,17 +161,17 @@ def test_a_skipped_image_is_counted_and_nothing_takes_its_place(
 
 
 # total images, reasons of this rank, reasons of another, the last one of too many.
-@pytest.mark.parametrize(("total", "mine", "other", "last"), [
+@pytest.mark.parametrize(("total", "local", "other", "last"), [
     (1000, ["a: torn"], [], None), (1000, ["a: torn", "b: torn"], [], "b"),
     (1000, ["a: torn"], ["b: torn"], "b"), (2000, ["a: torn"], ["b: torn"], None),
     (1000, ["a: torn", "a: torn"], ["a: torn"], None),
 ])  # fmt: skip
-def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, mine, other, last):
+def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, local, other, last):
     warned = []
     bad = UnreadableImages("skip", total, warned.append, all_gather=lambda found: [found, other])
 
     def count() -> None:
-        for reason in mine:
+        for reason in local:
             bad.add(reason)
         bad.sync()
 
@@ -181,7 +181,7 @@ def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, mine, other, la
         assert "skip" not in line  # it is what was tried
     else:
         count()
-    assert warned == [f"skipped image {reason}" for reason in dict.fromkeys([*mine, *other])]
+    assert warned == [f"skipped image {reason}" for reason in dict.fromkeys([*local, *other])]
 
 
 def test_ranks_that_stop_at_the_first_unreadable_image_have_nothing_to_compare():

@@ -37,7 +37,7 @@ def on_rank(rank: int, action) -> None:
         action()
 
 
-def replicas(directory: Path, *sabotages, **flags):
+def two_processes(directory: Path, *sabotages, **flags):
     argv = tiny(**FLAGS | flags, nGPU=2, save=directory)
     return argv, partial(both, cpus_for_gpus, *sabotages)
 
@@ -52,14 +52,14 @@ def complete(tmp_path_factory) -> dict:
 
 
 def test_processes_train_as_those_of_any_launcher_do(tmp_path, complete):
-    result = run(*replicas(tmp_path))
+    result = run(*two_processes(tmp_path))
     assert result.code == 0 and result.err == "", result
     assert result.out.count("=> Training epoch # 1") == 1
     assert outcome(tmp_path) == complete
 
 
 def goes_on(directory: Path, complete: dict) -> None:
-    assert run(*replicas(directory, resume="auto")).code == 0
+    assert run(*two_processes(directory, resume="auto")).code == 0
     assert outcome(directory) == complete
 
 
@@ -82,7 +82,7 @@ SENDERS = {
 @pytest.mark.parametrize("name", SENDERS)
 def test_a_signal_to_their_parent_or_to_all_of_them_stops_the_run_once(tmp_path, complete, name):
     tell = partial(on_rank, 1, SENDERS[name])
-    result = run(*replicas(tmp_path, own_group, partial(at_batch, tell, 6)))
+    result = run(*two_processes(tmp_path, own_group, partial(at_batch, tell, 6)))
     assert result.code == 75, result
     assert status(tmp_path)["state"] == "preempted"
     assert result.err.splitlines()[-1].startswith(f"stopped: {name}, ")
@@ -91,7 +91,7 @@ def test_a_signal_to_their_parent_or_to_all_of_them_stops_the_run_once(tmp_path,
 
 def test_a_process_that_is_killed_ends_the_others_with_its_name(tmp_path, complete):
     die = partial(on_rank, 1, kill)
-    result = run(*replicas(tmp_path, partial(at_batch, die, 6)))
+    result = run(*two_processes(tmp_path, partial(at_batch, die, 6)))
     refused(result, 8, r"process 1 \(host .*\) is lost")
     goes_on(tmp_path, complete)
 
@@ -100,7 +100,7 @@ def test_when_the_one_that_started_them_is_killed_they_save_and_end(tmp_path, co
     """Test row 68: two runs must not write in one directory."""
     report = tmp_path / "pids"
     tell = partial(on_rank, 0, partial(kill_parent, report))
-    running = start(*replicas(tmp_path / "run", partial(at_batch, tell, 6)))
+    running = start(*two_processes(tmp_path / "run", partial(at_batch, tell, 6)))
     assert running.wait(30).code == -signal.SIGKILL
     end = time.monotonic() + 20
     while Path(f"/proc/{report.read_text()}").exists():
@@ -117,7 +117,7 @@ def kill_parent(report: Path) -> None:
 
 def test_a_process_that_ends_neither_by_itself_nor_on_a_signal_is_killed(tmp_path):
     stop = partial(on_rank, 1, partial(send, signal.SIGSTOP))
-    argv, sabotage = replicas(tmp_path, impatient, partial(at_batch, stop, 6), timeout=4)
+    argv, sabotage = two_processes(tmp_path, impatient, partial(at_batch, stop, 6), timeout=4)
     refused(run(argv, sabotage, timeout_s=60), 8, r"process 1 .* is lost")
 
 

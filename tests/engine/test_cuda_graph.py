@@ -119,9 +119,9 @@ def epochs(trainer: train.Trainer, data: DataSplits, count: int = 2) -> dict:
     return {"results": results, **trainer.model.state_dict()}
 
 
-def equal(mine: dict, theirs: dict) -> bool:
-    results = mine["results"] == theirs["results"]
-    return results and all(torch.equal(mine[n], theirs[n]) for n in mine if n != "results")
+def equal(found: dict, expected: dict) -> bool:
+    results = found["results"] == expected["results"]
+    return results and all(torch.equal(found[n], expected[n]) for n in found if n != "results")
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_a_process_replays_its_own_images(split, steps):
         return torch.cat([images for images, _ in seen])
 
     for rank in range(2):
-        mine = images_of(rank, replay=True)
-        assert torch.equal(mine, images_of(rank, replay=False))
-        assert not torch.equal(mine, images_of(1 - rank, replay=False))
+        found = images_of(rank, replay=True)
+        assert torch.equal(found, images_of(rank, replay=False))
+        assert not torch.equal(found, images_of(1 - rank, replay=False))
 
 
 def test_a_step_that_cannot_be_captured_runs_eagerly_with_one_warning(capsys):

@@ -24,8 +24,8 @@ class Exchange(NamedTuple):
 def draw(size: int, dtype: torch.dtype = torch.float64) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Draw the gradients of each process, 4-d ones channels last, and its loss."""
     gradients = [[torch.randn(shape, dtype=dtype) for shape in SHAPES] for _ in range(size)]
-    for mine in gradients:
-        mine[0] = mine[0].to(memory_format=torch.channels_last)
+    for local in gradients:
+        local[0] = local[0].to(memory_format=torch.channels_last)
     return gradients, [torch.rand((), dtype=dtype) for _ in range(size)]
 
 
@@ -47,13 +47,13 @@ def reduce_in_one(
 def reduce_in_all(gradients: list[list[Tensor]], losses: list[Tensor]) -> list:
     """Do the same in every process: first all send their gradients, then all get the sum."""
     sent, size = [], len(losses)
-    for mine, loss in zip(gradients, losses, strict=True):
-        reduce_in_one(size, mine, loss, lambda tensor: sent.append(tensor.clone()))
+    for local, loss in zip(gradients, losses, strict=True):
+        reduce_in_one(size, local, loss, lambda tensor: sent.append(tensor.clone()))
     assert len(sent) == size  # one exchange in each
     total = torch.stack(sent).sum(dim=0)
     return [
-        reduce_in_one(size, mine, loss, lambda tensor: tensor.copy_(total))
-        for mine, loss in zip(gradients, losses, strict=True)
+        reduce_in_one(size, local, loss, lambda tensor: tensor.copy_(total))
+        for local, loss in zip(gradients, losses, strict=True)
     ]
 
 

@@ -56,9 +56,9 @@ def test_a_run_directory_holds_the_run_its_last_and_its_best_model(complete):
         ".lock", "config.yaml", "data.json", "status.json", "log.jsonl", "tensorboard",
         "model_last.pt", "model_best.pt", *names.values(),
     }  # fmt: skip
-    facts = json.loads((complete / "data.json").read_text())
-    assert facts["classes"] == ["pattern 0", "pattern 1", "pattern 2"]
-    assert (facts["train"], facts["val"], facts["test"]) == (24, 8, 6)
+    metadata = json.loads((complete / "data.json").read_text())
+    assert metadata["classes"] == ["pattern 0", "pattern 1", "pattern 2"]
+    assert (metadata["train"], metadata["val"], metadata["test"]) == (24, 8, 6)
     log, verdict = records(complete), status(complete)
     best = min(log, key=lambda record: (record["val_top1"], record["epoch"]))["epoch"]
     assert (verdict["state"], verdict["code"], verdict["epoch"]) == ("done", 0, 3)

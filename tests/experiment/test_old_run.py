@@ -44,9 +44,9 @@ def processor() -> dict[str, str]:
     """Return the properties outside this program that decide how PyTorch rounds."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().partition("\n\n")[0].splitlines() if info.exists() else []
-    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
     wanted = ("vendor_id", "cpu family", "model", "stepping", "cache size", "flags")
-    return {name: facts.get(name, "") for name in wanted} | {"torch": torch.__version__}
+    return {name: fields.get(name, "") for name in wanted} | {"torch": torch.__version__}
 
 
 # Bits may be asked for on a processor such as the one that wrote the run; others round otherwise.
@@ -62,9 +62,9 @@ def test_an_old_run_goes_on_bit_for_bit(tmp_path, source):
     found, wanted = (read_log(path) for path in (tmp_path / "run", OLD / "finished"))
     assert [record["epoch"] for record in found] == [1, 2, 3]
     same = [name for name in wanted[0] if name.startswith(("train_", "val_")) or name == "lr"]
-    for mine, theirs in zip(found, wanted, strict=True):
+    for current, saved in zip(found, wanted, strict=True):
         for name in set(same) - {"val_time_s"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=TOLERANCE, abs=0)
+            assert current[name] == pytest.approx(saved[name], rel=TOLERANCE, abs=0)
 
 
 @pytest.mark.parametrize("forget", [sabotage.forget_rng, sabotage.forget_position])

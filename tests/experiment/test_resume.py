@@ -174,8 +174,8 @@ def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
         argv = tiny(**RUN, resume=stopped_run, save=tmp_path / str(threads))
         result = run(argv, stopped(1), threads)
         assert result.code == 75
-        remark = "note: 2 threads, the run had 1: rounding can differ"
-        assert (remark in result.err) == remarked
+        note = "note: 2 threads, the run had 1: rounding can differ"
+        assert (note in result.err) == remarked
 
 
 def test_an_override_is_said_and_recorded_and_other_batches_start_the_epoch_again(

@@ -54,7 +54,7 @@ class Fault:
         moment, action: when what is done.
         codes: exit code of each process.
         step: global step of the newest checkpoint afterwards; None: there is none.
-        says: pattern of all that is said, on the standard error of one process; empty: nothing.
+        message: pattern of all messages, on the standard error of one process; empty: nothing.
         ranks: processes that it is done to.
         also, others: what else is done to these, and to the other processes.
         flags: of the run.
@@ -69,7 +69,7 @@ class Fault:
     action: Action
     codes: int | tuple[int, ...]
     step: int | None
-    says: str = ""
+    message: str = ""
     ranks: tuple[int, ...] = (0,)
     also: Action = int
     others: Action = int
@@ -197,7 +197,7 @@ def lost(rank: int) -> dict[str, object]:
     return {
         "codes": codes,
         "ranks": (rank,),
-        "says": LOST.format(rank),
+        "message": LOST.format(rank),
         "verdict": {"lost": [rank]},
     }
 
@@ -222,20 +222,20 @@ TWO_PROCESSES = [
     Fault("process 1 crashed", 65, batch(6), sabotage.crash, step=4,
           **lost(1) | {"codes": (8, CRASHED)}),
     *(Fault(f"process {rank} killed while the other is busy", 65, batch(6), kill, step=4,
-            others=BUSY, own_store=True, **lost(rank) | {"says": "is lost", "verdict": None})
+            others=BUSY, own_store=True, **lost(rank) | {"message": "is lost", "verdict": None})
       for rank in BOTH),
     *(Fault(f"process {rank} fails while the other is busy", 67, batch(6),
             partial(sabotage.fail, "DataError"), (3, 3), 4, f"luck in process {rank}; fix: bring",
             ranks=(rank,), others=BUSY) for rank in BOTH),
     Fault("the process with the store killed", 65, batch(6), kill, step=4, own_store=True,
-          **lost(0) | {"says": "the process that held the run together is lost .*; fix: "}),
+          **lost(0) | {"message": "the process that held the run together is lost .*; fix: "}),
     Fault("process 1 killed while process 0 finds the checkpoint", 65,
           calling("share what the first process did"), kill, step=None,
           others=partial(sabotage.both, impatient, partial(at_call, hang, "find a checkpoint")),
           **lost(1)),
     *(Fault(f"process {rank} hangs in {what}", 66, moment, sabotage.stop, step=step,
             flags={"timeout": 4}, others=impatient,
-            **lost(rank) | {"says": LOST.format(rank) + r" \(.*timed out.*\); fix: "}
+            **lost(rank) | {"message": LOST.format(rank) + r" \(.*timed out.*\); fix: "}
             | {"verdict": {} if rank else None})  # which holds the lock of the run directory
       for rank, what, moment, step in [
           (0, "a step", batch(6), 4), (1, "the first step", batch(1), None),

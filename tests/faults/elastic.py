@@ -175,17 +175,17 @@ def _as_agent(node: Node, keeps_store: bool) -> None:
         config.start_method = "fork"
         directory, *flags = args.training_script_args
 
-        def work() -> None:
-            _work(program, Path(directory), flags)
+        def run_worker() -> None:
+            _worker_main(program, Path(directory), flags)
 
-        elastic_launch(config, work)()
+        elastic_launch(config, run_worker)()
         return 0
 
     main.main = torchrun
 
 
-def _work(program: Callable[[list[str]], int], directory: Path, argv: list[str]) -> None:
-    """Be a process of the run, which has nothing of its agent but the environment."""
+def _worker_main(program: Callable[[list[str]], int], directory: Path, argv: list[str]) -> None:
+    """Run a process of the run, which gets from its agent only the environment."""
     for path in Path("/proc/self/fd").iterdir():
         if path.is_socket():  # such as that of the agent's store
             os.close(int(path.name))

@@ -88,10 +88,10 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_data_that_cannot_be_used_is_refused(root, name):
-    spoil, pattern = UNUSABLE[name]
-    if spoil is not int:
-        spoil(root=root)
-    flags = {"nClasses": 3} if spoil is int else {"nThreads": int("garbled" in name)}
+    inject, pattern = UNUSABLE[name]
+    if inject is not int:
+        inject(root=root)
+    flags = {"nClasses": 3} if inject is int else {"nThreads": int("garbled" in name)}
     # As the images are read at the start, or by loader processes.
     for size in [LARGE] if "44" not in name else [SMALL, LARGE]:
         refused(run(folder(root, size, **flags)), 3, pattern.format(root=re.escape(str(root))))

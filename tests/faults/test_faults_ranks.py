@@ -53,7 +53,7 @@ def one_gpu() -> None:
 
 
 def other_torch() -> None:
-    replace("hash the code", lambda versions: lambda: {"torch": "1.0", "code": "old"})
+    replace("hash the code", lambda function: lambda: {"torch": "1.0", "code": "old"})
 
 
 def other_data() -> None:
@@ -169,17 +169,17 @@ def test_a_loader_process_that_is_killed_is_named_and_no_peer_is(root, rank):
 
 
 def record_steps_but(rank: int) -> None:
-    """Pretend to record CUDA graphs; in one process the capture fails."""
+    """Pretend to capture CUDA graphs; in one process the capture fails."""
 
-    def recorder(*_):
-        def record(work):
+    def capturer(*_):
+        def capture(run_step):
             if os.environ["RANK"] == str(rank):
                 raise RuntimeError("operation not permitted when stream is capturing")
-            return work
+            return run_step
 
-        return record
+        return capture
 
-    replace("choose eager or recorded steps", lambda _: recorder)
+    replace("choose eager or recorded steps", lambda _: capturer)
 
 
 @pytest.mark.parametrize("rank", BOTH)

@@ -151,11 +151,11 @@ def calls_of_a_save(tmp_path_factory) -> list[tuple[str, int, str]]:
 def test_the_calls_of_a_save_are_those_that_matter(calls_of_a_save):
     text = "\n".join(line for _, _, line in calls_of_a_save)
     for name in ("checkpoint_000000008", "status", "model_last"):
-        place = 0
+        start = 0
         for call in CALLS_OF_A_FILE:
-            found = re.compile(call.replace("FILE", rf"\.{name}"), re.MULTILINE).search(text, place)
+            found = re.compile(call.replace("FILE", rf"\.{name}"), re.MULTILINE).search(text, start)
             assert found, (name, call)
-            place = found.end()
+            start = found.end()
     assert re.search("^unlink.*checkpoint_0000000", text, re.MULTILINE)
 
 

@@ -74,7 +74,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 def test_a_state_is_read_as_it_was_written(path):
     state = checkpoints.load(path)
     assert state.pop("format") == checkpoints.FORMAT
-    torch.manual_seed(0)  # the weights are drawn anew
+    torch.manual_seed(0)  # the weights are drawn again
     assert equal(state, real_state() | {"rng": state["rng"]})
     assert not equal(state, real_state() | {"rng": state["rng"]})  # of another seed
 
@@ -102,8 +102,8 @@ def test_no_flipped_bit_in_the_description_of_a_tensor_loads_silently_wrong(path
     entry = zipfile.ZipFile(path).getinfo(next(n for n in names(path) if n.endswith("data/0")))
     local, size = entry.header_offset, len(entry.filename)
     central = data.rindex(b"PK\x01\x02", 0, data.rindex(entry.filename.encode()))
-    places = [*range(local, local + 30 + size), *range(central, central + 46 + size)]
-    bits = [8 * place + bit for place in places for bit in range(8)]
+    offsets = [*range(local, local + 30 + size), *range(central, central + 46 + size)]
+    bits = [8 * offset + bit for offset in offsets for bit in range(8)]
     refusals, wrong = silently_wrong(path, (flipped(data, bit) for bit in bits))
     assert wrong == 0 and refusals > 0.3 * len(bits)
 

@@ -213,9 +213,9 @@ def mutated(draw: random.Random, whole: bytes) -> bytes:
     """Replace a few bytes, or numbers of four or eight bytes, of a file."""
     data = bytearray(whole)
     for _ in range(draw.choice((1, 1, 2, 5))):
-        place, size = draw.randrange(len(data)), draw.choice((1, 4, 8))
+        offset, size = draw.randrange(len(data)), draw.choice((1, 4, 8))
         number = draw.choice((0, 1, -1, 3, 4, 2**31 - 1, 2**62, draw.getrandbits(62)))
-        data[place : place + size] = (number % 256**size).to_bytes(size, "little")
+        data[offset : offset + size] = (number % 256**size).to_bytes(size, "little")
     return bytes(data)
 
 

@@ -29,8 +29,8 @@ def trainer() -> Trainer:
 
 
 def real_state(step: int = 3) -> dict:
-    facts = {"settings": {"depth": 4, "LR": 0.1}, "data": {"classes": ["a", "b"]}, "overrides": []}
-    return {**trainer().state_dict(), "global_step": step, **facts}
+    extra = {"settings": {"depth": 4, "LR": 0.1}, "data": {"classes": ["a", "b"]}, "overrides": []}
+    return {**trainer().state_dict(), "global_step": step, **extra}
 
 
 def equal(one, other) -> bool:

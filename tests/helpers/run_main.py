@@ -151,7 +151,7 @@ def _as_rank(*, rank: int, size: int, port: int, store: bool, sabotage: Callable
     }
     from distributed import peer_monitor
 
-    peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1  # nobody is far away
+    peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1  # all run locally
     if sabotage:
         sabotage()
 
@@ -172,6 +172,6 @@ def _child(argv, sabotage, threads: int, out: str, err: str) -> None:
 
     code = main.main(argv)
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # which a run gives up once nobody reads it
+        if stream:  # which a run stops using once it has no reader
             stream.flush()
     sys.exit(code)

@@ -114,18 +114,18 @@ def cifar_files(name: str, train: tuple, test: tuple) -> dict[str, bytes]:
 
 
 def publish_cifar(monkeypatch, name: str, files: dict[str, bytes], archive: bytes) -> None:
-    """Make the sums of `files` and of `archive` the published ones."""
+    """Make the checksums of `files` and of `archive` the published ones."""
     kind = CIFAR_KINDS[name]
-    sums = {path.partition("/")[2]: md5(data) for path, data in files.items()}
+    checksums = {path.partition("/")[2]: md5(data) for path, data in files.items()}
     for part_names in ("train_list", "test_list"):
-        parts = [[part, sums[part]] for part, _ in getattr(kind, part_names)]
+        parts = [[part, checksums[part]] for part, _ in getattr(kind, part_names)]
         monkeypatch.setattr(kind, part_names, parts)
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums[kind.meta["filename"]]})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": checksums[kind.meta["filename"]]})
     monkeypatch.setattr(kind, "tgz_md5", md5(archive))
 
 
 def write_cifar(root: Path, monkeypatch, name: str, train: tuple, test: tuple) -> Path:
-    """Write CIFAR's archive, with the published sums changed to its own."""
+    """Write CIFAR's archive, with the published checksums changed to its own."""
     files = cifar_files(name, train, test)
     archive = tar_gz(files)
     publish_cifar(monkeypatch, name, files, archive)
@@ -135,14 +135,14 @@ def write_cifar(root: Path, monkeypatch, name: str, train: tuple, test: tuple) -
 
 
 def write_svhn(root: Path, monkeypatch, parts: dict[str, tuple]) -> None:
-    """Write SVHN's files, `{split: (pixels, digits)}`, with the published sums changed to theirs.
+    """Write SVHN's files, `{split: (pixels, digits)}`; set the published checksums to theirs.
 
     The digit 0 has the label 10 there, and the image number is the last axis.
     """
-    sums = {}
+    checksums = {}
     for split, (url, filename, _) in SVHN.split_list.items():
         pixels, digits = parts[split]
         labels = np.where(np.array(digits) == 0, 10, digits).astype(np.uint8)[:, None]
         scipy.io.savemat(root / filename, {"X": pixels.transpose(1, 2, 3, 0), "y": labels})
-        sums[split] = [url, filename, md5((root / filename).read_bytes())]
-    monkeypatch.setattr(SVHN, "split_list", sums)
+        checksums[split] = [url, filename, md5((root / filename).read_bytes())]
+    monkeypatch.setattr(SVHN, "split_list", checksums)

@@ -81,13 +81,13 @@ def source_maps(channels: int = CHANNELS) -> FeatureMaps:
 
 def finished_target(normed: bool = True) -> tuple[FeatureMaps, Tensor]:
     """Make feature maps after the backward of all readers, and their complete gradient."""
-    maps = source_maps(FEATURES)
-    maps.grad.copy_(draw(*maps.value.shape))
+    features = source_maps(FEATURES)
+    features.grad.copy_(draw(*features.value.shape))
     if not normed:  # read by no batch normalisation
-        return FeatureMaps(maps.grad, grad=maps.grad), maps.grad.clone()
-    maps.mean_correction, maps.var_correction = draw(2, FEATURES)
-    normalised = (maps.value - maps.mean) * maps.rstd
-    return maps, maps.grad - maps.mean_correction - normalised * maps.var_correction
+        return FeatureMaps(features.grad, grad=features.grad), features.grad.clone()
+    features.mean_correction, features.var_correction = draw(2, FEATURES)
+    normalised = (features.value - features.mean) * features.rstd
+    return features, features.grad - features.mean_correction - normalised * features.var_correction
 
 
 def norm(channels: int = CHANNELS) -> NormParams:
@@ -114,10 +114,10 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def assert_stats(maps: FeatureMaps, values: Tensor, tolerance: float = 1e-12) -> None:
+def assert_stats(features: FeatureMaps, values: Tensor, tolerance: float = 1e-12) -> None:
     flat = values.double().reshape(-1, values.shape[-1])
     mean, var = flat.mean(0), flat.var(0, unbiased=False)
-    found = (maps.mean, maps.var, maps.rstd)
+    found = (features.mean, features.var, features.rstd)
     for got, want in zip(found, (mean, var, (var + EPS).rsqrt()), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
@@ -300,11 +300,11 @@ def test_lower_precisions_are_as_near_as_their_digits_allow(side, dtype, toleran
         reference.conv(source, bn, w, written, None)
         return [written.value, reference.complete_gradient(source), written.mean, *grads]
 
-    def lowered(maps: FeatureMaps) -> FeatureMaps:
+    def lowered(x: FeatureMaps) -> FeatureMaps:
         """Convert to `dtype`, the vectors to float32."""
         wide = ("mean", "rstd", "var", "mean_correction", "var_correction")
-        changed = {name: getattr(maps, name).float() for name in wide}
-        return replace(maps, value=maps.value.to(dtype), grad=maps.grad.to(dtype), **changed)
+        changed = {name: getattr(x, name).float() for name in wide}
+        return replace(x, value=x.value.to(dtype), grad=x.grad.to(dtype), **changed)
 
     source, bn, weight = source_maps(), norm(), draw(FEATURES, CHANNELS, side, side)
     source.value.copy_(source.value.to(dtype))  # so that only the arithmetic rounds

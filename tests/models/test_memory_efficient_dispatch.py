@@ -188,7 +188,7 @@ def insert(before: str | None, slope: float):
         items = [*model.features.named_children()]
         names = [name for name, _ in items]
         position = len(items) if before is None else names.index(before)
-        items.insert(position, ("foreign", nn.LeakyReLU(slope)))
+        items.insert(position, ("extra", nn.LeakyReLU(slope)))
         model.features = nn.Sequential(OrderedDict(items))
 
     return change

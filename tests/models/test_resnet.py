@@ -143,8 +143,8 @@ def example(name: str, *case):
     """Make a small network of a case, a batch of odd size, and the results of a step on it."""
     kind, bottleneck, large = case
     torch.manual_seed(0)
-    how = {"bottleneck": bottleneck, "shortcut": kind, "pre_activation": name == "preresnet"}
-    model = ResNet(COUNTS, 5, imagenet_stem=large, **how)
+    options = {"bottleneck": bottleneck, "shortcut": kind, "pre_activation": name == "preresnet"}
+    model = ResNet(COUNTS, 5, imagenet_stem=large, **options)
     scramble(model).double()
     images, targets = photographs(2, 29 if large else 13, 5)
     found = one_step(copy.deepcopy(model), images, targets)

@@ -92,14 +92,12 @@ def make_replicas(level: int, shards: list, sync: bool = True, form="BC", **chan
     return replicas
 
 
-def on_each(
-    work: Callable[[nn.Module, ThreadShard], Results], replicas: list, shards: list
-) -> list:
-    """Return the results of work(replica, shard), each in a thread of its own."""
+def on_each(run: Callable[[nn.Module, ThreadShard], Results], replicas: list, shards: list) -> list:
+    """Return the results of run(replica, shard), each in a thread of its own."""
 
     def guarded(model: nn.Module, shard: ThreadShard) -> Results:
         try:
-            return work(model, shard)
+            return run(model, shard)
         except BaseException:
             shard.group.abort()  # the others wait for this replica
             raise
@@ -144,7 +142,7 @@ def together(level, form, sizes, generators, *, sync=True, alter=lambda shard: N
     """Combine the results of replicas' steps; assert that they end with the same buffers."""
     (images, targets), shards = pictures(form, count=sum(sizes)), make_shards(*sizes)
 
-    def work(model: DenseNet, shard: ThreadShard) -> Results:
+    def run(model: DenseNet, shard: ThreadShard) -> Results:
         own = images[shard.own], targets[shard.own]
         if not shard.size:
             own = torch.zeros_like(images[:1]), torch.zeros_like(targets[:1])
@@ -152,7 +150,7 @@ def together(level, form, sizes, generators, *, sync=True, alter=lambda shard: N
         alter(shard)
         return step(model, *own, generators, scale)
 
-    found = on_each(work, make_replicas(level, shards, sync, form), shards)
+    found = on_each(run, make_replicas(level, shards, sync, form), shards)
     for result in found:
         assert torch.equal(result["random numbers"], found[0]["random numbers"])
         if sync:
@@ -226,11 +224,11 @@ def test_a_replica_without_images_leaves_no_trace(level, generators):
     # No statistic depends on its image of zeros, so none has a gradient to pass to it.
     shards, (images, targets) = make_shards(3, 0), pictures(count=3)
 
-    def work(model: DenseNet, shard: ThreadShard) -> Results:
+    def run(model: DenseNet, shard: ThreadShard) -> Results:
         own = (torch.ones_like(images[:1]), targets[:1]) if shard.rank else (images, targets)
         return step(model, *own, generators, scale=2.0 - 2 * shard.rank)
 
-    real, idle = on_each(work, make_replicas(level, shards), shards)
+    real, idle = on_each(run, make_replicas(level, shards), shards)
     assert all((v == 0).all() for n, v in idle.items() if "gradient" in n or n == "image")
     assert max(value.abs().max() for name, value in real.items() if "gradient" in name) > 1e-3
     assert all(torch.equal(idle[name], real[name]) for name in idle if "running" in name)
@@ -275,12 +273,12 @@ def test_evaluation_exchanges_nothing(level):
 @pytest.mark.parametrize("level", [0, 2])
 def test_one_value_per_channel_over_all_replicas_is_refused(level, generators):
     def train(*sizes: int) -> list[Results]:
-        def work(model: DenseNet, shard: ThreadShard) -> Results:
+        def run(model: DenseNet, shard: ThreadShard) -> Results:
             return step(model, images[shard.rank :][:1], targets, generators)
 
         images, targets = torch.randn(2, 3, 1, 1, dtype=torch.float64), torch.tensor([0])
         shards = make_shards(*sizes)
-        return on_each(work, make_replicas(level, shards, stages=(1,)), shards)
+        return on_each(run, make_replicas(level, shards, stages=(1,)), shards)
 
     with pytest.raises(ValueError, match="value per channel"):
         train(1, 0)
@@ -292,14 +290,14 @@ def test_lower_precision_is_as_near_as_one_process_is(level, generators):
     images, targets = pictures(count=16)
 
     def train(*sizes: int, low: bool = True) -> Tensor:
-        def work(model: DenseNet, shard: ThreadShard) -> Tensor:
+        def run(model: DenseNet, shard: ThreadShard) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
                 loss = F.cross_entropy(model.float()(images[shard.own].float()), targets[shard.own])
             (loss * shard.weights[shard.rank].item()).backward()
             return torch.cat([p.grad.flatten() for p in model.parameters()])
 
         shards = make_shards(*sizes)
-        return sum(on_each(work, make_replicas(level, shards, sync=len(sizes) > 1), shards))
+        return sum(on_each(run, make_replicas(level, shards, sync=len(sizes) > 1), shards))
 
     exact = train(16, low=False)
     errors = [(train(*sizes) - exact).norm() / exact.norm() for sizes in ((16,), (9, 7))]
@@ -311,7 +309,7 @@ def test_lower_precision_is_as_near_as_one_process_is(level, generators):
 def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Results:
     """Run a step of one batch norm: PyTorch's on the whole batch, or this project's on replicas."""
 
-    def work(norm: nn.BatchNorm2d, x: Tensor, upstream: Tensor) -> Results:
+    def run(norm: nn.BatchNorm2d, x: Tensor, upstream: Tensor) -> Results:
         norm = norm.to(torch.promote_types(x.dtype, torch.float32))
         torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
         x = x.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -322,11 +320,11 @@ def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Re
 
     options = {"num_features": x.shape[1], "eps": 1e-3, "momentum": 0.3}
     if sizes is None:
-        return work(nn.BatchNorm2d(**options), x, upstream)
+        return run(nn.BatchNorm2d(**options), x, upstream)
 
     def on_replica(norm: sync_batchnorm.BatchNorm, shard: ThreadShard) -> Results:
         models.factory.attach_shard(norm, shard, True)
-        return work(norm, x[shard.own], upstream[shard.own])
+        return run(norm, x[shard.own], upstream[shard.own])
 
     shards = make_shards(*sizes)
     found = on_each(on_replica, [sync_batchnorm.BatchNorm(**options) for _ in shards], shards)

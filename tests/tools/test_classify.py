@@ -67,10 +67,10 @@ def test_classes_are_sorted_shares_of_a_whole_and_five_are_printed(weights, imag
     assert classify.main([str(weights), str(images), "--csv", "-", "--top", "99"]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert len(rows) == 2 * 7
-    for mine in (rows[:7], rows[7:]):
-        percents = [float(row["percent"]) for row in mine]
-        assert [row["rank"] for row in mine] == list("1234567")
-        assert sorted(row["class"] for row in mine) == list("abcdefg")
+    for image_rows in (rows[:7], rows[7:]):
+        percents = [float(row["percent"]) for row in image_rows]
+        assert [row["rank"] for row in image_rows] == list("1234567")
+        assert sorted(row["class"] for row in image_rows) == list("abcdefg")
         assert percents == sorted(percents, reverse=True)
         assert sum(percents) == pytest.approx(100, abs=1e-3)
 
