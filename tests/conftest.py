@@ -1,4 +1,4 @@
-"""Give all tests one thread, so that results repeat and two test runs do not fight.
+"""Give all tests one thread, so that results repeat and two test runs do not compete.
 
 `--record FILE` writes what the long tests measure into a file.
 """
@@ -25,7 +25,7 @@ def _seeded():
 
 @pytest.fixture
 def measured(request) -> Callable[[str, str, float, str], None]:
-    """Record a figure with `measured(goal, what, value, limit)`; a test asserts what it must be."""
+    """Record a value with `measured(goal, what, value, limit)`; a test asserts the limit."""
     path = request.config.getoption("--record")
     command = f'python -m pytest -q -m soak "{request.node.nodeid}"'
 

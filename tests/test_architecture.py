@@ -1,4 +1,4 @@
-"""The shape of the code, beside what `make check` tests by ruff and import-linter."""
+"""Test the structure of the code, beside what `make check` tests by ruff and import-linter."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ def name(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level names that a file imports, inside of functions as well."""
+    """List the top-level names that a file imports, inside of functions as well."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}

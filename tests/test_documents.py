@@ -1,4 +1,4 @@
-"""Every file, test and command that the documents name exists and is understood."""
+"""Test that every file, test and command that the documents name exists and is understood."""
 
 import importlib
 import re
@@ -61,7 +61,7 @@ def documented_commands() -> list[str]:
 
 
 def parser(program: str) -> Callable[[list[str]], object]:
-    """Return what reads the command line of `main.py` or of `tools.NAME`."""
+    """Return the parser of the command line of `main.py` or of `tools.NAME`."""
     if program.removeprefix("tools.") in ("main.py", *WITH_FLAGS_OF_MAIN):
         return opts.parse
     module = importlib.import_module(program)

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device: precisions, backends, graphs, memory, resuming (`make gpu`)."""
+"""Test with a CUDA device: precisions, backends, graphs, memory, resuming (`make gpu`)."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
 
 # Levels, backends and graphs:
 def backends() -> list:
-    """The backends that run on this machine."""
+    """List the backends that run on this machine."""
     return [REFERENCE, kernels.backend.select("auto", torch.device("cuda", 0), "single")[0]]
 
 

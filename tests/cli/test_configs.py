@@ -1,4 +1,4 @@
-"""Each config is one published result: it parses, builds, counts and trains as its source says.
+"""Test that each config parses, builds, counts and trains as its source, a published result, says.
 
 tests/tools/test_published.py compares the errors and sizes that configs claim with the sources.
 """
@@ -32,7 +32,7 @@ IMAGENET_PARAMETERS = {
 
 
 def config_name(path: Path) -> str:
-    """configs/c10/x.yaml -> c10/x."""
+    """Return the name of a config: configs/c10/x.yaml -> c10/x."""
     return str(path.relative_to(ROOT / "configs").with_suffix(""))
 
 
@@ -84,7 +84,7 @@ def test_a_config_is_the_protocol_of_the_paper(path):
 
 
 def residual_protocol(folder: str, row: str) -> tuple:
-    """Return batch size, epochs, milestones and held-out images of whoever published the row."""
+    """Return batch size, epochs, milestones and held-out images of the publisher of a row."""
     if folder == "imagenet":  # fb.resnet.torch
         return (256, 90, [31, 61], 0)
     if row == "resnet-110":  # code of arXiv:1603.09382

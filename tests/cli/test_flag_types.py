@@ -1,4 +1,4 @@
-"""How a command line and a YAML file give flags their values, and what both refuse."""
+"""Test how a command line and a YAML file set flags, and which values both refuse."""
 
 import contextlib
 import tracemalloc
@@ -161,7 +161,7 @@ def test_yaml_means_what_the_command_line_means(raw, from_yaml):
         ("depth: 40\nmilestones: [5, 6]\n", {"depth": 40, "milestones": [5, 6]}),
         ("milestones: []\n", {"milestones": []}),
         ("milestones:\n- 5\n- 6\n", {"milestones": [5, 6]}),
-        ("# a remark\ndepth: '40' # another\n", {"depth": 40}),
+        ("# a comment\ndepth: '40' # another\n", {"depth": 40}),
         ("{depth: 40, tf32: false}", {"depth": 40, "tf32": False}),
         ("depth: &d 40\noptMemory: 1\ndata: *d\n", {"depth": 40, "optMemory": 1, "data": "40"}),
         (b"\xef\xbb\xbfdepth: 40\n", {"depth": 40}),
@@ -200,7 +200,7 @@ def test_every_problem_of_a_file_is_found(from_yaml):
 @pytest.mark.parametrize(
     ("what", "contents"),
     [
-        ("holds no settings", ["", "# only a remark\n", "- depth\n", "depth\n",
+        ("holds no settings", ["", "# only a comment\n", "- depth\n", "depth\n",
                                "!!python/dict {depth: 3}"]),
         ("but found another document", ["depth: 3\n---\ndepth: 3\n"]),
         ("c.yaml, line 1)", ["\tdepth: 3\n"]),

@@ -1,4 +1,4 @@
-"""The settings of a command line: defaults, precedence, rules between flags, and back to YAML."""
+"""Test the settings of a command line: defaults, precedence, rules between flags, back to YAML."""
 
 import random
 import subprocess
@@ -26,7 +26,7 @@ def parse(line: str, world_size: int = 0):
 
 
 def refused(line: str, world_size: int = 0) -> list[tuple[str, str]]:
-    """Return the problems of a command line that is refused, each reported as one line."""
+    """Return the problems of a refused command line, each reported as one line."""
     with pytest.raises(UsageError) as caught:
         parse(line, world_size)
     lines = caught.value.report().splitlines()

@@ -1,4 +1,4 @@
-"""The original's flags and learning rates: each flag is there, each rate changes in its epoch."""
+"""Test that each flag of the original exists, and that each learning rate changes in its epoch."""
 
 import ast
 import math
@@ -84,8 +84,8 @@ def test_every_flag_is_read_by_the_program():
 
 
 # Schedules:
-def rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[float]:
-    """Return the rate of each epoch by the defaults of the program."""
+def learning_rates(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[float]:
+    """Return the learning rate of each epoch by the defaults of the program."""
     milestones = opts.default_milestones(num_epochs, imagenet, net_type)
     return [multistep_lr(0.1, milestones, epoch) for epoch in range(1, num_epochs + 1)]
 
@@ -140,7 +140,7 @@ def drops_of_imagenet(epoch: int, n: int) -> int:
 )
 def test_the_rate_drops_in_the_same_epochs_as_the_originals(drops, imagenet, net_type, n):
     expected = [0.1 / 10 ** drops(epoch, n) for epoch in range(1, n + 1)]
-    assert rates(n, imagenet, net_type) == pytest.approx(expected, rel=1e-12)
+    assert learning_rates(n, imagenet, net_type) == pytest.approx(expected, rel=1e-12)
 
 
 def stepped_after_each_epoch(milestones: list[int], num_epochs: int) -> list[float]:
@@ -155,7 +155,7 @@ def stepped_after_each_epoch(milestones: list[int], num_epochs: int) -> list[flo
 
 
 def test_a_scheduler_stepped_after_each_epoch_is_one_late():
-    found, late = rates(300, imagenet=False), stepped_after_each_epoch([150, 225], 300)
+    found, late = learning_rates(300, imagenet=False), stepped_after_each_epoch([150, 225], 300)
     differ = [i + 1 for i in range(300) if not math.isclose(found[i], late[i], rel_tol=1e-9)]
     assert differ == [150, 225]
     assert found == pytest.approx(stepped_after_each_epoch([149, 224], 300), rel=1e-9)

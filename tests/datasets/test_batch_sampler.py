@@ -1,4 +1,4 @@
-"""Which images each rank gets in which step, and which are held out of training."""
+"""Test which images each rank gets in each step, and which are held out of training."""
 
 import itertools
 
@@ -18,7 +18,7 @@ BOTH = pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 def samplers(
     n: int, batch: int, size: int, whole: bool, seed: int | None = None
 ) -> list[BatchSampler]:
-    """The sampler of each rank, over images that are not simply numbered from 0."""
+    """Return the sampler of each rank, over images that are not simply numbered from 0."""
     indices = 3 * torch.arange(n) + 1
     return [
         BatchSampler(indices, batch, seed, ProcessInfo(rank, size), whole) for rank in range(size)
@@ -26,7 +26,7 @@ def samplers(
 
 
 def split(ranks: list[BatchSampler], epoch: int = 1) -> list[list[list[int]]]:
-    """The images of each step and, within it, of each rank."""
+    """Return the images of each step and, within it, of each rank."""
     assert len({len(sampler) for sampler in ranks}) == 1  # or some would wait for the others
     orders = [sampler.epoch_indices(epoch) for sampler in ranks]
     return [
@@ -37,7 +37,7 @@ def split(ranks: list[BatchSampler], epoch: int = 1) -> list[list[list[int]]]:
 
 
 def reference(images: list[int], batch: int, size: int, whole: bool) -> list[list[list[int]]]:
-    """The same, from the batches of one process: dealt out whole, or split by numpy."""
+    """Return the same from the batches of one process: taken whole in turn, or split by numpy."""
     batches = [images[i : i + batch] for i in range(0, len(images), batch)]
     if not whole:
         return [[part.tolist() for part in np.array_split(one, size)] for one in batches]

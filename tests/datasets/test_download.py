@@ -1,4 +1,4 @@
-"""CIFAR and SVHN from their official files, and what is done with damaged or hostile ones."""
+"""Test CIFAR and SVHN from their official files, and from damaged or hostile ones."""
 
 import shutil
 import tarfile
@@ -40,7 +40,7 @@ SVHN_FILES = {split: filename for split, (_, filename, _) in SVHN.split_list.ite
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A test that does not write its files must not fetch the real ones, nor wait for a retry."""
+    """Stop a test that writes no files from fetching the real ones, or waiting for a retry."""
     for kind in CIFAR_KINDS.values():
         monkeypatch.setattr(kind, "url", "http://127.0.0.1:1/archive")
     nowhere = {
@@ -172,7 +172,7 @@ def entry(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 def hostile(base: str, outside: Path) -> dict[str, tuple[dict, list]]:
-    """Files and entries that an archive might bring beside the right ones."""
+    """Return files and entries that an archive might contain beside the right ones."""
     return {
         "parent": ({"../evil": b"x"}, []),
         "deep parent": ({f"{base}/../../evil": b"x"}, []),
@@ -217,7 +217,7 @@ def test_unpacking_is_all_or_nothing(tmp_path, damage):
 # Downloading:
 @contextmanager
 def server(respond):
-    """A web server on this machine; yields the address of its one file."""
+    """Start a web server on this machine; yield the address of its one file."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

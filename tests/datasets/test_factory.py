@@ -1,4 +1,4 @@
-"""From the settings to the splits of a run, for every dataset; digits and synthetic images."""
+"""Test the splits that settings give, for every dataset; digits and synthetic images."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def create(*flags: str, rank: int = 0, size: int = 1) -> DataSplits:
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a small version of a dataset; its flags and (train, val, test, classes, size)."""
+    """Write a small version of a dataset; return flags and (train, val, test, classes, size)."""
 
     def write(name: str) -> tuple[list[str], tuple]:
         root = ["--dataset", name, "--data", str(tmp_path)]
@@ -136,8 +136,8 @@ def test_ranks_share_batches_in_training_and_take_turns_in_evaluation(written, n
     in_turn = [batch for step in steps for batch in step]
     counts = [len(targets) for _, targets in in_turn]
     assert counts == ([3, 1, 0] if val == 4 else [3, 3, 3, 3, 0, 0])
-    for (images, targets), mine in zip(alone.val.batches(2), in_turn, strict=False):
-        assert torch.equal(mine[0], images) and torch.equal(mine[1], targets)
+    for (images, targets), found in zip(alone.val.batches(2), in_turn, strict=False):
+        assert torch.equal(found[0], images) and torch.equal(found[1], targets)
 
 
 @pytest.mark.parametrize(("name", "pad", "flip"), [
@@ -155,12 +155,12 @@ def test_images_shift_by_an_eighth_and_digits_are_never_mirrored(written, name, 
 def test_digits_are_scikit_learns_with_every_fifth_for_the_test():
     data, source = digits(Path()), load_digits()
     is_test = np.arange(1797) % 5 == 0
-    for part, chosen in ((data.train, ~is_test), (data.test, is_test)):
-        assert part.labels.tolist() == source.target[chosen].tolist()
-        assert torch.bincount(part.labels).min() > 0.07 * len(part.labels)
-        wanted = np.round(source.images[chosen] / 16 * 255)
+    for split, mask in ((data.train, ~is_test), (data.test, is_test)):
+        assert split.labels.tolist() == source.target[mask].tolist()
+        assert torch.bincount(split.labels).min() > 0.07 * len(split.labels)
+        wanted = np.round(source.images[mask] / 16 * 255)
         for channel in range(3):
-            assert np.array_equal(part.pixels[..., channel].numpy(), wanted)
+            assert np.array_equal(split.pixels[..., channel].numpy(), wanted)
     assert (len(data.train), len(data.test)) == (1437, 360)
     assert data.classes == list("0123456789")
 
@@ -171,10 +171,10 @@ def test_synthetic_images_have_the_numbers_asked_for_and_belong_to_their_seed():
     assert first.train.pixels.dtype == torch.uint8 and first.train.labels.dtype == torch.int64
     assert set(first.train.labels.tolist()) == set(range(7)) and len(set(first.classes)) == 7
     assert len(synthetic(3, 2, 4, seed=0).test) == 1  # never none
-    for part in ("train", "test"):
-        mine, same, others = (getattr(data, part) for data in (first, again, other))
-        assert torch.equal(mine.pixels, same.pixels) and torch.equal(mine.labels, same.labels)
-        assert not torch.equal(mine.pixels, others.pixels)
+    for split in ("train", "test"):
+        want, same, others = (getattr(data, split) for data in (first, again, other))
+        assert torch.equal(want.pixels, same.pixels) and torch.equal(want.labels, same.labels)
+        assert not torch.equal(want.pixels, others.pixels)
     assert not torch.equal(first.train.pixels[:220], first.test.pixels)
 
 

@@ -1,4 +1,4 @@
-"""Images read from files: every format, damaged ones, and batches that depend on no process."""
+"""Test images read from files: all formats, damaged ones, batches that depend on no process."""
 
 import multiprocessing
 import os
@@ -21,18 +21,18 @@ from helpers.sample_data import error_line, noise, same_batches
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """A transform without randomness: PIL image -> (3, H, W) from 0 to 255."""
+    """Transform without randomness: PIL image -> (3, H, W) from 0 to 255."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
 def draw(image: Image.Image) -> torch.Tensor:
-    """A transform to one random number for each image, to see where it comes from."""
+    """Transform an image to one random number, to see where it comes from."""
     return torch.rand(3, 1, 1)
 
 
 @pytest.fixture
 def samples(tmp_path) -> list[tuple[str, int]]:
-    """23 small PNG files, each with its number as its class."""
+    """Write 23 small PNG files, each with its number as its class."""
     paths = [tmp_path / f"{number}.png" for number in range(23)]
     for path, pixels in zip(paths, noise(23, 12), strict=True):
         Image.fromarray(pixels).save(path)
@@ -41,7 +41,7 @@ def samples(tmp_path) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def loader():
-    """Makes FileLoader, and ends their processes after the test however that ends."""
+    """Return a function that makes FileLoaders; end their processes however the test ends."""
     made = []
 
     def make(samples, transform=to_pixels, *, indices=range(23), batch_size=4, seed=None,
@@ -161,17 +161,17 @@ def test_a_skipped_image_is_counted_and_nothing_takes_its_place(
 
 
 # total images, reasons of this rank, reasons of another, the last one of too many.
-@pytest.mark.parametrize(("total", "mine", "other", "last"), [
+@pytest.mark.parametrize(("total", "local", "other", "last"), [
     (1000, ["a: torn"], [], None), (1000, ["a: torn", "b: torn"], [], "b"),
     (1000, ["a: torn"], ["b: torn"], "b"), (2000, ["a: torn"], ["b: torn"], None),
     (1000, ["a: torn", "a: torn"], ["a: torn"], None),
 ])  # fmt: skip
-def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, mine, other, last):
+def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, local, other, last):
     warned = []
     bad = UnreadableImages("skip", total, warned.append, all_gather=lambda found: [found, other])
 
     def count() -> None:
-        for reason in mine:
+        for reason in local:
             bad.add(reason)
         bad.sync()
 
@@ -181,7 +181,7 @@ def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, mine, other, la
         assert "skip" not in line  # it is what was tried
     else:
         count()
-    assert warned == [f"skipped image {reason}" for reason in dict.fromkeys([*mine, *other])]
+    assert warned == [f"skipped image {reason}" for reason in dict.fromkeys([*local, *other])]
 
 
 def test_ranks_that_stop_at_the_first_unreadable_image_have_nothing_to_compare():

@@ -1,4 +1,4 @@
-"""A fingerprint differs after any change of the data, and is the same elsewhere."""
+"""Test that a fingerprint differs after any change of the data, and is the same elsewhere."""
 
 from pathlib import Path
 

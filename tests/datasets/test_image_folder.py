@@ -1,4 +1,4 @@
-"""Folders of images: what is listed, what is refused, small ones in memory, large ones in files."""
+"""Test folders of images: listed and refused files, small ones in memory, large ones in files."""
 
 from pathlib import Path
 
@@ -155,8 +155,8 @@ def test_a_large_folder_holds_out_a_part_that_is_not_augmented(tmp_path):
     # No held-out image trains: without augmentation an image can be told by its pixels.
     trained, _ = read_all(create(tmp_path, "--validSize", "5", "--augment", "false", size=65).train)
     kept = by_hand([path for i, path in enumerate(paths) if i not in held_out], crop)
-    mine, theirs = (sorted(images.sum(dim=(1, 2, 3)).tolist()) for images in (trained, kept))
-    assert mine == pytest.approx(theirs, rel=1e-12)
+    found, expected = (sorted(images.sum(dim=(1, 2, 3)).tolist()) for images in (trained, kept))
+    assert found == pytest.approx(expected, rel=1e-12)
     other = create(tmp_path, "--validSize", "5", "--manualSeed", "1", size=65).metadata["held_out"]
     assert other != held_out
 

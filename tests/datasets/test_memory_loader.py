@@ -1,4 +1,4 @@
-"""In-memory batches: order, augmentation and statistics against plain restatements of them."""
+"""Test in-memory batches: order, augmentation and statistics against plain references."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ CROPS = [(dy, dx, mirror) for mirror in (0, 1) for dy in range(9) for dx in rang
 
 
 def numbered(count: int, size: int = 8) -> ImageTensors:
-    """Images whose label is their number."""
+    """Make images whose label is their number."""
     return ImageTensors(torch.from_numpy(noise(count, size)), torch.arange(count))
 
 
@@ -41,24 +41,24 @@ def pixels_of(batches) -> torch.Tensor:
 
 
 def normalised(pixels: torch.Tensor, dtype=torch.float64) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W), by torchvision."""
+    """Normalise by torchvision: (H, W, 3) uint8 -> (3, H, W)."""
     return tv.normalize(pixels.permute(2, 0, 1).to(dtype), list(MEAN), list(STD))
 
 
 def exact(image: torch.Tensor) -> bytes:
-    """To find an image among many; + 0 makes -0 the zero that it equals."""
+    """Make a key to find an image among many; + 0 makes -0 the zero that it equals."""
     return (image + 0.0).contiguous().numpy().tobytes()
 
 
 def crop(image: torch.Tensor, dy: int, dx: int, mirror: int) -> torch.Tensor:
-    """The paper's augmentation of one normalised image: mirror, pad with zeros, crop."""
+    """Augment one normalised image as the paper does: mirror, pad with zeros, crop."""
     size = image.shape[-1]
     image = image.flip(-1) if mirror else image
     return F.pad(image, (PAD,) * 4)[:, dy : dy + size, dx : dx + size]
 
 
 def padded_first(pixels: torch.Tensor, dy: int, dx: int, mirror: int) -> torch.Tensor:
-    """What many ports do instead: black borders, then normalise."""
+    """Augment as many ports do instead: black borders, then normalise."""
     black = crop(pixels.permute(2, 0, 1), dy, dx, mirror)
     return normalised(black.permute(1, 2, 0))
 

@@ -1,4 +1,4 @@
-"""What is known of a dataset before it is read, and that a new one needs an entry only."""
+"""Test the dataset registry: facts known before reading, and a new dataset by one entry only."""
 
 import inspect
 import subprocess

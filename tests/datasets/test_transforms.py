@@ -1,4 +1,4 @@
-"""The pipelines for large images against Pillow, fb.resnet.torch's formulas and statistics."""
+"""Test the pipelines for large images against Pillow, fb.resnet.torch's formulas and statistics."""
 
 import pickle
 
@@ -21,7 +21,7 @@ SHAPES = [(300, 400), (400, 300), (256, 256), (90, 500), (511, 257)]
 
 
 def normalised(image: torch.Tensor) -> torch.Tensor:
-    """What the device makes of a transformed image."""
+    """Normalise a transformed image as the device does."""
     return transforms.Normalise("cpu", torch.float32)(image)
 
 
@@ -34,7 +34,7 @@ def grey(value: int, size: int = 16) -> Image.Image:
 
 
 def resized(image: Image.Image, side: int, resample=Image.Resampling.BICUBIC) -> np.ndarray:
-    """The shorter side becomes `side`; (H, W, 3) from 0 to 1, normalised."""
+    """Resize the shorter side to `side`; (H, W, 3) from 0 to 1, normalised."""
     width, height = image.size
     short = min(width, height)
     image = image.resize((side * width // short, side * height // short), resample)
@@ -144,7 +144,7 @@ def test_brightness_changes_by_up_to_four_tenths():
 
 
 def jittered(image: Image.Image, count: int = 200) -> torch.Tensor:
-    """(count, 3) the colour of a corner pixel of an image under the colour jitter alone."""
+    """Return (count, 3), the colour of a corner pixel of an image under the colour jitter alone."""
     jitter = transforms.v2.Compose(transforms.training(4, augment=True).transforms[1:4])
     return torch.stack([jitter(image)[:, 0, 0] for _ in range(count)])
 
@@ -160,7 +160,7 @@ def test_saturation_and_contrast_change_too():
 
 
 def covariance_of_colours(eigenvalues) -> np.ndarray:
-    """Of AlexNet's noise, p (alpha * lambda) with alpha of deviation 0.1: 0.01 P L^2 P^T."""
+    """Compute 0.01 P L^2 P^T, that of AlexNet's noise, p (alpha * lambda), alpha of std 0.1."""
     return 0.01 * VECTORS @ np.diag(np.square(eigenvalues)) @ VECTORS.T
 
 

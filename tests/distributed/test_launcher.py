@@ -1,4 +1,4 @@
-"""`--nGPU N` starts N processes: their ranks, signals to their parent, one exit code."""
+"""Test that `--nGPU N` starts N processes: their ranks, forwarded signals, one exit code."""
 
 import os
 import signal
@@ -38,14 +38,14 @@ def on_rank(rank: int, action) -> None:
         action()
 
 
-def replicas(directory: Path, *sabotages, **flags):
+def two_processes(directory: Path, *sabotages, **flags):
     argv = tiny(**FLAGS | flags, nGPU=2, save=directory)
     return argv, partial(both, cpus_for_gpus, *sabotages)
 
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> dict:
-    """What two processes come to that a launcher started."""
+    """Return the outcome of two processes that a launcher started."""
     directory = tmp_path_factory.mktemp("complete")
     results = run_ranks(tiny(**FLAGS, nGPU=0, save=directory), 2)
     assert [result.code for result in results] == [0, 0], results
@@ -53,19 +53,19 @@ def complete(tmp_path_factory) -> dict:
 
 
 def test_processes_train_as_those_of_any_launcher_do(tmp_path, complete):
-    result = run(*replicas(tmp_path))
+    result = run(*two_processes(tmp_path))
     assert result.code == 0 and result.err == "", result
     assert result.out.count("=> Training epoch # 1") == 1
     assert outcome(tmp_path) == complete
 
 
 def goes_on(directory: Path, complete: dict) -> None:
-    assert run(*replicas(directory, resume="auto")).code == 0
+    assert run(*two_processes(directory, resume="auto")).code == 0
     assert outcome(directory) == complete
 
 
 def tell_parent(number: int, answer: int) -> None:
-    """Send the parent a signal, and wait for the one that this process gets then."""
+    """Send the parent a signal, and wait for the one that this process receives then."""
     handle, answers = signal.getsignal(answer), []
     signal.signal(answer, lambda *args: (answers.append(args), handle(*args)))
     os.kill(os.getppid(), number)
@@ -83,7 +83,7 @@ SENDERS = {
 @pytest.mark.parametrize("name", SENDERS)
 def test_a_signal_to_their_parent_or_to_all_of_them_stops_the_run_once(tmp_path, complete, name):
     tell = partial(on_rank, 1, SENDERS[name])
-    result = run(*replicas(tmp_path, own_group, partial(at_batch, tell, 6)))
+    result = run(*two_processes(tmp_path, own_group, partial(at_batch, tell, 6)))
     assert result.code == 75, result
     assert status(tmp_path)["state"] == "preempted"
     assert result.err.splitlines()[-1].startswith(f"stopped: {name}, ")
@@ -92,16 +92,16 @@ def test_a_signal_to_their_parent_or_to_all_of_them_stops_the_run_once(tmp_path,
 
 def test_a_process_that_is_killed_ends_the_others_with_its_name(tmp_path, complete):
     die = partial(on_rank, 1, kill)
-    result = run(*replicas(tmp_path, partial(at_batch, die, 6)))
+    result = run(*two_processes(tmp_path, partial(at_batch, die, 6)))
     refused(result, 8, r"process 1 \(host .*\) is lost")
     goes_on(tmp_path, complete)
 
 
 def test_when_the_one_that_started_them_is_killed_they_save_and_end(tmp_path, complete):
-    """Row 68: two runs must not write in one directory."""
+    """Test row 68: two runs must not write in one directory."""
     report = tmp_path / "pids"
     tell = partial(on_rank, 0, partial(kill_parent, report))
-    running = start(*replicas(tmp_path / "run", partial(at_batch, tell, 6)))
+    running = start(*two_processes(tmp_path / "run", partial(at_batch, tell, 6)))
     assert running.wait(LONG_S).code == -signal.SIGKILL
     wait_until(lambda: not Path(f"/proc/{report.read_text()}").exists())
     assert status(tmp_path / "run")["state"] == "preempted"
@@ -115,7 +115,7 @@ def kill_parent(report: Path) -> None:
 
 def test_a_process_that_ends_neither_by_itself_nor_on_a_signal_is_killed(tmp_path):
     stop = partial(on_rank, 1, partial(send, signal.SIGSTOP))
-    argv, sabotage = replicas(tmp_path, impatient, partial(at_batch, stop, 6), timeout=10)
+    argv, sabotage = two_processes(tmp_path, impatient, partial(at_batch, stop, 6), timeout=10)
     refused(run(argv, sabotage), 8, r"process 1 .* is lost")
 
 

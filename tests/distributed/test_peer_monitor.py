@@ -1,4 +1,4 @@
-"""peer_monitor.py: what one process reports is what the others raise."""
+"""Test peer_monitor.py: the failure that one process reports is raised by the others."""
 
 import json
 

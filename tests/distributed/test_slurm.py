@@ -1,4 +1,4 @@
-"""scripts/train.slurm among small scripts that play Slurm: what is started, what is requeued."""
+"""Test scripts/train.slurm with small scripts that simulate Slurm: commands, requeued jobs."""
 
 import fcntl
 import os
@@ -45,7 +45,7 @@ exec {shlex.quote(sys.executable)} -I -S "$@"
 
 @pytest.fixture
 def slurm(tmp_path) -> SimpleNamespace:
-    """A job of Slurm: `start` a script with arguments, `finish` it; `log` what was called."""
+    """Simulate a job of Slurm: `start` a script with arguments, `finish` it; `log` the calls."""
     stubs, log = tmp_path / "bin", tmp_path / "log"
     for directory in (stubs, log):
         directory.mkdir()
@@ -190,7 +190,7 @@ def test_a_job_is_requeued_a_limited_number_of_times(slurm, count, requeued):
 
 
 def test_one_task_of_an_array_is_requeued_and_not_the_whole_array(slurm):
-    """The last task has the number of the array itself."""
+    """Test the last task too, which has the number of the array itself."""
     array = {"SLURM_ARRAY_TASK_ID": 2, "SLURM_ARRAY_JOB_ID": 31234, "SEEDS": "0 1 2"}
     assert slurm.run("say failed 8; exit 1", **array).code == 75
     assert slurm.calls("scontrol") == ["requeue 31234_2"]

@@ -1,4 +1,4 @@
-"""Captured steps: a replay of the captured operations trains as eager steps do."""
+"""Test captured steps: a replay of the captured operations trains as eager steps do."""
 
 import itertools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ DENSENET = "--depth 10 --growthRate 4"  # where a line names no other network
 
 
 class Recording(TorchDispatchMode):
-    """What a CUDA graph keeps of a step: operations and memory, and nothing of Python.
+    """Keep of a step what a CUDA graph keeps: operations and memory, and nothing of Python.
 
     A replay runs the same operations on the same tensors and puts each result where the first run
     had put it. A number that Python computes in every step would stay what it was.
@@ -58,7 +58,7 @@ def _tensors(results) -> list[torch.Tensor]:
 
 
 class Capturer:
-    """A stand-in for cuda_graph.capture on the CPU."""
+    """Stand in for cuda_graph.capture on the CPU."""
 
     def __init__(self):
         # Gives the tensors that a step changes: recording does a step, which is undone.
@@ -85,12 +85,12 @@ class Capturer:
 
 
 def eagerly(fn: Callable[[], None]) -> Callable[[], None]:
-    """A capturer that does not capture."""
+    """Return a capturer that does not capture."""
     return fn
 
 
 def build(line: str, capturer, data=None) -> tuple[train.Trainer, DataSplits]:
-    """A trainer of a network that a line describes, and its data."""
+    """Make a trainer of a network that a line describes, and its data."""
     network = "" if "--netType" in line else DENSENET
     opt = opts.parse(f"{FLAGS} {network} {line}".split())
     data = data or create_data(opt)
@@ -109,7 +109,7 @@ def build(line: str, capturer, data=None) -> tuple[train.Trainer, DataSplits]:
 
 
 def epochs(trainer: train.Trainer, data: DataSplits, count: int = 2) -> dict:
-    """Everything that some epochs of training and evaluation leave behind."""
+    """Return all results of some epochs of training and evaluation."""
     results = []
     for _ in range(count):
         trained = trainer.train(data.train, lambda: None)
@@ -119,9 +119,9 @@ def epochs(trainer: train.Trainer, data: DataSplits, count: int = 2) -> dict:
     return {"results": results, **trainer.model.state_dict()}
 
 
-def equal(mine: dict, theirs: dict) -> bool:
-    results = mine["results"] == theirs["results"]
-    return results and all(torch.equal(mine[n], theirs[n]) for n in mine if n != "results")
+def equal(found: dict, expected: dict) -> bool:
+    results = found["results"] == expected["results"]
+    return results and all(torch.equal(found[n], expected[n]) for n in found if n != "results")
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_a_process_replays_its_own_images(split, steps):
         return torch.cat([images for images, _ in seen])
 
     for rank in range(2):
-        mine = images_of(rank, replay=True)
-        assert torch.equal(mine, images_of(rank, replay=False))
-        assert not torch.equal(mine, images_of(1 - rank, replay=False))
+        found = images_of(rank, replay=True)
+        assert torch.equal(found, images_of(rank, replay=False))
+        assert not torch.equal(found, images_of(1 - rank, replay=False))
 
 
 def test_a_step_that_cannot_be_captured_runs_eagerly_with_one_warning(capsys):

@@ -1,4 +1,4 @@
-"""Which device a process gets for --nGPU, and what --cudnn and --tf32 set."""
+"""Test which device a process gets for --nGPU, and what --cudnn and --tf32 set."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from errors import UsageError
 
 @pytest.fixture
 def present(monkeypatch):
-    """Sets the number of CUDA devices; returns the list of those that are made current."""
+    """Set the number of CUDA devices; return the list of those that are made current."""
     current = []
 
     def present(count: int) -> list[int]:
@@ -27,7 +27,7 @@ def present(monkeypatch):
 
 @pytest.fixture
 def _restored(monkeypatch):
-    """Restores the settings of the whole process."""
+    """Restore the settings of the whole process."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark

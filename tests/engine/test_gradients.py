@@ -1,4 +1,4 @@
-"""GradientReducer averages over processes, and tells each of a value that is not finite in any."""
+"""Test that GradientReducer averages over processes, and tells all of a non-finite value in one."""
 
 import math
 from collections.abc import Callable
@@ -15,24 +15,24 @@ BAD = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 
 
 class Exchange(NamedTuple):
-    """What `GradientReducer` needs of a world."""
+    """Provide the part of a world that `GradientReducer` needs."""
 
     size: int
     all_reduce_: Callable[[Tensor], None]
 
 
 def draw(size: int, dtype: torch.dtype = torch.float64) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """The gradients of each process, 4-d ones channels last, and its loss."""
+    """Draw the gradients of each process, 4-d ones channels last, and its loss."""
     gradients = [[torch.randn(shape, dtype=dtype) for shape in SHAPES] for _ in range(size)]
-    for mine in gradients:
-        mine[0] = mine[0].to(memory_format=torch.channels_last)
+    for local in gradients:
+        local[0] = local[0].to(memory_format=torch.channels_last)
     return gradients, [torch.rand((), dtype=dtype) for _ in range(size)]
 
 
 def reduce_in_one(
     size: int, gradients: list[Tensor], loss: Tensor, all_reduce_: Callable[[Tensor], None]
 ) -> tuple[list[bool], list[Tensor]]:
-    """What one process gets in its second step: if loss and gradients are finite, and these."""
+    """Return one process's second step: whether loss and gradients are finite, and these."""
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
     exchanges = iter([lambda tensor: None, all_reduce_])
     reducer = GradientReducer(parameters, Exchange(size, lambda tensor: next(exchanges)(tensor)))
@@ -45,15 +45,15 @@ def reduce_in_one(
 
 
 def reduce_in_all(gradients: list[list[Tensor]], losses: list[Tensor]) -> list:
-    """The same for every process: first all say what they have, then all get the sum."""
+    """Do the same in every process: first all send their gradients, then all get the sum."""
     sent, size = [], len(losses)
-    for mine, loss in zip(gradients, losses, strict=True):
-        reduce_in_one(size, mine, loss, lambda tensor: sent.append(tensor.clone()))
+    for local, loss in zip(gradients, losses, strict=True):
+        reduce_in_one(size, local, loss, lambda tensor: sent.append(tensor.clone()))
     assert len(sent) == size  # one exchange in each
     total = torch.stack(sent).sum(dim=0)
     return [
-        reduce_in_one(size, mine, loss, lambda tensor: tensor.copy_(total))
-        for mine, loss in zip(gradients, losses, strict=True)
+        reduce_in_one(size, local, loss, lambda tensor: tensor.copy_(total))
+        for local, loss in zip(gradients, losses, strict=True)
     ]
 
 

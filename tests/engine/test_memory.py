@@ -1,4 +1,4 @@
-"""The memory that engine/memory.py predicts is what the allocator counts in a real run."""
+"""Test that engine/memory.py predicts the memory that the allocator counts in a real run."""
 
 from functools import cache
 
@@ -47,7 +47,7 @@ def estimate(
 
 @cache
 def measured(network: str, level: int, precision: str) -> int:
-    """The most bytes that PyTorch's allocator gave out while a network was made and trained."""
+    """Return the peak bytes of PyTorch's allocator while a network was made and trained."""
     opt = settings(NETWORKS[network], level, precision)
     opt.nImages = 2 * opt.batchSize
     data = create_data(opt)
@@ -135,7 +135,7 @@ def test_triton_needs_little_besides_the_buffers(precision, size):
 
 # What to change:
 class LinearEstimate(MemoryEstimate):
-    """10 MB, and so many MB per image: numbers to reckon with."""
+    """Estimate 10 MB, and so many MB per image: numbers that are easy to calculate with."""
 
     def peak_bytes(self, level=None, batch=None) -> int:
         level = self.opt.optMemory if level is None else level
@@ -148,8 +148,8 @@ def linear(level: int | str = 2, batch: int = 100, replicas: int = 1) -> LinearE
     return LinearEstimate(opt, NUM_CLASSES, CPU, REFERENCE)
 
 
-def room_for(megabytes: float) -> int:
-    """What must be free for an estimate of so many MB."""
+def free_for(megabytes: float) -> int:
+    """Return the free memory that an estimate of so many MB needs."""
     return round(1e6 * TOLERANCE * megabytes) + 1
 
 
@@ -160,19 +160,19 @@ SMALLEST = "optMemory auto: 4, the smallest, though it needs about 210 MB and "
     ("free", "level", "note"),
     [
         (None, 2, None),  # on the CPU
-        (room_for(1010), 2, None),
+        (free_for(1010), 2, None),
         (
-            room_for(1009),
+            free_for(1009),
             3,
             "optMemory auto: 3, since level 2 needs about 1,010 MB of 1,161 MB free",
         ),
         (
-            room_for(309),
+            free_for(309),
             4,
             "optMemory auto: 4, since level 2 needs about 1,010 MB of 356 MB free",
         ),
-        (room_for(90), 4, f"{SMALLEST}104 MB are free; --batchSize 40 would fit"),
-        (room_for(11), 4, f"{SMALLEST}13 MB are free; no batch would fit"),
+        (free_for(90), 4, f"{SMALLEST}104 MB are free; --batchSize 40 would fit"),
+        (free_for(11), 4, f"{SMALLEST}13 MB are free; no batch would fit"),
     ],
 )
 def test_auto_takes_the_fastest_level_that_fits_or_else_the_smallest(free, level, note):
@@ -180,7 +180,7 @@ def test_auto_takes_the_fastest_level_that_fits_or_else_the_smallest(free, level
 
 
 @pytest.mark.parametrize(
-    ("batch", "replicas", "room", "want"),
+    ("batch", "replicas", "free", "want"),
     [
         *((100, 1, *case) for case in [(1010, 100), (1009, 96), (500, 48), (171, 16), (45, 3)]),
         *((100, 1, *case) for case in [(20, 1), (9, 0)]),
@@ -188,18 +188,18 @@ def test_auto_takes_the_fastest_level_that_fits_or_else_the_smallest(free, level
         (1, 1, 19, 0),
     ],
 )
-def test_the_largest_batch_fits_and_is_a_round_number_for_each_process(batch, replicas, room, want):
-    assert linear(2, batch, replicas).largest_batch(room_for(room), level=2) == want
+def test_the_largest_batch_fits_and_is_a_round_number_for_each_process(batch, replicas, free, want):
+    assert linear(2, batch, replicas).largest_batch(free_for(free), level=2) == want
 
 
 @pytest.mark.parametrize(
     ("level", "free", "want"),
     [
         (0, None, "use --optMemory 2, about 1,010 MB instead of 4,010 MB"),
-        (0, room_for(310), "use --optMemory 3, about 310 MB instead of 4,010 MB"),
-        (2, room_for(110), "use --batchSize 48 --optMemory 4, about 106 MB instead of 1,010 MB"),
-        (4, room_for(110), "use --batchSize 48, about 106 MB instead of 210 MB"),
-        (4, room_for(9), "use a larger device: --batchSize 1 needs about 12 MB"),
+        (0, free_for(310), "use --optMemory 3, about 310 MB instead of 4,010 MB"),
+        (2, free_for(110), "use --batchSize 48 --optMemory 4, about 106 MB instead of 1,010 MB"),
+        (4, free_for(110), "use --batchSize 48, about 106 MB instead of 210 MB"),
+        (4, free_for(9), "use a larger device: --batchSize 1 needs about 12 MB"),
         # Never what has just failed, however much is free: in pieces too small, or taken since.
         (4, 10**12, "use --batchSize 80, about 170 MB instead of 210 MB"),
         (4, None, "use --batchSize 40, about 90 MB instead of 210 MB"),

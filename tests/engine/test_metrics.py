@@ -1,4 +1,4 @@
-"""Metrics: every loss and error that is shown, against plain computations."""
+"""Test Metrics: every loss and error that is shown, against plain computations."""
 
 import math
 
@@ -24,7 +24,7 @@ def metrics_of(batches: Batches, metrics: Metrics | None = None) -> Metrics:
 
 
 def image_by_image(batches: Batches) -> dict[str, float]:
-    """The mean loss, and the errors by the rank of the target among the sorted logits."""
+    """Compute the mean loss, and the errors by the rank of the target among the sorted logits."""
     losses, ranks = [], []
     for logits, targets in batches:
         for row, target in zip(logits.double().tolist(), targets.tolist(), strict=True):

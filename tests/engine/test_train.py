@@ -1,4 +1,4 @@
-"""The Trainer: each step, each precision, values that are not finite, evaluation and resume."""
+"""Test the Trainer: each step, each precision, non-finite values, evaluation and resume."""
 
 import copy
 import gc
@@ -36,7 +36,7 @@ DTYPES = {"double": torch.float64}  # of images; float32 in other precisions
 
 
 def build(**changed: object) -> tuple[Trainer, DataSplits]:
-    """A trainer as the program builds it, and its data: 3 steps an epoch, the last of 8 images."""
+    """Make a trainer as the program does, and its data: 3 steps an epoch, the last of 8 images."""
     opt = opts.parse([f"--{name}={value}" for name, value in (SETTINGS | changed).items()])
     data = create_data(opt)
     return Trainer(opt, models.factory.create(opt, len(data.classes)), CPU, RunLog(None)), data
@@ -44,13 +44,13 @@ def build(**changed: object) -> tuple[Trainer, DataSplits]:
 
 @dataclass
 class FixedBatches:
-    """A loader of the same batches in every epoch."""
+    """Load the same batches in every epoch."""
 
     pairs: list[tuple[Tensor, Tensor]]
 
     @property
     def sampler(self) -> BatchSampler:
-        """Numbers the images from 0 on."""
+        """Number the images from 0 on."""
         sizes = [len(targets) for _, targets in self.pairs]
         return BatchSampler(torch.arange(sum(sizes)), sizes[0])
 
@@ -65,17 +65,17 @@ def random_batches(sizes: list[int], precision: str = "single") -> FixedBatches:
 
 
 def nothing() -> None:
-    """What is done after a step when nothing is."""
+    """Do nothing after a step."""
 
 
 def run_epoch(trainer: Trainer, data: DataSplits, on_step_end: Callable[[], None] = nothing):
-    """One epoch as main.py runs it; its record."""
+    """Run one epoch as main.py does; return its record."""
     trained = trainer.train(data.train, on_step_end)
     return trainer.finish_epoch(trained, trainer.evaluate(data.val, nothing))
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights and momentum, copied."""
+    """Copy weights and momentum."""
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     momentum = trainer.state_dict()["momentum"]
     return weights | {f"momentum of {name}": m.clone() for name, m in momentum.items()}
@@ -98,7 +98,7 @@ def sgd_written_out(
     nesterov: bool = True,
     dampening: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Steps of SGD in float64, and what the weights and the momentum become."""
+    """Compute steps of SGD in float64; return the new weights and momentum."""
     model = copy.deepcopy(model).double().train()
     velocity = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for images, targets in batches.pairs:
@@ -116,7 +116,7 @@ def sgd_written_out(
 
 
 def step_difference(precision: str, momentum: float = 0.9, **wrong: object) -> float:
-    """The largest difference of five steps of the Trainer from SGD written out."""
+    """Return the largest difference of five steps of the Trainer from SGD written out."""
     trainer, _ = build(precision=precision, LR=LR, momentum=momentum, weightDecay=DECAY)
     before = copy.deepcopy(trainer.model)
     # 3x3 weights lie channels last: had the fused kernel paired them with gradients or momentum
@@ -183,13 +183,13 @@ RESUMED = {"dropRate": 0.3, "lrShape": "cosine", "manualSeed": 3}
 
 
 def saved(trainer: Trainer) -> dict:
-    """The trainer's state as it comes back from a checkpoint file."""
+    """Return the trainer's state as a checkpoint file restores it."""
     with tempfile.TemporaryDirectory() as directory:
         return checkpoints.load(checkpoints.save(Path(directory), trainer.state_dict(), keep=1))
 
 
 def rest_of_run(trainer: Trainer, data: DataSplits, on_step_end: Callable[[], None] = nothing):
-    """All that could differ until the end of epoch 3: each step, each epoch, the end."""
+    """Return all that could differ until the end of epoch 3: each step, each epoch, the end."""
     steps, records = [], []
 
     def record_step() -> None:
@@ -211,7 +211,7 @@ def rest_of_run(trainer: Trainer, data: DataSplits, on_step_end: Callable[[], No
 
 @cache
 def whole_run(precision: str) -> tuple[dict[int, dict], dict]:
-    """A run that is never interrupted: its state after each step of epoch 2, and the run."""
+    """Run without interruption; return its state after each step of epoch 2, and the run."""
     trainer, data = build(**RESUMED, precision=precision)
     states = {}
 
@@ -225,7 +225,7 @@ def whole_run(precision: str) -> tuple[dict[int, dict], dict]:
 def resumed(
     precision: str, step: int, sabotage=lambda trainer: None, **changed
 ) -> tuple[dict, dict]:
-    """What a run resumed after a step of epoch 2 does, and what the whole run does from there."""
+    """Resume after a step of epoch 2; return the results, and those of the whole run from there."""
     states, whole = whole_run(precision)
     fresh, data = build(**RESUMED | changed, precision=precision)
     torch.rand(100)  # other random numbers than the saved ones
@@ -353,7 +353,7 @@ STOPS = [
 
 
 def inject_nonfinite(precision: str, case: str):
-    """A trainer whose third step in epoch 2 has a loss or gradient that is not finite.
+    """Make a trainer whose third step in epoch 2 has a loss or gradient that is not finite.
 
     Also its batches, what to call after each step, and the weights that this notes after step 2.
     """

@@ -1,4 +1,4 @@
-"""What a run may be resumed as, and what is refused: by small checkpoints, and by tiny runs."""
+"""Test which settings a run may be resumed with: by small checkpoints, and by tiny runs."""
 
 import re
 import shutil
@@ -31,12 +31,12 @@ DATA = {
 
 
 def given(**flags: object) -> opts.Settings:
-    """The settings of a command line of four epochs with milestones 2 and 3."""
+    """Parse a command line of four epochs with milestones 2 and 3."""
     return opts.parse(tiny(**{"nEpochs": 4, **flags}))
 
 
 def state_of(step: int = 7, **flags: object) -> dict:
-    """A valid checkpoint from the middle of the second epoch of such a run."""
+    """Make a valid checkpoint from the middle of the second epoch of such a run."""
     weights = nn.Linear(3, 2).state_dict()
     return {
         "model": weights, "momentum": dict(weights), "scaler": {},
@@ -50,8 +50,8 @@ def state_of(step: int = 7, **flags: object) -> dict:
 
 # Finding the checkpoint:
 @pytest.fixture
-def place(tmp_path) -> Path:
-    """A run with checkpoints of steps 3 and 7, one with step 5, remains of one, and nothing."""
+def root(tmp_path) -> Path:
+    """Write a run with checkpoints of steps 3 and 7, one with step 5, remains of one, and none."""
     for name, steps in (("run", (3, 7)), ("other", (5,)), ("remains", ()), ("empty", ())):
         (tmp_path / name).mkdir()
         for step in steps:
@@ -84,8 +84,8 @@ HOLDS = "already holds a run; fix: add --resume auto"
         ("missing", "new", False, "no checkpoint in .*missing; fix: name a run directory"),
     ],
 )
-def test_the_checkpoint_that_a_flag_names_is_found_or_refused(place, name, save, test_only, found):
-    opt, notes = settings_in(place, name, save, test_only), []
+def test_the_checkpoint_that_a_flag_names_is_found_or_refused(root, name, save, test_only, found):
+    opt, notes = settings_in(root, name, save, test_only), []
     if isinstance(found, str):
         with pytest.raises(RunError) as caught:
             resume.find_checkpoint(opt, notes.append)
@@ -94,25 +94,25 @@ def test_the_checkpoint_that_a_flag_names_is_found_or_refused(place, name, save,
     else:
         state = resume.find_checkpoint(opt, notes.append)
         assert (state and state["global_step"]) == found
-    fresh = [f"nothing to resume in {place / save}: starting afresh"]
+    fresh = [f"nothing to resume in {root / save}: starting afresh"]
     assert notes == (fresh if (name, found) == ("auto", None) else [])
 
 
-def settings_in(place: Path, name: str, save: str, test_only: bool = False) -> opts.Settings:
-    source = name if name in ("none", "auto") else str(place / name)
-    return given(save=place / save).replace(resume=source, testOnly=test_only)
+def settings_in(root: Path, name: str, save: str, test_only: bool = False) -> opts.Settings:
+    source = name if name in ("none", "auto") else str(root / name)
+    return given(save=root / save).replace(resume=source, testOnly=test_only)
 
 
 @pytest.mark.parametrize(
     ("name", "save", "test_only", "is_moved"),
     [("auto", "run", False, True), ("auto", "run", True, False), ("run", "new", False, False)],
 )
-def test_only_its_own_run_sets_a_damaged_checkpoint_aside(place, name, save, test_only, is_moved):
-    (place / NEW).write_bytes(b"")
+def test_only_its_own_run_sets_a_damaged_checkpoint_aside(root, name, save, test_only, is_moved):
+    (root / NEW).write_bytes(b"")
     notes = []
-    state = resume.find_checkpoint(settings_in(place, name, save, test_only), notes.append)
+    state = resume.find_checkpoint(settings_in(root, name, save, test_only), notes.append)
     assert state["global_step"] == 3 and len(notes) == 1 and "is empty" in notes[0]
-    assert (place / NEW).exists() == (not is_moved)
+    assert (root / NEW).exists() == (not is_moved)
 
 
 def test_a_flag_that_a_checkpoint_does_not_know_yet_has_its_default(tmp_path):
@@ -148,9 +148,9 @@ def test_a_checkpoint_with_invalid_settings_is_refused(tmp_path, settings, data,
     ("num_epochs", "status", "is_complete"),
     [(1, "done", True), (2, "done", False), (4, "done", False), (1, "running", False)],
 )
-def test_a_run_is_complete_once_its_end_is_written(place, num_epochs, status, is_complete):
-    opt = given(save=place / "run", resume="auto", nEpochs=num_epochs)  # a checkpoint of epoch 2
-    with RunDirectory(place / "run") as directory:
+def test_a_run_is_complete_once_its_end_is_written(root, num_epochs, status, is_complete):
+    opt = given(save=root / "run", resume="auto", nEpochs=num_epochs)  # a checkpoint of epoch 2
+    with RunDirectory(root / "run") as directory:
         directory.write_status(status)
         state, complete = resume.load_checkpoint(opt, directory, World(), pytest.fail)
     assert (state["global_step"], complete) == (7, is_complete)
@@ -165,17 +165,17 @@ def test_a_run_is_complete_once_its_end_is_written(place, num_epochs, status, is
         ("empty", [3], "process 1 sees a checkpoint of step 3 in .*empty, 0 sees none"),
     ],
 )
-def test_a_process_that_sees_a_newer_checkpoint_is_named(place, save, others, pattern):
+def test_a_process_that_sees_a_newer_checkpoint_is_named(root, save, others, pattern):
     world = SimpleNamespace(all_gather_int=lambda step: [step, *others])
     with pytest.raises(CheckpointError, match=pattern) if pattern else nullcontext():
-        resume.check_shared_filesystem(place / save, world)
+        resume.check_shared_filesystem(root / save, world)
 
 
 @pytest.mark.parametrize("count", [-1, 0, 1, 2])
-def test_a_restart_without_progress_is_counted_and_the_third_refused(place, count):
-    """A start by hand sets the count to 0; test_faults_restarts.py has the rest."""
-    opt, world = settings_in(place, "auto", "run"), World(ProcessInfo(restarted=count >= 0))
-    with RunDirectory(place / "run") as directory:
+def test_a_restart_without_progress_is_counted_and_the_third_refused(root, count):
+    """Reset the count by a manual start; test_faults_restarts.py has the rest."""
+    opt, world = settings_in(root, "auto", "run"), World(ProcessInfo(restarted=count >= 0))
+    with RunDirectory(root / "run") as directory:
         start = {"global_step": 7, "in_vain": count, "reason": "a"}
         directory.write_status("failed", reason="b", start=start)
         refusal = pytest.raises(PeerError, match=r"^3 .* at step 7; .* ended with: b$")
@@ -263,7 +263,7 @@ def test_what_a_run_keeps_from_its_start(flags, saved, kept, note):
 
 # Restoring the state:
 class FakeTrainer:
-    """What `restore` needs of a trainer; it keeps what is loaded."""
+    """Provide the part of a trainer that `restore` needs; keep what is loaded."""
 
     def __init__(self, size: int = 1):
         self.model, self.device = nn.Linear(3, 2), torch.device("cpu")
@@ -342,16 +342,16 @@ def test_other_data_is_refused_and_other_images_may_be_overridden(changes, shown
         ("auto", BEST, False, True),
     ],
 )
-def test_the_best_model_comes_along_or_is_forgotten(place, source, best, is_copied, is_forgotten):
-    (place / "other" / "model_best.pt").write_bytes(b"weights")
-    copied, saves, notes = place / "empty" / "model_best.pt", [], []
+def test_the_best_model_comes_along_or_is_forgotten(root, source, best, is_copied, is_forgotten):
+    (root / "other" / "model_best.pt").write_bytes(b"weights")
+    copied, saves, notes = root / "empty" / "model_best.pt", [], []
     trainer = SimpleNamespace(
         results=SimpleNamespace(best=best), is_between_epochs=source == "auto", world=World()
     )
     saver = SimpleNamespace(save=lambda: saves.append("checkpoint"),
                             save_models=lambda: saves.append("models"))  # fmt: skip
-    opt = settings_in(place, source, "empty")
-    with RunDirectory(place / "empty") as directory:
+    opt = settings_in(root, source, "empty")
+    with RunDirectory(root / "empty") as directory:
         resume.sync_run_files(opt, directory, trainer, saver, notes.append)
         assert (copied.exists() and copied.read_bytes() == b"weights") == is_copied
         assert trainer.results.best == (None if is_forgotten else best)
@@ -363,23 +363,23 @@ def test_the_best_model_comes_along_or_is_forgotten(place, source, best, is_copi
 # Whole runs:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run of three epochs with milestones 2 and 3."""
+    """Finish a run of three epochs with milestones 2 and 3."""
     directory = tmp_path_factory.mktemp("finished")
     assert run(tiny(nEpochs=3, save=directory)).code == 0
     return directory
 
 
-def rates(directory: Path) -> list[float]:
-    """The learning rate of each epoch."""
+def learning_rates(directory: Path) -> list[float]:
+    """Return the learning rate of each epoch."""
     return [record["lr"] for record in records(directory)]
 
 
 def test_a_longer_run_keeps_its_milestones_unless_others_are_given(finished, tmp_path):
-    """Also when its directory is all that is given, and what it began with is gone."""
+    """Test it also when its directory alone is given, and its first flags are gone."""
     longer = Path(shutil.copytree(finished, tmp_path / "longer"))
     result = run(command(resume=longer, nEpochs=5, retrain="/nowhere.pt"))
     assert result.code == 0 and "retrain has no effect" in result.err
-    assert rates(longer) == [0.1, 0.01, 0.001, 0.001, 0.001]
+    assert learning_rates(longer) == [0.1, 0.01, 0.001, 0.001, 0.001]
     config = (finished / "config.yaml").read_text().replace("nEpochs: 3", "nEpochs: 5")
     assert (longer / "config.yaml").read_text() == config
     assert yaml.safe_load(config)["milestones"] == [2, 3]
@@ -388,7 +388,7 @@ def test_a_longer_run_keeps_its_milestones_unless_others_are_given(finished, tmp
     argv = command(nEpochs=5, milestones="2,5", resume=other)
     refused(run(argv), 2, "milestones 2,5, was 2,3")
     assert run([*argv, "--override=true"]).code == 0
-    assert rates(other) == [0.1, 0.01, 0.001, 0.01, 0.001]
+    assert learning_rates(other) == [0.1, 0.01, 0.001, 0.01, 0.001]
 
 
 def test_a_best_model_that_is_gone_is_not_missed_at_the_end(tmp_path):

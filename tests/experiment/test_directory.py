@@ -1,4 +1,4 @@
-"""experiment/directory.py and fileio/atomic.py: whole files, and one writer."""
+"""Test experiment/directory.py and fileio/atomic.py: whole files, and one writer."""
 
 import errno
 import multiprocessing
@@ -33,14 +33,14 @@ def path(tmp_path) -> Path:
     return path
 
 
-def write(path: Path, spoil) -> None:
-    spoil()
+def write(path: Path, inject) -> None:
+    inject()
     atomic.atomic_write(path, NEW)
 
 
-def written_elsewhere(path: Path, spoil) -> int:
-    """The exit code of a process that writes the file, and may be killed."""
-    process = _context.Process(target=write, args=(path, spoil))
+def written_elsewhere(path: Path, inject) -> int:
+    """Return the exit code of a process that writes the file, and may be killed."""
+    process = _context.Process(target=write, args=(path, inject))
     process.start()
     process.join(60)
     return process.exitcode
@@ -88,7 +88,7 @@ def test_a_directory_is_checked_without_being_made_and_no_file_is_in_its_place(p
 
 # Run directory:
 def hold(directory: Path, pipe) -> None:
-    """Have the run directory open, and a child that outlives this process, as a loader's may."""
+    """Open the run directory, and start a child that outlives this process, as a loader's may."""
     with RunDirectory(directory):
         child = os.fork()
         if child == 0:
@@ -98,10 +98,10 @@ def hold(directory: Path, pipe) -> None:
 
 
 def test_a_directory_has_one_writer_until_that_is_killed_and_is_swept_by_the_next(tmp_path):
-    ours, theirs = _context.Pipe()
-    owner = _context.Process(target=hold, args=(tmp_path, theirs))
+    receiver, sender = _context.Pipe()
+    owner = _context.Process(target=hold, args=(tmp_path, sender))
     owner.start()
-    child = ours.recv()
+    child = receiver.recv()
     (tmp_path / ".checkpoint_000000003.pt.tmp").write_bytes(b"being written")
     (tmp_path / "checkpoint_000000002.pt").write_bytes(b"whole")
     left = sorted(os.listdir(tmp_path))

@@ -1,4 +1,4 @@
-"""experiment/log.py: the log of a run on the console, in log.jsonl and in TensorBoard."""
+"""Test experiment/log.py: the log of a run on the console, in log.jsonl and in TensorBoard."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def record(epoch: int, **more) -> EpochRecord:
 
 
 def written(directory: Path, *epochs: int, next_epoch: int = 1, **more) -> RunLog:
-    """A log with the records of some epochs."""
+    """Write a log with the records of some epochs."""
     log = RunLog(directory)
     log.open(next_epoch)
     for epoch in epochs:
@@ -50,7 +50,7 @@ def board(directory: Path) -> EventAccumulator:
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The directory and the output of a run of two epochs."""
+    """Return the directory and the output of a run of two epochs."""
     directory = tmp_path_factory.mktemp("logged")
     return directory, run(tiny(nEpochs=2, save=directory))
 

@@ -1,4 +1,4 @@
-"""main.py: the program from its command line to its exit code, on synthetic data and the digits."""
+"""Test main.py from its command line to its exit code, on synthetic data and the digits."""
 
 import json
 import os
@@ -23,7 +23,7 @@ RESULT = r"top1: +(\d+\.\d{3})  top5: +(\d+\.\d{3})"
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> Path:
-    """A run with a validation set, whose best epoch is not its last."""
+    """Run with a validation set; the best epoch is not the last."""
     for seed in range(20):
         directory = tmp_path_factory.mktemp(f"seed{seed}")
         assert run(tiny(**FLAGS, validSize=8, manualSeed=seed, save=directory)).code == 0
@@ -34,7 +34,7 @@ def complete(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """A run without one: what is measured is what is logged."""
+    """Run without a validation set: --testOnly measures what is logged."""
     directory = tmp_path_factory.mktemp("plain")
     assert run(tiny(**FLAGS, save=directory)).code == 0
     return directory
@@ -56,9 +56,9 @@ def test_a_run_directory_holds_the_run_its_last_and_its_best_model(complete):
         ".lock", "config.yaml", "data.json", "status.json", "log.jsonl", "tensorboard",
         "model_last.pt", "model_best.pt", *names.values(),
     }  # fmt: skip
-    facts = json.loads((complete / "data.json").read_text())
-    assert facts["classes"] == ["pattern 0", "pattern 1", "pattern 2"]
-    assert (facts["train"], facts["val"], facts["test"]) == (24, 8, 6)
+    metadata = json.loads((complete / "data.json").read_text())
+    assert metadata["classes"] == ["pattern 0", "pattern 1", "pattern 2"]
+    assert (metadata["train"], metadata["val"], metadata["test"]) == (24, 8, 6)
     log, verdict = records(complete), status(complete)
     best = min(log, key=lambda record: (record["val_top1"], record["epoch"]))["epoch"]
     assert (verdict["state"], verdict["code"], verdict["epoch"]) == ("done", 0, 3)
@@ -131,7 +131,7 @@ def test_only_testing_a_run_in_progress_is_not_upset_by_its_retention(plain, tmp
 
 # Resuming:
 def test_the_fix_that_a_stopped_run_names_is_one(complete, tmp_path):
-    """The command line that began the run may not be at hand, nor have been all flags."""
+    """Follow it, without the command line and the flags that began the run."""
     directory = tmp_path / "run"
     argv = command(config=complete / "config.yaml", save=directory)
     for _ in range(2):
@@ -171,7 +171,7 @@ STILL = {"LR": 1e-30, "momentum": 0, "weightDecay": 0, "nEpochs": 1}
 
 
 def parameters(path: Path) -> dict[str, str]:
-    """Digests of the weights without BN's running statistics, which move at any learning rate."""
+    """Compute digests of the weights without BN's running statistics, which always change."""
     found = digests(checkpoints.load_weights(path))
     return {name: digest for name, digest in found.items() if "running" not in name
             and "num_batches" not in name}  # fmt: skip
@@ -207,7 +207,7 @@ ANSWERS = {
 
 
 def test_what_needs_no_torch_is_answered_without_it():
-    """In a process of its own, as a person starts it."""
+    """Run it in a process of its own, as a person starts it."""
     program = """if True:
         import sys, main
         codes = []

@@ -1,4 +1,4 @@
-"""A run that an earlier version began goes on as if that version had finished it.
+"""Test that a run of an earlier version continues as if that version had finished it.
 
 `old_run/interrupted` was written at commit cd80cb8 by a run that SIGTERM ended after 30 steps:
 `main.py --dataset digits --depth 10 --growthRate 4 --nEpochs 3 --dropRate 0.2 --augment true
@@ -31,7 +31,7 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def continued(directory: Path, source: str, forget=None) -> dict:
-    """The last weights of a run that goes on from `interrupted`, or from its checkpoint alone."""
+    """Return the last weights of a run that continues `interrupted`, or its checkpoint alone."""
     shutil.copytree(OLD / "interrupted", directory / "run")
     where = directory / "run" / source
     line = f"--resume {where} --save {directory / 'run'} {BEGUN_WITH}"
@@ -41,12 +41,12 @@ def continued(directory: Path, source: str, forget=None) -> dict:
 
 
 def processor() -> dict[str, str]:
-    """What decides how PyTorch rounds, and nothing of this program does."""
+    """Return the properties outside this program that decide how PyTorch rounds."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().partition("\n\n")[0].splitlines() if info.exists() else []
-    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
     wanted = ("vendor_id", "cpu family", "model", "stepping", "cache size", "flags")
-    return {name: facts.get(name, "") for name in wanted} | {"torch": torch.__version__}
+    return {name: fields.get(name, "") for name in wanted} | {"torch": torch.__version__}
 
 
 # Bits may be asked for on a processor such as the one that wrote the run; others round otherwise.
@@ -62,9 +62,9 @@ def test_an_old_run_goes_on_bit_for_bit(tmp_path, source):
     found, wanted = (read_log(path) for path in (tmp_path / "run", OLD / "finished"))
     assert [record["epoch"] for record in found] == [1, 2, 3]
     same = [name for name in wanted[0] if name.startswith(("train_", "val_")) or name == "lr"]
-    for mine, theirs in zip(found, wanted, strict=True):
+    for current, saved in zip(found, wanted, strict=True):
         for name in set(same) - {"val_time_s"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=TOLERANCE, abs=0)
+            assert current[name] == pytest.approx(saved[name], rel=TOLERANCE, abs=0)
 
 
 @pytest.mark.parametrize("forget", [sabotage.forget_rng, sabotage.forget_position])

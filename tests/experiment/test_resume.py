@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment and resumed ends as if nothing had happened."""
+"""Test that a run that is stopped at any moment and resumed ends as if never stopped."""
 
 import json
 import random
@@ -23,12 +23,12 @@ EVERY_STEP = 1e-9  # minutes between checkpoints
 
 
 def stopped(k: int, phase: str = "train", number: int = signal.SIGTERM):
-    """A sabotage that sends a signal within the k-th batch."""
+    """Return a sabotage that sends a signal within the k-th batch."""
     return partial(at_batch, partial(send, number), k, phase)
 
 
 def finish(directory: Path, sabotage=None, **flags) -> dict:
-    """Run or resume to the end; what it came to."""
+    """Run or resume to the end; return the outcome."""
     result = run(tiny(resume="auto", save=directory, **flags), sabotage)
     assert result.code == 0, result
     return outcome(directory)
@@ -41,7 +41,7 @@ def uninterrupted(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory) -> Path:
-    """The same run, stopped in its first epoch."""
+    """Stop the same run in its first epoch."""
     directory = tmp_path_factory.mktemp("stopped")
     assert run(tiny(**RUN, save=directory), stopped(17)).code == 75
     return directory
@@ -174,8 +174,8 @@ def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
         argv = tiny(**RUN, resume=stopped_run, save=tmp_path / str(threads))
         result = run(argv, stopped(1), threads)
         assert result.code == 75
-        remark = "note: 2 threads, the run had 1: rounding can differ"
-        assert (remark in result.err) == remarked
+        note = "note: 2 threads, the run had 1: rounding can differ"
+        assert (note in result.err) == remarked
 
 
 def test_an_override_is_said_and_recorded_and_other_batches_start_the_epoch_again(

@@ -1,4 +1,4 @@
-"""The catalogue of faults: what disturbs a run, when, and what has to follow.
+"""List the faults: what disturbs a run, when, and what has to follow.
 
 Here are those that every run of one or two processes meets in the same way: it ends with a code,
 one line and a verdict, keeps what it had saved, and goes on as if undisturbed.
@@ -25,28 +25,28 @@ BOTH = (0, 1)
 
 
 def batch(k: int, phase: str = "train") -> Moment:
-    """Within a batch."""
+    """Act within a batch."""
     return lambda action, run: partial(at_batch, action, k, phase)
 
 
 def file(operation: str = "", name: str = "(?!tensorboard)", k: int = 1) -> Moment:
-    """At an operation on a file of the run directory."""
+    """Act at an operation on a file of the run directory."""
     return lambda action, run: partial(on_files, action, run, operation=operation, name=name, k=k)
 
 
 def calling(hook: str, k: int = 1) -> Moment:
-    """Before a call of a function in `sabotage.HOOKS`."""
+    """Act before a call of a function in `sabotage.HOOKS`."""
     return lambda action, run: partial(at_call, action, hook, k)
 
 
 def before(action: Action, run: Path) -> Action:
-    """Before the program begins: the action changes its surroundings."""
+    """Act before the program begins: the action changes its environment."""
     return action
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One disturbance of a run.
+    """Describe one disturbance of a run.
 
     Args:
         name: of the test.
@@ -54,7 +54,7 @@ class Fault:
         moment, action: when what is done.
         codes: exit code of each process.
         step: global step of the newest checkpoint afterwards; None: there is none.
-        says: pattern of all that is said, on the standard error of one process; empty: nothing.
+        message: pattern of all messages, on the standard error of one process; empty: nothing.
         ranks: processes that it is done to.
         also, others: what else is done to these, and to the other processes.
         flags: of the run.
@@ -69,7 +69,7 @@ class Fault:
     action: Action
     codes: int | tuple[int, ...]
     step: int | None
-    says: str = ""
+    message: str = ""
     ranks: tuple[int, ...] = (0,)
     also: Action = int
     others: Action = int
@@ -83,17 +83,17 @@ class Fault:
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """Return the number of processes."""
         return len(self.codes) if isinstance(self.codes, tuple) else 1
 
     def sabotages(self, run: Path) -> dict[int, Action]:
-        """What is done in each process, by rank."""
+        """Return the action in each process, by rank."""
         hit = partial(sabotage.both, self.also, self.moment(self.action, run))
         return {rank: hit if rank in self.ranks else self.others for rank in range(self.size)}
 
 
 def stopped(number: int) -> str:
-    """What a run says that was stopped by a signal."""
+    """Return the message of a run that was stopped by a signal."""
     name = signal.Signals(number).name
     begun = rf"{name}: finishing the step, then saving; a second signal exits.*\n"
     return rf"({begun})?stopped: {name}, .* is saved; to go on: .*\n"
@@ -104,7 +104,7 @@ ANYTHING = r"(.*\n)*"
 
 
 def images(step: int) -> dict[str, object]:
-    """What status.json says of a step that is not finite: the images of its batch."""
+    """Return the verdict of status.json on a non-finite step: the images of its batch."""
     epoch, number = (step - 1) // 4 + 1, (step - 1) % 4
     order = permutation(32, "order", 0, epoch).tolist()
     return {"batch": order[8 * number : 8 * number + 8]}
@@ -192,12 +192,12 @@ BUSY = partial(sabotage.both, impatient, partial(at_batch, hang, 6))
 
 
 def lost(rank: int) -> dict[str, object]:
-    """The codes and words of two processes of which one was killed or hangs."""
+    """Return the codes and words of two processes of which one was killed or hangs."""
     codes = (KILLED, 8) if rank == 0 else (8, KILLED)
     return {
         "codes": codes,
         "ranks": (rank,),
-        "says": LOST.format(rank),
+        "message": LOST.format(rank),
         "verdict": {"lost": [rank]},
     }
 
@@ -222,20 +222,20 @@ TWO_PROCESSES = [
     Fault("process 1 crashed", 65, batch(6), sabotage.crash, step=4,
           **lost(1) | {"codes": (8, CRASHED)}),
     *(Fault(f"process {rank} killed while the other is busy", 65, batch(6), kill, step=4,
-            others=BUSY, own_store=True, **lost(rank) | {"says": "is lost", "verdict": None})
+            others=BUSY, own_store=True, **lost(rank) | {"message": "is lost", "verdict": None})
       for rank in BOTH),
     *(Fault(f"process {rank} fails while the other is busy", 67, batch(6),
             partial(sabotage.fail, "DataError"), (3, 3), 4, f"luck in process {rank}; fix: bring",
             ranks=(rank,), others=BUSY) for rank in BOTH),
     Fault("the process with the store killed", 65, batch(6), kill, step=4, own_store=True,
-          **lost(0) | {"says": "the process that held the run together is lost .*; fix: "}),
+          **lost(0) | {"message": "the process that held the run together is lost .*; fix: "}),
     Fault("process 1 killed while process 0 finds the checkpoint", 65,
           calling("share what the first process did"), kill, step=None,
           others=partial(sabotage.both, impatient, partial(at_call, hang, "find a checkpoint")),
           **lost(1)),
     *(Fault(f"process {rank} hangs in {what}", 66, moment, sabotage.stop, step=step,
             flags={"timeout": 10}, others=impatient,
-            **lost(rank) | {"says": LOST.format(rank) + r" \(.*timed out.*\); fix: "}
+            **lost(rank) | {"message": LOST.format(rank) + r" \(.*timed out.*\); fix: "}
             | {"verdict": {} if rank else None})  # which holds the lock of the run directory
       for rank, what, moment, step in [
           (0, "a step", batch(6), 4), (1, "the first step", batch(1), None),

@@ -1,4 +1,4 @@
-"""Runs that are made once: undisturbed ones to compare with, and killed ones to go on with."""
+"""Run once for all tests: undisturbed runs to compare with, and killed ones to resume."""
 
 import functools
 import shutil
@@ -15,7 +15,7 @@ from faults.soak import Soak, soaks
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory) -> Callable[..., dict]:
-    """Return a function: number of processes -> what such a run comes to."""
+    """Return a function: number of processes -> the outcome of such a run."""
 
     @functools.cache
     def undisturbed(size: int = 1) -> dict:
@@ -46,11 +46,11 @@ def begun(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Two classes of four training and two validation images."""
+    """Write two classes of four training and two validation images."""
     return write_files(tmp_path / "data", 4)
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> dict[str, Soak]:
-    """The runs of the soak tests: memory, files and pair."""
+    """Make the runs of the soak tests: memory, files and pair."""
     return soaks(tmp_path_factory.mktemp("soak"))

@@ -100,7 +100,7 @@ def saved(directory: Path) -> dict[str, bytes]:
 
 
 def check_whole(directory: Path) -> int:
-    """Assert that every file is whole or has a temporary name; return how many checkpoints are."""
+    """Assert that every file is whole or has a temporary name; return the number of checkpoints."""
     steps = [checkpoints.load(path)["global_step"] for path in directory.glob("checkpoint_*.pt")]
     for path in directory.glob("model_*.pt"):
         assert checkpoints.load_weights(path)
@@ -118,7 +118,7 @@ def newest_step(directory: Path) -> int | None:
 
 
 def status(directory: Path) -> dict:
-    """Read the verdict of a run, for whoever cannot see its exit code."""
+    """Read the verdict of a run, as a caller who cannot see its exit code does."""
     return json.loads((directory / "status.json").read_text())
 
 

@@ -26,7 +26,7 @@ CLONE_NEWNET = 0x40000000  # of Linux's sched.h
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of a run, in name.
+    """Simulate one machine of a run.
 
     Args:
         address: of its agent; nodes are ranked by it.
@@ -44,14 +44,14 @@ LOCAL = (Node("127.0.0.1"), Node("127.0.0.2"))
 
 
 class Elastic:
-    """An elastic run of one to two nodes, whose steps are recorded in `directory` and held there.
+    """Run torchrun on one or two nodes; the steps are recorded in `directory` and held back there.
 
     Args:
         host: the node at which the agents meet.
         flags: of the run.
         processes: of each agent.
         keeps_store: the agent opens the store of the processes, and keeps it when it starts them
-            again; nobody can be taken back then.
+            again; no process can rejoin then.
         port: at which the agents meet.
     """
 
@@ -121,14 +121,14 @@ class Elastic:
         return [agent.wait().code for agent in agents]
 
     def end(self) -> None:
-        """Leave nothing behind."""
+        """Kill all agents and processes of the run."""
         kill(*(agent.process.pid for agent in self._agents if agent.process.is_alive()))
         kill(*self.workers())
 
 
 @contextmanager
 def elastic(*args, **kwargs) -> Iterator[Elastic]:
-    """An `Elastic` of which nothing is left."""
+    """Yield an `Elastic`; end all of its processes afterwards."""
     run = Elastic(*args, **kwargs)
     try:
         yield run
@@ -144,14 +144,14 @@ def kill(*pids: int) -> None:
 
 
 def free_port() -> int:
-    """Find a port of the loopback device that nobody has just now."""
+    """Find a port of the loopback device that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def _as_agent(node: Node, keeps_store: bool) -> None:
-    """Make of this process, which is about to run main.py, a torchrun on `node`."""
+    """Turn this process, which is about to run main.py, into a torchrun on `node`."""
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
 
@@ -175,17 +175,17 @@ def _as_agent(node: Node, keeps_store: bool) -> None:
         config.start_method = "fork"
         directory, *flags = args.training_script_args
 
-        def work() -> None:
-            _work(program, Path(directory), flags)
+        def run_worker() -> None:
+            _worker_main(program, Path(directory), flags)
 
-        elastic_launch(config, work)()
+        elastic_launch(config, run_worker)()
         return 0
 
     main.main = torchrun
 
 
-def _work(program: Callable[[list[str]], int], directory: Path, argv: list[str]) -> None:
-    """Be a process of the run, which has nothing of its agent but the environment."""
+def _worker_main(program: Callable[[list[str]], int], directory: Path, argv: list[str]) -> None:
+    """Run a process of the run, which gets from its agent only the environment."""
     for path in Path("/proc/self/fd").iterdir():
         if path.is_socket():  # such as that of the agent's store
             os.close(int(path.name))
@@ -202,7 +202,7 @@ def _work(program: Callable[[list[str]], int], directory: Path, argv: list[str])
 
 @contextmanager
 def cable() -> Iterator[tuple[Node, Node]]:
-    """Two machines in name, with a cable between them.
+    """Simulate two machines with a cable between them.
 
     Raises:
         PermissionError: this system does not let the tests make them.

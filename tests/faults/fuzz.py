@@ -1,4 +1,4 @@
-"""Mutate inputs of every kind that the program reads, which it may read or refuse, nothing else.
+"""Mutate inputs of every kind that the program reads, which it must read or refuse.
 
 Each kind is a function of (random numbers, scratch directory) that makes one input and returns a
 call that reads it, and what the call may raise. They run in a process of their own, which shows
@@ -45,24 +45,24 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 8))):
         size = len(changed)
-        place, other = draw.randrange(size + 1), draw.randrange(size + 1)
-        length = min(draw.choice((1, 4, 64, 4096)), size - place)
+        offset, other = draw.randrange(size + 1), draw.randrange(size + 1)
+        length = min(draw.choice((1, 4, 64, 4096)), size - offset)
         action = draw.randrange(7)
-        if action == 0 and place < size:
-            changed[place] ^= 1 << draw.randrange(8)
+        if action == 0 and offset < size:
+            changed[offset] ^= 1 << draw.randrange(8)
         elif action == 1:
-            changed[place : place + length] = draw.randbytes(length)
+            changed[offset : offset + length] = draw.randbytes(length)
         elif action == 2:
-            changed[place : place + length] = bytes(length)
+            changed[offset : offset + length] = bytes(length)
         elif action == 3:
-            del changed[place : place + length]
+            del changed[offset : offset + length]
         elif action == 4:
-            changed[place:place] = changed[other : other + length]
+            changed[offset:offset] = changed[other : other + length]
         elif action == 5:
             number = draw.choice(NUMBERS).to_bytes(4, draw.choice(("little", "big")))
-            changed[place : place + 4] = number
+            changed[offset : offset + 4] = number
         elif action == 6 and draw.random() < 0.2:
-            del changed[place:]
+            del changed[offset:]
     return bytes(changed)
 
 
@@ -122,15 +122,15 @@ def checkpoint_contents(draw: random.Random, root: Path) -> Case:
     """Put other values in a sound file, down to the first step of a run that goes on with it."""
     state = checkpoints.load(checkpoint_of(root))
     for _ in range(draw.choice((1, 1, 2))):
-        place, key = state, draw.choice(list(state))
-        while isinstance(place[key], dict) and place[key] and draw.random() < 0.8:
-            place, key = place[key], draw.choice(list(place[key]))
+        parent, key = state, draw.choice(list(state))
+        while isinstance(parent[key], dict) and parent[key] and draw.random() < 0.8:
+            parent, key = parent[key], draw.choice(list(parent[key]))
         if draw.random() < 0.2:
-            del place[key]
+            del parent[key]
         elif draw.random() < 0.1:
-            place[draw.choice(("a", 1, "\udcff", "x" * 10**5))] = place.pop(key)
+            parent[draw.choice(("a", 1, "\udcff", "x" * 10**5))] = parent.pop(key)
         else:
-            place[key] = odd_value(draw, place[key])
+            parent[key] = odd_value(draw, parent[key])
         if not state:
             break
     path = root / "contents.pt"
@@ -143,7 +143,7 @@ def checkpoint_contents(draw: random.Random, root: Path) -> Case:
 
 
 class Refused(RunError):
-    """The program has ended with an error."""
+    """Report that the program has ended with an error."""
 
 
 def program(argv: list[str], save: Path) -> None:
@@ -284,7 +284,7 @@ def fuzz(kind: str, root: Path, seed: int, count: int, seconds: float, report: P
 
 
 def fuzz_apart(kind: str, root: Path, seed: int, count: int = 10**9, seconds: float = 600) -> dict:
-    """`fuzz` in a process of its own, which must not die of it; its report."""
+    """Run `fuzz` in a process of its own, which must not crash; return its report."""
     report = root / "report.json"
     arguments = (kind, root, seed, count, seconds, report)
     process = multiprocessing.get_context("forkserver").Process(target=fuzz, args=arguments)

@@ -1,6 +1,6 @@
-"""Keep what the long tests measure in a CSV, one row for each goal and figure.
+"""Keep what the long tests measure in a CSV, one row for each goal and measurement.
 
-`make soak RECORD=FILE` writes it. A figure that is measured again replaces its row.
+`make soak RECORD=FILE` writes it. A repeated measurement replaces its row.
 """
 
 import csv
@@ -16,7 +16,7 @@ COLUMNS = ["date", "machine", "torch", "goal", "what", "value", "limit", "comman
 
 
 def record(path: Path, goal: str, what: str, value: float, limit: str, command: str) -> None:
-    """Add a figure to a CSV, in place of the one with the same goal and words.
+    """Add a measurement to a CSV, in place of the one with the same goal and words.
 
     Args:
         goal: G1 to G20, of docs/operations.md.

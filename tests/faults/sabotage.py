@@ -116,7 +116,7 @@ def note_time(report: Path) -> None:
 
 
 def refuse(number: int) -> None:
-    """Raise what the operating system answers instead of doing what was asked."""
+    """Raise the error of the operating system instead of calling it."""
     raise OSError(number, os.strerror(number))
 
 
@@ -138,7 +138,7 @@ def ask_for_tensors() -> None:
 
 
 def fill_the_gpu() -> None:
-    """Raise what PyTorch raises when a GPU has no memory left."""
+    """Raise the error of PyTorch for a GPU that has no memory left."""
     import torch
 
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -356,7 +356,7 @@ def nan_gradients(k: int) -> None:
 
 
 def forget_rng() -> None:
-    """Resume without the state of torch's generator, as careless trainers do."""
+    """Resume without the state of torch's generator, as many trainers do."""
     import torch
 
     torch.set_rng_state = lambda state: None
@@ -448,7 +448,7 @@ def close_pipes() -> None:
 
 
 def leave() -> None:
-    """Have a working directory that is gone."""
+    """Enter a working directory, and delete it."""
     directory = tempfile.mkdtemp()
     os.chdir(directory)
     os.rmdir(directory)

@@ -1,4 +1,4 @@
-"""Bring runs to their end, however they are disturbed: the driver of the soak tests."""
+"""Drive the soak tests: finish runs, however they are disturbed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ EVERY_STEP = 1e-9  # minutes between checkpoints
 
 @dataclass
 class Soak:
-    """Settings whose runs are disturbed; every loss that a process sees is written down.
+    """Disturb runs of these settings; write down every loss that a process sees.
 
     Args:
         root: directory of the undisturbed run.
@@ -39,7 +39,7 @@ class Soak:
     size: int = 1
 
     def attempt(self, directory: Path, sabotages: Sabotages | None = None, **more) -> list[Result]:
-        """Start a run or go on with it."""
+        """Start a run or resume it."""
         argv = command(**{"nThreads": 0, **self.flags, "save": directory, "resume": "auto", **more})
         records = {rank: partial(record_losses, self._report(directory, rank))
                    for rank in range(self.size)}  # fmt: skip
@@ -49,7 +49,7 @@ class Soak:
         })  # fmt: skip
 
     def finish(self, directory: Path, sabotages: Sabotages | None = None, **more) -> dict:
-        """Bring a run to its end; return what it came to, and every loss that it saw on its way."""
+        """Run to the end; return the outcome, and every loss that it computed."""
         results = self.attempt(directory, sabotages, **more)
         assert set(codes(results)) == {0}, results
         reports = [self._report(directory, rank) for rank in range(self.size)]
@@ -57,7 +57,7 @@ class Soak:
 
     @cached_property
     def undisturbed(self) -> dict:
-        """What it comes to if nothing happens."""
+        """Return the outcome of an undisturbed run."""
         return self.finish(self.root)
 
     def steps_lost(self, directory: Path) -> int:

@@ -64,13 +64,13 @@ def check_end(fault: Fault, results: list[Result], directory: Path) -> None:
     """Assert exit codes, what is said, and the verdict."""
     wanted = fault.codes if isinstance(fault.codes, tuple) else (fault.codes,)
     assert tuple(codes(results)) == wanted, results
-    speaking = [result for result in results if result.err]
-    assert len(speaking) <= 1 and not any("Traceback" in result.err for result in results), results
+    reporting = [result for result in results if result.err]
+    assert len(reporting) <= 1 and not any("Traceback" in result.err for result in results), results
     code = max(wanted)
     if 0 < code <= 8:
-        refused(speaking[0], code, fault.says.replace("{run}", re.escape(str(directory))))
+        refused(reporting[0], code, fault.message.replace("{run}", re.escape(str(directory))))
     else:
-        assert re.fullmatch(fault.says, "".join(result.err for result in speaking)), results
+        assert re.fullmatch(fault.message, "".join(result.err for result in reporting)), results
     if min(wanted) >= 0 and (code <= 8 or (code == 75 and fault.step)):
         assert not list(directory.glob(".*.tmp"))
     if fault.verdict is None or (fault.step is None and code not in range(1, 9)):

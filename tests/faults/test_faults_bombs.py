@@ -1,4 +1,4 @@
-"""Rows 27, 33, 42 and 46: small files that claim much are refused and cost little."""
+"""Test rows 27, 33, 42 and 46: small files that claim much are refused and cost little."""
 
 from functools import partial
 
@@ -62,7 +62,7 @@ def test_a_checkpoint_that_claims_much_ends_the_program_with_4(tmp_path, name, f
 
 
 def test_an_image_of_the_same_kind_that_claims_less_is_read(tmp_path):
-    """Neither a PNG of one colour nor a JPEG with a few more scans is refused as such."""
+    """Read a PNG of one colour and a JPEG with a few more scans."""
     for data in (bombs.png(4000, 4000), bombs.scans(4000, 50)):
         (tmp_path / "image.jpg").write_bytes(data)
         assert decode(tmp_path / "image.jpg").size == (4000, 4000)

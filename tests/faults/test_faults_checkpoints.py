@@ -1,4 +1,4 @@
-"""Rows 9 to 24, 28, 73 and 74: what is read of a run, and how little of it is lost."""
+"""Test rows 9 to 24, 28, 73 and 74: the files that are read of a run, and how little is lost."""
 
 import errno
 import os
@@ -17,24 +17,24 @@ from helpers.run_main import run
 
 @pytest.fixture
 def directory(begun, tmp_path) -> Path:
-    """A run that was killed in its third epoch, with the checkpoints of two epochs."""
+    """Kill a run in its third epoch, with the checkpoints of two epochs."""
     return begun(tmp_path / "run", epochs=2)
 
 
 @pytest.fixture
 def newest(directory) -> Path:
-    """Its newest checkpoint."""
+    """Return the newest checkpoint of the killed run."""
     return max(directory.glob("checkpoint_*.pt"))
 
 
 @pytest.fixture
 def complete(directory) -> Path:
-    """That run, when it has gone on to its end."""
-    assert again(directory).code == 0
+    """Resume the killed run to its end."""
+    assert resume(directory).code == 0
     return directory
 
 
-def again(directory: Path, sabotage=None, **flags):
+def resume(directory: Path, sabotage=None, **flags):
     return run(tiny(**FLAGS | {"resume": "auto", "save": directory} | flags), sabotage)
 
 
@@ -57,7 +57,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_newest_checkpoint_costs_one_epoch(undisturbed, directory, newest, damage):
     newest.write_bytes(DAMAGE[damage](newest.read_bytes()))
-    result = again(directory)
+    result = resume(directory)
     assert result.code == 0
     (note,) = result.err.splitlines()
     assert note.startswith(f"note: {newest} is ")
@@ -69,7 +69,7 @@ def test_a_damaged_newest_checkpoint_costs_one_epoch(undisturbed, directory, new
 def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_passed_over(
     undisturbed, directory, newest, tmp_path
 ):
-    """In a directory of somebody else's, or on a read-only disk."""
+    """Test it in another user's directory, or on a read-only disk."""
     newest.write_bytes(b"")
     denied = partial(on_files, partial(refuse, errno.EROFS), directory, operation="rename")
     result = run(tiny(**FLAGS, resume=directory, save=tmp_path / "elsewhere"), denied)
@@ -83,9 +83,9 @@ def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_begin_again(
         path.write_bytes(flip(path.read_bytes()))
     kept = {name: data for name, data in saved(directory).items() if "checkpoint" not in name}
     for _ in range(2):
-        refused(again(directory), 4, r"no valid checkpoint among 2 .*; fix: .*--resume none")
+        refused(resume(directory), 4, r"no valid checkpoint among 2 .*; fix: .*--resume none")
     pattern = "already holds a run; fix: .*another --save"
-    refused(again(directory, resume=None), 2, pattern)
+    refused(resume(directory, resume=None), 2, pattern)
     assert saved(directory) == kept
 
 
@@ -95,9 +95,9 @@ def test_a_kill_while_the_checkpoint_before_a_damaged_one_is_read_costs_nothing(
     newest.write_bytes(flip(newest.read_bytes()))
     before = {path.read_bytes() for path in directory.glob("checkpoint_*.pt*")}
     killed = partial(on_files, kill, directory, operation="open", name="checkpoint", k=2)
-    assert again(directory, killed).code < 0
+    assert resume(directory, killed).code < 0
     assert {path.read_bytes() for path in directory.glob("checkpoint_*.pt*")} == before
-    assert again(directory).code == 0
+    assert resume(directory).code == 0
     assert outcome(directory) == undisturbed()
 
 
@@ -154,9 +154,9 @@ def test_what_is_no_checkpoint_is_named_and_the_run_is_untouched(directory, newe
 )
 def test_another_run_is_refused_and_the_run_is_untouched(directory, flags, code, pattern):
     before = saved(directory)
-    refused(again(directory, **flags), code, pattern)
+    refused(resume(directory, **flags), code, pattern)
     assert saved(directory) == before
-    assert code == 4 or again(directory, **flags, override=True).code == 0
+    assert code == 4 or resume(directory, **flags, override=True).code == 0
 
 
 def rewrite(path: Path, **changes: object) -> None:
@@ -190,7 +190,7 @@ CONTENTS = [
 def test_a_sound_checkpoint_with_other_contents_is_refused(directory, newest, changes, pattern):
     rewrite(newest, **changes)
     before = saved(directory)
-    refused(again(directory, resume=newest), 4, pattern)
+    refused(resume(directory, resume=newest), 4, pattern)
     assert saved(directory) == before
 
 
@@ -199,17 +199,17 @@ def test_a_number_that_is_not_finite_is_never_trained_on(undisturbed, directory,
     older, newest = sorted(directory.glob("checkpoint_*.pt"))
     rewrite(older)  # which changes nothing
     rewrite(newest, **{where: not_finite})
-    result = again(directory)
+    result = resume(directory)
     assert result.code == 0 and "a weight that is not finite" in result.err
     assert outcome(directory) == undisturbed()
     for path in directory.glob("checkpoint_*.pt"):
         rewrite(path, **{where: not_finite})
-    refused(again(directory), 4, "no valid checkpoint among 3")
+    refused(resume(directory), 4, "no valid checkpoint among 3")
 
 
 def test_a_machine_without_memory_does_not_make_checkpoints_damaged(directory):
     before = saved(directory)
-    refused(again(directory, no_memory), 4, "takes more memory than there is; fix: .*more memory")
+    refused(resume(directory, no_memory), 4, "takes more memory than there is; fix: .*more memory")
     assert saved(directory) == before
 
 
@@ -225,26 +225,26 @@ def test_neither_loader_processes_nor_dates_of_files_matter(undisturbed, directo
     for age, path in enumerate(sorted(directory.glob("checkpoint_*.pt"))):
         os.utime(path, (4e9 - age, 4e9 - age))  # row 75: in the future, the newest the oldest
     assert newest_step(directory) == 8
-    assert again(directory, nThreads=2).code == 0
+    assert resume(directory, nThreads=2).code == 0
     assert outcome(directory) == undisturbed()
 
 
 def test_a_complete_run_is_complete_and_nothing_is_rewritten(complete):
     times = {path: path.stat().st_mtime_ns for path in complete.rglob("*") if path.name[0] != "."}
     before = saved(complete)
-    result = again(complete)
+    result = resume(complete)
     assert result.code == 0 and result.err == ""
     already, finished = result.out.splitlines()
     assert already == f"=> {complete} is already complete"
     assert finished.startswith(" * Finished top1: ")
-    refused(again(complete, resume=None), 2, "already holds a run; fix: add --resume auto")
+    refused(resume(complete, resume=None), 2, "already holds a run; fix: add --resume auto")
     assert saved(complete) == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_a_complete_run_goes_on_when_asked_for_more_epochs(undisturbed, complete):
-    refused(again(complete, nEpochs=2), 2, "nEpochs 2, was 3")
-    assert again(complete, nEpochs=4).code == 0
+    refused(resume(complete, nEpochs=2), 2, "nEpochs 2, was 3")
+    assert resume(complete, nEpochs=4).code == 0
     longer = outcome(complete)
     assert [line["epoch"] for line in longer["log"]] == [1, 2, 3, 4]
     assert longer["log"][:3] == undisturbed()["log"]

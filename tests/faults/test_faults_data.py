@@ -1,4 +1,4 @@
-"""Rows 40 to 42, 44, 47 to 50 and 64: data that is missing, damaged, hostile or contradictory."""
+"""Test rows 40 to 42, 44, 47 to 50, 64: data that is missing, damaged, hostile, contradictory."""
 
 import hashlib
 import os
@@ -88,10 +88,10 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_data_that_cannot_be_used_is_refused(root, name):
-    spoil, pattern = UNUSABLE[name]
-    if spoil is not int:
-        spoil(root=root)
-    flags = {"nClasses": 3} if spoil is int else {"nThreads": int("garbled" in name)}
+    inject, pattern = UNUSABLE[name]
+    if inject is not int:
+        inject(root=root)
+    flags = {"nClasses": 3} if inject is int else {"nThreads": int("garbled" in name)}
     # As the images are read at the start, or by loader processes.
     for size in [LARGE] if "44" not in name else [SMALL, LARGE]:
         refused(run(folder(root, size, **flags)), 3, pattern.format(root=re.escape(str(root))))
@@ -137,7 +137,7 @@ def test_an_archive_that_is_not_the_published_one_is_refused(tmp_path):
 
 
 def hostile_archives(outside: Path) -> dict[str, list[tarfile.TarInfo]]:
-    """Entries that write `outside` of an archive where it is unpacked without a filter."""
+    """Return entries that write `outside` of an archive where it is unpacked without a filter."""
     script = entry(f"{FOLDER}/../../outside", 1)
     script.mode = 0o6755
     up = entry(f"{FOLDER}/a", kind=tarfile.SYMTYPE)
@@ -169,7 +169,7 @@ def test_an_archive_that_reaches_outside_itself_is_refused(tmp_path, name):
 
 
 def hanging_loaders() -> None:
-    """Have loader processes never finish one of the images, and wait a second for them."""
+    """Make loader processes hang at one of the images, and wait a second for them."""
 
     def hanging(decode):
         return lambda path: hang() if str(path).endswith("1.png") else decode(path)

@@ -1,4 +1,4 @@
-"""Rows 58, 65, 66 and 68 on two machines: torchrun goes on with the rest, and takes back."""
+"""Test rows 58, 65, 66, 68 on two machines: torchrun continues with the rest, and takes back."""
 
 import signal
 import time
@@ -19,7 +19,7 @@ soak = pytest.mark.soak
 
 
 def check_complete(run: Elastic) -> None:
-    """Assert that a run came to its end and did every step, in the order of an undisturbed run."""
+    """Assert that a run finished and did every step, in the order of an undisturbed run."""
     sampler = BatchSampler(torch.arange(FLAGS["nImages"]), batch_size=8, seed=0)
     epochs = range(1, FLAGS["nEpochs"] + 1)
     want = [sampler.step_indices(epoch, step) for epoch in epochs for step in range(len(sampler))]
@@ -30,7 +30,7 @@ def check_complete(run: Elastic) -> None:
 
 
 def test_a_lost_node_is_done_without_and_taken_back(tmp_path):
-    """The one of rank 0, with the store of the processes and the run directory."""
+    """Lose the node of rank 0, with the store of the processes and the run directory."""
     lost, stays = LOCAL
     with elastic(tmp_path, stays, FLAGS, port=free_port()) as run:
         agents = [run.agent(node) for node in (lost, stays)]
@@ -104,7 +104,7 @@ def test_a_lost_part_is_done_without_and_taken_back(nodes, tmp_path, gone, numbe
 def test_agents_that_are_told_to_stop_or_lose_their_host_leave_a_run_that_goes_on(
     nodes, tmp_path, gone, what
 ):
-    """Nobody goes on alone then; started again, they go on together."""
+    """Test that no process continues alone then; started again, they continue together."""
     with elastic(tmp_path, nodes[0], FLAGS) as run:
         agents = [run.agent(node) for node in nodes]
         run.advance(2, agents[0])
@@ -129,7 +129,7 @@ def test_agents_that_are_told_to_stop_or_lose_their_host_leave_a_run_that_goes_o
 @soak
 @pytest.mark.parametrize("number", [0, 1])
 def test_torchrun_of_one_machine_starts_its_processes_again(tmp_path, gone, number):
-    """It keeps their store, with the addresses of those that are gone."""
+    """Keep their store, with the addresses of those that are gone."""
     at = partial(elastic, tmp_path, LOCAL[0], FLAGS, processes=2, port=free_port())
     with at(keeps_store=True) as run:
         agent = run.agent(LOCAL[0])
@@ -144,7 +144,7 @@ def test_torchrun_of_one_machine_starts_its_processes_again(tmp_path, gone, numb
 
 @soak
 def test_torchrun_that_is_killed_leaves_no_orphans(tmp_path, gone):
-    """Row 68: another run may begin in the directory by then."""
+    """Test row 68: another run may begin in the directory by then."""
     with elastic(tmp_path, LOCAL[0], FLAGS, processes=2, port=free_port()) as run:
         for trial in range(4):
             agent = run.agent(LOCAL[0])

@@ -1,4 +1,4 @@
-"""Rows 75 to 78: clocks, outputs and surroundings that differ from the usual."""
+"""Test rows 75 to 78: clocks, outputs and environments that differ from the usual."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_a_clock_that_runs_backwards_changes_neither_result_nor_duration(tmp_pat
 def test_closed_outputs_change_nothing_and_no_message_gets_into_a_file(
     tmp_path, undisturbed, closed
 ):
-    """Else the next files opened would take their numbers, and the remark on a signal."""
+    """Test that the next files opened do not get their numbers, and so a signal's message."""
     argv = tiny(**FLAGS, save=tmp_path)
     close = partial(close_standard_files, *closed)
     stop = partial(at_batch, partial(send, signal.SIGTERM), 3)
@@ -73,7 +73,7 @@ def test_a_terminal_that_draws_nothing_gets_lines(tmp_path):
 
 
 def test_other_surroundings_give_the_same_run(tmp_path, undisturbed):
-    """No HOME, another hash seed, files for oneself only, another directory."""
+    """Run without HOME, with another hash seed, another umask, in another directory."""
     directory = tmp_path / "run"
     surroundings = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
     result = subprocess.run(
@@ -87,6 +87,6 @@ def test_other_surroundings_give_the_same_run(tmp_path, undisturbed):
 
 @pytest.mark.parametrize("save", ["run", None, "/absolute"])
 def test_a_directory_that_is_gone_is_refused_at_the_start(save):
-    """MKL could not be loaded in it."""
+    """Refuse it before MKL is loaded, which fails in it."""
     result = run(tiny(**FLAGS, save=save), leave)
     refused(result, 6, "the current directory is gone; fix: change to one that is there")

@@ -1,4 +1,4 @@
-"""Rows 38, 43, 45, 50, 51 and 52: downloads, odd images and odd trees of files."""
+"""Test rows 38, 43, 45, 50, 51 and 52: downloads, odd images and odd trees of files."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def download(tmp_path: Path, listener: socket.socket, stalled_s: float = 60):
 
 
 def download_from(url: str, stalled_s: float) -> None:
-    """Take a server of the test for the official one, and be impatient with it."""
+    """Use a server of the test as the official one, with short time limits."""
     from torchvision.datasets import CIFAR10
 
     CIFAR10.url, CIFAR10.tgz_md5 = url, md5(WHOLE)
@@ -104,7 +104,7 @@ def rotated(image: Image.Image, path: Path) -> None:
     ],
 )
 def test_images_of_every_kind_are_read_as_they_are_stored(tmp_path, name, write, mode):
-    """Of an animation the first picture; rotation is not applied, as in Lua and torchvision."""
+    """Read the first picture of an animation; apply no rotation, as in Lua and torchvision."""
     pixels, path = noise(1, 90)[0, :80], tmp_path / name
     write(Image.fromarray(pixels).convert(mode), path)
     for _ in range(2):
@@ -112,7 +112,7 @@ def test_images_of_every_kind_are_read_as_they_are_stored(tmp_path, name, write,
 
 
 def test_a_picture_that_is_a_program_is_not_run(root, tmp_path):
-    """Pillow hands PostScript, whatever the file is called, to Ghostscript."""
+    """Check that Pillow does not hand PostScript, under any file name, to Ghostscript."""
     marker, tools = tmp_path / "executed", tmp_path / "bin"
     tools.mkdir()
     (tools / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
@@ -209,7 +209,7 @@ def test_any_name_works_and_none_breaks_a_line(tmp_path):
 
 
 def test_a_terminal_of_another_language_makes_no_difference(tmp_path):
-    """LC_ALL=C, where Python would read and print ASCII, in a process of its own."""
+    """Set LC_ALL=C, where Python would read and print ASCII, in a process of its own."""
     root, save = write_files(tmp_path / "é", 4, classes="a Ö"), tmp_path / "run é"
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Rows 4 to 7: SIGKILL at each change of a file, and what is kept."""
+"""Test rows 4 to 7: SIGKILL at each change of a file, and what is kept."""
 
 import re
 import signal
@@ -20,7 +20,7 @@ FLAGS = {"nImages": 16, "nEpochs": 2, "dropRate": 0.2, "saveEvery": 1e-9, "keep"
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> tuple[dict, list[str]]:
-    """What the run comes to, and the operations on files that it makes."""
+    """Return the outcome of the run, and the operations on files that it makes."""
     directory = tmp_path_factory.mktemp("reference")
     report = directory.with_suffix(".txt")
     result = run(tiny(**FLAGS, save=directory), partial(record_files, directory, report))

@@ -1,4 +1,4 @@
-"""Rows 53, 54, 62, 64, 65, 69, 70 and 72: what befalls several processes beside the catalogue."""
+"""Test rows 53, 54, 62, 64, 65, 69, 70 and 72: faults of several processes beside the catalogue."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def one_gpu() -> None:
 
 
 def other_torch() -> None:
-    replace("hash the code", lambda versions: lambda: {"torch": "1.0", "code": "old"})
+    replace("hash the code", lambda function: lambda: {"torch": "1.0", "code": "old"})
 
 
 def other_data() -> None:
@@ -109,7 +109,7 @@ def test_processes_that_do_not_come_are_missed(tmp_path):
 
 
 def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):
-    """Row 62."""
+    """Test row 62."""
     longer = partial(shorten, {"meet": 600})  # than after a signal
     told = partial(at_call, partial(both, longer, partial(send, signal.SIGTERM)),
                    "agree on a name of the start")  # fmt: skip
@@ -119,7 +119,7 @@ def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):
 
 
 def test_a_port_that_is_in_use_is_named(tmp_path):
-    """Row 69."""
+    """Test row 69."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         here = partial(environment, TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
@@ -131,7 +131,7 @@ def test_a_port_that_is_in_use_is_named(tmp_path):
 
 @pytest.mark.parametrize("told", [[1], [0, 1]])
 def test_a_long_start_ends_soon_after_a_signal(tmp_path, told):
-    """Row 62: a process that cannot react is ended, whatever it is doing."""
+    """Test row 62: a process that cannot react is ended, whatever it is doing."""
     ready = tmp_path / "ready"  # the first process reads the data first
     held = partial(both, ready.touch, partial(wait_for, tmp_path / "never"))
     slow = partial(both, impatient, partial(at_call, held, "create the data"))
@@ -169,17 +169,17 @@ def test_a_loader_process_that_is_killed_is_named_and_no_peer_is(root, rank):
 
 
 def record_steps_but(rank: int) -> None:
-    """Record CUDA graphs in name; in one process that breaks off."""
+    """Pretend to capture CUDA graphs; in one process the capture fails."""
 
-    def recorder(*_):
-        def record(work):
+    def capturer(*_):
+        def capture(run_step):
             if os.environ["RANK"] == str(rank):
                 raise RuntimeError("operation not permitted when stream is capturing")
-            return work
+            return run_step
 
-        return record
+        return capture
 
-    replace("choose eager or recorded steps", lambda _: recorder)
+    replace("choose eager or recorded steps", lambda _: capturer)
 
 
 @pytest.mark.parametrize("rank", BOTH)
@@ -194,7 +194,7 @@ def test_a_process_that_cannot_record_its_steps_trains_with_the_others(undisturb
 def test_processes_that_are_started_anew_meet_at_the_store_that_the_launcher_has_kept(
     undisturbed, tmp_path
 ):
-    """It still has the addresses of the former ones (PyTorch's issue 135712)."""
+    """Keep the addresses of the former ones in it (PyTorch's issue 135712)."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for start, (sabotage, code) in enumerate([(partial(at_batch, kill, 6), 8), (int, 0)]):
         again = partial(
@@ -239,7 +239,7 @@ def take_over(directory: Path) -> None:
 
 
 def test_a_run_that_another_node_has_taken_over_stops_writing(tmp_path):
-    """Where the file system's locks do not reach from node to node."""
+    """Test it where the file system's locks do not reach from node to node."""
     moment = partial(at_batch, partial(take_over, tmp_path), 6)
     results = call(tiny(**FLAGS, save=tmp_path), 2, {0: moment})
     refused_by_all(results, 7, "taken over by host elsewhere, process 1, since .*; fix: ")

@@ -1,4 +1,4 @@
-"""Test that a run which is restarted again and again and gets no further is stopped, and why."""
+"""Test that a run that is restarted repeatedly without progress is stopped, and why."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CAUSE = DataError("cannot read image 7.png", "remove it")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing is written any more."""
+    """Stand for SIGKILL: nothing is written any more."""
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_killed_starts_count_and_are_called_killed(start):
 
 
 def test_an_automatic_start_is_counted_before_it_can_die(tmp_path, monkeypatch):
-    """A start by hand writes nothing before it is known to be in order."""
+    """Check too that a start by hand writes nothing before it is known to be in order."""
     for count, written in (("0", False), ("1", True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         with pytest.raises(DataError), RunDirectory(Path(tmp_path)) as directory:

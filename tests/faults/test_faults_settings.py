@@ -1,4 +1,4 @@
-"""Rows 29 to 37, 39, 53 and 54: settings that cannot be run make no run directory.
+"""Test rows 29 to 37, 39, 53 and 54: settings that cannot be run make no run directory.
 
 Each kind of mistake once, by the program itself; tests/cli has all of them.
 """

@@ -1,4 +1,4 @@
-"""Rows 57, 59 to 61 and 63: signals to a group of processes, and numbers that are not finite."""
+"""Test rows 57, 59 to 61 and 63: signals to a group of processes, and non-finite numbers."""
 
 import re
 import signal
@@ -19,7 +19,7 @@ from helpers.run_main import process_state, run, start
     [(signal.SIGINT, "train", 2), (signal.SIGTERM, "val", 4)],
 )
 def test_a_signal_to_the_whole_group_stops_it_as_gracefully(root, number, phase, steps):
-    """Row 61: the group has loader processes."""
+    """Test row 61: the group has loader processes."""
     argv = folder(root, nThreads=2)
     moment = partial(at_batch, partial(send_to_group, number), 2, phase)
     result = run(argv, partial(both, own_group, moment))
@@ -30,7 +30,7 @@ def test_a_signal_to_the_whole_group_stops_it_as_gracefully(root, number, phase,
 
 
 def test_a_run_that_is_suspended_goes_on_as_if_nothing_had_been(tmp_path, undisturbed):
-    """Row 63."""
+    """Test row 63."""
     running = start(tiny(**FLAGS, save=tmp_path), partial(at_batch, stop, 3))
     running.wait_for(lambda: process_state(running.process.pid) == "T")
     running.signal(signal.SIGCONT)
@@ -45,7 +45,7 @@ def test_a_run_that_diverges_by_itself_is_ended(tmp_path):
 
 
 def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path):
-    """Row 57."""
+    """Test row 57."""
     result = run(tiny(**FLAGS, save=tmp_path), partial(nan_loss, 0, "val"))
     assert result.code == 0 and result.err == "", result
     assert not (tmp_path / "model_best.pt").exists()

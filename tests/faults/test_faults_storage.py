@@ -1,4 +1,4 @@
-"""Rows 11, 14, 15, 16 and 71: disks that are full, read-only or gone, and two writers."""
+"""Test rows 11, 14, 15, 16 and 71: disks that are full, read-only or gone, and two writers."""
 
 import os
 import re
@@ -45,15 +45,15 @@ no_data = partial(at_call, partial(fail, "DataError"), "create the data")  # fou
     ids=["row 11, too small", "row 14, read-only", "row 16, no inodes"],
 )
 def test_a_disk_that_takes_nothing_is_named_as_that(tmp_path, options, read_only, pattern):
-    spoil = [partial(mount_or_leave, tmp_path, options, read_only), *[no_data] * read_only]
-    result = run(tiny(**FLAGS, save=tmp_path / "a" / "run"), partial(both, *spoil))
+    sabotages = [partial(mount_or_leave, tmp_path, options, read_only), *[no_data] * read_only]
+    result = run(tiny(**FLAGS, save=tmp_path / "a" / "run"), partial(both, *sabotages))
     if result.code == 77:
         pytest.skip("this system does not let its users mount")
     refused(result, 6, pattern.format(tmp_path))
 
 
 def test_a_run_directory_that_is_removed_meanwhile_is_named(tmp_path):
-    """Row 15."""
+    """Test row 15."""
     directory = tmp_path / "run"
     remove = partial(os.rename, directory, tmp_path / "elsewhere")
     result = run(tiny(**FLAGS, save=directory), partial(at_batch, remove, 2))

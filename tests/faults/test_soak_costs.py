@@ -1,4 +1,4 @@
-"""What surviving costs: a checkpoint, the look for what is not finite, a new start.
+"""Measure the costs of surviving: a checkpoint, the check for non-finite values, a new start.
 
 No time is asserted, since other work on the machine shows in it: `--record FILE` keeps the figures.
 Checkpoints are written below pytest's `--basetemp`; name one on the disk that is asked about.

@@ -1,4 +1,4 @@
-"""The long form of rows 17 to 46: flipped bits by the thousand, hostile files, mutated inputs."""
+"""Test rows 17 to 46 at length: flipped bits by the thousand, hostile files, mutated inputs."""
 
 import os
 import random
@@ -27,14 +27,14 @@ REAL = {"dataset": "synthetic", "imageSize": 32, "nImages": 16, "depth": 40, "gr
 # G6: corruption:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
-    """The checkpoint of a DenseNet-BC of 40 layers, as in the paper."""
+    """Save the checkpoint of a DenseNet-BC of 40 layers, as in the paper."""
     directory = tmp_path_factory.mktemp("real")
     assert run(command(**REAL, save=directory)).code == 0
     return max(directory.glob("checkpoint_*.pt"))
 
 
 class Damage:
-    """A copy of a file that is damaged and read, again and again."""
+    """Damage and read a copy of a file, again and again."""
 
     def __init__(self, path: Path, copy: Path):
         self.data, self.path = path.read_bytes(), copy / path.name
@@ -73,13 +73,13 @@ def test_no_damage_to_a_real_checkpoint_is_read_as_something_else(real, tmp_path
     for what, count in (("flipped bits", FLIPS), ("truncations", CUTS), ("zeroed blocks", BLOCKS)):
         damage = Damage(real, tmp_path)
         for _ in range(count):
-            place = draw.randrange(size)
+            start = draw.randrange(size)
             if what == "flipped bits":
-                damage.replace(place, bytes([damage.data[place] ^ 1 << draw.randrange(8)]))
+                damage.replace(start, bytes([damage.data[start] ^ 1 << draw.randrange(8)]))
             elif what == "truncations":
-                damage.cut(place)
+                damage.cut(start)
             else:
-                damage.replace(place // 4096 * 4096, bytes(min(4096, size - place // 4096 * 4096)))
+                damage.replace(start // 4096 * 4096, bytes(min(4096, size - start // 4096 * 4096)))
         measured("G6", f"read silently wrong, of {count} {what}", damage.wrong, "0")
         measured("G6", f"refused, of {count} {what}", damage.refused, "")
         counts[what] = (damage.wrong, damage.refused)
@@ -112,20 +112,20 @@ def test_the_checkpoint_before_a_damaged_one_is_found_soon(real, tmp_path, measu
 )
 def test_hostile_files_cost_little(real, tmp_path, measured, kind, read):
     name, makes, _, error = KINDS[kind]
-    spoils = [partial(writing, make) for make in makes.values()]
+    writers = [partial(writing, make) for make in makes.values()]
     if kind == "checkpoint":
         kind = f"checkpoint for {read.__name__}"
         # The numbers are not in the weights, and one that warns when made is another test's.
         left_out = ("entries of one name", *["10^"] * (read is not checkpoints.load))
-        spoils += [partial(spoiling, spoil, real) for bomb, spoil in BOMBS.items()
+        writers += [partial(injecting, inject, real) for bomb, inject in BOMBS.items()
                    if not bomb.startswith(left_out)]  # fmt: skip
     costs = []
-    for spoil in spoils:
-        spoil(tmp_path / name)
+    for inject in writers:
+        inject(tmp_path / name)
         costs.append(bombs.check_cost(tmp_path / name, read, error))
     slowest, largest = (max(worst) for worst in zip(*costs, strict=True))
-    measured("G8", f"seconds until a hostile {kind} is refused, of {len(spoils)}", slowest, "<= 5")
-    what = f"MiB beyond three times the size of a hostile {kind}, of {len(spoils)}"
+    measured("G8", f"seconds until a hostile {kind} is refused, of {len(writers)}", slowest, "<= 5")
+    what = f"MiB beyond three times the size of a hostile {kind}, of {len(writers)}"
     measured("G8", what, largest / bombs.MB, "<= 256")
     assert slowest <= 5  # of the processor
 
@@ -134,9 +134,9 @@ def writing(make, path: Path) -> None:
     path.write_bytes(make())
 
 
-def spoiling(spoil, source: Path, path: Path) -> None:
+def injecting(inject, source: Path, path: Path) -> None:
     path.write_bytes(source.read_bytes())
-    spoil(path)
+    inject(path)
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)

@@ -1,4 +1,4 @@
-"""The long form of rows 1 to 13: random kills, every system call of a save, 300 epochs."""
+"""Test rows 1 to 13 at length: random kills, every system call of a save, 300 epochs."""
 
 import random
 import re
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.soak
 
 
 def some_moment(draws: random.Random, directory: Path, size: int) -> dict:
-    """A kill at a random change of a file, in a random batch, or at a random time."""
+    """Kill at a random change of a file, in a random batch, or at a random time."""
     moments = [
         partial(on_files, kill, directory, k=draws.randint(1, 120)),
         partial(at_batch, kill, draws.randint(1, 12 * size), "any"),
@@ -76,7 +76,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
 
 
 def test_another_seed_or_what_a_resume_forgets_is_noticed(runs, tmp_path, measured):
-    """The test above can fail."""
+    """Check that the test above can fail."""
     draws, ends = random.Random(0), []
     for kind, steps in (("memory", 4), ("files", 6)):
         soak = runs[kind]
@@ -135,7 +135,7 @@ def traced(directory: Path, fault: str | None = None) -> tuple[Result, list[str]
 
 @pytest.fixture(scope="module")
 def calls_of_a_save(tmp_path_factory) -> list[tuple[str, int, str]]:
-    """Each call of a save: its name, its number among those of this name, and the whole line."""
+    """List the calls of a save: name, number among those of this name, and the whole line."""
     if not shutil.which("strace"):
         pytest.skip("there is no strace")
     result, lines = traced(tmp_path_factory.mktemp("calls") / "run")
@@ -151,11 +151,11 @@ def calls_of_a_save(tmp_path_factory) -> list[tuple[str, int, str]]:
 def test_the_calls_of_a_save_are_those_that_matter(calls_of_a_save):
     text = "\n".join(line for _, _, line in calls_of_a_save)
     for name in ("checkpoint_000000008", "status", "model_last"):
-        place = 0
+        start = 0
         for call in CALLS_OF_A_FILE:
-            found = re.compile(call.replace("FILE", rf"\.{name}"), re.MULTILINE).search(text, place)
+            found = re.compile(call.replace("FILE", rf"\.{name}"), re.MULTILINE).search(text, start)
             assert found, (name, call)
-            place = found.end()
+            start = found.end()
     assert re.search("^unlink.*checkpoint_0000000", text, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""The long trials with two processes (`make soak`): lost peers at random, and the same losses."""
+"""Test two processes at length (`make soak`): lost peers at random, and the same losses."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""The long form of rows 2 and 58 to 62: every signal in every phase, and what a SIGKILL costs."""
+"""Test rows 2 and 58 to 62 at length: every signal in every phase, and the cost of a SIGKILL."""
 
 import random
 import shutil
@@ -58,7 +58,7 @@ OF_ALL = ("starting", "reading the data", "resuming", "within a training step")
 
 @dataclass(frozen=True)
 class Trial:
-    """How a run ended that was told to stop, and how long after the signal."""
+    """Record how a run ended that was told to stop, and how long after the signal."""
 
     codes: set[int]
     seconds: float
@@ -119,7 +119,7 @@ def test_every_signal_in_every_phase_ends_in_75_and_loses_nothing(runs, tmp_path
 
 
 def test_a_network_for_cifar_stops_within_a_step_and_a_save(tmp_path, measured):
-    """A network that people train, in batches as they use."""
+    """Train a network that people use, in batches of their size."""
     soak = Soak(tmp_path, {"dataset": "synthetic", "nImages": 192, "imageSize": 32, "depth": 100,
                            "growthRate": 12, "batchSize": 64, "nEpochs": 2})  # fmt: skip
     phases = ("starting", "within a training step", "validating", "writing a checkpoint")
@@ -133,7 +133,7 @@ def test_a_network_for_cifar_stops_within_a_step_and_a_save(tmp_path, measured):
 
 
 def test_a_signal_while_a_process_starts_ends_it_in_75(tmp_path, measured):
-    """`python main.py` itself, from the moment on when it listens."""
+    """Run `python main.py` itself, from the moment on when it listens."""
     draws, trials = random.Random(0), []
     for number in SIGNALS:
         for i in range(5):
@@ -153,7 +153,7 @@ def test_a_signal_while_a_process_starts_ends_it_in_75(tmp_path, measured):
 
 
 def listens(pid: int) -> bool:
-    """Whether a process handles SIGHUP, the last one that distributed/signals.py asks for."""
+    """Return whether a process handles SIGHUP, the last signal that signals.py asks for."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
     return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)

@@ -1,4 +1,4 @@
-"""The state of a trainer is one, and nothing that could not be continued with is."""
+"""Test that the state of a trainer is valid, and a state that cannot be continued is not."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ def test_the_state_of_a_trainer_has_no_problem():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_validation_loss_that_is_not_finite_is_a_result(value):
-    """It is never the best, and training went on."""
+    """Allow it, though it is never the best, since training continued."""
     assert checkpoint_schema.validate(real_state() | {"last": RESULT | {"val_loss": value}}) is None
 
 

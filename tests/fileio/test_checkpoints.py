@@ -1,4 +1,4 @@
-"""checkpoints.py: what is read is what was written, or an error; nothing in a file is executed."""
+"""Test checkpoints.py: a file is read as it was written, or refused; none is executed."""
 
 import contextlib
 import os
@@ -57,7 +57,7 @@ def load_or_none(path: Path, data: bytes, load=checkpoints.load):
 
 
 def silently_wrong(path: Path, variants, load=checkpoints.load) -> tuple[int, int]:
-    """How many variants of a file's bytes are refused, and how many load as something else."""
+    """Count variants of a file's bytes: refused ones, and ones that load as something else."""
     original = load(path)
     loaded = [load_or_none(path, data, load) for data in variants]
     refusals = sum(state is None for state in loaded)
@@ -74,7 +74,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 def test_a_state_is_read_as_it_was_written(path):
     state = checkpoints.load(path)
     assert state.pop("format") == checkpoints.FORMAT
-    torch.manual_seed(0)  # the weights are drawn anew
+    torch.manual_seed(0)  # the weights are drawn again
     assert equal(state, real_state() | {"rng": state["rng"]})
     assert not equal(state, real_state() | {"rng": state["rng"]})  # of another seed
 
@@ -97,13 +97,13 @@ def test_no_flipped_bit_loads_silently_wrong(path):
 
 
 def test_no_flipped_bit_in_the_description_of_a_tensor_loads_silently_wrong(path):
-    """The zip directory is read twice, by two programs: they must not understand it differently."""
+    """Check the zip directory, which two programs read: they must not read it differently."""
     data = path.read_bytes()
     entry = zipfile.ZipFile(path).getinfo(next(n for n in names(path) if n.endswith("data/0")))
     local, size = entry.header_offset, len(entry.filename)
     central = data.rindex(b"PK\x01\x02", 0, data.rindex(entry.filename.encode()))
-    places = [*range(local, local + 30 + size), *range(central, central + 46 + size)]
-    bits = [8 * place + bit for place in places for bit in range(8)]
+    offsets = [*range(local, local + 30 + size), *range(central, central + 46 + size)]
+    bits = [8 * offset + bit for offset in offsets for bit in range(8)]
     refusals, wrong = silently_wrong(path, (flipped(data, bit) for bit in bits))
     assert wrong == 0 and refusals > 0.3 * len(bits)
 
@@ -149,7 +149,7 @@ HOSTILE = list(hostile_files(Path(tempfile.gettempdir()) / "marker of the names 
 
 @pytest.fixture
 def hostile(tmp_path, request) -> tuple[Path, Path]:
-    """A hostile file and the marker that it makes when it is executed."""
+    """Return a hostile file and the marker that it makes when it is executed."""
     marker = tmp_path / "executed"
     path = tmp_path / "checkpoint_000000003.pt"
     path.write_bytes(hostile_files(marker)[request.param])
@@ -420,7 +420,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, value):
 
 # The saver:
 class Directory:
-    """A run directory whose lock is held; records its status."""
+    """Stand for a run directory whose lock is held; record its status."""
 
     def __init__(self, path: Path):
         self.path, self.status = path, {}

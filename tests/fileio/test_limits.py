@@ -1,4 +1,4 @@
-"""What takes too long or too much is stopped, and nothing of it is left behind."""
+"""Test that a call that takes too long or too much is stopped, and leaves nothing behind."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from helpers.run_main import ROOT
 
 
 def settings() -> tuple:
-    """What the limits change for a while."""
+    """Return the settings that the limits change for a while."""
     return (
         signal.getsignal(signal.SIGPROF),
         signal.getitimer(signal.ITIMER_PROF)[1],
@@ -40,7 +40,7 @@ def test_what_only_waits_is_not_stopped():
 
 
 def test_what_other_threads_compute_does_not_count():
-    """Those of OpenMP may wait in a loop for their next work."""
+    """Exclude those of OpenMP, which may wait in a loop for their next work."""
     over = threading.Event()
 
     def compute() -> None:

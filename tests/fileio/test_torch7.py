@@ -1,4 +1,4 @@
-"""The reader of `.t7` files: every type of value, and files that are hostile or damaged."""
+"""Test the reader of `.t7` files: every type of value, and files that are hostile or damaged."""
 
 import random
 import struct
@@ -17,7 +17,7 @@ from helpers.torch7_writer import Function, Module, Raw, Storage, View, dumps, e
 
 
 def refusal(path: Path, content: bytes) -> str:
-    """The line that the program ends with when it is given such a file."""
+    """Return the line that the program ends with when it is given such a file."""
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         checkpoints.load_weights(path)
@@ -153,7 +153,7 @@ def test_depth_has_a_bound_that_no_network_reaches():
 
 
 def bombs() -> dict[str, object]:
-    """Small files of large claims, each sound as a file."""
+    """Return small files of large claims, each sound as a file."""
     wide = View(SOME, (2**20, 2**10), (0, 0))  # 4 GB of one number
     chain = Module("nn.Sequential", {"modules": []})
     parts = [chain]
@@ -183,7 +183,7 @@ def test_a_bomb_is_refused_in_little_time_and_memory(name, tmp_path):
 
 
 def small_file() -> bytes:
-    """A network of one module of each kind, small enough to be damaged in every place."""
+    """Make a network of one module of each kind, small enough to be damaged in every place."""
     conv = {"weight": tensor(np.ones((2, 1, 1, 1)))}
     norm = {"weight": tensor([0.5] * 2), "bias": tensor([0.5] * 2), "eps": 1e-5}
     norm |= {"running_mean": tensor([0.5] * 2), "running_var": tensor([1.0] * 2), "train": True}
@@ -194,7 +194,7 @@ def small_file() -> bytes:
 
 
 def weights_of(data: bytes) -> dict[str, Tensor] | None:
-    """What a file holds, None where it is refused; nothing else may happen."""
+    """Return the weights in a file, None where it is refused; nothing else may happen."""
     try:
         return lua_network.weights(torch7.load(data))
     except (ValueError, CheckpointError):
@@ -210,12 +210,12 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
 
 
 def mutated(draw: random.Random, whole: bytes) -> bytes:
-    """A file with a few bytes, or numbers of four or eight bytes, replaced."""
+    """Replace a few bytes, or numbers of four or eight bytes, of a file."""
     data = bytearray(whole)
     for _ in range(draw.choice((1, 1, 2, 5))):
-        place, size = draw.randrange(len(data)), draw.choice((1, 4, 8))
+        offset, size = draw.randrange(len(data)), draw.choice((1, 4, 8))
         number = draw.choice((0, 1, -1, 3, 4, 2**31 - 1, 2**62, draw.getrandbits(62)))
-        data[place : place + size] = (number % 256**size).to_bytes(size, "little")
+        data[offset : offset + size] = (number % 256**size).to_bytes(size, "little")
     return bytes(data)
 
 

@@ -1,1 +1,1 @@
-"""What several test files share."""
+"""Help several test files."""

@@ -34,11 +34,11 @@ def find_tests() -> dict[str, set[str]]:
     for path in project_files("test_*.py"):
         body = ast.parse(path.read_text()).body
         assigned = [ast.unparse(node) for node in body if isinstance(node, ast.Assign)]
-        whole_file = _marks(*(line for line in assigned if line.startswith("pytestmark =")))
+        file_marks = _marks(*(line for line in assigned if line.startswith("pytestmark =")))
         for node in body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 decorators = _marks(*map(ast.unparse, node.decorator_list))
-                found[f"{path.name}::{node.name}"] = whole_file | decorators
+                found[f"{path.name}::{node.name}"] = file_marks | decorators
     return found
 
 

@@ -1,4 +1,4 @@
-"""Make checkpoints, real ones and ones that are to harm whoever reads them."""
+"""Make checkpoints, real ones and ones that are to harm their reader."""
 
 import io
 import operator
@@ -29,12 +29,12 @@ def trainer() -> Trainer:
 
 
 def real_state(step: int = 3) -> dict:
-    facts = {"settings": {"depth": 4, "LR": 0.1}, "data": {"classes": ["a", "b"]}, "overrides": []}
-    return {**trainer().state_dict(), "global_step": step, **facts}
+    extra = {"settings": {"depth": 4, "LR": 0.1}, "data": {"classes": ["a", "b"]}, "overrides": []}
+    return {**trainer().state_dict(), "global_step": step, **extra}
 
 
 def equal(one, other) -> bool:
-    """Whether values and their types are the same, all the way down."""
+    """Return whether values and their types are the same, all the way down."""
     if isinstance(one, dict) and isinstance(other, dict):  # plain or ordered
         return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
     if type(one) is not type(other):
@@ -47,7 +47,7 @@ def equal(one, other) -> bool:
 
 
 class Call:
-    """An object that pickles as a call: whoever unpickles it makes the call."""
+    """Pickle as a call, which unpickling makes."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -76,7 +76,7 @@ def old_format(value: object) -> bytes:
 
 
 def pickles(marker: Path) -> dict[str, bytes]:
-    """Make pickles that write `marker` when somebody unpickles them."""
+    """Make pickles that write `marker` when they are unpickled."""
     shell, code = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
     system = Call(os.system, shell)
     calls = {

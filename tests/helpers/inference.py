@@ -28,8 +28,8 @@ def write_model(directory: Path, flags: list[str], classes: list[str]) -> Path:
     model = scramble(models.factory.create(opt, len(classes)))
     tensor_files.save_weights(directory / "model_last.pt", model.state_dict())
     (directory / "config.yaml").write_text(opts.as_yaml(opt))
-    facts = {"classes": classes, "mean": [128.0] * 3, "std": [64.0] * 3}
-    RunDirectory(directory).write_json("data.json", facts)
+    metadata = {"classes": classes, "mean": [128.0] * 3, "std": [64.0] * 3}
+    RunDirectory(directory).write_json("data.json", metadata)
     return directory / "model_last.pt"
 
 

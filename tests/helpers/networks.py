@@ -1,4 +1,4 @@
-"""Networks of command lines for the tests, and the results of one training step."""
+"""Make networks of command lines for the tests; return the results of one training step."""
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def scramble(model: nn.Module) -> nn.Module:
 
 
 def one_step(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """The logits, gradients and buffers of a training step."""
+    """Return the logits, gradients and buffers of a training step."""
     logits = model.train()(images)
     F.cross_entropy(logits, targets).backward()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}

@@ -53,14 +53,14 @@ def record_steps(directory: Path) -> None:
 
 
 def _may_begin(directory: Path, step: int) -> bool:
-    """Whether a step is not held back, or the run was asked to stop after it."""
+    """Return whether a step is not held back, or the run was asked to stop after it."""
     stop = signal.getsignal(signal.SIGTERM).__self__
     hold = directory / HOLD
     return bool(stop.signum) or not hold.exists() or step <= int(hold.read_text())
 
 
 def steps(directory: Path) -> list[list[dict]]:
-    """Read of each step what each process did, by rank; of a repeated step, the last time."""
+    """Read each process's record of each step, by rank; of a repeated step, the last one."""
     found: dict[tuple[int, int], list[dict]] = {}
     for path in directory.glob("steps_*.jsonl"):
         for line in path.read_text().splitlines():

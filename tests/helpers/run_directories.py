@@ -43,6 +43,6 @@ def write_run(
             log.write(json.dumps(kept) + "\n")
     outcome = {"state": state, "code": 0, "epoch": len(errors)} | (status or {})
     (path / "status.json").write_text(json.dumps(outcome))
-    facts = {"training_set": "a", "test_set": "b", "train": 100, "val": 20, "test": None}
-    (path / "data.json").write_text(json.dumps(facts | (data or {})))
+    metadata = {"training_set": "a", "test_set": "b", "train": 100, "val": 20, "test": None}
+    (path / "data.json").write_text(json.dumps(metadata | (data or {})))
     return path

@@ -36,7 +36,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs, other than as a zombie."""
+    """Return whether a process runs, other than as a zombie."""
     return process_state(pid) not in ("", "Z", "X")
 
 
@@ -50,7 +50,7 @@ def process_state(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """How a call ended; `code` is negative when a signal ended it."""
+    """Describe how a call ended; `code` is negative when a signal ended it."""
 
     code: int
     out: str
@@ -58,7 +58,7 @@ class Result:
 
 
 class Running:
-    """A call in progress."""
+    """Control a call in progress."""
 
     def __init__(self, argv: list[str], sabotage: Callable[[], None] | None, threads: int):
         self._out, self._err = tempfile.mkstemp()[1], tempfile.mkstemp()[1]
@@ -101,7 +101,7 @@ def run(
 
 
 class Ranks:
-    """A call in several processes, as a launcher on one machine would start them.
+    """Call in several processes, as a launcher on one machine would start them.
 
     Args:
         sabotages: for some of them, by rank.
@@ -173,6 +173,6 @@ def _child(argv, sabotage, threads: int, out: str, err: str) -> None:
 
     code = main.main(argv)
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # which a run gives up once nobody reads it
+        if stream:  # which a run stops using once it has no reader
             stream.flush()
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Small datasets for the tests, written to disk in the formats of the real ones."""
+"""Write small datasets for the tests to disk, in the formats of the real ones."""
 
 import hashlib
 import io
@@ -24,19 +24,19 @@ CIFAR_KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def create_data(opt: SimpleNamespace, warn=pytest.fail, **more) -> DataSplits:
-    """The data of settings on the CPU, with images in the type that their precision has."""
+    """Create the data of settings on the CPU, with images in the type of their precision."""
     dtype = PRECISIONS[opt.precision].dtype
     return datasets.factory.create(opt, torch.device("cpu"), warn, dtype=dtype, **more)
 
 
 def read_all(loader) -> tuple[torch.Tensor, list[int]]:
-    """All images and class numbers of the first epoch of a loader."""
+    """Return all images and class numbers of the first epoch of a loader."""
     images, targets = zip(*loader.batches(1), strict=True)
     return torch.cat(images), torch.cat(targets).tolist()
 
 
 def same_batches(some: list, others: list) -> bool:
-    """Whether two lists of (images, targets) are equal to the last bit."""
+    """Return whether two lists of (images, targets) are equal to the last bit."""
     return len(some) == len(others) and all(
         torch.equal(images, wanted) and torch.equal(targets, labels)
         for (images, targets), (wanted, labels) in zip(some, others, strict=True)
@@ -44,7 +44,7 @@ def same_batches(some: list, others: list) -> bool:
 
 
 def error_line(call, *args, of: type[RunError] = DataError) -> str:
-    """The one line that a user reads when `call(*args)` raises a RunError."""
+    """Return the one line that a user reads when `call(*args)` raises a RunError."""
     with pytest.raises(of) as error:
         call(*args)
     line = error.value.report()
@@ -53,12 +53,12 @@ def error_line(call, *args, of: type[RunError] = DataError) -> str:
 
 
 def noise(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
-    """(N, size, size, 3) uint8: pictures that no shift or mirror makes alike."""
+    """Make (N, size, size, 3) uint8: pictures that no shift or mirror makes alike."""
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 def md5(data: bytes) -> str:
-    """As the datasets' publishers give it."""
+    """Compute the checksum as the datasets' publishers give it."""
     return hashlib.md5(data).hexdigest()
 
 
@@ -79,7 +79,7 @@ def write_folder(root: Path, counts: dict[str, dict[str, int]], size: int = 8) -
 
 
 def tar_gz(files: dict[str, bytes], extra: list[tarfile.TarInfo] = ()) -> bytes:
-    """An archive of some files and of bare entries: links, devices."""
+    """Make an archive of some files and of bare entries: links, devices."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, data in files.items():
@@ -92,7 +92,7 @@ def tar_gz(files: dict[str, bytes], extra: list[tarfile.TarInfo] = ()) -> bytes:
 
 
 def cifar_files(name: str, train: tuple, test: tuple) -> dict[str, bytes]:
-    """The files of the python version of CIFAR-10 (in five parts) or CIFAR-100, by their paths.
+    """Return the files of the python version of CIFAR-10 (five parts) or CIFAR-100, by path.
 
     Args:
         train, test: (pixels as `noise`, labels).
@@ -114,18 +114,18 @@ def cifar_files(name: str, train: tuple, test: tuple) -> dict[str, bytes]:
 
 
 def publish_cifar(monkeypatch, name: str, files: dict[str, bytes], archive: bytes) -> None:
-    """Make the sums of `files` and of `archive` the published ones."""
+    """Make the checksums of `files` and of `archive` the published ones."""
     kind = CIFAR_KINDS[name]
-    sums = {path.partition("/")[2]: md5(data) for path, data in files.items()}
+    checksums = {path.partition("/")[2]: md5(data) for path, data in files.items()}
     for part_names in ("train_list", "test_list"):
-        parts = [[part, sums[part]] for part, _ in getattr(kind, part_names)]
+        parts = [[part, checksums[part]] for part, _ in getattr(kind, part_names)]
         monkeypatch.setattr(kind, part_names, parts)
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums[kind.meta["filename"]]})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": checksums[kind.meta["filename"]]})
     monkeypatch.setattr(kind, "tgz_md5", md5(archive))
 
 
 def write_cifar(root: Path, monkeypatch, name: str, train: tuple, test: tuple) -> Path:
-    """Write CIFAR's archive, with the published sums changed to its own."""
+    """Write CIFAR's archive, with the published checksums changed to its own."""
     files = cifar_files(name, train, test)
     archive = tar_gz(files)
     publish_cifar(monkeypatch, name, files, archive)
@@ -135,14 +135,14 @@ def write_cifar(root: Path, monkeypatch, name: str, train: tuple, test: tuple) -
 
 
 def write_svhn(root: Path, monkeypatch, parts: dict[str, tuple]) -> None:
-    """Write SVHN's files, `{split: (pixels, digits)}`, with the published sums changed to theirs.
+    """Write SVHN's files, `{split: (pixels, digits)}`; set the published checksums to theirs.
 
     The digit 0 has the label 10 there, and the image number is the last axis.
     """
-    sums = {}
+    checksums = {}
     for split, (url, filename, _) in SVHN.split_list.items():
         pixels, digits = parts[split]
         labels = np.where(np.array(digits) == 0, 10, digits).astype(np.uint8)[:, None]
         scipy.io.savemat(root / filename, {"X": pixels.transpose(1, 2, 3, 0), "y": labels})
-        sums[split] = [url, filename, md5((root / filename).read_bytes())]
-    monkeypatch.setattr(SVHN, "split_list", sums)
+        checksums[split] = [url, filename, md5((root / filename).read_bytes())]
+    monkeypatch.setattr(SVHN, "split_list", checksums)

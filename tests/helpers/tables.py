@@ -1,4 +1,4 @@
-"""A small table of configs, and another process that holds the lock of a run directory."""
+"""Write a small table of configs; hold the lock of a run directory in another process."""
 
 import contextlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Small DenseNets for the tests, and the results of one training step of a network."""
+"""Make small DenseNets for the tests; return the results of one training step of a network."""
 
 from collections.abc import Callable
 from functools import cache
@@ -25,7 +25,7 @@ Results = dict[str, Tensor]
 
 
 def network(level: int, form: str = "BC", seed: int = 3, **changes) -> DenseNet:
-    """A small network in double precision; its batch norms are not near the identity."""
+    """Make a small network in double precision; its batch norms are not near the identity."""
     torch.manual_seed(seed)
     sizes = {"stages": (2, 2), "growth_rate": 5, "init_channels": 7, "num_classes": 3}
     model = DenseNet(**sizes | FORMS[form] | changes, memory_level=level).double()
@@ -44,14 +44,14 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def pictures(form: str = "BC", count: int = 5, seed: int = 4) -> tuple[Tensor, Tensor]:
-    """Random images of uneven height and width, with their classes."""
+    """Make random images of uneven height and width, with their classes."""
     torch.manual_seed(seed)
     size = (45, 37) if "ImageNet" in form else (13, 10)
     return torch.randn(count, 3, *size, dtype=torch.float64), torch.arange(count) % 3
 
 
 def one_step(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 5, low=None) -> Results:
-    """Loss, every gradient and every buffer of a training step; `low`, a type to autocast to."""
+    """Return loss, gradients and buffers of a training step; `low`, a type to autocast to."""
     images = images.detach().clone().requires_grad_()
     torch.manual_seed(seed)
     with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
@@ -78,7 +78,7 @@ def step(
     dtype: torch.dtype = torch.float64,
     low: torch.dtype | None = None,
 ) -> Results:
-    """`one_step` of `network(level, form)`, changed before, on `pictures(form, count, seed)`."""
+    """Run `one_step` of `network(level, form)`, changed first, on `pictures(form, count, seed)`."""
     model, (images, targets) = network(level, form).to(dtype), pictures(form, count, seed)
     if change:
         change(model)
@@ -95,7 +95,7 @@ def largest_difference(got: Results, want: Results) -> float:
 
 
 def relative_differences(got: Results, want: Results) -> Results:
-    """The largest difference of each result over its largest value."""
+    """Return the largest difference of each result over its largest value."""
     assert got.keys() == want.keys()
     return {
         name: (got[name].double() - want[name].double()).abs().max() / want[name].abs().max()
@@ -104,7 +104,7 @@ def relative_differences(got: Results, want: Results) -> Results:
 
 
 def mean_error(got: Results, want: Results) -> float:
-    """The mean over all results of a step of the difference's norm, relative to the result's."""
+    """Return the mean, over the results of a step, of the difference's norm relative to theirs."""
     assert got.keys() == want.keys()
     pairs = [(got[name].double(), want[name].double()) for name in want]
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).mean().item()

@@ -14,7 +14,7 @@ KINDS = {
 
 @dataclass(eq=False)
 class Storage:
-    """A one-dimensional run of numbers."""
+    """Hold a one-dimensional run of numbers."""
 
     values: np.ndarray
     kind: str = "Float"
@@ -22,7 +22,7 @@ class Storage:
 
 @dataclass(eq=False)
 class View:
-    """A tensor, laid out as its strides and its offset (from 1) say."""
+    """Describe a tensor, laid out by its strides and its offset (from 1)."""
 
     storage: Storage | None
     sizes: tuple[int, ...]
@@ -33,7 +33,7 @@ class View:
 
 @dataclass(eq=False)
 class Module:
-    """An object of a torch class; `first` is an object that its class writes before the fields."""
+    """Describe an object of a torch class, which writes the object `first` before the fields."""
 
     name: str
     fields: object = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Module:
 
 @dataclass(eq=False)
 class Function:
-    """A Lua function of one of the types 6, 7, 8."""
+    """Describe a Lua function of one of the types 6, 7, 8."""
 
     kind: int
     code: bytes
@@ -51,13 +51,13 @@ class Function:
 
 @dataclass(eq=False)
 class Raw:
-    """Bytes that stand in the file as they are."""
+    """Hold bytes that are written to the file unchanged."""
 
     data: bytes
 
 
 class Writer:
-    """Collects the bytes of objects; what occurs again is written as its index.
+    """Collect the bytes of objects; an object that occurs again is written as its index.
 
     Args:
         order: "<" for little-endian machines, ">" for the others.
@@ -79,7 +79,7 @@ class Writer:
         self.data += text
 
     def _begins(self, kind: int, value: object) -> bool:
-        """Write type and index; whether the object itself is to follow."""
+        """Write type and index; return whether the object itself is to follow."""
         self._put("i", kind)
         known = id(value) in self._indices
         index = self._indices.setdefault(id(value), len(self._indices) + 1)
@@ -150,17 +150,17 @@ class Writer:
 
 
 def dumps(value: object, **machine: object) -> bytes:
-    """A file that holds one object."""
+    """Return a file that holds one object."""
     return bytes(Writer(**machine).write(value).data)
 
 
 def tensor(values: object, kind: str = "Float") -> View:
-    """A contiguous tensor with a storage of its own."""
+    """Make a contiguous tensor with a storage of its own."""
     array = np.asarray(values, dtype=KINDS[kind])
     strides = [stride // array.itemsize for stride in np.empty(array.shape, array.dtype).strides]
     return View(Storage(array.reshape(-1), kind), array.shape, tuple(strides), kind=kind)
 
 
 def empty(kind: str = "Float") -> View:
-    """What clearState leaves of a buffer."""
+    """Make the remains of a buffer after clearState."""
     return View(None, (), (), kind=kind)

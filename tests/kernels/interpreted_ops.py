@@ -1,4 +1,4 @@
-"""Each Triton operation equals kernels/reference.py in float64, through Triton's interpreter.
+"""Test each Triton operation against kernels/reference.py in float64, by Triton's interpreter.
 
 TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_ops.py; test_triton_ops.py does that.
 """
@@ -30,7 +30,7 @@ DROPOUT = DropoutSpec(0.3, SEED, 1234, sample_offset=7)
 
 @dataclass(frozen=True)
 class Case:
-    """Operands of an operation, and the branches of the kernels that they take.
+    """Describe the operands of an operation, and the branches of the kernels that they take.
 
     Args:
         sizes: images, height, width; channels, outputs of the 1x1 and of the 3x3 convolution.
@@ -79,7 +79,7 @@ ALTERED = {
 
 @dataclass
 class Operands:
-    """What operations read and write: whole buffers, of which they use some channels.
+    """Hold the operands of operations: whole buffers, of which they use some channels.
 
     Args:
         outside: maps of another module: the block's input, or the gradient of its pooled output.
@@ -93,7 +93,7 @@ class Operands:
 
 
 def features(case: Case, channels: int, start: int = 0) -> FeatureMaps:
-    """A buffer with guards after the channels [start, start + channels)."""
+    """Make a buffer with guards after the channels [start, start + channels)."""
     width = start + channels + GUARD
     value, grad = (torch.randn(*case.sizes[:3], width).add(0.3).to(case.dtype) for _ in range(2))
     mean, mean_correction, var_correction = torch.randn(3, width).mul(0.3)
@@ -126,7 +126,7 @@ def draw(case: Case, operation: str) -> Operands:
 
 
 def run(ops, operation: str, case: Case, x: Operands) -> Results:
-    """Run one operation: all tensors that it may write, guards included, and what it returns."""
+    """Run one operation; return all tensors that it may write, guards included, and its result."""
     function = getattr(ops, operation)
     source = x.source.channels(0, case.sizes[3])
     target = x.target.channels(2, x.target.value.shape[3] - GUARD)
@@ -179,7 +179,7 @@ def mapped(x, change):
 
 
 def error(got: Results, want: Results) -> float:
-    """The largest error of a result, relative to its norm without the guards."""
+    """Return the largest error of a result, relative to its norm without the guards."""
     assert got.keys() == want.keys()
     errors = []
     for name, x in want.items():
@@ -259,7 +259,7 @@ TRITON = Backend.from_module(triton_ops)
 
 
 def small_pictures(form: str, seed: int = 4) -> tuple[Tensor, Tensor]:
-    """Three images of 42 pixels: two tiles of rows, the second a part."""
+    """Use three images of 42 pixels: two tiles of rows, the second a part."""
     images, targets = pictures(form, count=3, seed=seed)
     return images[..., :7, :6].float(), targets
 

@@ -1,4 +1,4 @@
-"""kernels/backend.py: which backend runs the dense blocks, and the message about it."""
+"""Test kernels/backend.py: which backend runs the dense blocks, and the message about it."""
 
 import copy
 import importlib.util
@@ -28,7 +28,7 @@ TRITON = Backend.from_module(STAND_IN)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that simulates a machine: GPU or CPU, with Triton or without."""
+    """Return a function that simulates a machine: GPU or CPU, with Triton or without."""
 
     def simulate(capability=(9, 0), installed: bool = True, interpreter: str | None = None):
         monkeypatch.setitem(sys.modules, "kernels.triton_ops", STAND_IN)

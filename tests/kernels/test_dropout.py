@@ -1,4 +1,4 @@
-"""kernels/dropout.py: masks look random, are scaled, and follow from seed and layer_id."""
+"""Test kernels/dropout.py: masks look random, are scaled, and follow from seed and layer_id."""
 
 import math
 from types import SimpleNamespace
@@ -23,12 +23,12 @@ def seed(number: int) -> Tensor:
 def kept(
     rate: float = 0.3, number: int = 1, layer_id: int = 0, shape=SHAPE, start: int = 0
 ) -> Tensor:
-    """The mask as booleans: True where a value is kept."""
+    """Return the mask as booleans: True where a value is kept."""
     return DropoutSpec(rate, seed(number), layer_id).mask(torch.ones(shape), start) != 0
 
 
 def correlation(left: Tensor, right: Tensor) -> float:
-    """In standard deviations of the correlation of independent values."""
+    """Return it in standard deviations of the correlation of independent values."""
     left, right = (x.double() - x.double().mean() for x in (left.flatten(), right.flatten()))
     return ((left * right).mean() / left.std() / right.std() * math.sqrt(left.numel())).item()
 
@@ -38,17 +38,17 @@ def correlation(left: Tensor, right: Tensor) -> float:
 @pytest.mark.parametrize(("number", "layer_id"), [(0, 0), (1, 77), (2**31 - 2, 1), (5, 10**12)])
 def test_the_fraction_of_dropped_values_is_the_rate(rate, number, layer_id):
     dropped = ~kept(rate, number, layer_id)
-    deviation = math.sqrt(rate * (1 - rate) / dropped.numel())
-    assert abs(dropped.double().mean().item() - rate) < SIGMAS * deviation
-    assert abs(dropped.double().mean().item() - 1.2 * rate) > SIGMAS * deviation
+    std = math.sqrt(rate * (1 - rate) / dropped.numel())
+    assert abs(dropped.double().mean().item() - rate) < SIGMAS * std
+    assert abs(dropped.double().mean().item() - 1.2 * rate) > SIGMAS * std
 
 
 @pytest.mark.parametrize("axis", range(4))
 def test_no_image_row_column_or_channel_is_dropped_more_than_others(axis):
     rate = 0.3
-    shares = (~kept(rate)).double().mean(dim=[i for i in range(4) if i != axis])
-    deviation = math.sqrt(rate * (1 - rate) / (math.prod(SHAPE) / SHAPE[axis]))
-    scores = (shares - rate) / deviation
+    fractions = (~kept(rate)).double().mean(dim=[i for i in range(4) if i != axis])
+    std = math.sqrt(rate * (1 - rate) / (math.prod(SHAPE) / SHAPE[axis]))
+    scores = (fractions - rate) / std
     assert scores.abs().max() < SIGMAS
     assert 0.3 < scores.std() < 2  # spread as chance does, neither more nor less
 
@@ -126,16 +126,16 @@ def test_a_network_takes_its_masks_from_where_its_part_of_the_batch_begins():
 
 
 def is_kept(rate: float, number: int, layer_id: int, index: int) -> bool:
-    """The hash of an index modulo 2^32 in Python's unbounded numbers."""
+    """Hash an index modulo 2^32 in Python's unbounded numbers."""
     bits = 2**32
 
-    def mix(x: int) -> int:
+    def hash32(x: int) -> int:
         x = (x ^ (x >> 16)) * 0x7FEB352D % bits
         x = (x ^ (x >> 15)) * 0x846CA68B % bits
         return x ^ (x >> 16)
 
-    key = mix((number + layer_id * 0x3504F333) % bits)
-    return mix((mix((index % bits) ^ key) + key) % bits) % 2**24 >= round(rate * 2**24)
+    key = hash32((number + layer_id * 0x3504F333) % bits)
+    return hash32((hash32((index % bits) ^ key) + key) % bits) % 2**24 >= round(rate * 2**24)
 
 
 @pytest.mark.parametrize("number", [0, 7, 2**31 - 2])

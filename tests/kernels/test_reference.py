@@ -1,4 +1,4 @@
-"""kernels/reference.py: each operation equals float64 autograd of its definition, tile by tile."""
+"""Test kernels/reference.py: each operation equals float64 autograd of its definition, by tiles."""
 
 import copy
 import math
@@ -48,7 +48,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def guarded(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A buffer with channels on either side, and the slice of it that holds the values."""
+    """Make a buffer with channels on either side; return the slice of it that holds the values."""
     buffer = values.new_full((*values.shape[:-1], values.shape[-1] + 2 * GUARD), GUARD_VALUE)
     part = buffer[..., GUARD:-GUARD]
     part.copy_(values)
@@ -61,7 +61,7 @@ def guards_are_whole(buffer: Tensor) -> bool:
 
 
 def new_target(channels: int, dtype=torch.float64) -> tuple[Tensor, FeatureMaps]:
-    """Maps to be written into a buffer, NaN so far."""
+    """Make feature maps to be written into a buffer, NaN so far."""
     unknown = torch.full((IMAGES, HEIGHT, WIDTH, channels), math.nan, dtype=dtype)
     buffer, value = guarded(unknown)
     wide = torch.promote_types(dtype, torch.float32)
@@ -70,7 +70,7 @@ def new_target(channels: int, dtype=torch.float64) -> tuple[Tensor, FeatureMaps]
 
 
 def source_maps(channels: int = CHANNELS) -> FeatureMaps:
-    """Maps with the statistics of their batch, whose gradient is undefined so far."""
+    """Make feature maps with the statistics of their batch, whose gradient is undefined so far."""
     value = guarded(0.5 + draw(IMAGES, HEIGHT, WIDTH, channels))[1]
     flat = value.reshape(-1, channels)
     var = flat.var(0, unbiased=False)
@@ -80,14 +80,14 @@ def source_maps(channels: int = CHANNELS) -> FeatureMaps:
 
 
 def finished_target(normed: bool = True) -> tuple[FeatureMaps, Tensor]:
-    """Maps after the backward of all readers, and their complete gradient."""
-    maps = source_maps(FEATURES)
-    maps.grad.copy_(draw(*maps.value.shape))
+    """Make feature maps after the backward of all readers, and their complete gradient."""
+    features = source_maps(FEATURES)
+    features.grad.copy_(draw(*features.value.shape))
     if not normed:  # read by no batch normalisation
-        return FeatureMaps(maps.grad, grad=maps.grad), maps.grad.clone()
-    maps.mean_correction, maps.var_correction = draw(2, FEATURES)
-    normalised = (maps.value - maps.mean) * maps.rstd
-    return maps, maps.grad - maps.mean_correction - normalised * maps.var_correction
+        return FeatureMaps(features.grad, grad=features.grad), features.grad.clone()
+    features.mean_correction, features.var_correction = draw(2, FEATURES)
+    normalised = (features.value - features.mean) * features.rstd
+    return features, features.grad - features.mean_correction - normalised * features.var_correction
 
 
 def norm(channels: int = CHANNELS) -> NormParams:
@@ -98,13 +98,13 @@ def norm(channels: int = CHANNELS) -> NormParams:
 
 
 def definition(value: Tensor, bn: NormParams) -> Tensor:
-    """Z, (N, C, H, W), by PyTorch's own batch normalisation."""
+    """Compute Z, (N, C, H, W), by PyTorch's own batch normalisation."""
     nchw = value.permute(0, 3, 1, 2)
     return F.relu(F.batch_norm(nchw, None, None, bn.weight, bn.bias, True, 0.0, EPS))
 
 
 def convolved(value: Tensor, bn: NormParams, weight: Tensor, dropout: DropoutSpec | None) -> Tensor:
-    """(N, H, W, F) of either convolution."""
+    """Compute (N, H, W, F) by either convolution."""
     out = F.conv2d(definition(value, bn), weight, padding=weight.shape[-1] // 2)
     out = out.permute(0, 2, 3, 1)
     return out * dropout.mask(out) if dropout else out
@@ -114,10 +114,10 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def assert_stats(maps: FeatureMaps, values: Tensor, tolerance: float = 1e-12) -> None:
+def assert_stats(features: FeatureMaps, values: Tensor, tolerance: float = 1e-12) -> None:
     flat = values.double().reshape(-1, values.shape[-1])
     mean, var = flat.mean(0), flat.var(0, unbiased=False)
-    found = (maps.mean, maps.var, maps.rstd)
+    found = (features.mean, features.var, features.rstd)
     for got, want in zip(found, (mean, var, (var + EPS).rsqrt()), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
@@ -300,11 +300,11 @@ def test_lower_precisions_are_as_near_as_their_digits_allow(side, dtype, toleran
         reference.conv(source, bn, w, written, None)
         return [written.value, reference.complete_gradient(source), written.mean, *grads]
 
-    def lowered(maps: FeatureMaps) -> FeatureMaps:
-        """The same in `dtype`, its vectors in float32."""
+    def lowered(x: FeatureMaps) -> FeatureMaps:
+        """Convert to `dtype`, the vectors to float32."""
         wide = ("mean", "rstd", "var", "mean_correction", "var_correction")
-        changed = {name: getattr(maps, name).float() for name in wide}
-        return replace(maps, value=maps.value.to(dtype), grad=maps.grad.to(dtype), **changed)
+        changed = {name: getattr(x, name).float() for name in wide}
+        return replace(x, value=x.value.to(dtype), grad=x.grad.to(dtype), **changed)
 
     source, bn, weight = source_maps(), norm(), draw(FEATURES, CHANNELS, side, side)
     source.value.copy_(source.value.to(dtype))  # so that only the arithmetic rounds

@@ -1,4 +1,4 @@
-"""Every kernel compiles for Ampere and Hopper as it is launched, without spilling registers."""
+"""Test that every kernel compiles for Ampere and Hopper as launched, without register spills."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Layer:
-    """A dense layer of one of the paper's networks, early or late in its block.
+    """Describe a dense layer of one of the paper's networks, early or late in its block.
 
     Args:
         channels: that the layer reads.
@@ -61,7 +61,7 @@ LAYERS = {
 # Launches:
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as triton_ops launches it: types of its parameters, constants, threads, stages."""
+    """Describe a kernel launch of triton_ops: parameter types, constants, threads, stages."""
 
     kernel: object
     signature: tuple[tuple[str, str], ...]
@@ -81,7 +81,7 @@ class Launch:
 
 
 def record(kernel, grid: tuple[int, ...], tile: tiling.Tile, **arguments: object) -> Launch:
-    """What Triton would compile for a launch; no kernel is specialised on values."""
+    """Record the kernel that Triton would compile for a launch; none is specialised on values."""
     arguments |= tile.sizes
     assert arguments.keys() == set(kernel.arg_names), kernel.__name__
     signature, constants = {}, {}
@@ -102,7 +102,7 @@ def record(kernel, grid: tuple[int, ...], tile: tiling.Tile, **arguments: object
 
 @pytest.fixture
 def launches(monkeypatch, tmp_path_factory) -> Iterator[Callable[[Layer], list[Launch]]]:
-    """A function: the launches of a layer, each once."""
+    """Return a function: the launches of a layer, each once."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
     found: set[Launch] = set()
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def features(channels: int, dtype: torch.dtype) -> FeatureMaps:
 
 
 def spilled_bytes(compiled, path: Path) -> int:
-    """Bytes of a thread's stack and local memory, where registers are spilled to."""
+    """Return the bytes of a thread's stack and local memory, where registers are spilled to."""
     path.write_bytes(compiled.asm["cubin"])
     command = [CUOBJDUMP, "-res-usage", path]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The Triton operations on a CPU: through the interpreter, and with tensors without memory."""
+"""Test the Triton operations on a CPU: by the interpreter, and with tensors without memory."""
 
 import os
 import subprocess

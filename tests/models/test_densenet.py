@@ -1,4 +1,4 @@
-"""DenseNets for CIFAR equal a plain restatement of the paper, in every form and with dropout."""
+"""Test that DenseNets for CIFAR equal a plain restatement of the paper, in all forms."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ FORMS = {
     "BC": "--depth 16",
 }
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
-PLACES = ("after 1x1", "after 3x3", "in transition")
+POSITIONS = ("after 1x1", "after 3x3", "in transition")
 
 
 def densenet(form: str, flags: str = "") -> nn.Module:
@@ -42,10 +42,10 @@ def restatement(
     bottleneck: bool,
     training: bool = True,
     drop: float = 0.0,
-    places: tuple[str, ...] = PLACES,
+    positions: tuple[str, ...] = POSITIONS,
     pool: Callable[[Tensor, int], Tensor] = F.avg_pool2d,
 ) -> Tensor:
-    """Sections 3 and 4 of the paper, layer by layer. Moves the statistics in `weights`."""
+    """Compute sections 3 and 4 of the paper by layer; update the statistics in `weights`."""
 
     def bn_relu(name: str, x: Tensor) -> Tensor:
         mean, variance = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
@@ -57,8 +57,8 @@ def restatement(
     def conv(name: str, x: Tensor, padding: int) -> Tensor:
         return F.conv2d(x, weights[f"{name}.weight"], padding=padding)
 
-    def dropped(place: str, x: Tensor, seed: Tensor, number: int = 0) -> Tensor:
-        if not (training and drop and place in places):
+    def dropped(position: str, x: Tensor, seed: Tensor, number: int = 0) -> Tensor:
+        if not (training and drop and position in positions):
             return x
         mask = DropoutSpec(drop, seed, number).mask(x.permute(0, 2, 3, 1))
         return x * mask.permute(0, 3, 1, 2)
@@ -86,7 +86,7 @@ def restatement(
 
 
 def restated_step(state: dict[str, Tensor], images, targets, **variant) -> dict[str, Tensor]:
-    """What `one_step` computes, of the restatement; `state` stays unchanged."""
+    """Compute `one_step` of the restatement; `state` stays unchanged."""
     weights = {name: tensor.clone() for name, tensor in state.items()}
     learnt = [name for name in weights if name.endswith(("weight", "bias"))]
     for name in learnt:
@@ -123,7 +123,7 @@ def test_evaluation_equals_the_paper_with_running_statistics_and_without_dropout
     assert same_state(model.state_dict(), state)
 
 
-# The same masks in the same places give the same outputs; one place more, less or moved gives
+# The same masks in the same positions give the same outputs; one position more, less or moved gives
 # others.
 @EVERY_FORM
 @pytest.mark.parametrize("level", [0, 2])
@@ -132,24 +132,24 @@ def test_dropout_comes_after_each_convolution_but_the_stem_and_before_pooling(fo
     images, targets = photographs()
     state, bottleneck = copied_state(model), "B" in form
 
-    def restated(*places: str) -> dict[str, Tensor]:
+    def restated(*positions: str) -> dict[str, Tensor]:
         torch.manual_seed(5)
-        variant = {"bottleneck": bottleneck, "drop": 0.3, "places": places}
+        variant = {"bottleneck": bottleneck, "drop": 0.3, "positions": positions}
         return restated_step(state, images, targets, **variant)
 
     torch.manual_seed(5)
     got = one_step(model, images, targets)
-    assert largest_difference(got, restated(*PLACES)) < 1e-10
+    assert largest_difference(got, restated(*POSITIONS)) < 1e-10
     wrong = [
         ("after 1x1", "after 3x3"),
         ("after 1x1", "in transition"),
-        (*PLACES, "after the stem"),
+        (*POSITIONS, "after the stem"),
         ("after 1x1", "after 3x3", "after pooling"),
     ]
     if bottleneck:
         wrong.append(("after 3x3", "in transition"))  # what most ports do
-    for places in wrong:
-        assert largest_difference(got, restated(*places)) > 1e-3, places
+    for positions in wrong:
+        assert largest_difference(got, restated(*positions)) > 1e-3, positions
 
 
 @pytest.mark.parametrize(

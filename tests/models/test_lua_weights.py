@@ -1,4 +1,4 @@
-"""Weights of Lua networks: each arrives in its place, and a network that does not fit is explained.
+"""Test weights of Lua networks: each is read into its place; other networks are explained.
 
 `lua_networks/` holds four networks as torch.save of Lua Torch writes them, with the classes of
 models/densenet.lua (Concat layers, and those of optMemory 4), resnet.lua and preresnet.lua, in
@@ -39,7 +39,7 @@ def network(line: str, num_classes: int = 10) -> nn.Module:
 
 
 def numbered(line: str) -> nn.Module:
-    """The network whose weights the files have: multiples of 1/64, which half precision holds."""
+    """Make the network of the files' weights: multiples of 1/64, which half precision holds."""
     model = network(line)
     for i, (name, value) in enumerate(model.state_dict().items()):
         if value.is_floating_point():
@@ -50,19 +50,19 @@ def numbered(line: str) -> nn.Module:
 
 
 def difference(left: nn.Module, right: nn.Module) -> float:
-    """The largest of any weight or statistic."""
+    """Return the largest difference of any weight or statistic."""
     pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
     return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
 
 
 def tree(name: str = "densenet-bc") -> torch7.Object:
-    """The network in a file, to be changed."""
+    """Return the network in a file, to be changed."""
     root = torch7.load((FILES / f"{name}.t7").read_bytes())
     return root["model"] if isinstance(root, dict) else root
 
 
 def leaves(module: torch7.Object, kind: str) -> list[torch7.Object]:
-    """The modules of a class, in running order; of copies on several GPUs those of the first."""
+    """List the modules of a class, in running order; of copies on several GPUs, the first's."""
     found = [module] if module.name.endswith(kind) else []
     children = list(module.fields.get("modules", {}).values())
     for child in children[:1] if module.name == "nn.DataParallelTable" else children:
@@ -89,7 +89,7 @@ def test_every_weight_of_a_lua_network_arrives_in_its_place(name, line):
     "--netType preresnet --dataset imagenet --depth 50",
 ])  # fmt: skip
 def test_modules_are_defined_in_the_order_in_which_lua_runs_them(line):
-    """A Lua ConcatTable runs the branch before the shortcut, as forward does here."""
+    """Run the branch before the shortcut, as a Lua ConcatTable and forward here do."""
     model, ran = network(line).eval(), []
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
     defined = [module for module in model.modules() if isinstance(module, kinds)]
@@ -125,7 +125,7 @@ def test_the_program_evaluates_weights_of_lua_as_the_same_weights_of_its_own(tmp
 
 
 def refusal(model: nn.Module, root: object) -> str:
-    """The error of a network that does not fit; the model stays as it was."""
+    """Return the error of a network that does not fit; the model stays as it was."""
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError) as caught:
         load(model, root)
@@ -170,7 +170,7 @@ def test_a_difference_is_named_in_both_networks():
 
 
 def changed(kind: str, **fields: object) -> torch7.Object:
-    """The network with some fields of the second module of a class replaced."""
+    """Return the network with some fields of the second module of a class replaced."""
     root = tree()
     leaves(root, kind)[1 if kind != "Linear" else 0].fields.update(fields)
     return root

@@ -1,4 +1,4 @@
-"""Memory levels 1 to 4 compute what level 0 does, in every form and precision of a DenseNet."""
+"""Test that memory levels 1 to 4 compute what level 0 does, in all forms and precisions."""
 
 import copy
 import pickle
@@ -159,7 +159,7 @@ def test_the_memory_format_of_images_and_weights_does_not_matter(level, form):
 
 # One block, compared with a plain restatement:
 def plain_block(block: DenseBlock, epilogue: memory_efficient.BlockEpilogue, x: Tensor) -> Tensor:
-    """Section 3 of the paper: every layer reads the concatenated outputs of all before it."""
+    """Compute section 3 of the paper: every layer reads the concatenated outputs before it."""
 
     def bn_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps))
@@ -177,7 +177,7 @@ def plain_block(block: DenseBlock, epilogue: memory_efficient.BlockEpilogue, x: 
 
 
 class Example:
-    """A block with an epilogue, an input (count, 3, *size), and all parameters in order."""
+    """Hold a block with an epilogue, an input (count, 3, *size), and all parameters in order."""
 
     def __init__(self, bottleneck: bool, window, *, drop_rate=0.0, layers=2, growth_rate=2,
                  count=5, size=(5, 4)):  # fmt: skip
@@ -195,14 +195,14 @@ class Example:
         self.x = torch.randn(count, 3, *size, dtype=torch.float64, requires_grad=True)
 
     def run(self, level: int, x: Tensor | None = None, ops=REFERENCE) -> Tensor:
-        """The output at a memory level; of the plain restatement at level 0."""
+        """Return the output at a memory level; of the plain restatement at level 0."""
         x = self.x if x is None else x
         if level == 0:
             return plain_block(self.block, self.epilogue, x)
         return memory_efficient.run_dense_block(self.block, self.epilogue, x, ops, level)
 
     def results(self, level: int, loss, x: Tensor | None = None) -> list[Tensor]:
-        """The output and the gradients of loss(output): of the input and of all parameters."""
+        """Return the output and the gradients of loss(output): of the input and all parameters."""
         x = self.x if x is None else x
         out = self.run(level, x)
         return [out, *torch.autograd.grad(loss(out), [x, *self.parameters])]

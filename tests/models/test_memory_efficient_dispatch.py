@@ -1,4 +1,4 @@
-"""Each dense block runs in the memory-efficient way if its modules, as they are then, allow it."""
+"""Test that a dense block runs memory-efficiently if its modules, as they are then, allow it."""
 
 from collections import OrderedDict
 
@@ -29,7 +29,7 @@ BLOCKS = ["denseblock1", "denseblock2"]
 
 @pytest.fixture
 def ran(monkeypatch) -> list:
-    """The blocks that have run in the memory-efficient way."""
+    """List the blocks that have run in the memory-efficient way."""
     found, original = [], memory_efficient.run_dense_block
 
     def recorded(block, *args, **kwargs):
@@ -45,7 +45,7 @@ def names(model: DenseNet, ran: list) -> list[str]:
 
 
 def setting(**values: object):
-    """A change of attributes of the first batch norm of a network."""
+    """Return a change of attributes of the first batch norm of a network."""
 
     def change(model: DenseNet) -> None:
         for name, value in values.items():
@@ -55,7 +55,7 @@ def setting(**values: object):
 
 
 def replacing(make):
-    """The replacement of the first batch norm of a network, which has 7 channels."""
+    """Return a replacement of the first batch norm of a network, which has 7 channels."""
     return lambda model: setattr(model.features.denseblock1.denselayer1, "norm1", make().double())
 
 
@@ -182,13 +182,13 @@ def test_batch_norms_of_different_replicas_do_not_run_together():
 
 # Changed networks:
 def insert(before: str | None, slope: float):
-    """The insertion of a module into the features, before another or at the end."""
+    """Return an insertion of a module into the features, before another or at the end."""
 
     def change(model: DenseNet) -> None:
         items = [*model.features.named_children()]
         names = [name for name, _ in items]
         position = len(items) if before is None else names.index(before)
-        items.insert(position, ("foreign", nn.LeakyReLU(slope)))
+        items.insert(position, ("extra", nn.LeakyReLU(slope)))
         model.features = nn.Sequential(OrderedDict(items))
 
     return change

@@ -1,4 +1,4 @@
-"""Memory levels 1 to 4 in use: evaluation, unusual ways of training, and the memory they keep."""
+"""Test memory levels 1 to 4 in use: evaluation, unusual ways of training, and kept memory."""
 
 import copy
 import weakref
@@ -266,7 +266,7 @@ def test_every_level_draws_as_many_random_numbers(level):
 # Kept for backward:
 @cache
 def kept_mb(level: int, num_layers: int = 16, drop_rate: float = 0.0) -> float:
-    """MB per image that backward finds kept of DenseNet-BC with k = 12, in single precision."""
+    """Return the MB per image kept for backward by DenseNet-BC with k = 12, in single precision."""
     stages = (num_layers,) * 3
     model = DenseNet(stages, 12, 24, 10, drop_rate=drop_rate, memory_level=level)
     images = torch.randn(2, 3, 32, 32)
@@ -274,7 +274,7 @@ def kept_mb(level: int, num_layers: int = 16, drop_rate: float = 0.0) -> float:
     kept = {}
 
     class Counting(saved_tensors_hooks):
-        """Counts what any hooks keep, those of a network's own too: only the innermost run."""
+        """Count what any hooks keep, those of a network's own too: only the innermost run."""
 
         def __init__(self, pack, unpack):
             def counted(tensor: Tensor):

@@ -1,4 +1,4 @@
-"""All networks: equal to torchvision's and timm's, with the published sizes and initial weights."""
+"""Test all networks against torchvision's and timm's, published sizes and initial weights."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ def copied_state(model: nn.Module) -> dict[str, Tensor]:
 
 # Torchvision and timm:
 def line_of(name: str) -> str:
-    """The command line for a network of torchvision's, such as densenet121."""
+    """Return the command line for a network of torchvision's, such as densenet121."""
     kind = name.rstrip("0123456789")
     return f"--dataset imagenet --netType {kind} --depth {name.removeprefix(kind)}"
 
@@ -48,18 +48,18 @@ def line_of(name: str) -> str:
 )
 def test_a_step_and_an_evaluation_equal_torchvisions(name, size, altered_conv):
     torch.manual_seed(1)
-    theirs = scramble(torchvision.models.get_model(name, num_classes=7)).double()
+    reference = scramble(torchvision.models.get_model(name, num_classes=7)).double()
     ours = network(line_of(name), 7).double()
-    models.state_dicts.load_weights(ours, theirs.state_dict())
+    models.state_dicts.load_weights(ours, reference.state_dict())
     altered = copy.deepcopy(ours)
     with torch.no_grad():
         altered.get_submodule(altered_conv).weight[0, 0, 1, 1] += 1e-3
     images, targets = photographs(2, size, 7)
-    want = one_step(theirs, images, targets)
+    want = one_step(reference, images, targets)
     assert largest_difference(one_step(ours, images, targets), want) < 1e-9
     assert largest_difference(one_step(altered, images, targets), want) > 1e-6
     with torch.no_grad():
-        evaluated = theirs.eval()(images)
+        evaluated = reference.eval()(images)
         assert (ours.eval()(images) - evaluated).abs().max() < 1e-9
         assert (altered.eval()(images) - evaluated).abs().max() > 1e-8
 
@@ -71,10 +71,10 @@ def test_a_step_and_an_evaluation_equal_torchvisions(name, size, altered_conv):
 )
 def test_names_and_shapes_are_torchvisions(name):
     with torch.device("meta"):
-        theirs = torchvision.models.get_model(name).state_dict()
+        reference = torchvision.models.get_model(name).state_dict()
     ours = on_meta(line_of(name), 1000).state_dict()
     assert [(key, tensor.shape) for key, tensor in ours.items()] == [
-        (key, tensor.shape) for key, tensor in theirs.items()
+        (key, tensor.shape) for key, tensor in reference.items()
     ]
 
 
@@ -83,22 +83,22 @@ def test_names_and_shapes_are_torchvisions(name):
 def test_weights_are_exchanged_by_name_both_ways(name, library):
     make = torchvision.models.get_model if library == "torchvision" else timm.create_model
     torch.manual_seed(1)
-    theirs, images = scramble(make(name)).eval(), photographs(1, 64)[0].float()
+    reference, images = scramble(make(name)).eval(), photographs(1, 64)[0].float()
     ours = network(line_of(name), 1000)
-    assert not same_state(ours.state_dict(), theirs.state_dict())
-    models.state_dicts.load_weights(ours, theirs.state_dict())
-    assert same_state(ours.state_dict(), theirs.state_dict())
-    torch.testing.assert_close(ours.eval()(images), theirs(images), rtol=1e-4, atol=1e-4)
+    assert not same_state(ours.state_dict(), reference.state_dict())
+    models.state_dicts.load_weights(ours, reference.state_dict())
+    assert same_state(ours.state_dict(), reference.state_dict())
+    torch.testing.assert_close(ours.eval()(images), reference(images), rtol=1e-4, atol=1e-4)
     scramble(ours)
-    theirs.load_state_dict(ours.state_dict())  # strict: all of their names and no other
-    assert same_state(ours.state_dict(), theirs.state_dict())
+    reference.load_state_dict(ours.state_dict())  # strict: all of their names and no other
+    assert same_state(ours.state_dict(), reference.state_dict())
 
 
 def test_the_names_of_old_torchvision_files_load():
     torch.manual_seed(1)
-    theirs, ours = torchvision.models.densenet121(), network("--dataset imagenet", 1000)
+    reference, ours = torchvision.models.densenet121(), network("--dataset imagenet", 1000)
     old = {}
-    for name, tensor in theirs.state_dict().items():
+    for name, tensor in reference.state_dict().items():
         for word in ("norm1", "norm2", "conv1", "conv2"):
             name = name.replace(f".{word}.", f".{word[:-1]}.{word[-1]}.")
         if not name.endswith("num_batches_tracked"):  # those files are older
@@ -106,7 +106,7 @@ def test_the_names_of_old_torchvision_files_load():
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     assert "features.denseblock4.denselayer16.conv.2.weight" in old
     models.state_dicts.load_weights(ours, old)
-    assert same_state(ours.state_dict(), theirs.state_dict())
+    assert same_state(ours.state_dict(), reference.state_dict())
 
 
 # Initial weights:

@@ -1,4 +1,4 @@
-"""Several processes train one network to the losses of one process, on images in the same order."""
+"""Test that several processes train to the losses of one process, on images in the same order."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def trained(directory: Path, size: int, sabotage=None, code: int = 0, **flags) -
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The run of one process."""
+    """Run one process."""
     return trained(tmp_path_factory.mktemp("alone"), 1)
 
 
@@ -75,7 +75,7 @@ def record_result(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_evaluation_is_the_same_number_for_any_number_of_processes(alone, tmp_path, size):
-    """64 images in batches of 5: the last is smaller, and not every process has one to the end."""
+    """Use 64 images in batches of 5: the last is smaller, and some processes lack a last one."""
     argv = command(testOnly=True, resume=alone / "run", override=True, batchSize=5, nGPU=0)
     want, found = tmp_path / "want.json", tmp_path / "found.json"
     assert run(argv, partial(record_result, want)).code == 0
@@ -87,7 +87,7 @@ def test_the_evaluation_is_the_same_number_for_any_number_of_processes(alone, tm
 
 
 def test_a_last_batch_with_fewer_images_than_processes_is_trained_on_once(tmp_path):
-    """18 images in batches of 4 among 4: the last batch has 2 images, for the first two."""
+    """Use 18 images in batches of 4 among 4: the last batch has 2 images, for the first two."""
     flags = {"nImages": 18, "batchSize": 4, "syncBN": True, "dropRate": 0.2}
     want = trained(tmp_path / "one", 1, **flags | {"syncBN": False})
     found = trained(tmp_path / "four", 4, **flags)
@@ -101,7 +101,7 @@ LONGER = {"nEpochs": 2, "nImages": 80}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    """The undisturbed run of two processes."""
+    """Run two processes undisturbed."""
     return trained(tmp_path_factory.mktemp("pair"), 2, **LONGER)
 
 
@@ -129,7 +129,7 @@ def test_two_processes_that_forget_their_random_numbers_end_in_others(pair, tmp_
 
 
 def test_another_number_of_processes_goes_on_with_the_same_order_of_images(alone, tmp_path):
-    """G14. One process, then two, then four, with synchronised statistics."""
+    """Test goal G14: one process, then two, then four, with synchronised statistics."""
     found = tmp_path / "run"
     for size, batch in ((1, 5), (2, 6), (4, None)):
         stop = partial(at_batch, partial(send, 15), batch) if batch else None

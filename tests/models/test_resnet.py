@@ -1,4 +1,4 @@
-"""Residual networks equal plain restatements of their sources, and train in the same loop."""
+"""Test that residual networks equal plain restatements of their sources, and can be trained."""
 
 import copy
 
@@ -25,7 +25,7 @@ NETWORKS = ("resnet", "preresnet")
 
 # Both networks restated as functions:
 class Restatement:
-    """The sources of both networks in training, function by function, with a model's weights.
+    """Restate the sources of both networks in training by function, with a model's weights.
 
     They are fb.resnet.torch and, for bottlenecks of pre-activation ResNets at CIFAR shape, the
     authors' KaimingHe/resnet-1k-layers.
@@ -72,14 +72,14 @@ class Restatement:
         return F.max_pool2d(x, 3, 2, 1) if self.large else x
 
     def blocks(self, counts: tuple[int, ...], bottleneck: bool):
-        """Stage, position in it, output channels and stride of each block."""
+        """Return stage, position in it, output channels and stride of each block."""
         width = (64 if self.large else 16) * (4 if bottleneck else 1)
         for i, count in enumerate(counts):
             for j in range(count):
                 yield i, j, width * 2**i, 2 if i > 0 and j == 0 else 1
 
     def strides(self, stride: int, bottleneck: bool, late: bool) -> tuple[int, int]:
-        """Strides of the first two convolutions of a block; `late`: a bottleneck's 3x3 has it."""
+        """Return strides of a block's first two convolutions; `late`: a bottleneck's 3x3 has it."""
         in_the_first = not bottleneck or late == (self.slip == "stride elsewhere")
         return (stride, 1) if in_the_first else (1, stride)
 
@@ -129,7 +129,7 @@ CASES = [
 
 
 def restated(model: nn.Module, name: str, images: Tensor, targets: Tensor, case: tuple, slip: str):
-    """Logits and gradients of a step as the restatement computes them."""
+    """Return logits and gradients of a step as the restatement computes them."""
     kind, bottleneck, large = case
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     function = getattr(Restatement(weights, kind, large, slip), name)
@@ -140,11 +140,11 @@ def restated(model: nn.Module, name: str, images: Tensor, targets: Tensor, case:
 
 
 def example(name: str, *case):
-    """A small network of a case, with a batch of odd size and what a step of it computes."""
+    """Make a small network of a case, a batch of odd size, and the results of a step on it."""
     kind, bottleneck, large = case
     torch.manual_seed(0)
-    how = {"bottleneck": bottleneck, "shortcut": kind, "pre_activation": name == "preresnet"}
-    model = ResNet(COUNTS, 5, imagenet_stem=large, **how)
+    options = {"bottleneck": bottleneck, "shortcut": kind, "pre_activation": name == "preresnet"}
+    model = ResNet(COUNTS, 5, imagenet_stem=large, **options)
     scramble(model).double()
     images, targets = photographs(2, 29 if large else 13, 5)
     found = one_step(copy.deepcopy(model), images, targets)

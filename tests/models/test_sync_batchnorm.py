@@ -1,4 +1,4 @@
-"""Replicas that share a batch compute what one process computes on all of it.
+"""Test that replicas that share a batch compute what one process computes on all of it.
 
 The replicas are threads of this process, which exchange tensors at a barrier.
 """
@@ -32,7 +32,7 @@ LEVELS = pytest.mark.parametrize("level", range(5))
 
 
 class ThreadGroup:
-    """Exchanges tensors between the replicas of a batch; `log` has the shape of each."""
+    """Exchange tensors between the replicas of a batch; `log` has the shape of each."""
 
     def __init__(self, size: int):
         self._barrier = threading.Barrier(size)
@@ -55,7 +55,7 @@ class ThreadGroup:
 
 @dataclass(eq=False)
 class ThreadShard:
-    """A thread's part of a batch, with the interface of distributed.world.BatchShard."""
+    """Hold a thread's part of a batch, with the interface of distributed.world.BatchShard."""
 
     offset: int
     size: int
@@ -76,7 +76,7 @@ class ThreadShard:
 
 
 def make_shards(*sizes: int) -> list[ThreadShard]:
-    """Shards of replicas with so many images each."""
+    """Make shards of replicas with so many images each."""
     group, total = ThreadGroup(len(sizes)), sum(sizes)
     weights = torch.tensor(sizes, dtype=torch.float64) / total
     return [
@@ -85,21 +85,19 @@ def make_shards(*sizes: int) -> list[ThreadShard]:
 
 
 def make_replicas(level: int, shards: list, sync: bool = True, form="BC", **changes) -> list:
-    """A network for each shard, one after the other: threads share PyTorch's generator."""
+    """Make a network for each shard, one after the other: threads share PyTorch's generator."""
     replicas = [network(level, form, **changes) for _ in shards]
     for model, shard in zip(replicas, shards, strict=True):
         models.factory.attach_shard(model, shard, sync)
     return replicas
 
 
-def on_each(
-    work: Callable[[nn.Module, ThreadShard], Results], replicas: list, shards: list
-) -> list:
-    """The results of work(replica, shard), each in a thread of its own."""
+def on_each(run: Callable[[nn.Module, ThreadShard], Results], replicas: list, shards: list) -> list:
+    """Return the results of run(replica, shard), each in a thread of its own."""
 
     def guarded(model: nn.Module, shard: ThreadShard) -> Results:
         try:
-            return work(model, shard)
+            return run(model, shard)
         except BaseException:
             shard.group.abort()  # the others wait for this replica
             raise
@@ -114,7 +112,7 @@ def on_each(
 
 @pytest.fixture(autouse=True)
 def generators(monkeypatch) -> threading.local:
-    """A generator for each thread, as each process has one; dropout draws from it."""
+    """Make a generator for each thread, as each process has one; dropout draws from it."""
     local = threading.local()
 
     def draw_seed(device: torch.device) -> Tensor:
@@ -126,7 +124,7 @@ def generators(monkeypatch) -> threading.local:
 
 # Whole networks:
 def step(model: nn.Module, images: Tensor, targets: Tensor, generators, scale=1.0) -> Results:
-    """Logits, gradients and buffers of a training step whose loss is multiplied by `scale`."""
+    """Return logits, gradients and buffers of a training step, its loss multiplied by `scale`."""
     generators.generator = torch.Generator().manual_seed(5)
     images = images.clone().requires_grad_()
     logits = model(images)
@@ -141,10 +139,10 @@ def step(model: nn.Module, images: Tensor, targets: Tensor, generators, scale=1.
 
 
 def together(level, form, sizes, generators, *, sync=True, alter=lambda shard: None) -> Results:
-    """The results of replicas' steps, combined; asserts that they end with the same buffers."""
+    """Combine the results of replicas' steps; assert that they end with the same buffers."""
     (images, targets), shards = pictures(form, count=sum(sizes)), make_shards(*sizes)
 
-    def work(model: DenseNet, shard: ThreadShard) -> Results:
+    def run(model: DenseNet, shard: ThreadShard) -> Results:
         own = images[shard.own], targets[shard.own]
         if not shard.size:
             own = torch.zeros_like(images[:1]), torch.zeros_like(targets[:1])
@@ -152,7 +150,7 @@ def together(level, form, sizes, generators, *, sync=True, alter=lambda shard: N
         alter(shard)
         return step(model, *own, generators, scale)
 
-    found = on_each(work, make_replicas(level, shards, sync, form), shards)
+    found = on_each(run, make_replicas(level, shards, sync, form), shards)
     for result in found:
         assert torch.equal(result["random numbers"], found[0]["random numbers"])
         if sync:
@@ -171,7 +169,7 @@ def together(level, form, sizes, generators, *, sync=True, alter=lambda shard: N
 
 
 def alone(form: str, count: int, generators) -> Results:
-    """A step of one process on the whole batch."""
+    """Run a step of one process on the whole batch."""
     return step(network(0, form), *pictures(form, count=count), generators)
 
 
@@ -226,11 +224,11 @@ def test_a_replica_without_images_leaves_no_trace(level, generators):
     # No statistic depends on its image of zeros, so none has a gradient to pass to it.
     shards, (images, targets) = make_shards(3, 0), pictures(count=3)
 
-    def work(model: DenseNet, shard: ThreadShard) -> Results:
+    def run(model: DenseNet, shard: ThreadShard) -> Results:
         own = (torch.ones_like(images[:1]), targets[:1]) if shard.rank else (images, targets)
         return step(model, *own, generators, scale=2.0 - 2 * shard.rank)
 
-    real, idle = on_each(work, make_replicas(level, shards), shards)
+    real, idle = on_each(run, make_replicas(level, shards), shards)
     assert all((v == 0).all() for n, v in idle.items() if "gradient" in n or n == "image")
     assert max(value.abs().max() for name, value in real.items() if "gradient" in name) > 1e-3
     assert all(torch.equal(idle[name], real[name]) for name in idle if "running" in name)
@@ -275,12 +273,12 @@ def test_evaluation_exchanges_nothing(level):
 @pytest.mark.parametrize("level", [0, 2])
 def test_one_value_per_channel_over_all_replicas_is_refused(level, generators):
     def train(*sizes: int) -> list[Results]:
-        def work(model: DenseNet, shard: ThreadShard) -> Results:
+        def run(model: DenseNet, shard: ThreadShard) -> Results:
             return step(model, images[shard.rank :][:1], targets, generators)
 
         images, targets = torch.randn(2, 3, 1, 1, dtype=torch.float64), torch.tensor([0])
         shards = make_shards(*sizes)
-        return on_each(work, make_replicas(level, shards, stages=(1,)), shards)
+        return on_each(run, make_replicas(level, shards, stages=(1,)), shards)
 
     with pytest.raises(ValueError, match="value per channel"):
         train(1, 0)
@@ -292,14 +290,14 @@ def test_lower_precision_is_as_near_as_one_process_is(level, generators):
     images, targets = pictures(count=16)
 
     def train(*sizes: int, low: bool = True) -> Tensor:
-        def work(model: DenseNet, shard: ThreadShard) -> Tensor:
+        def run(model: DenseNet, shard: ThreadShard) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
                 loss = F.cross_entropy(model.float()(images[shard.own].float()), targets[shard.own])
             (loss * shard.weights[shard.rank].item()).backward()
             return torch.cat([p.grad.flatten() for p in model.parameters()])
 
         shards = make_shards(*sizes)
-        return sum(on_each(work, make_replicas(level, shards, sync=len(sizes) > 1), shards))
+        return sum(on_each(run, make_replicas(level, shards, sync=len(sizes) > 1), shards))
 
     exact = train(16, low=False)
     errors = [(train(*sizes) - exact).norm() / exact.norm() for sizes in ((16,), (9, 7))]
@@ -309,9 +307,9 @@ def test_lower_precision_is_as_near_as_one_process_is(level, generators):
 
 # One module:
 def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Results:
-    """A training step of one batch norm: PyTorch's on the whole batch, or ours on replicas."""
+    """Run a step of one batch norm: PyTorch's on the whole batch, or this project's on replicas."""
 
-    def work(norm: nn.BatchNorm2d, x: Tensor, upstream: Tensor) -> Results:
+    def run(norm: nn.BatchNorm2d, x: Tensor, upstream: Tensor) -> Results:
         norm = norm.to(torch.promote_types(x.dtype, torch.float32))
         torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
         x = x.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -322,11 +320,11 @@ def normalised(x: Tensor, upstream: Tensor, sizes: tuple[int, ...] | None) -> Re
 
     options = {"num_features": x.shape[1], "eps": 1e-3, "momentum": 0.3}
     if sizes is None:
-        return work(nn.BatchNorm2d(**options), x, upstream)
+        return run(nn.BatchNorm2d(**options), x, upstream)
 
     def on_replica(norm: sync_batchnorm.BatchNorm, shard: ThreadShard) -> Results:
         models.factory.attach_shard(norm, shard, True)
-        return work(norm, x[shard.own], upstream[shard.own])
+        return run(norm, x[shard.own], upstream[shard.own])
 
     shards = make_shards(*sizes)
     found = on_each(on_replica, [sync_batchnorm.BatchNorm(**options) for _ in shards], shards)

@@ -1,4 +1,4 @@
-"""Runs on small and on large images, trained once for all tests of the tools that read them."""
+"""Train runs on small and on large images, once for all tests of the tools that read them."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def _train(root: Path, flags: list[str]) -> Path:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
-    """Two epochs on images of 8 pixels in two classes, which lie beside the run in `data`."""
+    """Train two epochs on images of 8 pixels in two classes, which lie beside the run in `data`."""
     root = tmp_path_factory.mktemp("small")
     write_folder(root / "data", COUNTS, size=8)
     flags = {"dataset": "folder", "nImages": None, "nClasses": None, "nEpochs": 2}
@@ -28,7 +28,7 @@ def small_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def large_run(tmp_path_factory) -> Path:
-    """One epoch of a network of ImageNet's shape; its images lie beside the run in `data`."""
+    """Train a network of ImageNet's shape for an epoch; its images lie beside it in `data`."""
     root = tmp_path_factory.mktemp("large")
     write_files(root / "data")
     return _train(root, command(**TINY_FILES, nThreads=0, nEpochs=1))

@@ -1,4 +1,4 @@
-"""The benchmark compares equal networks, counts memory and bounds rightly, and fills every row."""
+"""Test that the benchmark compares equal networks, counts memory and bounds, and fills all rows."""
 
 import csv
 import sys
@@ -33,7 +33,7 @@ def _small_copies(monkeypatch):
 
 # Peers:
 def loss_and_gradients(network, opt) -> dict[str, torch.Tensor]:
-    """The loss of one batch and its gradients by name, in double precision."""
+    """Compute the loss of one batch and its gradients by name, in double precision."""
     network = network.double().train()
     images = torch.randn(
         opt.batchSize, 3, opt.imageSize, opt.imageSize, dtype=torch.float64,
@@ -49,11 +49,11 @@ def loss_and_gradients(network, opt) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("peer", cases.PEERS)
 def test_a_peer_with_our_weights_computes_our_loss_and_gradients(peer, flags):
     opt = settings(flags)
-    ours, theirs = models.factory.create(opt, 10), peers.create(peer, opt)
-    before = {name: value.clone() for name, value in theirs.named_parameters()}
-    theirs.load_state_dict(ours.state_dict())
-    assert any((before[name] != value).any() for name, value in theirs.named_parameters())
-    want, got = loss_and_gradients(ours, opt), loss_and_gradients(theirs, opt)
+    ours, reference = models.factory.create(opt, 10), peers.create(peer, opt)
+    before = {name: value.clone() for name, value in reference.named_parameters()}
+    reference.load_state_dict(ours.state_dict())
+    assert any((before[name] != value).any() for name, value in reference.named_parameters())
+    want, got = loss_and_gradients(ours, opt), loss_and_gradients(reference, opt)
     assert want.keys() == got.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-11)
@@ -331,11 +331,11 @@ def test_a_case_that_cannot_run_is_reported_with_the_reason(tmp_path, monkeypatc
     monkeypatch.setattr(train, "Trainer", lambda *_: 1 / 0)
     flags = ["--only", "level-2*fp32/channels,torchvision/fp32/channels", "--reduction", "0.7"]
     assert benchmark.main([*flags, "--trainer", "--csv", str(path), *QUICK]) == 0
-    ours, theirs, trainer = csv.DictReader(path.open())
+    ours, peer, trainer = csv.DictReader(path.open())
     assert ours["note"] == "none" and float(ours["images_per_s"]) > 0
-    assert theirs["note"] == "it has only DenseNet-BC with reduction 0.5"
+    assert peer["note"] == "it has only DenseNet-BC with reduction 0.5"
     assert trainer["note"] == "division by zero"
-    assert theirs["images_per_s"] == trainer["images_per_s"] == "not run"
+    assert peer["images_per_s"] == trainer["images_per_s"] == "not run"
     assert "DenseNet-BC with reduction 0.5" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""tools.classify names the classes that evaluation finds, on the same pixels."""
+"""Test that tools.classify names the classes that evaluation finds, on the same pixels."""
 
 import csv
 import io
@@ -49,14 +49,14 @@ def test_the_error_counted_from_its_output_is_that_of_evaluation(name, flags, re
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """Random weights of a network of seven classes, with their data."""
+    """Write random weights of a network of seven classes, with their data."""
     flags = command(dataset="folder", imageSize=8, depth=10, growthRate=2)
     return write_model(tmp_path / "run", flags, list("abcdefg"))
 
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Two images in a directory."""
+    """Write two images in a directory."""
     (tmp_path / "images").mkdir()
     for number, pixels in enumerate(noise(2, 8)):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
@@ -67,10 +67,10 @@ def test_classes_are_sorted_shares_of_a_whole_and_five_are_printed(weights, imag
     assert classify.main([str(weights), str(images), "--csv", "-", "--top", "99"]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert len(rows) == 2 * 7
-    for mine in (rows[:7], rows[7:]):
-        percents = [float(row["percent"]) for row in mine]
-        assert [row["rank"] for row in mine] == list("1234567")
-        assert sorted(row["class"] for row in mine) == list("abcdefg")
+    for image_rows in (rows[:7], rows[7:]):
+        percents = [float(row["percent"]) for row in image_rows]
+        assert [row["rank"] for row in image_rows] == list("1234567")
+        assert sorted(row["class"] for row in image_rows) == list("abcdefg")
         assert percents == sorted(percents, reverse=True)
         assert sum(percents) == pytest.approx(100, abs=1e-3)
 

@@ -1,4 +1,4 @@
-"""What the command lines of tools share: flags, arguments, main.py's flags, help, errors."""
+"""Test the shared command line of the tools: flags, arguments, main.py's flags, help, errors."""
 
 import io
 import sys

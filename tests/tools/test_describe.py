@@ -1,4 +1,4 @@
-"""The counts of tools.describe are those of the paper, and of a plain sum over the architecture."""
+"""Test that tools.describe counts as the paper does, and as a plain sum over the architecture."""
 
 import re
 
@@ -31,7 +31,7 @@ TINY = "--dataset digits --depth 10 --growthRate 4 --nGPU 0"
 
 
 def described(flags: str, capsys) -> list[int]:
-    """Parameters, multiply-adds and activations that are printed for a command line."""
+    """Return parameters, multiply-adds and activations that are printed for a command line."""
     assert describe.main(flags.split()) == 0
     printed = capsys.readouterr().out
     pattern = r"^(?:parameters|multiply-adds|activations) +([\d,]+)"

@@ -1,4 +1,4 @@
-"""What tools.export writes computes the same elsewhere, and comes back to the same result."""
+"""Test that files of tools.export compute the same elsewhere, and when they are read back."""
 
 import contextlib
 import importlib.util
@@ -34,7 +34,7 @@ SMALL = {"dataset": "cifar10", "depth": 10, "growthRate": 2}
 
 @pytest.fixture(scope="module")
 def onnx_file(large_run, tmp_path_factory) -> tuple[Path, str]:
-    """The run as an ONNX file, compared on its images, and what was printed about that."""
+    """Export the run as an ONNX file, compared on its images; return it and the output."""
     images = large_run.parent / "data" / "val"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         source = [str(large_run), f"--images={images}"]
@@ -44,7 +44,7 @@ def onnx_file(large_run, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture
 def weights_of(tmp_path):
-    """Writes plain weights of a network; the arguments and flags that name them."""
+    """Write plain weights of a network; return the arguments and flags that name them."""
 
     def write(flags: dict) -> list[str]:
         model = scramble(models.factory.create(opts.parse(command(**flags)), num_classes=10))
@@ -208,25 +208,25 @@ def test_what_computes_something_else_is_reported_and_not_written(
     assert "noise" not in capsys.readouterr().out
 
 
-def damaged(content: bytes, how: str) -> bytes:
+def damaged(content: bytes, kind: str) -> bytes:
     proto = onnx.load_model_from_string(content)
-    if how == "cut":
+    if kind == "cut":
         return content[: len(content) // 2]
-    if how == "empty":
+    if kind == "empty":
         return b""
     weight = next(tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2)
-    if how == "flipped":
+    if kind == "flipped":
         weight.raw_data = bytes([weight.raw_data[0] ^ 1]) + weight.raw_data[1:]
-    elif how == "shape":
+    elif kind == "shape":
         weight.dims[0] = 2**40
-    elif how == "not finite":
+    elif kind == "not finite":
         weight.raw_data = np.full(weight.dims, np.nan, np.float32).tobytes()
-    elif how == "elsewhere":
+    elif kind == "elsewhere":
         weight.ClearField("raw_data")
         weight.data_location = onnx.TensorProto.EXTERNAL
         weight.external_data.add(key="location", value="/etc/passwd")
     else:
-        (prop,) = (prop for prop in proto.metadata_props if prop.key == how)
+        (prop,) = (prop for prop in proto.metadata_props if prop.key == kind)
         prop.value = "{"
     return proto.SerializeToString()
 
@@ -236,11 +236,11 @@ DAMAGE = ("cut", "empty", "flipped", "shape", "not finite", "elsewhere", "settin
 
 def test_a_damaged_onnx_file_is_one_line_and_a_foreign_one_plain_weights(onnx_file, tmp_path):
     path, whole = tmp_path / "copy.onnx", onnx_file[0].read_bytes()
-    for how in DAMAGE:
-        path.write_bytes(damaged(whole, how))
+    for kind in DAMAGE:
+        path.write_bytes(damaged(whole, kind))
         with pytest.raises(CheckpointError) as error:
             load(path)
-        assert re.fullmatch("error: [^\n]+; fix: [^\n]+", error.value.report()), how
+        assert re.fullmatch("error: [^\n]+; fix: [^\n]+", error.value.report()), kind
 
     proto = onnx.load_model_from_string(whole)
     del proto.metadata_props[:]

@@ -1,4 +1,4 @@
-"""tools.extract_features writes what the classifier sees, for numpy to read without pickles."""
+"""Test that tools.extract_features writes the classifier's input, for numpy without pickles."""
 
 import errno
 import os
@@ -29,20 +29,20 @@ NETWORKS = {
 
 @pytest.fixture
 def weights(tmp_path, request) -> Path:
-    """A run's model file with random weights, of the network that the test is given."""
+    """Write a run's model file with random weights, of the network that the test is given."""
     name = getattr(request, "param", "small")
     return write_model(tmp_path / "run", command(**NETWORKS[name]), list("abc"))
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Five images in two directories, a class each."""
+    """Write five images in two directories, a class each."""
     write_folder(tmp_path, {"images": {"ant": 2, "bee": 3}}, size=80)
     return tmp_path / "images"
 
 
 def extracted(weights: Path, *argv: object, code: int = 0) -> dict[str, np.ndarray]:
-    """The arrays that a command line writes."""
+    """Return the arrays that a command line writes."""
     output = weights.parent / "features.npz"
     line = [str(weights), *map(str, argv), f"--output={output}", "--overwrite", "--nThreads=0"]
     assert extract_features.main(line) == code

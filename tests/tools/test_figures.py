@@ -1,4 +1,4 @@
-"""The figures show exactly the published numbers and the logs; Figure 5 follows from its CSV."""
+"""Test that the figures show the published numbers and the logs, and Figure 5 its CSV."""
 
 import io
 import math

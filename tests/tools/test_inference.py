@@ -1,4 +1,4 @@
-"""A trained network is the same from every source of its weights; others are refused clearly."""
+"""Test that a network is the same from every source of its weights; others are refused clearly."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ LARGE |= dict.fromkeys(("d1", "d2", "d3", "d4"), 1)
 
 @pytest.fixture
 def copied(small_run, tmp_path) -> Path:
-    """A copy of the run that a test may change."""
+    """Copy the run, so that a test may change it."""
     return Path(shutil.copytree(small_run, tmp_path / "run"))
 
 
@@ -70,7 +70,7 @@ def test_a_network_is_the_same_from_every_source_of_its_weights(small_run, tmp_p
 
 
 def refusal(*args: object) -> str:
-    """The line of the error that loading ends in."""
+    """Return the line of the error that loading ends in."""
     with pytest.raises(RunError) as error:
         network.load(*args)
     line = error.value.report()
@@ -144,10 +144,10 @@ def test_missing_or_unusable_files_are_one_line(copied, tmp_path):
 
 
 def test_torchvisions_weights_give_torchvisions_logits_under_imagenets_statistics(tmp_path):
-    theirs = TorchvisionDenseNet(4, (1, 1, 1, 1), 6, num_classes=5).eval()
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth", _use_new_zipfile_serialization=False)
+    reference = TorchvisionDenseNet(4, (1, 1, 1, 1), 6, num_classes=5).eval()
+    torch.save(reference.state_dict(), tmp_path / "net.pth", _use_new_zipfile_serialization=False)
     write_folder(tmp_path, {"images": {"x": 3}}, size=90)
-    net = network.load(tmp_path / "theirs.pth", command(**LARGE))
+    net = network.load(tmp_path / "net.pth", command(**LARGE))
     assert net.classes == list("01234")
     ((images, _),) = net.batches(network.find_images([str(tmp_path / "images")]))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -155,7 +155,7 @@ def test_torchvisions_weights_give_torchvisions_logits_under_imagenets_statistic
     assert (images.amin(dim=(2, 3)) >= bounds[0] - 1e-6).all()
     assert (images.amax(dim=(2, 3)) <= bounds[1] + 1e-6).all()
     with torch.no_grad():
-        assert torch.allclose(net.logits(images), theirs(images), rtol=0, atol=1e-6)
+        assert torch.allclose(net.logits(images), reference(images), rtol=0, atol=1e-6)
 
 
 def test_images_are_files_and_what_lies_below_directories(tmp_path):

@@ -1,4 +1,4 @@
-"""The cells of Figure 5 are the mean absolute weights, and their CSV is read back or refused."""
+"""Test that Figure 5 shows the mean absolute weights, and that its CSV is read back or refused."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The published numbers are those of the paper and of the READMEs, and the configs claim them."""
+"""Test that the published numbers are those of the paper, the READMEs and the configs."""
 
 from tools.results import published
 from tools.results.configs import configs

@@ -1,4 +1,4 @@
-"""tools.report: the document holds what was published and what was measured, side by side."""
+"""Test tools.report: the document holds the published and the measured results, side by side."""
 
 import re
 import shlex
@@ -59,8 +59,8 @@ def filled(tmp_path_factory) -> str:
         write_run(path / "k48", K48, [*CURVE, 3.9], images_per_s=320.0, memory_mb=2345.6)
         write_run(path / "svhn", SVHN, [2.5] * 40, status={"test_top1": 1.8}, val_time_s=None)
         images = SMALL.replace("images", "x/cifar10-jpeg")
-        facts = {"train": 10_000, "val": 2_000}
-        write_run(path / "small", images, FIVE, data=facts, time_s=1.0, val_time_s=1.0)
+        metadata = {"train": 10_000, "val": 2_000}
+        write_run(path / "small", images, FIVE, data=metadata, time_s=1.0, val_time_s=1.0)
         write_run(path / "half", f"{BC} --precision half", [*CURVE, 4.9], device=None)
         write_run(path / "going", f"{BC} --manualSeed 3", CURVE[:17], "running")
         write_run(path / "bc-0-again", BC, [*CURVE, 1.0])

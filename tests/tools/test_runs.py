@@ -1,4 +1,4 @@
-"""tools.results: which directories are runs, to which config each belongs, what it measured."""
+"""Test tools.results: which directories are runs, the config and the measurement of each."""
 
 import json
 import math

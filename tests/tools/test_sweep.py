@@ -1,4 +1,4 @@
-"""A sweep trains what is left of a table, here or under Slurm, and goes on after it was stopped."""
+"""Test that a sweep trains the rest of a table, here or under Slurm, and resumes after a stop."""
 
 import json
 import os

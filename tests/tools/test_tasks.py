@@ -1,4 +1,4 @@
-"""The runs of a table, and the states that are read from their directories."""
+"""Test the runs of a table, and the states that are read from their directories."""
 
 import fcntl
 from pathlib import Path
