@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import opts
-from cli.flag_types import NON_NEGATIVE, Flag, Range, Settings, boolean, integer, text
+from cli.flag_types import NON_NEGATIVE, Flag, Range, Settings, boolean, broken, integer, text
 from cli.network_settings import network_name
 from datasets import registry
 from errors import UsageError
@@ -34,7 +34,7 @@ from tools.benchmark.cases import PRECISIONS, select_cases
 
 FLAGS = (
     Flag("only", text, None, "cases to measure: patterns with commas between, each to be found in "
-         "WHO/PRECISION/FORMAT/MODE, e.g. level-2,torchvision/bf16*eager", "all"),
+         "IMPLEMENTATION/PRECISION/FORMAT/MODE, e.g. level-2,torchvision/bf16*eager", "all"),
     Flag("turns", integer, None, "turns of each case that count: one step on the CPU, five "
          "on CUDA", "30 on CUDA, else 5", range=Range(low=2)),
     Flag("warmUp", integer, None, "turns before them that do not", "10 on CUDA, else 2",
@@ -51,12 +51,16 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
     """Read the tool's flags and the settings of a network to compare, or raise UsageError."""
     command = TOOL.parse(argv)
     opt = opts.parse(["--dataset=synthetic", *command.main_flags])
-    if opt.netType != "densenet":
-        what = f"netType: {opt.netType} is not measured, its peers are other DenseNets"
-        raise UsageError(what, "use densenet")
-    if opt.precision not in PRECISIONS:
-        what = f"precision: {opt.precision} is not measured"
-        raise UsageError(what, f"use {' or '.join(PRECISIONS)}")
+    rules = [
+        (opt.netType != "densenet",
+         f"netType: {opt.netType} is not measured, its peers are other DenseNets", "use densenet"),
+        (opt.precision not in PRECISIONS,
+         f"precision: {opt.precision} is not measured", f"use {' or '.join(PRECISIONS)}"),
+        (command.options.trainer and opt.cudaGraph == "true",
+         "trainer stands beside eager cases, and cudaGraph true selects the others",
+         "leave out one of them"),
+    ]  # fmt: skip
+    UsageError.raise_for(broken(rules))
     num_classes = opt.nClasses or registry.DATASETS["synthetic"].num_classes
     return command.options, opt.replace(nClasses=num_classes)
 
@@ -94,12 +98,15 @@ def constant_columns(opt: Settings, device) -> dict[str, object]:
     }
 
 
-def csv_path(given: str | None, constants: dict[str, object]) -> Path | None:
+def csv_path(given: str | None, opt: Settings, device: str, version: str) -> Path | None:
     """Return the file to write, if any; raise UsageError if it exists or cannot be written."""
     if given == "none":
         return None
-    name = "bench_{network}-b{batch_size}_{device}_torch{torch}_{date}.csv".format(**constants)
-    path = Path(given) if given else cli.ROOT / "results" / re.sub(r"[^\w.-]+", "-", name)
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower())
+    version = ".".join(version.split(".")[:2])
+    name = f"bench_{network_name(opt)}-b{opt.batchSize}_{slug}_torch{version}"
+    path = cli.ROOT / "results" / f"{name}_{datetime.date.today():%Y%m}.csv"
+    path = Path(given) if given else path
     if path.exists():
         raise UsageError(f"csv: {path} exists", "move it away, or name another with --csv FILE")
     if not os.access(path.parent, os.W_OK):
@@ -124,7 +131,7 @@ def run(argv: list[str]) -> None:
         raise UsageError("tf32 has no effect on the CPU", "leave it out")
     cases = select_cases(opt, options.only, options.compile, device.type == "cuda")
     constants = constant_columns(opt, device)
-    path = csv_path(options.csv, constants)
+    path = csv_path(options.csv, opt, engine.device.describe(device), constants["torch"])
 
     # With empty compiler caches, so that the first step takes as long as on a new machine.
     rows: list[dict] = []

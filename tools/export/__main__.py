@@ -35,7 +35,7 @@ FLAGS = (
     sources.CLASSES,
     network.OVERWRITE,
 )  # fmt: skip
-TOOL = cli.Tool(__doc__ + sources.SOURCES, FLAGS, "checkpoint", main_flags=True)
+TOOL = cli.Tool(f"{__doc__}{sources.SOURCES}", FLAGS, "checkpoint", main_flags=True)
 # Settings that an exported network does not carry.
 NOT_EXPORTED = (*sources.RUN_ONLY, "nThreads", "optMemory", "timeout", "keep", "saveEvery")
 # Exported from plain modules on the CPU, whatever the run trained with.
@@ -68,6 +68,7 @@ def compare(
     theirs: Callable[["torch.Tensor"], "torch.Tensor"],
     batches: Iterable["torch.Tensor"],
     limit: float,
+    error: type[RunError] = RunError,
 ) -> None:
     """Print how far the logits of two networks differ on the same images.
 
@@ -77,7 +78,7 @@ def compare(
 
     Raises:
         CheckpointError: one of our logits is not finite.
-        RunError: the difference exceeds the limit.
+        error: the difference exceeds the limit.
     """
     import torch
 
@@ -99,7 +100,7 @@ def compare(
     print(f"{name}, {count} images: {off}")
     if not relative <= limit:  # also if it is NaN
         what = f"{name}: logits differ by {relative:.1e} of the largest, beyond rounding"
-        raise RunError(what, "nothing was written; report it, or use another --to")
+        raise error(what, "nothing was written; report it, or use another --to")
 
 
 def random_images(size: int) -> list["torch.Tensor"]:
@@ -161,7 +162,7 @@ def check_peer(net: network.LoadedModel, to: str) -> None:
         raise UsageError(f"{to} has no such {opt.netType}: {first}", fix) from error
     ours, peer = (copy.deepcopy(model).cpu().double().eval() for model in (net.model, peer))
     images = (batch.double() for batch in random_images(opt.imageSize))
-    compare(f"{to} in double precision", ours, peer, images, LIMIT_DOUBLE)
+    compare(f"{to} in double precision", ours, peer, images, LIMIT_DOUBLE, UsageError)
 
 
 def run(argv: list[str]) -> int:

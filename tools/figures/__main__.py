@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> SimpleNamespace:
 
 
 def draw_and_save(argv: list[str]) -> None:
-    """Read everything and draw; then write the files and print their names."""
+    """Read and draw everything before the first file is written; print the names of the files."""
     asked = parse(argv)
     try:
         from tools.figures import plots

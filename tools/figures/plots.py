@@ -1,7 +1,7 @@
-"""Draw the figures with matplotlib, from points, runs and cells, as PNG and SVG.
+"""Draw the paper's figures with matplotlib, from runs and published results, as PNG and SVG.
 
-A kind of network has one colour and one marker in all figures of points; published points are
-hollow on dashed lines, measured ones filled. The colours (of Okabe and Ito) also differ in
+A kind of network has one colour and one marker in all scatter plots; published points are hollow
+on dashed lines, measured ones filled. The colours (of Okabe and Ito) also differ in
 lightness: they survive a grey printer and the common kinds of colour blindness.
 """
 
@@ -26,7 +26,7 @@ from tools.results.configs import configs, count
 from tools.results.published import tables
 from tools.results.runs import Run, SeedGroup, data_name, group_runs, number
 
-WIDTH = 8.0  # inches; shown 800 pixels wide a point of the fonts is 1.4 pixels
+WIDTH = 8.0  # inches; in a picture 800 pixels wide, a font size of 1 is 1.4 pixels
 STYLE = {
     "font.size": 8.5,
     "axes.titlesize": 9,
@@ -59,9 +59,9 @@ MEASURES = {
     "parameters": ("parameters, millions", 1e6),
     "macs": ("multiply-adds per image, billions", 1e9),
 }
-# Left out, so that the files are the same on any day and with any version.
+# Omit the date and matplotlib's version, so that equal input gives equal files.
 METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-# Whose training curves Figure 4 shows.
+# Configs whose training curves Figure 4 shows.
 PAPER_CURVES = ("c10plus/preresnet-1001", "c10plus/densenet-bc-L100-k12")
 # Folder of configs/, and the published table, column and title, if anything was published.
 EFFICIENCY = {
@@ -111,14 +111,14 @@ def network(opt: Settings) -> str:
 
 
 def curve_name(run: Run) -> str:
-    """Name the network of a run; a run of no config by its directory, without the seed."""
+    """Name the network of a run; without a config, its directory without the seed."""
     if run.config:
         return f"{kind(run.opt)} {network(run.opt)}"
     return re.sub(r"-seed\d+$", "", run.path.name)
 
 
 def data_and_length(opt: Settings) -> str:
-    """Name what runs in one picture share; + is the paper's mark of augmented CIFAR."""
+    """Name the data and epochs that all runs of a figure share; + marks augmented CIFAR."""
     plus = "+" if opt.augment and DATASETS[opt.dataset].marks_augmentation else ""
     return f"{data_name(opt)}{plus}, {opt.nEpochs} epochs"
 
@@ -138,7 +138,7 @@ class Point(NamedTuple):
 
 
 def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | None:
-    """Draw Figure 3 or a Figure 4, published errors and those of runs; None if there are none."""
+    """Draw Figure 3 or a Figure 4 of published and measured errors; return None without any."""
     folder, table, column, title = EFFICIENCY[name]
     own = [group for config, group in groups.items() if config.startswith(f"{folder}/")]
     points = [Point(group.runs[0].opt, group.mean, group.std or 0.0) for group in own]
@@ -184,11 +184,12 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
     named = set()
     for (is_measured, name), line in sorted(lines.items()):
         marker, colour = KINDS.get(name, OTHER)
+        single = " (one seed)" * all(point.std == 0 for point in line)
         axes.errorbar(
             [size(point) for point in line],
             [point.error for point in line],
             yerr=[point.std for point in line] if is_measured else None,
-            label=f"{name}, {'measured' if is_measured else 'published'}",
+            label=f"{name}, {'measured' if is_measured else 'published'}{single}",
             marker=marker,
             color=colour,
             markerfacecolor=colour if is_measured else "white",
@@ -207,7 +208,7 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
 def plot_training(panels: list[Axes], groups: list[SeedGroup]) -> None:
     """Draw the training loss and the test error of the paper's two networks.
 
-    Where neither was trained: of the largest network of each kind.
+    If neither was trained, draw the largest network of each kind.
     """
     runs = [group.runs[0] for group in groups]
     runs.sort(key=lambda run: count(run.opt).parameters)
@@ -221,7 +222,10 @@ def plot_training(panels: list[Axes], groups: list[SeedGroup]) -> None:
         axes.set(xlabel="epoch", ylabel=label, yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain_ticks(axes.yaxis)
-    panels[1].legend()
+    folder, trained = runs[0].config.partition("/")[0], {run.config for run in runs}
+    not_run = [name for name in PAPER_CURVES if name.startswith(folder) and name not in trained]
+    panels[0].set_title("training of one run each")
+    panels[1].legend(title=f"not run: {', '.join(not_run)}" if not_run else None)
 
 
 def plot_epochs(axes: Axes, run: Run, column: str, **look: object) -> None:
@@ -236,7 +240,7 @@ def plot_epochs(axes: Axes, run: Run, column: str, **look: object) -> None:
 
 
 def side(name: str) -> dict:
-    """Place the names of a kind: those of the smaller networks below, the others above."""
+    """Place labels of DenseNet-B, -C and -BC below their points, and all other labels above."""
     is_below = name.startswith("DenseNet-")
     position = {"xytext": (-4, -4), "ha": "right"} if is_below else {"xytext": (5, 3), "ha": "left"}
     look = {"textcoords": "offset points", "rotation": 38, "rotation_mode": "anchor"}
@@ -244,7 +248,7 @@ def side(name: str) -> dict:
 
 
 def plain_ticks(axis) -> None:
-    """Show numbers such as 0.5, 1, 2 on a logarithmic axis that has its data."""
+    """Show numbers such as 0.5, 1, 2 on a logarithmic axis; call after plotting."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(AutoLocator() if high < 8 * low else LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
@@ -259,7 +263,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def curves(runs: list[Run], note: str) -> dict[str, Figure]:
-    """Draw the runs on the same data and of the same length together, by name of the file."""
+    """Draw one figure for all runs with the same data and epochs; return figures by file name."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.records:
@@ -308,11 +312,11 @@ SCALES = {
 
 
 def figure5(name: str, blocks: list[layer_usage.Block], note: str, scale: str = "column") -> Figure:
-    """Draw a triangle of cells for each dense block, and apart the column of its reader.
+    """Draw each dense block as a triangle of cells, then a gap and its transition or classifier.
 
-    The paper shows 0 to 1 and does not say of what. Its text compares only the sources of one
+    The paper's scale runs from 0 to 1 without a unit. Its text compares only the sources of one
     target, and batch normalisation removes the scale of a layer's weights from the network, so
-    by default each column is divided by its largest cell. `name` is that of the weights.
+    by default each column is divided by its largest cell. `name` names the weights.
     """
     cells = []
     for block in blocks:

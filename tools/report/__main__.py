@@ -87,7 +87,7 @@ def images(group: SeedGroup | None) -> str:
     return name if None in counts else "{}, {:,} + {:,}".format(name, *counts)
 
 
-def facts(opt: Settings, group: SeedGroup | None) -> Cells:
+def size_and_cost(opt: Settings, group: SeedGroup | None) -> Cells:
     """Return the cells that most tables end with: the network's size, and what one run needed."""
     parameters, macs = count(opt)
     row = {"parameters>": f"{parameters:,}", "multiply-adds>": f"{macs:,}"}
@@ -143,7 +143,7 @@ def details(table: published.Table, found: GroupedRuns) -> str:
                 "measured>": measured(group),
                 "difference>": f"{group.mean - float(row.errors[column]):+.2f}" if group else "-",
             }
-            rows.append(line | facts(configs()[name].opt, group))
+            rows.append(line | size_and_cost(configs()[name].opt, group))
     return markdown_table(rows)
 
 
@@ -155,7 +155,7 @@ def own_configs(found: GroupedRuns) -> Iterator[str]:
             group = found.groups.get(name)
             line = {"config": f"`{name}`", "measured>": measured(group), "images": images(group)}
             rows = folders.setdefault(name.partition("/")[0], [])
-            rows.append(line | facts(config.opt, group))
+            rows.append(line | size_and_cost(config.opt, group))
     for folder, rows in folders.items():
         yield f"## Of this project: configs/{folder}"
         yield "Nothing was published for these settings, so there is nothing to compare with."
@@ -175,7 +175,7 @@ def other_runs(found: GroupedRuns) -> Iterator[str]:
             "epochs>": str(opt.nEpochs),
             "images": images(group),
         }
-        rows.append(line | facts(opt, group))
+        rows.append(line | size_and_cost(opt, group))
     yield markdown_table(rows)
     yield "## Runs that are not complete"
     yield markdown_table([

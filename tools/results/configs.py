@@ -21,7 +21,7 @@ class Config(NamedTuple):
 
 @functools.cache
 def configs() -> dict[str, Config]:
-    """Load configs/*/*.yaml by path without suffix, such as "c10plus/densenet-bc-L100-k12"."""
+    """Load configs/*/*.yaml by name, such as "c10plus/densenet-L40-k12", or raise UsageError."""
     found = {}
     for path in (cli.ROOT / "configs").glob("*/*.yaml"):
         name = f"{path.parent.name}/{path.stem}"
