@@ -58,11 +58,11 @@ def main(argv: list[str]) -> int:
         return lifecycle.exit_with_error(error, opt, process, world)
 
 
-# The functions below import torch and what needs it, so that a mistyped flag is reported at once.
+# The functions below import torch when called, so that a mistyped flag is reported at once.
 
 
 def run(opt: Settings, handler: SignalHandler, world, device) -> int:
-    """Train a run from its start, or from its checkpoint, to its end."""
+    """Train from scratch, or from the run's checkpoint, to the last epoch; then finalize."""
     import checkpoints
     import models.state_dicts
     import train
@@ -70,8 +70,8 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
     from engine.memory import decide_level, memory_errors
     from experiment import console, resume
 
-    # Lock the run directory on rank 0; the other ranks get what they need of it from rank 0.
     ops = select_kernels(opt, device)
+    # Rank 0 locks the run directory and sends the other ranks what they need from it.
     lock = RunDirectory(Path(opt.save)) if world.is_rank0 else contextlib.nullcontext()
     with lock as directory, translate_worker_errors():
         world.monitor.set_abort_handler(partial(lifecycle.abort, world, directory))
@@ -85,7 +85,7 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             console.info(f"=> {opt.save} is already complete")
             console.info(console.format_final(state["last"], state["best"]))
             return 0
-        # These keep `--optMemory auto` as given: another machine may choose another level.
+        # Record `--optMemory auto` as `auto`: another machine may choose another level.
         config, settings = opts.as_yaml(opt, exclude=opts.NOT_SAVED), opts.settings(opt)
 
         # Build data, model and trainer.

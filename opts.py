@@ -187,10 +187,10 @@ def apply_defaults(given: dict[str, object]) -> Settings:
     opt.imagenetShape = opt.imageSize > SMALL_IMAGE
     network_settings.apply_defaults(opt)
 
-    training = network.defaults_for(opt.imagenetShape, opt.depth)
+    num_epochs, batch_size = network.training_defaults_for(opt.imagenetShape, opt.depth)
     own_epochs = None if opt.imagenetShape else dataset.num_epochs
-    default("nEpochs", own_epochs or training.num_epochs)
-    default("batchSize", training.batch_size)
+    default("nEpochs", own_epochs or num_epochs)
+    default("batchSize", batch_size)
     default("augment", dataset.augment)
     default("validSize", dataset.valid_size)
     default("dropRate", 0.0 if opt.augment else 0.2)

@@ -1,4 +1,4 @@
-"""Train and evaluate a network: SGD steps, epochs, evaluation, and the state that resumes a run.
+"""Train and evaluate a network: SGD steps, epochs, evaluation, and the state to resume from.
 
 main.py builds a Trainer's arguments; checkpoints.py saves its state; experiment/ prints and logs.
 """
@@ -30,23 +30,22 @@ class Metadata(NamedTuple):
     """Describe a run in its checkpoint, in plain values (numbers, strings, lists, dicts)."""
 
     settings: dict[str, object]  # flag name -> value
-    data: dict[str, object]  # must be equal on resume, see datasets.factory.DataSplits
+    data: dict[str, object]  # compared on resume, see datasets.factory.DataSplits
     overrides: list[str]  # one phrase for each change of a setting that --override allowed
 
 
 class Trainer:
-    """Train and evaluate a network; hold its optimizer, its position in the run and its results.
+    """Train and evaluate a network; hold its optimizer, epoch, step and results.
 
-    A Trainer runs steps, sums their losses and errors, and raises at the first loss or gradient
-    that is not finite. Others decide which images form a batch (the loader), whether a step runs
-    eagerly or as a CUDA graph (StepRunner), what is printed (RunLog), and when to save or to stop
-    (the callbacks of `train` and `evaluate`).
+    A Trainer runs steps, sums their losses and errors, and raises once it finds a loss or gradient
+    that is not finite. The loader makes batches, StepRunner runs steps eagerly or as CUDA graphs,
+    RunLog prints, and the callbacks of `train` and `evaluate` save or stop.
 
     Args:
-        opt: the settings; the Trainer reads the schedule, precision, tenCrop and the optimizer's.
-        model: maps (N, 3, H, W) to logits (N, C); moved to `device`, channels last, in our dtype.
-        world, shard: all processes, and this one's part of each batch; None for a single process.
-        capturer: captures steps as CUDA graphs (engine/cuda_graph.py); None runs all eagerly.
+        opt: the settings; reads epochNumber, tenCrop, precision, and the LR and optimizer flags.
+        model: maps (N, 3, H, W) to logits (N, C); moved to `device` and `precision`, channels last.
+        world, shard: all processes, and this one's part of each batch; evaluation needs no shard.
+        capturer: captures steps as CUDA graphs (engine/cuda_graph.py); if None, steps run eagerly.
     """
 
     def __init__(
@@ -79,7 +78,8 @@ class Trainer:
         self._runner = StepRunner(self.world, shard, capturer, log.warn_once)
 
         self.metadata, self.results = Metadata({}, {}, []), Results()  # main.py sets metadata
-        self.epoch, self.step, self.global_step = opt.epochNumber, 0, 0  # steps done in the epoch
+        # Steps done: `step` in the epoch, `global_step` in the run.
+        self.epoch, self.step, self.global_step = opt.epochNumber, 0, 0
         self.metrics, self._eval_metrics = Metrics(device), Metrics(device)
         self._start_epoch()
 
@@ -101,14 +101,14 @@ class Trainer:
         steps = len(loader.sampler)
         self._guard.start(self.global_step)
         progress = self.log.progress("train", self.epoch, steps, self.step, self.metrics)
-        begin = partial(self._begin_step, steps)
+        begin = partial(self._advance_step, steps)
         with progress, _name_batch_on_error(self.epoch, loader.sampler):
             for stats in self._runner.run(self._train_step, loader, self.epoch, self.step, begin):
                 # Time the steps only, not the callback, which may save a checkpoint.
                 self.data_s += stats.data_s
                 self.time_s += stats.time_s
-                # Before any read from the device: the callback raises if a process has died, while
-                # a read would wait forever for that process's gradients.
+                # Call it before any read from the device: it raises if a process has died; a read
+                # would wait forever for that process's gradients.
                 on_step_end()
                 # On a GPU the check waits for queued steps: run it only when a line is printed.
                 if self.device.type == "cpu" or progress.should_display():
@@ -127,10 +127,10 @@ class Trainer:
         }
 
     def _current_lr(self, steps: int) -> float:
-        """Return the LR of the latest step begun (at first, of step 1) in an epoch of `steps`."""
+        """Return the LR of step `self.step`, or of step 1 if none has begun; `steps` per epoch."""
         return self.schedule.lr(self.epoch, max(self.step, 1), steps)
 
-    def _begin_step(self, steps: int) -> None:
+    def _advance_step(self, steps: int) -> None:
         """Count a step and set its learning rate, in Python, outside of a captured graph."""
         self.step += 1
         self.global_step += 1
@@ -148,16 +148,16 @@ class Trainer:
         with autocast(self.device, self.precision):
             logits, loss = self._loss(images, targets)
 
-        # Shards may differ in size. Weighted, the mean of their gradients is the global batch's.
+        # Shards may differ in size: weight the losses to get the global batch's mean gradient.
         weighted = loss * self.shard.loss_weight if self.shard else loss
         scales_loss = self.scaler.is_enabled()
         if scales_loss:
-            # GradScaler skips an update only if a gradient is not finite. Once a loss is not finite
+            # GradScaler skips an update only if a gradient is not finite. After a non-finite loss,
             # found_inf is 1, and dividing by 1 - 1 = 0 makes every gradient non-finite.
             self._guard.record_nonfinite(~torch.isfinite(loss.detach()))
             weighted = self.scaler.scale(weighted / (1 - self._guard.found_inf))
 
-        # Backward; average gradients over processes; are all losses, all gradients finite?
+        # Backward; average gradients over processes; test all losses and gradients for NaN and inf.
         weighted.backward()
         finite_loss, finite_gradients = self._reducer.reduce(loss)
 
@@ -241,7 +241,8 @@ class Trainer:
     def state_dict(self) -> dict:
         """Return all that an exact resume needs, as plain values and tensors.
 
-        All processes call it at one step, since it sums over them. Entries: checkpoint_schema.py.
+        All processes must call it at the same step: it sums over them. Entries:
+        fileio/checkpoint_schema.py.
         """
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -293,5 +294,5 @@ def _name_batch_on_error(epoch: int, sampler) -> Iterator[None]:
 
 def mean_over_crops(logits: Tensor, num_crops: int) -> Tensor:
     """Average (N * num_crops, C) logits over the crops of each image: (N, C)."""
-    # The mean ranks classes as fb.resnet.torch's sum does, and cross entropy applies to it.
+    # fb.resnet.torch sums over crops; the mean ranks classes alike and has a cross entropy.
     return logits.unflatten(0, (-1, num_crops)).mean(dim=1)

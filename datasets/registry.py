@@ -23,7 +23,7 @@ class Dataset:
     image_size: int  # height and width in pixels; the default if the size can be chosen
     num_classes: int | None = None  # default of a generated dataset; None if only the data tells
     num_images: tuple[int, int] | None = None  # training and test; None if only the data tells
-    statistics: Statistics | None = None  # published; None: computed from the training images
+    statistics: Statistics | None = None  # published, per channel; None: computed from the images
     flip: bool = True  # a mirrored image still shows its class
     augment: bool = True  # default of `--augment`
     valid_size: int = 0  # default of `--validSize`

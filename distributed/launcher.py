@@ -25,9 +25,9 @@ class ProcessInfo:
     """Describe one process of a run."""
 
     rank: int = 0  # over all machines; rank 0 prints and writes
-    size: int = 1
+    size: int = 1  # number of processes on all machines
     local_rank: int = 0  # on this machine; also the index of its GPU
-    local_size: int = 1
+    local_size: int = 1  # number of processes on this machine
     has_launcher: bool = False  # a launcher started it, alone or with others
     restarted: bool = False  # a launcher restarted it automatically after a failure
 

@@ -136,7 +136,7 @@ class PeerMonitor:
         return PeerError(f"{what} ({first_line(error)})", RERUN_HINT, lost=lost)
 
     def _address(self, rank: int) -> tuple[str, int]:
-        return tuple(json.loads(self._store.get(f"who/{rank}")))
+        return tuple(json.loads(self._store.get(f"address/{rank}")))
 
     def _has_exited(self, rank: int) -> bool:
         """Return whether a process of this machine has exited; False for other machines."""

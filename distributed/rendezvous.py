@@ -1,4 +1,4 @@
-"""Let the processes of a run meet, and compute the code version that all must have."""
+"""Connect the processes of a run, and compute the code version that all must have."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def init_process_group(process: ProcessInfo, device: torch.device, timeout_s: fl
             raise UsageError(f"port {port} is in use", fix) from error
         what = f"the {process.size} processes cannot connect: {reason}"
         raise PeerError(what, RERUN_HINT) from error
-    store.set(f"who/{process.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+    store.set(f"address/{process.rank}", json.dumps([socket.gethostname(), os.getpid()]))
     monitor = PeerMonitor(process, store, heartbeat_group=groups[1], timeout_s=timeout_s)
     return World(process, groups[0], monitor, timeout_s)
 

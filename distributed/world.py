@@ -62,7 +62,7 @@ class World:
         pack: Callable[[object], bytes] = bytes,
         unpack: Callable[[bytes], object] = bytes,
     ) -> object:
-        """Call `fn` on rank 0; return its result, which `pack` makes bytes, on every rank."""
+        """Call `fn` on rank 0; return its result on all, sent as bytes by `pack` and `unpack`."""
         if not self.is_rank0:
             return unpack(self._broadcast_bytes(0, b""))
         self.monitor.expect_collective(False)  # fn may take long

@@ -43,7 +43,8 @@ def atomic_open(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         sync_directory(path.parent)
     except BaseException as error:
-        _remove(temporary)
+        with contextlib.suppress(OSError):  # on a failing disk the next start removes it
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise storage_error(error, path, size) from error
         raise
@@ -76,11 +77,6 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # on a failing disk the next start removes it
-        path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict:

@@ -13,7 +13,8 @@ SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
 
 def is_plain(value: object) -> bool:
     """Accept None, a bool, number or string, or a flat list of these."""
-    return all(map(_is_scalar, value if isinstance(value, list | tuple) else [value]))
+    items = value if isinstance(value, list | tuple) else [value]
+    return all(map(_is_scalar, items))
 
 
 def _is_scalar(value: object) -> bool:

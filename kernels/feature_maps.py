@@ -1,4 +1,4 @@
-"""Define the operands of the kernels: feature maps with statistics and gradient, and norms."""
+"""Define the kernels' arguments: feature maps with statistics and gradient, norm parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class FeatureMaps:
     """Hold feature maps, the statistics of their channels, and their gradient so far.
 
     The backward of a batch norm needs sums over the whole batch. All batch norms that read these
-    maps share mean and rstd: each adds scale * dz to `grad` at once, and its sums to the
+    maps share mean and rstd: each adds scale * dz to `grad` right away, and its sums to the
     corrections. After the last one the complete gradient (docs/memory.md, "Deferred correction") is
 
         grad - mean_correction - (value - mean) * rstd * var_correction

@@ -1,4 +1,4 @@
-"""Backward kernels: each program handles one split (block of rows) of a block of input channels.
+"""Run the backward operations: a program handles one split (block of rows) of a channel block.
 
 It recomputes Z, computes dz, the gradient of the norm's output, adds scale * dz to `grad`, and
 stores its sums over rows: dbeta, dgamma and dweight. `reduce_partials` adds these partial sums in

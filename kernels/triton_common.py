@@ -2,12 +2,12 @@
 
 A kernel sees feature maps (N, H, W, C) as a matrix of M = N * H * W rows (pixels), each with C
 contiguous channels. Z = relu(norm(value)), (M, C), is the input of every convolution and pooling:
-kernels compute it from the tile that they load and never write it. Parameters that kernels share,
-with strides in elements:
+kernels compute Z tile by tile and never write it to memory. Parameters that kernels share, with
+strides in elements:
 
     value, value_stride        input maps (M, C), and their row stride
     grad, grad_stride          gradient of value, accumulated in backward, and its row stride
-    target, target_stride      output, (M, F) of a convolution, and its row stride
+    target, target_stride      output, such as (M, F) of a convolution, and its row stride
     norm_mean, norm_rstd, ...  (C,): mean, rstd = 1 / sqrt(var + eps), weight and bias of the norm
     weight, weight_f, _y, _x   convolution weight (F, C, h, w), and its strides along F, h and w
     WEIGHT_C, WEIGHT_VECTOR    its stride along C; input channels that a thread may load at once
@@ -15,13 +15,13 @@ with strides in elements:
     threshold, keep_scale      p * 2^24 and 1 / (1 - p) for a dropout rate of p
     first_row                  index of row 0 in the global batch
     num_rows, channels, out_channels  M, C and F: pixels, input and output channels
-    rows, c, f                 indices along M, C and F of a tile
+    rows, c, f                 indices of a tile along M, C and F
     inside                     mask of the indices that exist: rows < M, or c < C
     split, partial             index of a block of rows; (splits, ...) float32 results to combine
     ROWS, CHANNELS, OUT_CHANNELS  tile sizes along M, C and F: see kernels/tiling.py
-    VECTOR, TARGET_VECTOR      channels that a thread may move at once: of value, grad; of target, d
-    PRECISION                  how tl.dot multiplies float32: "tf32", "tf32x3", or "interpreted",
-                               which is float32 for all dtypes, in Triton's interpreter
+    VECTOR, TARGET_VECTOR      channels per load: of value, grad; of target and, in backward, d
+    PRECISION                  tl.dot on float32: "tf32" or "tf32x3"; in Triton's interpreter
+                               "interpreted", which converts every dtype to float32
 """
 
 import inspect
@@ -51,7 +51,7 @@ def kernel(function: Callable) -> Callable:
     """Compile with `triton.jit`, one variant per set of constexprs and dtypes.
 
     By default Triton also specialises on arguments that are 1 or multiples of 16. Channel counts
-    grow by k per layer: a network would compile dozens of variants, for minutes.
+    grow by k per layer, so a network would spend minutes compiling dozens of variants.
     """
     names = [
         name
@@ -63,7 +63,7 @@ def kernel(function: Callable) -> Callable:
 
 @triton.jit
 def tile_pointers(pointer, rows, stride, columns, VECTOR: tl.constexpr):
-    """Return pointers to a (rows, columns) tile, in which each VECTOR columns must be aligned."""
+    """Return pointers to a (rows, columns) tile whose groups of VECTOR columns must be aligned."""
     # 64 bits: rows * stride exceeds an int32 in large batches.
     pointers = pointer + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     size: tl.constexpr = VECTOR * pointer.dtype.element_ty.primitive_bitwidth // 8
@@ -72,7 +72,7 @@ def tile_pointers(pointer, rows, stride, columns, VECTOR: tl.constexpr):
 
 @triton.jit
 def tile_mask(rows, columns, VECTOR: tl.constexpr):
-    """Combine row and column masks; each VECTOR columns must have equal masks."""
+    """Combine row and column masks, which must be equal within each group of VECTOR columns."""
     return tl.max_constancy(rows[:, None] & columns[None, :], [1, VECTOR])
 
 
@@ -86,7 +86,7 @@ def affine(mean, rstd, weight, bias, c, inside):
 
 @triton.jit
 def normalise(value, scale, shift):
-    """Return value, (ROWS, CHANNELS), * scale + shift, (CHANNELS,) each, in float32."""
+    """Return value * scale + shift in float32; value (ROWS, CHANNELS), the others (CHANNELS,)."""
     return value.to(tl.float32) * scale[None, :] + shift[None, :]
 
 
@@ -137,7 +137,7 @@ def apply_dropout(x, rows, columns, num_columns, seed, layer_id, first_row, thre
 
 @triton.jit
 def shifted_mask(rows, inside, dy, dx, height, width):
-    """Return `inside` where the pixel (dy, dx) from a row's is in its image; shapes broadcast."""
+    """Return `inside`, but False where the pixel at offset (dy, dx) is outside the row's image."""
     y = rows // width % height + dy
     x = rows % width + dx
     return inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)

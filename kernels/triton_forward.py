@@ -1,4 +1,4 @@
-"""Forward kernels: copy, convolutions and pooling; all but the pooling give channel statistics.
+"""Run the forward operations: copy, convolutions, pooling; all but pooling compute statistics.
 
 Each program stores the mean and M2 (sum of squared deviations) of the tile that it wrote.
 `reduce_stats` combines all tiles in a fixed order, so that every run gives the same bits; atomic
@@ -24,7 +24,7 @@ from kernels.triton_common import (
 
 @triton.jit
 def store_stats(value, partial, split, inside, c, channels):
-    """Store mean and M2 of value's rows `inside`, (ROWS, CHANNELS), in partial, (splits, 2, C)."""
+    """Store mean and M2 of rows `inside` of value (ROWS, CHANNELS) in partial (splits, 2, C)."""
     count = tl.sum(inside.to(tl.float32), 0)
     mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / count
     deviation = tl.where(inside[:, None], value - mean[None, :], 0.0)
@@ -38,7 +38,7 @@ def copy_with_stats(
     value, target, target_stride, partial, num_rows, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Copy value, (M, C) and contiguous, to target: program (i, j) row block i, channel block j."""
+    """Copy contiguous value, (M, C), to target: program (i, j) copies row block i, channels j."""
     split = tl.program_id(0)
     rows = split * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -80,7 +80,7 @@ def conv1x1(
     """Compute target (M, F) = dropout(Z W^T), with Z (M, C) and W (F, C).
 
     A program computes a (ROWS, OUT_CHANNELS) tile. Consecutive programs read the same rows, which
-    stay in the cache. Height, width, weight_y and weight_x are unused: conv3x3 needs them.
+    stay in the cache. It ignores height, width, weight_y and weight_x, which only conv3x3 needs.
     """
     blocks = tl.cdiv(out_channels, OUT_CHANNELS)
     split = tl.program_id(0) // blocks
@@ -203,7 +203,7 @@ def norm_relu_avg_pool(
     height, width, num_rows, channels, window_h, window_w, num_outputs,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Compute target, (num_outputs, C) and contiguous, = avg_pool2d(Z, window).
+    """Compute avg_pool2d(Z, window) into target, a contiguous (num_outputs, C).
 
     Image rows and columns that do not fill a window are dropped. Program (i, j) computes block i of
     ROWS output pixels in channel block j, and reads PIXELS input pixels of each window at a time.
@@ -211,7 +211,7 @@ def norm_relu_avg_pool(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
-    # Index, as a row of `value`, of each window's top left pixel.
+    # The row of `value` that holds each window's top left pixel.
     out_h, out_w, area = height // window_h, width // window_w, window_h * window_w
     top = rows // (out_h * out_w) * height + rows // out_w % out_h * window_h
     corner = top * width + rows % out_w * window_w

@@ -6,7 +6,7 @@
 | 1            | every ReLU output: quadratic in depth; backward recomputes concatenations     |
 | 2, 3, 4      | linear in depth: models/memory_efficient.py runs it, with the same parameters |
 
-Every level computes the same function and has the same state dict; level 0 is the reference.
+Every level computes the same function with the same state dict; tests compare all with level 0.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -57,7 +57,7 @@ class DenseLayer(nn.Module):
         """Return k new channels, (N, k, H, W); `dropouts[i]` is applied after convolution i."""
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
             x = conv(F.relu(norm(x), self.inplace))
-            # Parity: as in Lua, dropout also after the 1x1 convolution; most ports omit it.
+            # Parity: Lua applies dropout after the 1x1 convolution too; most ports omit it.
             x = apply_dropout(x, dropouts[i] if dropouts else None, self.inplace)
         return x
 
@@ -100,7 +100,7 @@ class DenseBlock(nn.ModuleDict):
         return [norm for layer in self.values() for norm in layer.norms]
 
     def layer_offset(self, i: int) -> int:
-        """Return the index of the first channel that layer i writes: it reads those below."""
+        """Return C_i, the number of channels that layer i reads; it writes the k after them."""
         return self.channels + i * self.growth_rate
 
     def draw_seed(self, device: torch.device) -> Tensor | None:
@@ -108,7 +108,7 @@ class DenseBlock(nn.ModuleDict):
         return draw_seed(device) if self.drop_rate > 0 and self.training else None
 
     def dropouts(self, seed: Tensor | None, i: int) -> tuple[DropoutSpec, DropoutSpec] | None:
-        """Return a DropoutSpec for either convolution of layer i; None if `seed` is None."""
+        """Return a DropoutSpec for each convolution of layer i; None if `seed` is None."""
         if seed is None:
             return None
         offset = sample_offset(self.shard)  # index of this process's first image in the batch
@@ -185,7 +185,7 @@ class DropoutAvgPool(torch.autograd.Function):
 
 
 def apply_dropout(x: Tensor, dropout: DropoutSpec | None, inplace: bool) -> Tensor:
-    """Multiply x, (N, C, H, W), by the mask, 0 or 1 / (1 - rate); no dropout: return x."""
+    """Multiply x, (N, C, H, W), by the mask, 0 or 1 / (1 - rate); return x if no dropout."""
     if dropout is None:
         return x
     # Masks are defined in the order (N, H, W, C), which is the kernels' layout.

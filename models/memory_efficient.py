@@ -11,14 +11,14 @@ Forward, on tensors (N, H, W, C):
 - The *readers* of a channel are the later layers and the epilogue: each begins with a batch norm.
   A channel's mean and variance serve all its readers; they are computed once, when it is written.
 - The *backend* (kernels/backend.py: plain PyTorch or Triton) computes batch norm, ReLU and
-  convolution in one operation, tile by tile: outputs of batch norm and ReLU are never stored.
+  convolution in one operation, tile by tile: it keeps no output of batch norm or ReLU.
 - *Bottleneck maps*, the outputs of 1x1 convolutions, have buffers of their own.
 
 Backward, with a buffer G for the gradient of X:
-- If dz is the gradient of a batch norm's output, that of its input x is gamma rstd (dz - mean(dz)
-  - mean(dz xhat) xhat), with xhat the normalised x. Each reader adds gamma rstd dz to G and the two
-  means, times gamma rstd, to the channel's *corrections*. After the last reader, subtracting
-  mean_correction + var_correction xhat, once for all readers, *completes* G of the channel.
+- A batch norm turns its output's gradient dz into gamma rstd (dz - mean(dz) - mean(dz xhat) xhat),
+  with xhat the normalised input. Each reader adds gamma rstd dz to G, and gamma rstd times the two
+  means to the channel's *corrections*. After its last reader, a channel's gradient is
+  G - mean_correction - var_correction xhat: computing it *completes* G of the channel.
 - Order: (1) Level 4 recomputes X. (2) The epilogue writes G. (3) Each layer, last to first,
   completes G of the k channels that it wrote and adds to G of the C_i channels that it read.
   (4) G of the block's input is completed and returned.
@@ -29,9 +29,9 @@ Backward, with a buffer G for the gradient of X:
 | 3            | X                                          | as 2, and bottleneck maps |
 | 4            | the block's input                          | as 3, and X               |
 
-Not supported: batch norms that are frozen, replaced or unequal in settings, and gradients in
-evaluation; such blocks run as plain modules (see `can_run`). Hooks of modules inside a block are
-not called. Second derivatives, forward-mode derivatives and torch.func transforms raise an error.
+A block runs as plain modules (see `can_run`) if its batch norms are frozen, replaced or differ in
+settings, or if evaluation needs gradients. Not supported: hooks of modules inside a block are not
+called. Second derivatives, forward-mode derivatives and torch.func transforms raise an error.
 Gradients are computed for all parameters, also for those with requires_grad=False.
 """
 
@@ -55,7 +55,7 @@ MEMORY_EFFICIENT_LEVELS = (2, 3, 4)
 
 @dataclass(frozen=True)
 class BlockEpilogue:
-    """Name the modules after a block: batch norm, ReLU, then average pooling or 1x1 convolution."""
+    """Hold the modules after a block: batch norm, ReLU, then average pooling or 1x1 convolution."""
 
     norm: nn.BatchNorm2d
     window: tuple[int, int] | None = None  # (height, width) of the pooling; None with a convolution
@@ -72,8 +72,8 @@ class _BlockSpec:
     eps: float  # the value that all batch norms share
     window: tuple[int, int] | None  # of the epilogue's pooling
     dtype: torch.dtype  # of the feature maps
-    # This process's part of the batch with `--syncBN`, else None. With it, a channel's statistics
-    # are all-reduced when it is written, its corrections after its last reader.
+    # This process's part of the batch with `--syncBN`, else None. If set, processes all-reduce the
+    # statistics of new channels at once, and a channel's corrections after its last reader.
     shard: BatchShard | None
 
     def new_buffer(self, channels: int, x: Tensor) -> Tensor:
@@ -98,20 +98,20 @@ class _NormConv(NamedTuple):
 
 
 def _split(block: DenseBlock, parameters: Sequence[Tensor | None]) -> list[list[_NormConv]]:
-    """Group (norm weight, norm bias, conv weight) triples by layer; the last is the epilogue's."""
-    pairs = [_NormConv(*parameters[i : i + 3]) for i in range(0, len(parameters), 3)]
+    """Group parameters into a `_NormConv` list for each layer, and a last one for the epilogue."""
+    units = [_NormConv(*parameters[i : i + 3]) for i in range(0, len(parameters), 3)]
     size = 2 if block.width else 1
-    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [units[i : i + size] for i in range(0, len(units), size)]
 
 
 def can_run(block: DenseBlock, reader: nn.Module) -> bool:
-    """Return whether `run_dense_block` gives the result of the modules in their current state.
+    """Return whether `run_dense_block` computes what the modules, as they are now, would compute.
 
-    All batch norms need equal eps and momentum and the mode of the block; in evaluation mode there
-    is no backward.
+    All batch norms must share eps and momentum and be in the block's mode; evaluation must run
+    without gradients.
 
     Args:
-        reader: the module after the block; it must be a `BatchNorm` to begin an epilogue.
+        reader: the module after the block; the result is False unless it is a `BatchNorm`.
     """
     norms = [*block.norms, reader]
     # The exact type: other classes compute something else (SyncBatchNorm, quantised, parametrised).
@@ -140,7 +140,7 @@ def run_dense_block(
         (N, C', H', W'), the pooled or convolved maps, channels last in memory.
 
     Raises:
-        ValueError: in training, one value per channel in the whole batch: it has no variance.
+        ValueError: in training, each channel has one value in the whole batch, so no variance.
     """
     norms = [*block.norms, epilogue.norm]
     shard = norms[0].shard
@@ -297,7 +297,7 @@ def _layer_backward(
     source, new = features.channels(0, start), features.channels(start, end)
     dropout1, dropout2 = spec.block.dropouts(seed, i) or (None, None)
 
-    # All readers of `new` are done: conv3x3_backward completes G of `new` as it loads it.
+    # All readers of `new` are done: conv3x3_backward first completes G of `new`.
     all_reduce_corrections(spec.shard, new)
     if bottleneck is None:
         dconv, dweight, dbias = ops.conv3x3_backward(

@@ -4,8 +4,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-# Layers per block of the ImageNet networks: paper Table 1; 264 and 232 are in no table of the
-# authors, see docs/parity.md.
+# Layers per block of the ImageNet networks: paper, Table 1; for 264 and 232 see docs/parity.md.
 DENSENET_STAGES = {
     121: (6, 12, 24, 16),
     161: (6, 12, 36, 24),
@@ -23,7 +22,7 @@ RESNET_STAGES = {
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
 }
-# Flags that only dense blocks read, with the values that other networks record for them.
+# Flags that only dense blocks read -> their values in the settings of other networks.
 DENSE_BLOCK_FLAGS = {
     "optMemory": None,
     "shareGradInput": False,
@@ -38,30 +37,22 @@ DENSE_BLOCK_FLAGS = {
 
 
 @dataclass(frozen=True)
-class TrainingDefaults:
-    """Hold the defaults of `--nEpochs` and `--batchSize`."""
-
-    num_epochs: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
 class Architecture:
-    """Describe a network and its flags. Pairs are values for (CIFAR shape, ImageNet shape)."""
+    """Describe a network and its flags. Pairs: (CIFAR shape, up to 64 pixels; ImageNet shape)."""
 
     name: str
     title: str  # the paper's name
     network: str  # "module:class" in this package
-    arguments: dict[str, str]  # of the class -> setting; without `num_classes` and `ops`
+    arguments: dict[str, str]  # argument of the class -> setting, but `num_classes`, `ops`
     depths: tuple[int, int]  # defaults of `--depth`
     imagenet_stages: dict[int, tuple[int, ...]]  # depth -> layers or blocks of each stage
     extra_layers: int  # of the CIFAR shape, outside of its three stages
     layers_per_block: tuple[int, int]  # of the CIFAR shape, (without, with) a bottleneck
-    training_defaults: tuple[TrainingDefaults, TrainingDefaults]
-    milestones: tuple[tuple[int, int], ...]  # of the CIFAR shape, fractions a/b of all epochs
+    training_defaults: tuple[tuple[int, int], tuple[int, int]]  # (`--nEpochs`, `--batchSize`)
+    milestones: tuple[tuple[int, int], ...]  # of the CIFAR shape: (a, b) is epoch a / b * nEpochs
     unused_flags: dict[str, object]  # flags that the network does not read -> values recorded
     # Depths of the ImageNet shape with other defaults, and with growth rate 48 instead of 32.
-    large_training_defaults: dict[int, TrainingDefaults] = field(default_factory=dict)
+    large_training_defaults: dict[int, tuple[int, int]] = field(default_factory=dict)
     wide_depths: tuple[int, ...] = ()
     # Depths of the ImageNet shape without bottlenecks; None if `--bottleneck` decides.
     basic_depths: tuple[int, ...] | None = None
@@ -76,8 +67,8 @@ class Architecture:
         module, name = self.network.split(":")
         return getattr(importlib.import_module(f"models.{module}"), name)
 
-    def defaults_for(self, is_imagenet: bool, depth: int) -> TrainingDefaults:
-        """Return the training defaults of a shape and depth."""
+    def training_defaults_for(self, is_imagenet: bool, depth: int) -> tuple[int, int]:
+        """Return the number of epochs and the batch size of a shape and depth."""
         own = self.large_training_defaults if is_imagenet else {}
         return own.get(depth, self.training_defaults[is_imagenet])
 
@@ -102,7 +93,7 @@ _RESNET = Architecture(
     imagenet_stages=RESNET_STAGES,
     extra_layers=2,
     layers_per_block=(2, 3),
-    training_defaults=(TrainingDefaults(164, 64), TrainingDefaults(90, 256)),
+    training_defaults=((164, 64), (90, 256)),
     milestones=((81, 164), (122, 164)),
     unused_flags={"bottleneck": None} | DENSE_BLOCK_FLAGS,
     basic_depths=(18, 34),
@@ -120,9 +111,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             imagenet_stages=DENSENET_STAGES,
             extra_layers=4,
             layers_per_block=(1, 2),
-            training_defaults=(TrainingDefaults(300, 64), TrainingDefaults(90, 256)),
-            # Paper, section 4.2: smaller batches and ten epochs more, to fit GPU memory.
-            large_training_defaults={161: TrainingDefaults(100, 128)},
+            training_defaults=((300, 64), (90, 256)),
+            # Paper, section 4.2: batch 128 to fit GPU memory, and ten more epochs.
+            large_training_defaults={161: (100, 128)},
             milestones=((1, 2), (3, 4)),
             unused_flags={"shortcutType": None},
             wide_depths=(161, 232),

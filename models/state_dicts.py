@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from errors import CheckpointError
 from models import lua_weights
 
+# In old torchvision files, `...denselayer1.norm.1.weight` for `...denselayer1.norm1.weight`.
+_OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+
 
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], reset_classifier: bool = False
@@ -23,7 +26,7 @@ def load_weights(
     """
     if lua_weights.is_lua(weights):
         weights = lua_weights.to_model_names(weights, model)
-    weights = {_upgrade_key(name): tensor for name, tensor in weights.items()}
+    weights = {_OLD_KEY.sub(r"\1\2", name): tensor for name, tensor in weights.items()}
     expected, classifier = model.state_dict(), _classifier_prefix(model)
     if reset_classifier:
         weights |= {name: expected[name] for name in expected if name.startswith(classifier)}
@@ -55,8 +58,3 @@ def _classifier_prefix(model: nn.Module) -> str:
     """Return the prefix of the classifier's tensors, `classifier.` or `fc.`."""
     (name,) = (name for name, module in model.named_modules() if module is model.classifier)
     return f"{name}."
-
-
-def _upgrade_key(name: str) -> str:
-    """Rename `...denselayer1.norm.1.weight` to `...denselayer1.norm1.weight`."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)

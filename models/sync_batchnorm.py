@@ -80,7 +80,7 @@ class BatchNorm(nn.BatchNorm2d):
         """Return a tensor of the shape of x, (N, C, H, W).
 
         Raises:
-            ValueError: in training, one value per channel in the whole batch: it has no variance.
+            ValueError: in training, each channel has one value in the whole batch, so no variance.
         """
         if self.shard is None or not self.training:
             return super().forward(x)

@@ -28,7 +28,7 @@ FLAGS = (
 )
 COLUMNS = ("image", "rank", "class", "percent")
 TOOL = cli.Tool(
-    __doc__ + sources.SOURCES, FLAGS, "image after the checkpoint", least=2, main_flags=True
+    f"{__doc__}{sources.SOURCES}", FLAGS, "image after the checkpoint", least=2, main_flags=True
 )
 parse = TOOL.parse
 

@@ -1,4 +1,4 @@
-"""Read the command lines of the tools, and run a tool: help, errors and exit codes."""
+"""Parse a tool's command line and run the tool: print help and errors, return the exit code."""
 
 import signal
 import sys
@@ -28,11 +28,11 @@ class Command(NamedTuple):
 class Tool:
     """Describe a tool: its help, its flags, and what else its command line takes."""
 
-    usage: str  # what `--help` shows above the flags: the tool's docstring
+    usage: str | None  # what `--help` shows above the flags: the tool's docstring
     flags: tuple[Flag, ...] = ()
-    arguments: str = ""  # what errors call a positional argument; "": the tool takes none
-    least: int = 1  # positional arguments that are required
-    main_flags: bool = False  # accept main.py's flags too, unchecked, but for the tool's own names
+    arguments: str = ""  # name of a positional argument in errors; "": the tool takes none
+    least: int = 1  # fewest positional arguments allowed
+    main_flags: bool = False  # also accept main.py's flags, unchecked, unless the tool has its own
 
     def parse(self, argv: list[str]) -> Command:
         """Parse a command line, or raise UsageError with every problem of the tool's flags."""
@@ -58,7 +58,7 @@ class Tool:
             if {"-h", "-help", "--help"} & set(argv):
                 own = {"Options": list(self.flags)} if self.flags else {}
                 groups = own | (opts.GROUPS if self.main_flags else {})
-                print(help_text(self.usage.rstrip(), groups))
+                print(help_text((self.usage or "").rstrip(), groups))  # none with python -OO
             else:
                 code = function(argv) or 0
             print(end="", flush=True)

@@ -35,7 +35,7 @@ FLAGS = (
     network.OVERWRITE,
 )
 TOOL = cli.Tool(
-    __doc__ + sources.SOURCES, FLAGS, "image after the checkpoint", least=2, main_flags=True
+    f"{__doc__}{sources.SOURCES}", FLAGS, "image after the checkpoint", least=2, main_flags=True
 )
 parse = TOOL.parse
 
