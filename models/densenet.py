@@ -148,7 +148,9 @@ class Transition(nn.Sequential):
         reads = {"conv": self.conv} if has_dropout else {"window": (2, 2)}
         epilogue = memory_efficient.BlockEpilogue(self.norm, **reads)
         x = memory_efficient.run_dense_block(block, epilogue, x, ops, level)
-        if not has_dropout:
-            return self.conv(x)
+        return self._dropout_avg_pool(x) if has_dropout else self.conv(x)
+
+    def _dropout_avg_pool(self, x: Tensor) -> Tensor:
+        """Return (N, C, H // 2, W // 2), and keep no feature maps for backward."""
         dropout = self.drop.draw(x.device)
         return DropoutAvgPool.apply(x, dropout) if dropout else self.pool(x)

@@ -71,7 +71,7 @@ def test_settings_stop_at_the_door_of_a_package(package):
     assert inside <= doors
 
 
-def test_the_launcher_alone_reads_what_a_launcher_says():
+def test_launcher_py_alone_reads_the_launchers_variables():
     readers = {name(path) for path in SOURCES if re.search(LAUNCHER, path.read_text())}
     assert readers == {"distributed/launcher.py"}
 

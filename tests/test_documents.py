@@ -22,7 +22,7 @@ MISTAKEN = "python main.py --dataset cifar --depth 41"
 
 
 @pytest.mark.parametrize("path", project_files("*.md"), ids=lambda path: path.name)
-def test_what_a_document_names_exists(path):
+def test_every_name_in_a_document_exists(path):
     assert missing(path.read_text(), path.parent) == []
 
 

@@ -225,7 +225,7 @@ def test_a_problem_in_a_file_is_shown_with_its_line(tmp_path):
     assert what == f"config: a config file cannot name another ({tmp_path / 'c.yaml'}, line 2)"
 
 
-# What is refused:
+# Refusals:
 def test_every_problem_is_reported_at_once(tmp_path):
     bad = config(tmp_path, "depth: 41\nLR: -1\nLR: 2\nprecison: half\ntf32: true\nd1: 6\n")
     problems = refused(f"{bad} --growthrate 12 --precision half --testOnly true 7")

@@ -103,7 +103,7 @@ def test_svhn_is_read_from_its_files_to_the_last_pixel(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("label", [10, -1])
-def test_a_label_that_is_no_class_is_refused(tmp_path, monkeypatch, label):
+def test_a_label_outside_the_classes_is_refused(tmp_path, monkeypatch, label):
     write_cifar(tmp_path, monkeypatch, "cifar10", (TRAIN[0], [label, *TRAIN[1][1:]]), TEST)
     line = error_line(create, tmp_path, "cifar10")
     assert f"training label {label} is not a class from 0 to 9" in line

@@ -220,7 +220,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_any_start(samples, l
     )
 
 
-def test_what_is_random_belongs_to_seed_epoch_and_image_and_not_to_the_batch(samples, loader):
+def test_random_draws_depend_on_seed_epoch_and_image_not_on_the_batch(samples, loader):
     def drawn(number=1, **more):
         read = epoch(loader(samples, draw, **more), number)
         images = torch.cat([images for images, _ in read])

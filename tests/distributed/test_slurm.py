@@ -86,8 +86,8 @@ def one_line(result: SimpleNamespace, code: int, *words: str) -> None:
     assert all(word in line for word in words), line
 
 
-# What is started:
-def test_every_node_gets_a_torchrun_that_meets_the_others_on_the_first(slurm):
+# Processes started:
+def test_every_node_runs_a_torchrun_that_joins_the_first_nodes(slurm):
     assert slurm.run("exit 0", CONFIG, "--data", "/scratch/a b").code == 0
     words = slurm.calls("srun")
     command = words.index("-m")
@@ -128,7 +128,7 @@ def test_an_array_covers_every_config_with_every_seed(slurm, index):
         (CONFIGS, {"SEEDS": " "}, ["no seed"]),
     ],
 )
-def test_a_job_that_is_no_run_is_one_line(slurm, args, more, words):
+def test_a_job_without_a_run_gets_one_line(slurm, args, more, words):
     one_line(slurm.run("exit 0", *args, **{"SEEDS": "3 1 4"} | more), 2, *words)
     assert not slurm.calls("srun") and not slurm.calls("main.py")
 
@@ -232,19 +232,19 @@ def test_a_job_told_to_stop_passes_it_on_waits_and_is_requeued_once(slurm):
 HELD = 'until [[ -e "$LOG/{}" ]]; do sleep 0.01; done; say preempted 75; exit 1'
 
 
-def test_a_job_that_did_not_wait_for_its_step_would_judge_too_early(slurm, tmp_path):
+def test_a_job_that_does_not_wait_for_its_step_decides_too_early(slurm, tmp_path):
     text = SCRIPT.read_text()
     hasty = tmp_path / "hasty"
     hasty.write_text(text.replace("((!told))", "true"))
     assert hasty.read_text() != text
-    step = STEP.replace("sleep 0.1; say preempted 75; exit 1", HELD.format("judged"))
+    step = STEP.replace("sleep 0.1; say preempted 75; exit 1", HELD.format("decided"))
     process = tell(slurm, signal.SIGUSR1, step, script=hasty)
-    process.wait(timeout=300)  # the step is held until the script has judged
-    (slurm.log / "judged").touch()
+    process.wait(timeout=300)  # the step is held until the script has decided
+    (slurm.log / "decided").touch()
     assert "stopped and saved" not in slurm.finish(process).out
 
 
-def test_a_job_told_to_stop_before_its_run_has_said_anything_is_requeued(slurm):
+def test_a_job_stopped_before_its_run_prints_anything_is_requeued(slurm):
     step = """trap 'exit 1' USR1; touch "$LOG/began"; while sleep 0.1; do :; done"""
     result = told(slurm, signal.SIGUSR1, step)
     assert result.code == 75 and "before there was anything to save" in result.out

@@ -110,7 +110,7 @@ def test_a_workspace_that_the_user_chose_stays(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_peak_memory_of_a_process_is_what_the_kernel_says():
+def test_peak_memory_of_a_process_equals_the_kernels_figure():
     kib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
     peak = engine.device.peak_memory_mb(torch.device("cpu"))
     assert peak == pytest.approx(kib * 1024 / 1e6, rel=0.01)

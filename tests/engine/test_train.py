@@ -393,7 +393,7 @@ def test_a_gradient_that_is_not_finite_costs_half_precision_one_step(case):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("precision", "case"), STOPS)
-def test_what_is_not_finite_stops_in_its_step_before_it_touches_the_weights(precision, case, late):
+def test_a_nonfinite_step_stops_before_it_changes_the_weights(precision, case, late):
     trainer, batches, on_step_end, noted = inject_nonfinite(precision, case)
     if late:  # on a GPU the guard is read only when something is shown; until then steps go on
         trainer.check_finite = nothing

@@ -253,7 +253,7 @@ LONGER = {"nEpochs": 8}
         ({"optMemory": 4, "keep": 5}, {}, {"optMemory": 4, "keep": 5}, None),
     ],
 )  # fmt: skip
-def test_what_a_run_keeps_from_its_start(flags, saved, kept, note):
+def test_a_resumed_run_keeps_settings_of_its_start(flags, saved, kept, note):
     notes, state = [], state_of(**saved)
     opt, same, overrides = resume.merge_settings(given(**flags), state, notes.append)
     assert {name: getattr(opt, name) for name in kept} == kept

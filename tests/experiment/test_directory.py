@@ -164,7 +164,7 @@ def test_a_call_that_is_refused_before_it_begins_leaves_the_status_alone(tmp_pat
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "\0" * 10, "\xff"])
-def test_a_missing_or_damaged_status_is_no_status(tmp_path, text):
+def test_a_missing_or_damaged_status_reads_as_empty(tmp_path, text):
     if text is not None:
         (tmp_path / "status.json").write_text(text, encoding="latin-1")
     with RunDirectory(tmp_path) as directory:

@@ -84,7 +84,7 @@ CUT_OFF = [b'{"epoch": 3, "lr', b"{", b'{"epoch": 3}garbage', b"\0\0\0", b"\xff\
 
 
 @pytest.mark.parametrize("rest", CUT_OFF)
-def test_a_log_is_read_up_to_what_is_no_record_and_cut_back_to_where_a_run_goes_on(tmp_path, rest):
+def test_a_log_is_read_up_to_an_invalid_line_and_cut_where_a_run_resumes(tmp_path, rest):
     assert read_log(tmp_path) == []
     written(tmp_path, 1, 2)
     path = tmp_path / "log.jsonl"
@@ -98,7 +98,7 @@ def test_a_log_is_read_up_to_what_is_no_record_and_cut_back_to_where_a_run_goes_
     assert read_log(tmp_path) == [asdict(record(1))]
 
 
-def test_a_full_disk_for_the_log_alone_is_said_once_and_stops_nothing(tmp_path, capsys):
+def test_a_full_disk_for_the_log_alone_is_reported_once_and_stops_nothing(tmp_path, capsys):
     log = written(tmp_path)
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
@@ -121,7 +121,7 @@ def limited_file_size(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
 
-def test_a_line_that_a_full_disk_cut_off_spoils_no_later_one(tmp_path, capsys):
+def test_a_line_cut_by_a_full_disk_leaves_later_ones_whole(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")  # it would meet the limit as well
     log = written(tmp_path, 1)
     with limited_file_size((tmp_path / "log.jsonl").stat().st_size + 20):

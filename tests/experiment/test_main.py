@@ -48,7 +48,7 @@ def errors(record: dict, split: str = "val") -> tuple[float, float]:
     return round(record[f"{split}_top1"], 3), round(record[f"{split}_top5"], 3)
 
 
-# What a run leaves:
+# The files of a run:
 def test_a_run_directory_holds_the_run_its_last_and_its_best_model(complete):
     steps = {1: 3, 2: 6, 3: 9}
     names = {epoch: f"checkpoint_{step:09d}.pt" for epoch, step in steps.items()}
@@ -206,7 +206,7 @@ ANSWERS = {
 }  # fmt: skip
 
 
-def test_what_needs_no_torch_is_answered_without_it():
+def test_errors_that_need_no_torch_are_reported_without_it():
     """Run it in a process of its own, as a person starts it."""
     program = """if True:
         import sys, main
@@ -237,7 +237,7 @@ def test_a_traceback_is_shown_for_a_bug_and_on_request(tmp_path):
     assert loud.code == 2 and "Traceback" in loud.err and loud.err.endswith(quiet.err)
 
 
-def test_kernels_that_cannot_run_are_refused_and_notes_are_no_errors(tmp_path):
+def test_unusable_kernels_are_refused_and_notes_are_printed(tmp_path):
     pattern = r"kernels triton: there is no CUDA device; fix: use --kernels auto"
     refused(run(tiny(kernels="triton", save=tmp_path / "no")), 2, pattern)
     result = run([*tiny(nEpochs=1, save=tmp_path / "yes"), "-backend", "cudnn"])

@@ -168,7 +168,7 @@ def test_a_folder_of_images_resumes_alike_with_any_number_of_workers(photographs
     assert finish(forgetful, forget_position, **flags)["weights"] != want["weights"]
 
 
-# What is refused:
+# Refusals:
 def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
     for threads, remarked in ((1, False), (2, True)):
         argv = tiny(**RUN, resume=stopped_run, save=tmp_path / str(threads))
@@ -178,9 +178,7 @@ def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
         assert (note in result.err) == remarked
 
 
-def test_an_override_is_said_and_recorded_and_other_batches_start_the_epoch_again(
-    stopped_run, tmp_path
-):
+def test_an_override_is_printed_and_saved_and_new_batches_restart_the_epoch(stopped_run, tmp_path):
     before = saved(stopped_run)
     changes = {"LR": 0.01, "batchSize": 16}
     argv = tiny(**RUN | changes, resume=stopped_run, save=tmp_path)

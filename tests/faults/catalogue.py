@@ -60,7 +60,7 @@ class Fault:
         flags: of the run.
         verdict: what status.json says besides state and code; None: there need not be one.
         resumes: the run is one that was killed in its second epoch.
-        own_store: the processes meet at a store that ends with the first of them.
+        own_store: the processes rendezvous at a store that ends with rank 0.
     """
 
     name: str
@@ -212,8 +212,8 @@ TWO_PROCESSES = [
     Fault("SIGTERM again later to both", 59, batch(6), partial(send, *2 * [signal.SIGTERM]),
           (143, 143), 4, ANYTHING, ranks=BOTH,
           also=partial(sabotage.shorten, {"repeat a signal": 0})),
-    *(Fault(f"SIGTERM to process {rank} before they have met", 62,
-            calling("agree on a name of the start"), TERM, (75, 75), 1, stopped(signal.SIGTERM),
+    *(Fault(f"SIGTERM to process {rank} before they have connected", 62,
+            calling("agree on the attempt id"), TERM, (75, 75), 1, stopped(signal.SIGTERM),
             ranks=(rank,)) for rank in BOTH),
     *(Fault(f"loss not finite in step {k} of process {rank}", 56, before,
             partial(sabotage.nan_loss, k), (5, 5), step, not_finite(k), ranks=(rank,),
@@ -230,7 +230,7 @@ TWO_PROCESSES = [
     Fault("the process with the store killed", 65, batch(6), kill, step=4, own_store=True,
           **lost(0) | {"message": "the process that held the run together is lost .*; fix: "}),
     Fault("process 1 killed while process 0 finds the checkpoint", 65,
-          calling("share what the first process did"), kill, step=None,
+          calling("broadcast a result of rank 0"), kill, step=None,
           others=partial(sabotage.both, impatient, partial(at_call, hang, "find a checkpoint")),
           **lost(1)),
     *(Fault(f"process {rank} hangs in {what}", 66, moment, sabotage.stop, step=step,

@@ -47,12 +47,12 @@ class Elastic:
     """Run torchrun on one or two nodes; the steps are recorded in `directory` and held back there.
 
     Args:
-        host: the node at which the agents meet.
+        host: the node of the rendezvous.
         flags: of the run.
         processes: of each agent.
         keeps_store: the agent opens the store of the processes, and keeps it when it starts them
             again; no process can rejoin then.
-        port: at which the agents meet.
+        port: of the rendezvous.
     """
 
     def __init__(

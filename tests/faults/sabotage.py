@@ -25,12 +25,12 @@ from pathlib import Path
 HOOKS = {
     "run the program": ("main", "main"),
     "end the process": ("experiment.lifecycle", "_exit"),
-    "agree on a name of the start": ("distributed.rendezvous", "_attempt_id"),
+    "agree on the attempt id": ("distributed.rendezvous", "_attempt_id"),
     "hash the code": ("distributed.rendezvous", "code_version"),
-    "share what the first process did": ("distributed.world", "World.broadcast_result"),
+    "broadcast a result of rank 0": ("distributed.world", "World.broadcast_result"),
     "create the data": ("datasets.factory", "create"),
     "create the network": ("models.factory", "create"),
-    "make images up": ("datasets.synthetic", "_noisy"),
+    "generate images": ("datasets.synthetic", "_noisy"),
     "decode an image": ("datasets.file_loader", "decode"),
     "take a batch from memory": ("datasets.memory_loader", "MemoryLoader.make_batch"),
     "take a batch from the loader processes": ("datasets.file_loader", "FileLoader._on_device"),
@@ -42,7 +42,7 @@ HOOKS = {
     "train a batch": ("train", "Trainer._train_step"),
     "count a batch": ("engine.metrics", "Metrics.add"),
     "sum the gradients": ("engine.gradients", "GradientReducer.reduce"),
-    "choose eager or recorded steps": ("engine.cuda_graph", "make_capturer"),
+    "choose eager or captured steps": ("engine.cuda_graph", "make_capturer"),
     "save the end of an epoch": ("checkpoints", "CheckpointSaver.on_epoch_end"),
     "compute a loss": ("torch.nn.functional", "cross_entropy"),
     "compute the gradients": ("torch", "Tensor.backward"),
@@ -54,7 +54,7 @@ HOOKS = {
 # The time limits of the program that tests shorten: {of what: (module, name)}.
 LIMITS = {
     "end after a lost process": ("distributed.peer_monitor", "ABORT_GRACE_S"),
-    "meet": ("distributed.rendezvous", "RENDEZVOUS_TIMEOUT_S"),
+    "rendezvous": ("distributed.rendezvous", "RENDEZVOUS_TIMEOUT_S"),
     "stop while starting": ("distributed.signals", "STARTUP_TIMEOUT_S"),
     "repeat a signal": ("distributed.signals", "DUPLICATE_SIGNAL_S"),
     "wait for a loader process": ("datasets.file_loader", "WORKER_TIMEOUT_S"),
@@ -322,8 +322,8 @@ def environment(**values: str) -> None:
 
 
 def impatient() -> None:
-    """Give this process a second to meet others, or to end by itself."""
-    shorten({"end after a lost process": 1, "meet": 1, "stop while starting": 1})
+    """Give this process a second to join others, or to end by itself."""
+    shorten({"end after a lost process": 1, "rendezvous": 1, "stop while starting": 1})
 
 
 def nan_loss(k: int, phase: str = "train") -> None:

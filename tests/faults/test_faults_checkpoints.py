@@ -129,7 +129,7 @@ def signatures(directory: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_no_checkpoint_is_named_and_the_run_is_untouched(directory, newest, name):
+def test_an_invalid_checkpoint_is_named_and_the_run_is_untouched(directory, newest, name):
     make, pattern = ODD[name]
     newest.unlink()
     make(newest)

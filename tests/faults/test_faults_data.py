@@ -190,7 +190,7 @@ def test_a_loader_process_that_hangs_ends_the_run(root):
     refused(result, 3, r"loader process was killed or hung: .*timed out.*; fix: .*--nThreads")
 
 
-def test_what_was_saved_before_a_loader_process_died_is_intact(root):
+def test_a_checkpoint_from_before_a_loader_process_died_is_intact(root):
     argv = folder(root, nThreads=1, batchSize=1)
     directory, copy = root.parent / "run", root.parent / "copy"
     moments = [partial(at_batch, partial(shutil.copytree, directory, copy), 9),

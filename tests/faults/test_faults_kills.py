@@ -57,7 +57,7 @@ def test_a_kill_at_any_change_of_a_file_loses_nothing(reference, tmp_path):
         assert len(list(directory.glob("checkpoint_*.pt"))) == 2
 
 
-# What is kept can be resumed from.
+# A run resumes from the files that stay.
 
 
 def write_some(directory: Path, *steps: int, keep: int = 9, **more) -> None:
@@ -84,9 +84,7 @@ def test_a_damaged_checkpoint_does_not_push_out_one_that_can_be_resumed(tmp_path
     assert steps(tmp_path) == sorted([*damaged, *[12, 10, 8][:keep]], reverse=True)
 
 
-def test_what_another_process_wrote_is_read_once_and_what_this_one_wrote_never(
-    tmp_path, monkeypatch
-):
+def test_files_of_another_process_are_read_once_and_own_ones_never(tmp_path, monkeypatch):
     write_some(tmp_path, 2, 4)
     read, validated = [], {}
     is_valid = checkpoints.is_valid

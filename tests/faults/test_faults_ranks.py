@@ -65,7 +65,7 @@ def other_data() -> None:
 
         return other
 
-    replace("make images up", changed)
+    replace("generate images", changed)
 
 
 DIFFERS = r"{} differs between processes 0 and 1: "
@@ -110,9 +110,9 @@ def test_processes_that_do_not_come_are_missed(tmp_path):
 
 def test_a_signal_while_others_have_not_come_ends_a_process(tmp_path):
     """Test row 62."""
-    longer = partial(shorten, {"meet": 600})  # than after a signal
+    longer = partial(shorten, {"rendezvous": 600})  # than after a signal
     told = partial(at_call, partial(both, longer, partial(send, signal.SIGTERM)),
-                   "agree on a name of the start")  # fmt: skip
+                   "agree on the attempt id")  # fmt: skip
     sabotages = {0: partial(both, impatient, told), 1: partial(os._exit, 0)}
     assert call(tiny(**FLAGS, save=tmp_path / "run"), 2, sabotages)[0].code == 75
     assert not (tmp_path / "run").exists()
@@ -179,7 +179,7 @@ def record_steps_but(rank: int) -> None:
 
         return capture
 
-    replace("choose eager or recorded steps", lambda _: capturer)
+    replace("choose eager or captured steps", lambda _: capturer)
 
 
 @pytest.mark.parametrize("rank", BOTH)
@@ -191,9 +191,7 @@ def test_a_process_that_cannot_record_its_steps_trains_with_the_others(undisturb
     assert outcome(tmp_path) == undisturbed(2)
 
 
-def test_processes_that_are_started_anew_meet_at_the_store_that_the_launcher_has_kept(
-    undisturbed, tmp_path
-):
+def test_restarted_processes_connect_through_the_launchers_store(undisturbed, tmp_path):
     """Keep the addresses of the former ones in it (PyTorch's issue 135712)."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for start, (sabotage, code) in enumerate([(partial(at_batch, kill, 6), 8), (int, 0)]):

@@ -76,7 +76,7 @@ TWO_FAILURES = [(BY_HAND, 40, CAUSE), (BY_TORCHRUN, 40, CAUSE), (BY_TORCHRUN, 40
     ],
     ids=["started by hand", "got further", "stopped by a signal"],
 )
-def test_what_is_no_failed_start_without_progress_is_not_counted(start, starts):
+def test_only_failed_starts_without_progress_are_counted(start, starts):
     for environment, step, end in starts:
         start(environment, step, end)
 

@@ -82,7 +82,7 @@ def test_gpus_that_are_not_there_are_refused(tmp_path, asked, there, pattern):
     refused_before_it_begins(argv, tmp_path, pattern, partial(with_gpus, there))
 
 
-def test_all_problems_are_said_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     result = run(tiny(depth=11, LR=0, nepochs=3, save=tmp_path / "run"))
     lines = result.err.splitlines()
     assert result.code == 2 and len(lines) == 3

@@ -20,7 +20,7 @@ def test_a_figure_measured_again_replaces_its_row_and_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/faults_*.csv")), ids=lambda p: p.name)
-def test_what_is_committed_is_one_row_for_each_goal_and_figure(path):
+def test_the_committed_file_has_one_row_for_each_goal_and_figure(path):
     rows = read(path)
     assert all(list(row) == COLUMNS and None not in row.values() for row in rows)
     assert len({(row["goal"], row["what"]) for row in rows}) == len(rows) > 10

@@ -75,7 +75,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
     assert not wrong and not fresh
 
 
-def test_another_seed_or_what_a_resume_forgets_is_noticed(runs, tmp_path, measured):
+def test_another_seed_and_a_resume_that_forgets_are_noticed(runs, tmp_path, measured):
     """Check that the test above can fail."""
     draws, ends = random.Random(0), []
     for kind, steps in (("memory", 4), ("files", 6)):

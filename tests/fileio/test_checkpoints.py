@@ -207,7 +207,7 @@ def test_a_torchscript_file_is_refused(tmp_path):
         checkpoints.load_weights(path)
 
 
-# What would take all memory:
+# Files that would take all memory:
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_a_bomb_is_refused_in_little_time_and_memory(bomb, path):
@@ -218,7 +218,7 @@ def test_a_bomb_is_refused_in_little_time_and_memory(bomb, path):
     refused(result, 4, re.escape(str(path)))
 
 
-# What is no valid checkpoint:
+# Invalid checkpoints:
 @pytest.mark.parametrize(
     ("data", "looks_like"),
     [
@@ -231,7 +231,7 @@ def test_a_bomb_is_refused_in_little_time_and_memory(bomb, path):
         (b"\x7fELF\x02\x01\x01" + bytes(100), "not a checkpoint"),
     ],
 )
-def test_what_is_no_checkpoint_is_called_what_it_looks_like(tmp_path, data, looks_like):
+def test_another_file_is_named_by_its_type(tmp_path, data, looks_like):
     path = tmp_path / "weights.pt"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"{path} is {looks_like}"):
@@ -245,7 +245,7 @@ def test_a_directory_or_a_missing_file_is_refused(tmp_path):
         assert "; fix: " in caught.value.report()
 
 
-def test_weights_alone_are_no_checkpoint(tmp_path):
+def test_weights_alone_are_refused_as_a_checkpoint(tmp_path):
     tensor_files.save_weights(tmp_path / "model_last.pt", {"w": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="is not a checkpoint of this program") as caught:
         checkpoints.load(tmp_path / "model_last.pt")
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path):
     message = f"format {checkpoints.FORMAT + 1}, this program reads {checkpoints.FORMAT}"
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(path)
-    with pytest.raises(CheckpointError, match=message):  # whoever wrote it can read it: no damage
+    with pytest.raises(CheckpointError, match=message):  # another version can read it: no damage
         checkpoints.load_latest(tmp_path, lambda line: None)
     assert path.exists()
 
@@ -412,7 +412,7 @@ def test_the_weights_of_a_checkpoint_are_its_models(path):
 
 
 @pytest.mark.parametrize("value", [{}, {"model": {}}, [torch.zeros(1)], {"a": 1}, torch.zeros(1)])
-def test_what_is_no_state_dict_is_refused(tmp_path, value):
+def test_other_values_than_a_state_dict_are_refused(tmp_path, value):
     torch.save(value, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):
         checkpoints.load_weights(tmp_path / "w.pth")

@@ -25,7 +25,7 @@ def settings() -> tuple:
     )
 
 
-def test_what_computes_for_too_long_is_stopped():
+def test_a_long_computation_is_stopped():
     before = settings()
     with pytest.raises(TimeoutError, match="more than 0 s"), limits.time_limit(0.05):
         while True:
@@ -34,12 +34,12 @@ def test_what_computes_for_too_long_is_stopped():
     assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
-def test_what_only_waits_is_not_stopped():
+def test_a_long_wait_is_not_stopped():
     with limits.time_limit(0.1):
         time.sleep(0.3)
 
 
-def test_what_other_threads_compute_does_not_count():
+def test_the_time_of_other_threads_does_not_count():
     """Exclude those of OpenMP, which may wait in a loop for their next work."""
     over = threading.Event()
 
@@ -93,7 +93,7 @@ def no_limit() -> None:
         bytearray(2**28)
 
 
-def test_what_takes_too_much_memory_is_stopped():
+def test_a_large_allocation_is_stopped():
     alone(one_limit)
     with pytest.raises(subprocess.CalledProcessError):
         alone(no_limit)

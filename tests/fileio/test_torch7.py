@@ -26,8 +26,8 @@ def refusal(path: Path, content: bytes) -> str:
     return report
 
 
-# What is read:
-def test_every_type_of_value_is_read_as_what_it_is():
+# Values read:
+def test_every_type_of_value_is_read():
     shared = {"inner": True}
     table = {"a": 1.5, "b": [None, False, "text"], 2: "two", "one": shared, "other": shared}
     table["itself"] = table

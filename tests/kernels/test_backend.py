@@ -109,7 +109,7 @@ def test_every_backend_has_the_signatures_of_the_reference():
         assert got == want, name
 
 
-def test_a_module_that_lacks_an_operation_is_no_backend(monkeypatch):
+def test_a_module_that_lacks_an_operation_is_refused_as_a_backend(monkeypatch):
     monkeypatch.delattr(STAND_IN, "complete_gradient")
     with pytest.raises(AttributeError, match="complete_gradient"):
         Backend.from_module(STAND_IN)

@@ -145,7 +145,7 @@ def test_a_network_may_be_checkpointed_as_a_whole(level):
     assert largest_difference(got, want) < 1e-10
 
 
-def test_what_backward_has_used_is_free_though_the_loss_is_still_held():
+def test_backward_frees_what_it_has_used_while_the_loss_is_held():
     model, (images, _) = network(2), pictures()
     kept: list[weakref.ref] = []
     own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers(), images)}

@@ -161,7 +161,7 @@ def test_the_seed_decides_the_initial_weights(line):
     ],
 )
 def test_a_seed_gives_the_same_weights_in_every_version(line, last):
-    # What is drawn last depends on everything that was drawn before.
+    # The last draw depends on all earlier ones.
     model = network(f"--netType {line}", 10)
     assert model.fc.weight[0, :3].tolist() == pytest.approx(last, abs=1e-6)
 

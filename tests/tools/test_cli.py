@@ -85,7 +85,7 @@ def test_an_error_is_a_line_and_every_outcome_an_exit_code(capsys, outcome, code
 
 
 @pytest.mark.parametrize("argv", [["--help"], []])
-def test_a_closed_standard_output_is_no_error(argv, monkeypatch, capsys):
+def test_a_closed_standard_output_ends_with_0(argv, monkeypatch, capsys):
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError

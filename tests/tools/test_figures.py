@@ -92,6 +92,8 @@ def test_figures_3_and_4_show_the_published_errors_and_the_means_of_runs():
     assert error.get_ydata().tolist() == [record["val_top1"] for record in records]
     assert loss.get_ydata().tolist() == [record["train_loss"] for record in records]
     assert figure4.axes[3].get_legend_handles_labels()[1] == ["DenseNet-BC L=100 k=12"]
+    missing = figure4.axes[3].get_legend().get_title().get_text()
+    assert missing == "not run: c10plus/preresnet-1001"
     names = [text.get_text() for text in figure4.axes[0].texts]
     assert len(names) == len(set(names)) + 1 == 9  # L=100 k=12, with and without BC
     assert sorted(legend_of(figure4)) == sorted(by_size)

@@ -158,7 +158,7 @@ def test_torchvisions_weights_give_torchvisions_logits_under_imagenets_statistic
         assert torch.allclose(net.logits(images), reference(images), rtol=0, atol=1e-6)
 
 
-def test_images_are_files_and_what_lies_below_directories(tmp_path):
+def test_images_are_files_and_all_files_below_directories(tmp_path):
     write_folder(tmp_path, {"a": {"x": 2, "y": 1}}, size=8)
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()

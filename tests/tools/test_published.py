@@ -40,7 +40,7 @@ IMAGENET = """ResNet-18 30.43, ResNet-34 26.73, ResNet-50 24.01, ResNet-101 22.4
 ResNet-200 21.66, DenseNet-121 (k = 32) 25.0, DenseNet-169 (k = 32) 23.6, DenseNet-201 (k = 32)
 22.5, DenseNet-161 (k = 48) 22.2, DenseNet-264 (k = 32) 22.1, DenseNet-232 (k = 48) 21.2,
 DenseNet-cosine-264 (k = 32) 21.6, DenseNet-cosine-264 (k = 48) 20.4"""
-# What a config calls the table of its claim.
+# The table of a claim, as a config names it.
 CLAIMED_TABLES = {"table2": "2", "wide": "wide", "imagenet": "imagenet"}
 
 
@@ -77,7 +77,7 @@ def test_the_imagenet_models_are_those_of_the_readmes():
         assert (row.source == "fb.resnet.torch") == row.method.startswith("ResNet")
 
 
-def test_what_configs_claim_was_published_and_what_was_published_has_its_config():
+def test_configs_and_published_results_name_each_other():
     rows = [(key, row) for key, table in published.tables().items() for row in table.rows]
     assert {row.source for _, row in rows} == set(published.sources())
     claims: dict[str, list[dict]] = {}

@@ -134,14 +134,17 @@ class Point(NamedTuple):
 
     opt: Settings
     error: float
-    std: float | None = None  # 0 for a single seed, None for a published error
+    std: float = 0.0
+    seeds: int = 0  # 0 for a published error
 
 
 def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | None:
     """Draw Figure 3 or a Figure 4 of published and measured errors; return None without any."""
     folder, table, column, title = EFFICIENCY[name]
     own = [group for config, group in groups.items() if config.startswith(f"{folder}/")]
-    points = [Point(group.runs[0].opt, group.mean, group.std or 0.0) for group in own]
+    points = [
+        Point(group.runs[0].opt, group.mean, group.std or 0.0, len(group.runs)) for group in own
+    ]
     for row in tables()[table].rows if table else ():
         if column in row.configs:
             points.append(Point(configs()[row.configs[column]].opt, float(row.errors[column])))
@@ -180,11 +183,11 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
 
     lines: dict[tuple[bool, str], list[Point]] = {}
     for point in sorted(points, key=size):
-        lines.setdefault((point.std is not None, kind(point.opt)), []).append(point)
+        lines.setdefault((point.seeds > 0, kind(point.opt)), []).append(point)
     named = set()
     for (is_measured, name), line in sorted(lines.items()):
         marker, colour = KINDS.get(name, OTHER)
-        single = " (one seed)" * all(point.std == 0 for point in line)
+        single = " (one seed)" * all(point.seeds == 1 for point in line)
         axes.errorbar(
             [size(point) for point in line],
             [point.error for point in line],
@@ -201,7 +204,7 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
                 named.add((name, network(point.opt)))
                 axes.annotate(network(point.opt), (size(point), point.error), **side(name))
     axes.set(xscale="log", xlabel=label)
-    axes.margins(x=0.22, y=0.25)
+    axes.margins(x=0.3, y=0.25)
     plain_ticks(axes.xaxis)
 
 
