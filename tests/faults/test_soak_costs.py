@@ -89,7 +89,7 @@ def test_a_checkpoint_costs_little(name, flags, limit_ms, tmp_path, measured):
 
 
 @pytest.mark.parametrize(("name", "flags", "limit_ms"), NETWORKS)
-def test_the_check_for_not_finite_gradients_costs_little(name, flags, limit_ms, measured):
+def test_looking_for_not_finite_gradients_costs_little(name, flags, limit_ms, measured):
     opt, data, trainer = prepared(flags, WARM_UP + 2 * PAIRS)
     yes = torch.tensor(True)
     without = {
