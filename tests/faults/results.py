@@ -25,8 +25,16 @@ def record(path: Path, goal: str, what: str, value: float, limit: str, command: 
         command: measures it again.
     """
     value = value if isinstance(value, int) else float(f"{value:.4g}")
-    machine = f"cpu-{len(os.sched_getaffinity(0))}core"
-    row = [f"{datetime.date.today()}", machine, version("torch"), goal, what, value, limit, command]
+    row = [
+        f"{datetime.date.today()}",
+        machine(),
+        version("torch"),
+        goal,
+        what,
+        value,
+        limit,
+        command,
+    ]
     rows = {(row["goal"], row["what"]): row for row in read(path)}
     rows[goal, what] = dict(zip(COLUMNS, row, strict=True))
     text = io.StringIO()
@@ -34,6 +42,14 @@ def record(path: Path, goal: str, what: str, value: float, limit: str, command: 
     writer.writeheader()
     writer.writerows(sorted(rows.values(), key=lambda row: int(row["goal"].removeprefix("G"))))
     atomic_write(path, text.getvalue().encode())
+
+
+def machine() -> str:
+    """Name this machine's CPU, and count the cores that this process may use."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    cpu = {key.strip(): value.strip() for key, _, value in lines}
+    cores = len(os.sched_getaffinity(0))
+    return f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']}), {cores} cores"
 
 
 def read(path: Path) -> list[dict[str, str]]:
