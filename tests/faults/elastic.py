@@ -202,11 +202,7 @@ def _worker_main(program: Callable[[list[str]], int], directory: Path, argv: lis
 
 @contextmanager
 def cable() -> Iterator[tuple[Node, Node]]:
-    """Simulate two machines with a cable between them.
-
-    Raises:
-        PermissionError: this system does not let the tests make them.
-    """
+    """Simulate two machines with a cable between, or raise PermissionError if refused."""
     name = f"test{os.getpid()}"
     nodes = [Node(f"10.77.0.{i}", f"{name}v{i}", f"{name}n{i}") for i in (1, 2)]
     try:

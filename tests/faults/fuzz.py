@@ -147,11 +147,7 @@ class Refused(RunError):
 
 
 def program(argv: list[str], save: Path) -> None:
-    """Run the program here; it may end well, or with 2, 3 or 4 and lines that say what to do.
-
-    Raises:
-        Refused: it has ended with an error.
-    """
+    """Run the program here to its end, or raise Refused if it ends with an error line."""
     shutil.rmtree(save, ignore_errors=True)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -92,11 +92,7 @@ def tar_gz(files: dict[str, bytes], extra: list[tarfile.TarInfo] = ()) -> bytes:
 
 
 def cifar_files(name: str, train: tuple, test: tuple) -> dict[str, bytes]:
-    """Return the files of the python version of CIFAR-10 (five parts) or CIFAR-100, by path.
-
-    Args:
-        train, test: (pixels as `noise`, labels).
-    """
+    """Return the files of CIFAR-10 (five parts) or CIFAR-100 by path; pixels as `noise` has."""
     kind = CIFAR_KINDS[name]
     key = "labels" if name == "cifar10" else "fine_labels"
     files = {}
