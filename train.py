@@ -44,7 +44,7 @@ class Trainer:
     Args:
         opt: the settings; reads epochNumber, tenCrop, precision, and the LR and optimizer flags.
         model: maps (N, 3, H, W) to logits (N, C); moved to `device` and `precision`, channels last.
-        world, shard: all processes, and this one's part of each batch; evaluation needs no shard.
+        world, shard: all processes, and this one's part of each batch; None: one, or no training.
         capturer: captures steps as CUDA graphs (engine/cuda_graph.py); if None, steps run eagerly.
     """
 

@@ -143,7 +143,7 @@ def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
-    """Compute mean and std per channel of images `indices`, (n,), of (N, H, W, 3) uint8 pixels."""
+    """Compute mean and std per channel, from 0 to 255, of some of (N, H, W, 3) uint8 pixels."""
     # Integers sum exactly, so that the result does not depend on the number of threads.
     total = torch.zeros(3, dtype=torch.int64)
     sum_of_squares = torch.zeros(3, dtype=torch.int64)

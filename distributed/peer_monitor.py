@@ -24,10 +24,10 @@ from distributed.launcher import ProcessInfo
 from errors import PeerError, RunError
 
 MISSING_RANKS_TIMEOUT_S = 3.0  # for all ranks to check in, once a peer is missing
-RECORD_TIMEOUT_S = 10.0  # for all ranks to read the record of a failure
-ABORT_GRACE_S = 6.0  # for the main thread to exit by itself after a failure; then it is aborted
+RECORD_TIMEOUT_S = 5.0  # for all ranks to read the record of a failure
+ABORT_GRACE_S = 6.0  # longer: for the main thread to exit by itself; then it is aborted
 HEARTBEAT_S = 1.0  # between two heartbeats
-FAILURE_KEY = "notice"
+FAILURE_KEY = "failure"
 RERUN_HINT = "run it again with --resume auto; its own messages say more"
 
 

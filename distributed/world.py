@@ -89,7 +89,7 @@ class World:
         return bytes(buffer)
 
     def check_equal(self, values: dict[str, object]) -> None:
-        """Raise UsageError if a rank has other values than rank 0; name the first and the rank."""
+        """Raise UsageError, naming the first value in which a rank differs from rank 0."""
         first, *others = self.all_gather_json(values)
         for rank, other in enumerate(others, start=1):
             for name in values:

@@ -19,7 +19,8 @@ strides in elements:
     inside                     mask of the indices that exist: rows < M, or c < C
     split, partial             index of a block of rows; (splits, ...) float32 results to combine
     ROWS, CHANNELS, OUT_CHANNELS  tile sizes along M, C and F: see kernels/tiling.py
-    VECTOR, TARGET_VECTOR      channels per load: of value, grad; of target and, in backward, d
+    VECTOR, TARGET_VECTOR      channels that a thread loads or stores at once: of value,
+                               grad; of target and, in backward, d
     PRECISION                  tl.dot on float32: "tf32" or "tf32x3"; in Triton's interpreter
                                "interpreted", which converts every dtype to float32
 """

@@ -30,9 +30,9 @@ Backward, with a buffer G for the gradient of X:
 | 4            | the block's input                          | as 3, and X               |
 
 A block runs as plain modules (see `can_run`) if its batch norms are frozen, replaced or differ in
-settings, or if evaluation needs gradients. Not supported: hooks of modules inside a block are not
-called. Second derivatives, forward-mode derivatives and torch.func transforms raise an error.
-Gradients are computed for all parameters, also for those with requires_grad=False.
+settings, or if evaluation needs gradients. Hooks of modules inside a block are not called. Second
+derivatives, forward-mode derivatives and torch.func transforms raise an error. Gradients are
+computed for all parameters, also for those with requires_grad=False.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class _BlockSpec:
     window: tuple[int, int] | None  # of the epilogue's pooling
     dtype: torch.dtype  # of the feature maps
     # This process's part of the batch with `--syncBN`, else None. If set, processes all-reduce the
-    # statistics of new channels at once, and a channel's corrections after its last reader.
+    # statistics of new channels right away, and a channel's corrections after its last reader.
     shard: BatchShard | None
 
     def new_buffer(self, channels: int, x: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ def _layer_backward(
     source, new = features.channels(0, start), features.channels(start, end)
     dropout1, dropout2 = spec.block.dropouts(seed, i) or (None, None)
 
-    # All readers of `new` are done: conv3x3_backward first completes G of `new`.
+    # All readers of `new` are done: conv3x3_backward completes G of `new` as it loads it.
     all_reduce_corrections(spec.shard, new)
     if bottleneck is None:
         dconv, dweight, dbias = ops.conv3x3_backward(

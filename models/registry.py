@@ -43,17 +43,16 @@ class Architecture:
     name: str
     title: str  # the paper's name
     network: str  # "module:class" in this package
-    arguments: dict[str, str]  # argument of the class -> setting, but `num_classes`, `ops`
+    arguments: dict[str, str]  # of the class -> setting; `num_classes` and `ops` come on top
     depths: tuple[int, int]  # defaults of `--depth`
     imagenet_stages: dict[int, tuple[int, ...]]  # depth -> layers or blocks of each stage
     extra_layers: int  # of the CIFAR shape, outside of its three stages
     layers_per_block: tuple[int, int]  # of the CIFAR shape, (without, with) a bottleneck
-    training_defaults: tuple[tuple[int, int], tuple[int, int]]  # (`--nEpochs`, `--batchSize`)
+    training_defaults: tuple[tuple[int, int], tuple[int, int]]  # each (nEpochs, batchSize)
     milestones: tuple[tuple[int, int], ...]  # of the CIFAR shape: (a, b) is epoch a / b * nEpochs
     unused_flags: dict[str, object]  # flags that the network does not read -> values recorded
-    # Depths of the ImageNet shape with other defaults, and with growth rate 48 instead of 32.
-    large_training_defaults: dict[int, tuple[int, int]] = field(default_factory=dict)
-    wide_depths: tuple[int, ...] = ()
+    large_training_defaults: dict[int, tuple[int, int]] = field(default_factory=dict)  # by depth
+    wide_depths: tuple[int, ...] = ()  # of the ImageNet shape, with growth rate 48 instead of 32
     # Depths of the ImageNet shape without bottlenecks; None if `--bottleneck` decides.
     basic_depths: tuple[int, ...] | None = None
     shortcuts: tuple[str, str] | None = None  # defaults of `--shortcutType`; None without shortcuts

@@ -4,8 +4,8 @@ usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
 
 An IMAGE may be a directory, with all images below it. Images go through the pipeline of --testOnly,
 so that an error counted from the output equals the one that --testOnly reports. With --tenCrop true
-ten crops of each image are averaged. An image that cannot be read is an error line, the others are
-classified, and the exit code is 3.
+ten crops of each image are averaged. An unreadable image is reported in one error line, the
+others are classified, and the exit code is 3.
 """
 
 import csv
@@ -28,7 +28,7 @@ FLAGS = (
 )
 COLUMNS = ("image", "rank", "class", "percent")
 TOOL = cli.Tool(
-    f"{__doc__}{sources.SOURCES}", FLAGS, "image after the checkpoint", least=2, main_flags=True
+    (__doc__ or "") + sources.SOURCES, FLAGS, "image after the checkpoint", least=2, main_flags=True
 )
 parse = TOOL.parse
 

@@ -8,7 +8,7 @@ usage: python -m tools.extract_features CHECKPOINT FILES_OR_FOLDER... [options] 
   classes    (K,) names of the directories, for a folder with the images in a directory a class
 
 Features are written as they are computed, so that memory does not grow with the number of images.
-An image that cannot be read is an error line and left out, and the exit code is 3.
+An unreadable image is left out and reported in one error line, and the exit code is 3.
 """
 
 import os
@@ -35,7 +35,7 @@ FLAGS = (
     network.OVERWRITE,
 )
 TOOL = cli.Tool(
-    f"{__doc__}{sources.SOURCES}", FLAGS, "image after the checkpoint", least=2, main_flags=True
+    (__doc__ or "") + sources.SOURCES, FLAGS, "image after the checkpoint", least=2, main_flags=True
 )
 parse = TOOL.parse
 

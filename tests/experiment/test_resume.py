@@ -169,7 +169,7 @@ def test_a_folder_of_images_resumes_alike_with_any_number_of_workers(photographs
 
 
 # Refusals:
-def test_another_number_of_threads_is_remarked_upon(stopped_run, tmp_path):
+def test_another_number_of_threads_is_noted(stopped_run, tmp_path):
     for threads, remarked in ((1, False), (2, True)):
         argv = tiny(**RUN, resume=stopped_run, save=tmp_path / str(threads))
         result = run(argv, stopped(1), threads)

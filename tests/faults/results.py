@@ -7,6 +7,7 @@ import csv
 import datetime
 import io
 import os
+import platform
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,16 +26,8 @@ def record(path: Path, goal: str, what: str, value: float, limit: str, command: 
         command: measures it again.
     """
     value = value if isinstance(value, int) else float(f"{value:.4g}")
-    row = [
-        f"{datetime.date.today()}",
-        machine(),
-        version("torch"),
-        goal,
-        what,
-        value,
-        limit,
-        command,
-    ]
+    day, torch = f"{datetime.date.today()}", version("torch")
+    row = [day, machine(), torch, goal, what, value, limit, command]
     rows = {(row["goal"], row["what"]): row for row in read(path)}
     rows[goal, what] = dict(zip(COLUMNS, row, strict=True))
     text = io.StringIO()
@@ -46,10 +39,11 @@ def record(path: Path, goal: str, what: str, value: float, limit: str, command: 
 
 def machine() -> str:
     """Name this machine's CPU, and count the cores that this process may use."""
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    cpu = {key.strip(): value.strip() for key, _, value in lines}
-    cores = len(os.sched_getaffinity(0))
-    return f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']}), {cores} cores"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name, family, model = map(cpu.get, ("model name", "cpu family", "model"))
+    return f"{name or platform.machine()} (family {family}, model {model}), {os.cpu_count()} cores"
 
 
 def read(path: Path) -> list[dict[str, str]]:

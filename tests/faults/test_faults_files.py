@@ -112,7 +112,7 @@ def test_images_of_every_kind_are_read_as_they_are_stored(tmp_path, name, write,
 
 
 def test_a_picture_that_is_a_program_is_not_run(root, tmp_path):
-    """Check that Pillow does not hand PostScript, under any file name, to Ghostscript."""
+    """Check that decode() hands no PostScript to Ghostscript, as Pillow does for any file name."""
     marker, tools = tmp_path / "executed", tmp_path / "bin"
     tools.mkdir()
     (tools / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")

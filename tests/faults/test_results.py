@@ -1,5 +1,7 @@
 """Test the file of measured figures: one row for each goal and figure, the newest, by goals."""
 
+import re
+
 import pytest
 
 from faults.results import COLUMNS, read, record
@@ -24,3 +26,7 @@ def test_the_committed_file_has_one_row_for_each_goal_and_figure(path):
     rows = read(path)
     assert all(list(row) == COLUMNS and None not in row.values() for row in rows)
     assert len({(row["goal"], row["what"]) for row in rows}) == len(rows) > 10
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    commands = [row["command"] for row in rows if "(at " not in row["command"]]
+    named = {name for command in commands for name in re.findall(r"::(test_\w+)", command)}
+    assert len(named) > 10 and not [name for name in named if f"def {name}(" not in tests]

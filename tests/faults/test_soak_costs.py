@@ -65,7 +65,7 @@ def clocked(function: Callable[[], object]) -> float:
     ("name", "flags", "limit_ms"),
     [*NETWORKS, pytest.param("DenseNet-161", IMAGENET, 1000, marks=pytest.mark.soak)],
 )
-def test_a_checkpoint_costs_little(name, flags, limit_ms, tmp_path, measured):
+def test_checkpoint_costs_are_recorded(name, flags, limit_ms, tmp_path, measured):
     opt, data, trainer = prepared(flags, 1)
     trainer.train(data.train, lambda: None)  # so that the optimizer has what it has in a run
     trainer.metadata = train.Metadata(opts.settings(opt), data.metadata, [])
@@ -89,7 +89,7 @@ def test_a_checkpoint_costs_little(name, flags, limit_ms, tmp_path, measured):
 
 
 @pytest.mark.parametrize(("name", "flags", "limit_ms"), NETWORKS)
-def test_looking_for_not_finite_gradients_costs_little(name, flags, limit_ms, measured):
+def test_the_time_of_looking_for_not_finite_gradients_is_recorded(name, flags, limit_ms, measured):
     opt, data, trainer = prepared(flags, WARM_UP + 2 * PAIRS)
     yes = torch.tensor(True)
     without = {

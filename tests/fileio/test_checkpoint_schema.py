@@ -67,7 +67,7 @@ def test_a_loss_scaler_that_is_on_has_all_its_numbers():
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_strange_entry_is_named(name, value):
+def test_an_invalid_entry_is_named(name, value):
     assert checkpoint_schema.validate(real_state() | {name: value}) == f"has an invalid {name}"
 
 

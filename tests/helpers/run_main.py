@@ -101,7 +101,7 @@ def run(
 
 
 class Ranks:
-    """Call in several processes, as a launcher on one machine would start them.
+    """Control a call in several processes, as a launcher on one machine would start them.
 
     Args:
         sabotages: for some of them, by rank.
@@ -152,7 +152,7 @@ def _as_rank(*, rank: int, size: int, port: int, store: bool, sabotage: Callable
     from distributed import peer_monitor
 
     peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1
-    peer_monitor.RECORD_TIMEOUT_S = LONG_S
+    peer_monitor.RECORD_TIMEOUT_S = peer_monitor.ABORT_GRACE_S = LONG_S
     if sabotage:
         sabotage()
 

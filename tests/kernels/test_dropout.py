@@ -28,7 +28,7 @@ def kept(
 
 
 def correlation(left: Tensor, right: Tensor) -> float:
-    """Return it in standard deviations of the correlation of independent values."""
+    """Return the correlation in standard deviations of that of independent values."""
     left, right = (x.double() - x.double().mean() for x in (left.flatten(), right.flatten()))
     return ((left * right).mean() / left.std() / right.std() * math.sqrt(left.numel())).item()
 

@@ -48,7 +48,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def guarded(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Make a buffer with channels on either side; return the slice of it that holds the values."""
+    """Make a buffer with channels on either side; return it and its slice with the values."""
     buffer = values.new_full((*values.shape[:-1], values.shape[-1] + 2 * GUARD), GUARD_VALUE)
     part = buffer[..., GUARD:-GUARD]
     part.copy_(values)
@@ -61,7 +61,7 @@ def guards_are_whole(buffer: Tensor) -> bool:
 
 
 def new_target(channels: int, dtype=torch.float64) -> tuple[Tensor, FeatureMaps]:
-    """Make feature maps to be written into a buffer, NaN so far."""
+    """Return a buffer, NaN so far, and feature maps whose values are a slice of it."""
     unknown = torch.full((IMAGES, HEIGHT, WIDTH, channels), math.nan, dtype=dtype)
     buffer, value = guarded(unknown)
     wide = torch.promote_types(dtype, torch.float32)

@@ -89,7 +89,7 @@ def test_every_weight_of_a_lua_network_arrives_in_its_place(name, line):
     "--netType preresnet --dataset imagenet --depth 50",
 ])  # fmt: skip
 def test_modules_are_defined_in_the_order_in_which_lua_runs_them(line):
-    """Run the branch before the shortcut, as a Lua ConcatTable and forward here do."""
+    """Compare with the order of forward: a Lua ConcatTable runs the branch before the shortcut."""
     model, ran = network(line).eval(), []
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
     defined = [module for module in model.modules() if isinstance(module, kinds)]

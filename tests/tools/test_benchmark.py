@@ -1,6 +1,7 @@
 """Test that the benchmark compares equal networks, counts memory and bounds, and fills all rows."""
 
 import csv
+import re
 import sys
 from types import SimpleNamespace
 
@@ -144,6 +145,13 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, line, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert benchmark.main(["--nGPU=0", *flags.split()]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_file_is_named_after_network_device_and_torch():
+    opt = settings("--depth 22 --growthRate 12")
+    path = benchmark.csv_path(None, opt, "NVIDIA H200 (MIG)", "2.11.0+cu128")
+    name = r"bench_densenet-BC-L22-k12-b64_nvidia-h200-mig_torch2\.11_\d{6}\.csv"
+    assert re.fullmatch(name, path.name)
 
 
 # Measuring:

@@ -42,7 +42,8 @@ FLAGS = (
     Flag("compile", boolean, True, "include torch.compile, which needs minutes and a C++ compiler"),
     Flag("trainer", boolean, False, "beside each channels-last, eager case of this project: "
          "main.py's trainer with the same network, which also loads and augments", const="true"),
-    Flag("csv", text, None, "new file to write the rows to, or none", "named in results/"),
+    Flag("csv", text, None, "new file to write the rows to, or none",
+         "in results/, named after network, device, torch and month"),
 )  # fmt: skip
 TOOL = cli.Tool(__doc__, FLAGS, main_flags=True)
 
@@ -57,7 +58,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
         (opt.precision not in PRECISIONS,
          f"precision: {opt.precision} is not measured", f"use {' or '.join(PRECISIONS)}"),
         (command.options.trainer and opt.cudaGraph == "true",
-         "trainer stands beside eager cases, and cudaGraph true selects the others",
+         "trainer is measured beside eager cases, and cudaGraph true selects others",
          "leave out one of them"),
     ]  # fmt: skip
     UsageError.raise_for(broken(rules))
@@ -102,7 +103,7 @@ def csv_path(given: str | None, opt: Settings, device: str, version: str) -> Pat
     """Return the file to write, if any; raise UsageError if it exists or cannot be written."""
     if given == "none":
         return None
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     version = ".".join(version.split(".")[:2])
     name = f"bench_{network_name(opt)}-b{opt.batchSize}_{slug}_torch{version}"
     path = cli.ROOT / "results" / f"{name}_{datetime.date.today():%Y%m}.csv"
@@ -131,7 +132,8 @@ def run(argv: list[str]) -> None:
         raise UsageError("tf32 has no effect on the CPU", "leave it out")
     cases = select_cases(opt, options.only, options.compile, device.type == "cuda")
     constants = constant_columns(opt, device)
-    path = csv_path(options.csv, opt, engine.device.describe(device), constants["torch"])
+    name = f"cpu-{constants['threads']}core" if device.type == "cpu" else constants["device"]
+    path = csv_path(options.csv, opt, name, constants["torch"])
 
     # With empty compiler caches, so that the first step takes as long as on a new machine.
     rows: list[dict] = []

@@ -35,7 +35,7 @@ FLAGS = (
     sources.CLASSES,
     network.OVERWRITE,
 )  # fmt: skip
-TOOL = cli.Tool(f"{__doc__}{sources.SOURCES}", FLAGS, "checkpoint", main_flags=True)
+TOOL = cli.Tool((__doc__ or "") + sources.SOURCES, FLAGS, "checkpoint", main_flags=True)
 # Settings that an exported network does not carry.
 NOT_EXPORTED = (*sources.RUN_ONLY, "nThreads", "optMemory", "timeout", "keep", "saveEvery")
 # Exported from plain modules on the CPU, whatever the run trained with.
@@ -75,10 +75,11 @@ def compare(
     Args:
         name: of their network and of the images, for messages.
         limit: largest difference allowed, as a fraction of the largest logit.
+        error: class of the error that is raised beyond the limit.
 
     Raises:
         CheckpointError: one of our logits is not finite.
-        error: the difference exceeds the limit.
+        RunError: the difference exceeds the limit.
     """
     import torch
 

@@ -227,7 +227,7 @@ def plot_training(panels: list[Axes], groups: list[SeedGroup]) -> None:
         plain_ticks(axes.yaxis)
     folder, trained = runs[0].config.partition("/")[0], {run.config for run in runs}
     not_run = [name for name in PAPER_CURVES if name.startswith(folder) and name not in trained]
-    panels[0].set_title("training of one run each")
+    panels[0].set_title("training curves (one run each)")
     panels[1].legend(title=f"not run: {', '.join(not_run)}" if not_run else None)
 
 

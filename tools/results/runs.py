@@ -136,7 +136,7 @@ def number(values: dict, name: str) -> float | None:
 
 
 def find(paths: Iterable[Path | str]) -> list[Run]:
-    """Read the runs below some directories, by path, or raise DataError for another path."""
+    """Read each run in or below some directories once, by path; raise DataError for others."""
     seen, found = set(), []
     for path in map(Path, paths):
         if not path.is_dir():
