@@ -23,7 +23,7 @@ gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 	$(RUN) -m pytest -q -m gpu
 
 soak: $(VENV)/.installed-dev  ## the long fault tests, about forty minutes; RECORD=FILE keeps figures
-	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record $(RECORD))
+	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record=$(RECORD))
 
 # Figure 5 is drawn from its numbers: the weights that they are of are too large to keep here.
 report: $(VENV)/.installed-dev  ## draw the figures and write RESULTS.md from the runs in results/runs
