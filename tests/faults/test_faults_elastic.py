@@ -117,10 +117,8 @@ def test_agents_that_are_told_to_stop_or_lose_their_host_leave_a_run_that_goes_o
             for agent in agents:
                 agent.signal(signal.SIGTERM)
             gone(f"{what}: s until the processes have ended", workers, 25, "G4")
-            assert [agent.wait().code for agent in agents] == [
-                1,
-                1,
-            ]  # torchrun's, whatever they say
+            codes = [agent.wait().code for agent in agents]
+            assert codes == [1, 1]  # torchrun's, whatever those of its processes are
             assert status(tmp_path / "run")["code"] == 75
         assert run.finish(*[run.agent(node) for node in nodes]) == [0, 0]
         check_complete(run)

@@ -10,12 +10,14 @@ import torch
 from faults.sabotage import replace
 
 HOLD = "hold"  # a file with the last step that may begin
+STOPPING, HELD = "stopping", "held"
 
 
 def record_steps(directory: Path) -> None:
     """Write each training step of this process to a file of its own in `directory`.
 
-    Before a step beyond that in the file HOLD, if there is one, all processes wait together.
+    Before a step beyond that in the file HOLD, if there is one, all processes wait together, unless
+    one was asked to stop.
     """
     now: dict = {}
 
@@ -37,7 +39,10 @@ def record_steps(directory: Path) -> None:
         def step_and_write(self, images, targets):
             if "attempt" not in now:  # the same number in all processes that have met
                 now["attempt"] = min(self.world.all_gather_json(time.time_ns()))
-            while not all(self.world.all_gather_json(_may_begin(directory, self.global_step))):
+            while True:
+                states = self.world.all_gather_json(_hold_state(directory, self.global_step))
+                if STOPPING in states or HELD not in states:
+                    break
                 time.sleep(0.02)
             line = {"step": self.global_step, "rank": self.world.rank, "size": self.world.size}
             now["loss"] = 0.0
@@ -52,11 +57,12 @@ def record_steps(directory: Path) -> None:
     replace("train a batch", stepping)
 
 
-def _may_begin(directory: Path, step: int) -> bool:
-    """Return whether a step is not held back, or the run was asked to stop after it."""
-    stop = signal.getsignal(signal.SIGTERM).__self__
+def _hold_state(directory: Path, step: int) -> str:
+    """Return whether this process was asked to stop, or the step is held back, or neither."""
+    if signal.getsignal(signal.SIGTERM).__self__.signum:
+        return STOPPING
     hold = directory / HOLD
-    return bool(stop.signum) or not hold.exists() or step <= int(hold.read_text())
+    return HELD if hold.exists() and step > int(hold.read_text()) else ""
 
 
 def steps(directory: Path) -> list[list[dict]]:
