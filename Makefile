@@ -22,7 +22,7 @@ check: $(VENV)/.installed-dev  ## lint, format, imports that point down
 gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 	$(RUN) -m pytest -q -m gpu
 
-soak: $(VENV)/.installed-dev  ## the long fault tests, about forty minutes; RECORD=FILE keeps figures
+soak: $(VENV)/.installed-dev  ## the long fault tests, about half an hour; RECORD=FILE keeps figures
 	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record=$(RECORD))
 
 # Figure 5 is drawn from its numbers: the weights that they are of are too large to keep here.

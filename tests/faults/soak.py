@@ -17,7 +17,7 @@ from faults.contract import (
     outcome,
     write_files,
 )
-from faults.sabotage import both, record_losses
+from faults.sabotage import both, record_losses, shorten
 from helpers.run_main import Result
 
 Sabotages = dict[int, Callable[[], None]]  # by rank
@@ -43,9 +43,9 @@ class Soak:
         argv = command(**{"nThreads": 0, **self.flags, "save": directory, "resume": "auto", **more})
         records = {rank: partial(record_losses, self._report(directory, rank))
                    for rank in range(self.size)}  # fmt: skip
-        hit = sabotages or {}
+        hit, wait = sabotages or {}, partial(shorten, {"rendezvous": 60})  # for one killed before
         return call(argv, self.size, {
-            rank: partial(both, records[rank], hit.get(rank, int)) for rank in records
+            rank: partial(both, wait, records[rank], hit.get(rank, int)) for rank in records
         })  # fmt: skip
 
     def finish(self, directory: Path, sabotages: Sabotages | None = None, **more) -> dict:
