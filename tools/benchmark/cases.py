@@ -14,9 +14,9 @@ PEERS = ("torchvision", "torchvision-memory-efficient", "timm")
 
 
 class Case(NamedTuple):
-    """Name an implementation and how it trains: the CSV columns that identify a row."""
+    """Name an implementation and how it trains."""
 
-    who: str  # level-0, level-1, level-N-BACKEND, or one of PEERS
+    implementation: str  # level-0, level-1, level-N-BACKEND, or one of PEERS
     precision: str  # fp32, tf32 or bf16 (autocast)
     memory_format: str  # of images and weights, one of FORMATS
     mode: str  # eager, graph (the whole step in one CUDA graph) or one of COMPILED
@@ -26,6 +26,10 @@ class Case(NamedTuple):
         """Return the name that `--only` is matched with."""
         return "/".join(self)
 
+    def as_row(self) -> dict[str, object]:
+        """Return the CSV columns that identify a row."""
+        return dict(zip(("who", *self._fields[1:]), self, strict=True))
+
     @property
     def main_precision(self) -> str:
         """Return the value of `--precision`; TensorFloat-32 is a setting of the process."""
@@ -34,7 +38,7 @@ class Case(NamedTuple):
     @property
     def trains_as_main(self) -> bool:
         """Return whether main.py's trainer can take the same steps with this network."""
-        return self[2:] == ("channels-last", "eager") and self.who not in PEERS
+        return self[2:] == ("channels-last", "eager") and self.implementation not in PEERS
 
 
 def select_cases(opt: Settings, only: str | None, compiled: bool, on_cuda: bool) -> list[Case]:
@@ -67,8 +71,8 @@ def select_cases(opt: Settings, only: str | None, compiled: bool, on_cuda: bool)
     pairs += [(peer, "eager") for peer in PEERS]
     pairs += [("torchvision", mode) for mode in compiled_modes if compiled]
     cases = [
-        Case(who, precision, memory_format, mode)
-        for precision, (who, mode), memory_format in itertools.product(precisions, pairs, FORMATS)
+        Case(name, precision, memory_format, mode)
+        for precision, (name, mode), memory_format in itertools.product(precisions, pairs, FORMATS)
     ]
     patterns = [f"*{pattern.strip()}*" for pattern in (only or "").split(",")]
     selected = [

@@ -47,10 +47,10 @@ def build(case: Case, opt: Settings, device: torch.device) -> nn.Module:
         UsageError: its kernels cannot be used here.
     """
     reference = models.factory.create(opt.replace(optMemory=0), opt.nClasses)
-    if case.who in PEERS:
-        network = peers.create(case.who, opt)
+    if case.implementation in PEERS:
+        network = peers.create(case.implementation, opt)
     else:
-        level, _, backend = case.who.removeprefix("level-").partition("-")
+        level, _, backend = case.implementation.removeprefix("level-").partition("-")
         ops, _ = kernels.backend.select(backend or "torch", device, case.main_precision)
         network = models.factory.create(opt.replace(optMemory=int(level)), opt.nClasses, ops)
     network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
@@ -67,7 +67,7 @@ class Runner:
 
     def __init__(self, case: Case, opt: Settings, device: torch.device):
         self.case, self.opt, self.device, self.run = case, opt, device, self.step
-        self.row: dict[str, object] = case._asdict()
+        self.row: dict[str, object] = case.as_row()
         self.step_times: list[float] = []
 
     def build(self) -> "Runner":
@@ -98,11 +98,9 @@ class Runner:
         return loss.detach()
 
     def capture(self, pool: tuple[int, int] | None = None) -> None:
-        """Make `run` replay the whole step as one CUDA graph.
+        """Make `run` replay the whole step as one CUDA graph in the memory `pool`.
 
-        Args:
-            pool: memory that graphs share: only the state of a network outlives a step, so they
-                may be replayed in any order.
+        Graphs may share a pool: only the state of a network outlives a step.
         """
         self.run = self.step  # frees an earlier graph
         for _ in range(cuda_graph.WARMUP_STEPS):
@@ -144,10 +142,7 @@ class Runner:
 def held_bytes(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> int:
     """Count the bytes that a forward pass leaves allocated: autograd keeps them for backward.
 
-    Each storage counts once and as a whole, however a network keeps it.
-
-    Args:
-        existing: tensors that do not count: parameters, buffers and the batch.
+    Each storage counts once and as a whole; those of `existing` tensors do not count.
     """
     with MemoryTracker(torch.device("cuda")) as tracker:  # on either device: without im2col
         loss = forward()
@@ -228,7 +223,8 @@ def time_beside_trainer(bare: Runner, warm_up: int, turns: int) -> dict[str, obj
 
     trainer.train(data.train, after_step)
     ratio = statistics.median(bare_s / trainer_s for bare_s, trainer_s in times[warm_up:])
-    note = f"{ratio:.3f} of the speed of {bare.case.who} in turns with it, median of {turns} pairs"
+    name = bare.case.implementation
+    note = f"{ratio:.3f} of the speed of {name} in turns with it, median of {turns} pairs"
     trainer_times = [trainer_s for _, trainer_s in times[warm_up:]]
     return speed_columns(opt.batchSize, trainer_times) | {"note": note}
 
@@ -275,8 +271,8 @@ def measure(
         for runner in [runner for runner in runners if "note" not in runner.row]:
             runner.row |= speed_columns(opt.batchSize, runner.step_times)
             if options.trainer and runner.case.trains_as_main:
-                who = runner.case.who.replace("level", "trainer")
-                rows.append(runner.case._replace(who=who)._asdict())
+                name = runner.case.implementation.replace("level", "trainer")
+                rows.append(runner.case._replace(implementation=name).as_row())
                 with error_as_note(rows[-1]):
                     rows[-1] |= time_beside_trainer(runner, warm_up, turns)
         bound = bandwidth / (results.block_traffic(opt) * BYTES[precision])
