@@ -44,8 +44,7 @@ class Tool:
         parser.add([flag for flag in raw if flag[0] not in others])
         problems = parser.problems
         if self.arguments and len(found) < self.least:
-            fix = f"name at least one {self.arguments}"
-            problems.insert(0, (f"no {self.arguments}", fix))
+            problems.insert(0, (f"no {self.arguments}", f"name at least one {self.arguments}"))
         UsageError.raise_for(problems)
         values = {name: flag.default for name, flag in own.items()} | parser.values
         passed_on = [f"--{name}={value}" for name, value, _ in raw if name in others]

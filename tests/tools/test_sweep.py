@@ -127,6 +127,11 @@ def test_missing_data_is_noticed_before_the_first_run(tmp_path, monkeypatch, cap
     assert sweep.main(["small", "--data", f"{tmp_path}/no", "--runs", str(tmp_path)]) == 3
     (line,) = capsys.readouterr().err.splitlines()  # the same for all of them
     assert line.startswith(f"error: no directory {tmp_path}/no; fix: ")
+    (tmp_path / "file").write_text("")
+    argv = ["digits", "small", "--data", f"{tmp_path}/no", "--runs", f"{tmp_path}/file"]
+    assert sweep.main(argv) == 6  # of the first; all are reported
+    first, second = capsys.readouterr().err.splitlines()
+    assert "error: not a directory: " in first and "error: no directory " in second
 
 
 @pytest.mark.parametrize(

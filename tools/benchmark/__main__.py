@@ -106,8 +106,7 @@ def csv_path(given: str | None, opt: Settings, device: str, version: str) -> Pat
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     version = ".".join(version.split(".")[:2])
     name = f"bench_{network_name(opt)}-b{opt.batchSize}_{slug}_torch{version}"
-    path = cli.ROOT / "results" / f"{name}_{datetime.date.today():%Y%m}.csv"
-    path = Path(given) if given else path
+    path = Path(given or cli.ROOT / "results" / f"{name}_{datetime.date.today():%Y%m}.csv")
     if path.exists():
         raise UsageError(f"csv: {path} exists", "move it away, or name another with --csv FILE")
     if not os.access(path.parent, os.W_OK):

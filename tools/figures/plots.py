@@ -167,8 +167,7 @@ def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | N
         scatter(axes, points, measure)
     if has_curves:
         plot_training(panels[1], own)
-    bar = " (bar: ± std of seeds)" * any(p.std for p in points)
-    panels[0, 0].set_ylabel(f"test error, %{bar}")
+    panels[0, 0].set_ylabel("test error, %" + " (bar: ± std of seeds)" * any(p.std for p in points))
     legend_below(figure, panels[0, 0])
     figure.suptitle(title)
     return figure

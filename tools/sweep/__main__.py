@@ -207,9 +207,16 @@ def train(asked: cli.Command, table: list[Task], rerun_command: str) -> None:
     import torch
 
     handler = signals.SignalHandler().install()
+    errors = []
     for task in [task for task in table if task.is_left]:
-        path_checks.check(task.opt)
-        experiment.directory.check_writable(task.save)
+        try:
+            path_checks.check(task.opt)
+            experiment.directory.check_writable(task.save)
+        except RunError as error:
+            errors.append(error)
+    if errors:
+        errors[0].problems = [*dict.fromkeys(p for error in errors for p in error.problems)]
+        raise errors[0]
     visible, present = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     gpus = gpu_slots(asked.options.gpus, visible, present)
     handler.can_save = True
