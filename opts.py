@@ -27,7 +27,7 @@ from cli.flag_types import (
     number,
     text,
 )
-from datasets.registry import DATASETS, SMALL_IMAGE
+from datasets.registry import DATASETS, MAX_ASPECT, MAX_PIXELS, SMALL_IMAGE
 from errors import UsageError
 from models.registry import ARCHITECTURES
 
@@ -79,6 +79,12 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("onBadImage", text, "error",
              "for an unreadable image: stop, or skip it (up to 0.1 % of the images)",
              choices=("error", "skip"), role="training"),
+        Flag("exifRotate", boolean, False, "turn images as their EXIF orientation says",
+             role="training"),
+        Flag("maxPixels", integer, MAX_PIXELS, "pixels of an image file; with more it is "
+             "unreadable, since a small file can fill the memory", range=AT_LEAST_1),
+        Flag("maxAspect", number, float(MAX_ASPECT), "longer side of an image over the shorter; "
+             "with more it is unreadable", range=Range(1)),
     ],
     "Training options": [
         Flag("nEpochs", integer, None, "epochs to train",

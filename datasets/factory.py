@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.batch_sampler import BatchSampler, split_indices
+from datasets.decode import DecodeOptions
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from datasets.fingerprints import hash_files, hash_images
 from datasets.memory_loader import (
@@ -55,7 +56,7 @@ def create(
     dtype: torch.dtype = torch.float32,
     statistics: Statistics | None = None,
     process: ProcessInfo = SINGLE_PROCESS,
-    all_gather: Callable[[list[str]], list[list[str]]] = lambda found: [found],
+    all_gather: Callable[[list], list[list]] = lambda found: [found],
 ) -> DataSplits:
     """Read, check and split the dataset of the settings.
 
@@ -95,7 +96,9 @@ def create(
     mean, std = statistics
 
     # Batch each split, and record what a resumed run compares.
-    unreadable = partial(UnreadableImages, opt.onBadImage, warn=warn, all_gather=all_gather)
+    unreadable = partial(
+        UnreadableImages, opt.onBadImage, warn=warn, all_gather=all_gather, noted={}
+    )
     loaders = _LoaderFactory(opt, device, dtype, process, statistics, unreadable)
     metadata = {"mean": list(mean), "std": list(std)} | split | fingerprints
     parts = loaders.make_all(train, test, kept, held_out)
@@ -168,7 +171,7 @@ class _LoaderFactory:
             )
         transform, normalise = self._pipeline(training)
         return FileLoader(
-            ImageFileDataset(images, transform, opt.manualSeed),
+            ImageFileDataset(images, transform, opt.manualSeed, _decode_options(opt)),
             sampler,
             num_workers=opt.nThreads,
             unreadable=self.make_unreadable(len(indices)),
@@ -217,7 +220,9 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
         classes = opt.nClasses or dataset.num_classes
         data = load(opt.nImages, classes, opt.imageSize, opt.manualSeed)
     elif dataset.is_image_folder:
-        data = load(Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn)
+        data = load(
+            Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn, _decode_options(opt)
+        )
     else:
         data = load(Path(opt.data))
     _check_classes(opt, data.classes)
@@ -238,6 +243,10 @@ def _index_files(opt: SimpleNamespace, test_only: bool) -> Contents:
         return None, index.val, index.classes, test_set
     fingerprints = {"training_set": hash_files(index.train, root / "train")} | test_set
     return index.train, index.val, index.classes, fingerprints
+
+
+def _decode_options(opt: SimpleNamespace) -> DecodeOptions:
+    return DecodeOptions(opt.exifRotate, opt.maxPixels, opt.maxAspect)
 
 
 def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:

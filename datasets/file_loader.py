@@ -6,20 +6,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.batch_sampler import BatchSampler
-from datasets.decode import decode
+from datasets.decode import DEFAULTS, REPLACE, DecodeOptions, decode
 from datasets.rng import generator
 from distributed.signals import ignore_signals, kill_children
 from errors import DataError
 
 WORKER_TIMEOUT_S = 300
 MAX_SKIPPED_FRACTION = 0.001  # of the images; with more unreadable ones even `skip` stops
-Sample = tuple[Tensor, int] | str  # (image, class), or why the image cannot be read
+
+
+class Unreadable(NamedTuple):
+    """Say which image cannot be read."""
+
+    reason: str  # with its path
+    fix: str
+
+
+# (image, class, {remark: path}), or why the image cannot be read.
+Sample = tuple[Tensor, int, dict[str, str]] | Unreadable
 
 
 class ImageFileDataset(Dataset):
@@ -29,56 +40,76 @@ class ImageFileDataset(Dataset):
         samples: (path, class number) of each image.
         transform: PIL image -> tensor; draws from torch's generator.
         seed: of the transform's random numbers, with epoch and index.
+        options: how to decode.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]], transform: Callable, seed: int):
+    def __init__(
+        self,
+        samples: Sequence[tuple[str, int]],
+        transform: Callable,
+        seed: int,
+        options: DecodeOptions = DEFAULTS,
+    ):
         self.samples, self.transform, self.seed = samples, transform, seed
+        self.options = options
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Read and transform one image, or return the reason why it cannot be read."""
         epoch, index = key
         path, label = self.samples[index]
         try:
-            image = decode(path)
+            image, remarks = decode(path, self.options)
+        except DataError as error:
+            return Unreadable(f"{path}: {error}", error.problems[0][1])
         except Exception as error:  # decoders raise any type on a damaged file
-            return f"{path}: {error}"
+            return Unreadable(f"{path}: {error}", REPLACE)
         # Without a seed the draws would depend on the worker that gets the image; without the
         # fork they would change the network's random numbers in the main process.
         with torch.random.fork_rng(devices=[]):
             seed = generator("image", self.seed, epoch, index).initial_seed()
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
-            return self.transform(image), label
+            return self.transform(image), label, dict.fromkeys(remarks, path)
 
 
 @dataclass
 class UnreadableImages:
-    """Count the images that cannot be read, and stop when they are too many."""
+    """Count the images that cannot be read, and stop when they are too many; note remarks."""
 
     policy: str  # "error" stops at the first, "skip" after a thousandth of the images
     total: int  # images in the split
-    warn: Callable[[str], None]  # called with a line for each skipped image
-    all_gather: Callable[[list[str]], list[list[str]]] = lambda found: [found]  # from all ranks
-    seen: dict[str, None] = field(default_factory=dict)  # reasons, each once
+    warn: Callable[[str], None]  # called with a line for each skipped image and each remark
+    all_gather: Callable[[list], list[list]] = lambda found: [found]  # from all ranks
+    seen: dict[str, str] = field(default_factory=dict)  # reasons, each once, with what helps
+    noted: dict[str, str] = field(default_factory=dict)  # remarks, with the first image of each
+    report: Callable[[str, str], None] | None = None  # gets what was skipped and the fix, not warn
 
-    def add(self, reason: str) -> None:
+    def add(self, reason: str, fix: str = REPLACE) -> None:
         """Count an unreadable image; raise DataError if there are too many."""
         if self.policy == "error":
-            fix = "replace or remove the file, or --onBadImage skip"
+            fix = f"{fix}, or --onBadImage skip"
             raise DataError(f"cannot read image {reason}", fix)
         if reason not in self.seen:
-            self.seen[reason] = None
-            self.warn(f"skipped image {reason}")
+            self.seen[reason] = fix
+            what = f"skipped image {reason}"
+            self.report(what, fix) if self.report else self.warn(what)
         if len(self.seen) > MAX_SKIPPED_FRACTION * self.total:
             raise DataError(
                 f"{len(self.seen)} of {self.total} images cannot be read, last {reason}",
-                "replace or remove the file",
+                fix,
             )
 
+    def note(self, remark: str, path: str) -> None:
+        """Print a remark the first time."""
+        if remark not in self.noted:
+            self.noted[remark] = path
+            self.warn(f"{remark}; first {path}")
+
     def sync(self) -> None:
-        """Count also what the other ranks found in this epoch."""
-        if self.policy == "skip":
-            for reason in chain(*self.all_gather(list(self.seen))):
-                self.add(reason)
+        """Count and note also what the other ranks found in this epoch."""
+        unreadable, remarks = zip(*self.all_gather([self.seen, self.noted]), strict=True)
+        for method, found in ((self.note, remarks), (self.add, unreadable)):
+            for text, about in chain.from_iterable(part.items() for part in found):
+                method(text, about)
 
 
 class FileLoader:
@@ -139,9 +170,11 @@ class FileLoader:
         keys = [(epoch, index) for index in self.sampler.epoch_indices(epoch).tolist()]
         steps = range(start, len(self.sampler))
         self._batches[:] = [keys[self.sampler.local_slice(step)] for step in steps]
-        for images, targets, unreadable in self._loader:
-            for reason in unreadable:
-                self.unreadable.add(reason)
+        for images, targets, unreadable, remarks in self._loader:
+            for each in unreadable:
+                self.unreadable.add(*each)
+            for remark, path in remarks.items():
+                self.unreadable.note(remark, path)
             yield self._on_device(images), targets.to(self.device, non_blocking=True)
         self.unreadable.sync()
 
@@ -182,14 +215,18 @@ def _init_worker(_: int) -> None:
     sys.excepthook = lambda *_: None
 
 
-def _collate(image_size: int, samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    """Collate samples to images (n, 3, H, W), targets (n,), and reasons for what is missing."""
-    readable = [sample for sample in samples if not isinstance(sample, str)]
-    unreadable = [sample for sample in samples if isinstance(sample, str)]
+def _collate(
+    image_size: int, samples: list[Sample]
+) -> tuple[Tensor, Tensor, list[Unreadable], dict[str, str]]:
+    """Collate samples to images (n, 3, H, W), targets (n,), what is missing, and remarks."""
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
     if not readable:
         no_images = torch.empty(0, 3, image_size, image_size)
-        return no_images, torch.empty(0, dtype=torch.int64), unreadable
-    images = torch.stack([image for image, _ in readable])
+        return no_images, torch.empty(0, dtype=torch.int64), unreadable, {}
+    images, labels, remarks = zip(*readable, strict=True)
+    images = torch.stack(images)
     if images.dim() == 5:  # ten crops: (n, 10, 3, H, W)
         images = images.flatten(0, 1)
-    return images, torch.tensor([label for _, label in readable]), unreadable
+    first = {text: path for each in reversed(remarks) for text, path in each.items()}
+    return images, torch.tensor(labels), unreadable, first

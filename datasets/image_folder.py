@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets.batch_sampler import BatchSampler
+from datasets.decode import DEFAULTS, DecodeOptions
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from datasets.memory_loader import ImageTensors, InMemoryDataset
 from errors import DataError
@@ -84,17 +85,22 @@ def find_image_files(directory: Path) -> list[str]:
 
 
 def load_folder(
-    root: Path, size: int, num_workers: int, on_bad_image: str, warn: Callable[[str], None]
+    root: Path,
+    size: int,
+    num_workers: int,
+    on_bad_image: str,
+    warn: Callable[[str], None],
+    options: DecodeOptions = DEFAULTS,
 ) -> InMemoryDataset:
     """Decode a folder of images once into memory, at `size` x `size` pixels, or raise DataError."""
-    index = index_folder(root)
+    index, noted = index_folder(root), {}
 
     def decode_all(samples: Samples) -> ImageTensors:
         batches = FileLoader(
-            ImageFileDataset(samples, ResizeAndCrop(size), seed=0),
+            ImageFileDataset(samples, ResizeAndCrop(size), 0, options),
             BatchSampler(torch.arange(len(samples)), batch_size=256),
             num_workers=num_workers,
-            unreadable=UnreadableImages(on_bad_image, len(samples), warn),
+            unreadable=UnreadableImages(on_bad_image, len(samples), warn, noted=noted),
             image_size=size,
             device=torch.device("cpu"),
         )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, from 0 to 255
 
+MAX_PIXELS = 2**26  # of one image file: a few kilobytes can decode to many gigabytes
+MAX_ASPECT = 100  # of its sides: a line of pixels, resized by the shorter one, would be huge
 SMALL_IMAGE = 64  # up to this size in pixels: the CIFAR network shape, and the data in memory
 # Mean and std of training pixels as in fb.resnet.torch: ImageNet's from 0 to 1, CIFAR's to 255.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -54,7 +54,8 @@ DEFAULTS = {
     "growthRate": 12, "bottleneck": True, "reduction": 0.5, "dropRate": 0.0, "optMemory": 2,
     "d1": 0, "d2": 0, "d3": 0, "d4": 0,
     "config": "none", "printConfig": False, "debug": False, "tf32": False, "augment": True,
-    "validSize": 0, "imageSize": 32, "nImages": 10000, "onBadImage": "error", "keep": 2,
+    "validSize": 0, "imageSize": 32, "nImages": 10000, "onBadImage": "error",
+    "exifRotate": False, "maxPixels": 2**26, "maxAspect": 100.0, "keep": 2,
     "saveEvery": 10.0, "override": False, "milestones": [150, 225], "initChannels": 24,
     "kernels": "auto", "cudaGraph": "auto", "syncBN": False, "timeout": 50.0,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import opts
@@ -150,6 +151,51 @@ def test_images_shift_by_an_eighth_and_digits_are_never_mirrored(written, name, 
     assert create(*flags, "--augment", "false").train.augmentation is None
     assert (create(*flags).train.augmentation is not None) == flip  # the default
     assert create(*flags, "--augment", "true").val.augmentation is None
+
+
+# 16 pixels: in memory. 65: from files.
+@pytest.mark.parametrize("size", ["16", "65"])
+def test_a_remark_about_both_splits_is_noted_once_and_exif_rotate_turns_both(tmp_path, size):
+    pixels = np.kron(noise(1, 3)[0], np.ones((30, 30, 1), np.uint8))
+    for turned in (False, True):  # the same picture, stored on its side
+        exif = Image.Exif()
+        exif[0x0112] = 3 if turned else 1
+        for split in ("train", "val"):
+            path = tmp_path / f"{turned}" / split / "a" / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(pixels[::-1, ::-1] if turned else pixels).save(path, exif=exif)
+
+    def load(turned: bool, rotate: str) -> tuple[list, list[str]]:
+        flags = ["--dataset", "folder", "--data", str(tmp_path / f"{turned}"), "--imageSize", size]
+        more = ["--augment", "false", "--nThreads", "0", "--exifRotate", rotate]
+        warned = []
+        data = create_data(opts.parse([*flags, *more]), warned.append)
+        images = [next(part.batches(1))[0] for part in (data.train, data.val)]
+        for part in (data.train, data.val):
+            list(part.batches(1))
+        return images, warned
+
+    upright, _ = load(False, "false")
+    stored, warned = load(True, "false")
+    assert not any(torch.equal(a, b) for a, b in zip(upright, stored, strict=True))
+    assert len(warned) == 1 and "--exifRotate true" in warned[0] and "0.png" in warned[0]
+    found, warned = load(True, "true")
+    assert all(torch.equal(a, b) for a, b in zip(upright, found, strict=True)) and warned == []
+
+
+@pytest.mark.parametrize("size", ["16", "65"])
+def test_the_flags_for_large_and_narrow_images_reach_the_loaders(tmp_path, size):
+    write_folder(tmp_path, {"train": {"a": 1}, "val": {"a": 1}}, 80)
+    flags = ["--dataset", "folder", "--data", str(tmp_path), "--imageSize", size]
+
+    def load(*more: str) -> None:
+        list(create(*flags, *more).val.batches(1))
+
+    load("--maxPixels", "6400")
+    assert "6400 pixels" not in error_line(load, "--maxPixels", "6399")
+    Image.new("RGB", (300, 2)).save(tmp_path / "val" / "a" / "0000.png")
+    assert "--maxAspect 150" in error_line(load)
+    load("--maxAspect", "150")
 
 
 def test_digits_are_scikit_learns_with_every_fifth_for_the_test():

@@ -14,7 +14,6 @@ from PIL import Image
 
 from datasets import file_loader, transforms
 from datasets.batch_sampler import BatchSampler
-from datasets.decode import decode
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from faults import bombs
 from helpers.sample_data import error_line, noise, same_batches
@@ -72,46 +71,15 @@ def targets_of(batches: list) -> list[int]:
     return [target for _, targets in batches for target in targets.tolist()]
 
 
-# Decoding:
-COLOURS = noise(1, 16)[0]
-FEW, GREY = COLOURS // 64 * 64, COLOURS[..., 0]  # 64 colours fit a palette
-RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-
-
-def transparent() -> Image.Image:
-    image = Image.fromarray(FEW).convert("RGBA")
-    image.putalpha(Image.fromarray(GREY))
-    return image
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "wanted"),
-    [
-        ("RGB", lambda: Image.fromarray(COLOURS), COLOURS),
-        ("RGBA", transparent, FEW),  # transparency is dropped
-        ("palette", lambda: Image.fromarray(FEW).quantize(64), FEW),
-        ("grey", lambda: Image.fromarray(GREY), np.stack([GREY] * 3, -1)),
-        ("LA", lambda: Image.fromarray(GREY).convert("LA"), np.stack([GREY] * 3, -1)),
-        ("1 bit", lambda: Image.fromarray(GREY // 128 * 255).convert("1"),
-         np.stack([GREY // 128 * 255] * 3, -1)),
-        ("16 bits", lambda: Image.fromarray(RAMP), np.stack([RAMP >> 8] * 3, -1)),  # not clipped
-    ],
-)  # fmt: skip
-def test_colours_are_kept_whatever_the_format(tmp_path, name, make, wanted):
-    path = tmp_path / "image.jpg"  # the content counts, not the name
-    make().save(path, format="PNG")
-    for _ in range(2):
-        image = decode(path)
-        assert image.mode == "RGB" and np.array_equal(np.asarray(image), wanted)
-
-
 # The last, a line, would be 64 x 2,560,000,000 if its width were resized to 64.
 @pytest.mark.parametrize("size", [(50_000, 50_000), (12_000, 10_000), (1, 40_000_000)])
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, loader, size):
     path = tmp_path / "bomb.png"
     path.write_bytes(bombs.png(*size, depth=1, colour=0, rows=1000))
     batches = loader([(str(path), 0)], transforms.validation(56))
-    assert f"cannot read image {path}" in error_line(epoch, batches)
+    line = error_line(epoch, batches)
+    assert line.startswith(f"error: cannot read image {path}: {size[0]} x {size[1]} pixels")
+    assert re.search("remove the file, or --max(Pixels|Aspect) [0-9]+, or --onBadImage skip$", line)
     path.write_bytes(bombs.png(1000, 1000, depth=1, colour=0))  # the same, of an allowed size
     assert len(epoch(batches)) == 1
 
@@ -168,7 +136,8 @@ def test_a_skipped_image_is_counted_and_nothing_takes_its_place(
 ])  # fmt: skip
 def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, local, other, last):
     warned = []
-    bad = UnreadableImages("skip", total, warned.append, all_gather=lambda found: [found, other])
+    others = [dict.fromkeys(other, "replace it"), {}]
+    bad = UnreadableImages("skip", total, warned.append, all_gather=lambda own: [own, others])
 
     def count() -> None:
         for reason in local:
@@ -184,8 +153,45 @@ def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, local, other, l
     assert warned == [f"skipped image {reason}" for reason in dict.fromkeys([*local, *other])]
 
 
-def test_ranks_that_stop_at_the_first_unreadable_image_have_nothing_to_compare():
-    UnreadableImages("error", 1000, pytest.fail, all_gather=pytest.fail).sync()
+def test_what_helps_is_said_also_when_another_rank_has_found_the_last_image():
+    others = [{"b: too wide": "--maxAspect 300"}, {}]
+    bad = UnreadableImages("skip", 1, lambda _: None, all_gather=lambda own: [own, others])
+    assert error_line(bad.sync).endswith("last b: too wide; fix: --maxAspect 300")
+
+
+# Remarks:
+@pytest.fixture
+def dark_samples(samples) -> list[tuple[str, int]]:
+    """Replace images 5 and 9 by ones whose files declare no scale."""
+    for number in (5, 9):
+        Image.fromarray(np.full((12, 12), 4000, np.uint16)).save(samples[number][0])
+    return samples
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remark_is_noted_once_a_run_with_its_first_image(dark_samples, loader, workers):
+    warned = []
+    train, val = (loader(dark_samples, num_workers=workers, warn=warned.append) for _ in range(2))
+    val.unreadable.noted = train.unreadable.noted
+    for batches, number in ((train, 1), (val, 1), (train, 2)):
+        assert len(targets_of(epoch(batches, number))) == 23
+    assert len(warned) == 1 and warned[0].endswith(f"; first {dark_samples[5][0]}")
+    assert "are read as 0 to 4095" in warned[0]
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_remark_that_only_another_rank_meets_is_noted_after_the_epoch(policy):
+    calls, warned = [], []
+
+    def all_gather(own: list) -> list[list]:
+        calls.append(own)
+        return [own, [{}, {"shared": "B", "other": "C"}]]
+
+    images = UnreadableImages(policy, 1000, warned.append, all_gather)
+    images.note("shared", "A")
+    for _ in range(2):  # every rank takes part in every epoch, whatever it has met
+        images.sync()
+    assert len(calls) == 2 and warned == ["shared; first A", "other; first C"]
 
 
 # Order and randomness:

@@ -128,7 +128,7 @@ def test_a_small_folder_names_or_skips_its_bad_images(tmp_path, monkeypatch):
 
 # Large: in files:
 def by_hand(paths: list[Path], transform) -> torch.Tensor:
-    images = torch.stack([transform(decode(path)) for path in paths]).flatten(0, -4)
+    images = torch.stack([transform(decode(path)[0]) for path in paths]).flatten(0, -4)
     return transforms.Normalise("cpu", torch.float64)(images)
 
 
@@ -187,3 +187,22 @@ def test_a_trained_network_reads_its_test_images_only_and_with_its_own_statistic
     )
     images, numbers = read_all(loader)
     assert torch.equal(images, read_all(data.val)[0]) and numbers == list(range(6))
+
+
+def test_a_tool_turns_images_as_the_run_did(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    Image.fromarray(noise(1, 65)[0]).save(path, exif=exif)
+    statistics = ((0.0,) * 3, (1.0,) * 3)
+    read = {}
+    for rotate in ("false", "true"):
+        opt = settings(tmp_path, "--exifRotate", rotate, size=8)
+        unreadable = file_loader.UnreadableImages("error", 1, lambda _: None)
+        loader = factory.evaluation_loader(
+            opt, [(str(path), 0)], torch.device("cpu"), statistics, unreadable
+        )
+        read[rotate] = read_all(loader)[0]
+    turned = read["false"].rot90(-1, (2, 3))
+    assert (read["true"] - turned).abs().max() <= 1  # resizing rounds in another order
+    assert (read["true"] - read["false"]).abs().max() > 9

@@ -15,7 +15,7 @@ def test_an_entry_names_the_function_that_reads_its_dataset(name):
     dataset = DATASETS[name]
     parameters = list(inspect.signature(dataset.import_loader()).parameters)
     of_kind = {
-        (True, False): ["root", "size", "num_workers", "on_bad_image", "warn"],
+        (True, False): ["root", "size", "num_workers", "on_bad_image", "warn", "options"],
         (False, True): ["num_images", "num_classes", "size", "seed"],
         (False, False): ["root"],
     }

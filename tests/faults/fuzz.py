@@ -28,7 +28,7 @@ import fileio.archive
 import main
 import opts
 from datasets.download import unpack
-from datasets.file_loader import ImageFileDataset
+from datasets.file_loader import ImageFileDataset, Unreadable
 from errors import CheckpointError, DataError, RunError, UsageError
 from faults import bombs
 from faults.contract import TINY, command, tiny
@@ -209,8 +209,8 @@ def image(draw: random.Random, root: Path) -> Case:
 def _read_image(path: Path) -> None:
     dataset = ImageFileDataset([(str(path), 0)], lambda image: image.resize((8, 8)), seed=0)
     sample = dataset[1, 0]
-    if isinstance(sample, str):
-        raise DataError(sample, "remove it")
+    if isinstance(sample, Unreadable):
+        raise DataError(*sample)
     assert sample[0].size == (8, 8)
 
 

@@ -65,14 +65,14 @@ def test_an_image_of_the_same_kind_that_claims_less_is_read(tmp_path):
     """Read a PNG of one colour and a JPEG with a few more scans."""
     for data in (bombs.png(4000, 4000), bombs.scans(4000, 50)):
         (tmp_path / "image.jpg").write_bytes(data)
-        assert decode(tmp_path / "image.jpg").size == (4000, 4000)
+        assert decode(tmp_path / "image.jpg")[0].size == (4000, 4000)
 
 
 @pytest.mark.parametrize("name", ["12,000 x 10,000", "scans"])
 def test_an_image_that_claims_much_ends_the_program_with_3(root, name):
     path = min((root / "train" / "cat").iterdir())
     path.write_bytes(bombs.IMAGES[name]())
-    refused(run(folder(root, SMALL)), 3, rf"cannot read image {path}: .*too many|scans")
+    refused(run(folder(root, SMALL)), 3, rf"cannot read image {path}: .*maxPixels|scans")
 
 
 def test_an_archive_that_claims_much_ends_the_program_with_3(tmp_path):

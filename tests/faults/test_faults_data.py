@@ -172,7 +172,7 @@ def hanging_loaders() -> None:
     """Make loader processes hang at one of the images, and wait a second for them."""
 
     def hanging(decode):
-        return lambda path: hang() if str(path).endswith("1.png") else decode(path)
+        return lambda path, *more: hang() if str(path).endswith("1.png") else decode(path, *more)
 
     replace("decode an image", hanging)
     shorten({"wait for a loader process": 1})

@@ -108,7 +108,7 @@ def test_images_of_every_kind_are_read_as_they_are_stored(tmp_path, name, write,
     pixels, path = noise(1, 90)[0, :80], tmp_path / name
     write(Image.fromarray(pixels).convert(mode), path)
     for _ in range(2):
-        assert np.array_equal(np.asarray(decode(path)), pixels)
+        assert np.array_equal(np.asarray(decode(path)[0]), pixels)
 
 
 def test_a_picture_that_is_a_program_is_not_run(root, tmp_path):

@@ -92,6 +92,7 @@ def load(
     """
     import datasets.factory
     from datasets.file_loader import UnreadableImages
+    from experiment import console
 
     weights, settings, data = sources.read(path)
     if not settings and not main_flags:
@@ -110,7 +111,8 @@ def load(
         what = f"mean and deviation of the images that {opt.dataset} weights expect are not known"
         raise UsageError(what, "add --classes RUN/data.json, of the run that they are from")
     model, device = _build(opt, num_classes, weights)
-    unreadable = UnreadableImages("skip", math.inf, _report_unreadable)  # any number is skipped
+    # Any number is skipped.
+    unreadable = UnreadableImages("skip", math.inf, console.warn, report=_report_unreadable)
     return LoadedModel(model, opt, names, *map(list, statistics), device, unreadable)
 
 
@@ -146,8 +148,8 @@ def _build(opt: Settings, num_classes: int, weights: dict) -> tuple:
     return model, device
 
 
-def _report_unreadable(reason: str) -> None:
-    print(DataError(reason, "replace or remove the file").report(), file=sys.stderr)
+def _report_unreadable(what: str, fix: str) -> None:
+    print(DataError(what, fix).report(), file=sys.stderr)
 
 
 def load_model_and_images(
