@@ -92,7 +92,7 @@ def create(
     if train is not None:
         kept, held_out = split_indices(len(train), opt.validSize, opt.manualSeed)
         split = {"held_out": held_out.tolist()}
-        statistics = statistics or channel_statistics(train.pixels, kept)
+        statistics = statistics or channel_statistics(train.pixels, kept, warn)
     mean, std = statistics
 
     # Batch each split, and record what a resumed run compares.

@@ -1,6 +1,6 @@
 """Load datasets that fit in memory: one uint8 tensor on the device, indexed by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 from datasets.batch_sampler import BatchSampler
 from datasets.rng import generator
 from errors import DataError
+
+CHANNELS = ("red", "green", "blue")
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,14 @@ def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (pixels.to(mean.dtype) - mean) / std
 
 
-def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
-    """Compute mean and std per channel, from 0 to 255, of some of (N, H, W, 3) uint8 pixels."""
+def channel_statistics(
+    pixels: Tensor, indices: Tensor, warn: Callable[[str], None]
+) -> tuple[list[float], list[float]]:
+    """Compute mean and std per channel, from 0 to 255, of some of (N, H, W, 3) uint8 pixels.
+
+    Raises:
+        DataError: all pixels have one colour.
+    """
     # Integers sum exactly, so that the result does not depend on the number of threads.
     total = torch.zeros(3, dtype=torch.int64)
     sum_of_squares = torch.zeros(3, dtype=torch.int64)
@@ -154,7 +162,14 @@ def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[list[float], li
     count = len(indices) * pixels.shape[1] * pixels.shape[2]
     mean = total.double() / count
     std = (sum_of_squares.double() / count - mean.square()).clamp(min=0).sqrt()
-    # A constant channel has std 0: divide it by 1, which keeps it finite.
+    constant = [name for name, value in zip(CHANNELS, std.tolist(), strict=True) if value == 0]
+    if len(constant) == len(CHANNELS):
+        colour = ", ".join(f"{value:g}" for value in mean.tolist())
+        what = f"no channel varies: all pixels of all {len(indices)} training images are ({colour})"
+        raise DataError(what, "look at the files, and at the range of their values")
+    if constant:
+        warn(f"all training pixels have the same {' and '.join(constant)}")
+    # Divide a constant channel by 1, which keeps it finite.
     return mean.tolist(), torch.where(std > 0, std, torch.ones(())).tolist()
 
 

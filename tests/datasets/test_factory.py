@@ -198,6 +198,16 @@ def test_the_flags_for_large_and_narrow_images_reach_the_loaders(tmp_path, size)
     load("--maxAspect", "150")
 
 
+def test_a_folder_of_white_images_is_refused_with_its_colour(tmp_path):
+    write_folder(tmp_path, {"train": {"a": 2}, "val": {"a": 1}}, 16)
+    for path in (tmp_path / "train" / "a").iterdir():
+        Image.new("RGB", (16, 16), (255, 255, 255)).save(path)
+    flags = ["--dataset", "folder", "--data", str(tmp_path), "--imageSize", "16"]
+    assert "no channel varies: all pixels of all 2 training images are (255, 255, 255)" in (
+        error_line(create, *flags)
+    )
+
+
 def test_digits_are_scikit_learns_with_every_fifth_for_the_test():
     data, source = digits(Path()), load_digits()
     is_test = np.arange(1797) % 5 == 0

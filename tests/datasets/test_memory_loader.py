@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from datasets.batch_sampler import BatchSampler
 from datasets.memory_loader import Augmentation, ImageTensors, MemoryLoader, channel_statistics
-from helpers.sample_data import noise, same_batches
+from helpers.sample_data import error_line, noise, same_batches
 
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 PAD = 4
@@ -156,21 +156,37 @@ def test_batches_are_channels_last_and_computed_in_their_type(augmentation):
     assert not torch.equal(single.double(), double)  # not single converted afterwards
 
 
+def statistics(pixels: np.ndarray, indices: torch.Tensor, warn=pytest.fail) -> tuple:
+    return channel_statistics(torch.from_numpy(pixels), indices, warn)
+
+
 def test_channel_statistics_are_those_of_numpy_in_double():
     pixels = noise(9000, size=2)  # several parts of what is summed at once
     pixels[..., 1] //= 3
     indices = np.arange(0, 9000, 2)
     pixels[1::2] = 0  # what is not chosen must not count
-    mean, std = channel_statistics(torch.from_numpy(pixels), torch.from_numpy(indices))
+    mean, std = statistics(pixels, torch.from_numpy(indices))
     values = pixels[indices].reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(std, values.std(axis=0), rtol=1e-12)
-    everything, _ = channel_statistics(torch.from_numpy(pixels), torch.arange(9000))
+    everything, _ = statistics(pixels, torch.arange(9000))
     assert not np.allclose(everything, mean, rtol=0.1)
 
 
-def test_a_channel_without_contrast_is_divided_by_one():
-    pixels = torch.from_numpy(noise(5))
+def test_a_channel_without_contrast_is_divided_by_one_and_noted():
+    pixels, warned = noise(5), []
     pixels[..., 2] = 201
-    mean, std = channel_statistics(pixels, torch.arange(5))
+    mean, std = statistics(pixels, torch.arange(5), warned.append)
     assert mean[2] == 201 and std[2] == 1 and min(std[:2]) > 50
+    assert warned == ["all training pixels have the same blue"]
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 20, 30)])
+def test_a_training_set_of_one_colour_is_refused(colour):
+    pixels = noise(5)
+    pixels[:4] = colour  # the last is held out
+    line = error_line(statistics, pixels, torch.arange(4))
+    shown = ", ".join(map(str, colour))
+    assert line.startswith(
+        f"error: no channel varies: all pixels of all 4 training images are ({shown})"
+    )
