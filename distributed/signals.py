@@ -38,9 +38,10 @@ class SignalHandler:
         self._requested_at = 0.0
 
     def install(self) -> "SignalHandler":
-        """Handle SIGINT, SIGTERM, SIGUSR1 and SIGHUP from now on."""
+        """Handle SIGINT, SIGTERM, SIGUSR1 and SIGHUP from now on, but not a SIGHUP under nohup."""
         for signum in SIGNALS:
-            signal.signal(signum, self._on_signal)
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launcher.spawn has blocked them
         if self._has_launcher:
             self._startup_watchdog()

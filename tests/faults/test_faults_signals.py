@@ -9,7 +9,7 @@ import pytest
 import checkpoints
 import experiment.log
 from faults.contract import FLAGS, check_whole, newest_step, outcome, refused, status, tiny
-from faults.sabotage import at_batch, both, nan_loss, own_group, send_to_group, stop
+from faults.sabotage import at_batch, both, nan_loss, own_group, send, send_to_group, stop
 from faults.test_faults_data import folder
 from helpers.run_main import process_state, run, start
 
@@ -27,6 +27,15 @@ def test_a_signal_to_the_whole_group_stops_it_as_gracefully(root, number, phase,
     assert "worker" not in result.err and "Traceback" not in result.err
     assert status(root.parent / "run")["global_step"] == steps
     assert run([*argv, "--resume=auto"]).code == 0
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, undisturbed):
+    """Test row 58: nohup starts a program with SIGHUP ignored."""
+    nohup = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    hang_up = partial(at_batch, partial(send, signal.SIGHUP), 3)
+    result = run(tiny(**FLAGS, save=tmp_path), partial(both, nohup, hang_up))
+    assert result.code == 0 and result.err == "", result
+    assert outcome(tmp_path) == undisturbed()
 
 
 def test_a_run_that_is_suspended_goes_on_as_if_nothing_had_been(tmp_path, undisturbed):
