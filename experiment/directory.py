@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 from errors import BusyError, Preempted, RunError, StorageError
+from experiment.console import warn
 from fileio.atomic import atomic_write, read_json, storage_error
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of Lustre without flock, NFS, FUSE
 
 
 def check_writable(directory: Path) -> None:
@@ -50,12 +53,16 @@ class RunDirectory:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                owner = self._read_owner() or "another process"
+                self._lock.close()
+                what = f"run directory {self.path} is in use by {owner}"
+                raise BusyError(what, "wait for it to end, or choose another --save") from None
+            if error.errno not in NO_LOCKS:
                 raise storage_error(error, self.path / ".lock") from error
-            owner = self._read_owner() or "another process"
-            self._lock.close()
-            what = f"run directory {self.path} is in use by {owner}"
-            raise BusyError(what, "wait for it to end, or choose another --save") from None
+            # `verify_lock` still stops the process that came first.
+            what = f"the disk of {self.path} has no locks ({error.strerror})"
+            warn(f"{what}: start no second process on this run")
         self._lock.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._owner = f"host {socket.gethostname()}, process {os.getpid()}, since {started}"

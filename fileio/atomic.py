@@ -12,6 +12,7 @@ from typing import IO
 from errors import StorageError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of CIFS, FUSE
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -71,10 +72,13 @@ def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` survive a power loss."""
+    """Make renames in `directory` survive a power loss, if the file system can sync directories."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,10 +1,12 @@
 """Test experiment/directory.py and fileio/atomic.py: whole files, and one writer."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import re
 import signal
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +76,19 @@ def test_a_refused_write_changes_nothing_and_says_why(path, monkeypatch, functio
     assert path.read_bytes() == OLD and os.listdir(path.parent) == ["file.bin"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_that_cannot_sync_directories_can_hold_a_run(path, monkeypatch, number):
+    sync = os.fsync
+
+    def refuse_directories(descriptor: int) -> None:
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        sabotage.refuse(number) if is_directory else sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_directories)
+    atomic.atomic_write(path, NEW)
+    assert path.read_bytes() == NEW and os.listdir(path.parent) == ["file.bin"]
+
+
 @pytest.mark.parametrize("below", ["", "run"])
 def test_a_directory_is_checked_without_being_made_and_no_file_is_in_its_place(path, below):
     check_writable(path.parent / "a" / below)
@@ -131,6 +146,25 @@ def test_a_directory_that_another_machine_has_taken_over_is_not_written(tmp_path
         (tmp_path / ".lock").write_text("host elsewhere, process 1\n")
         own.verify_lock()
     assert status(tmp_path)["state"] == "running"  # the other one writes the outcome
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_noted_and_the_newer_of_two_runs_goes_on(
+    tmp_path, monkeypatch, capsys, number
+):
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: sabotage.refuse(number))
+    first = RunDirectory(tmp_path)
+    assert f"has no locks ({os.strerror(number)})" in capsys.readouterr().err
+    first.verify_lock()
+    (tmp_path / ".lock").write_text("host b, process 2, since now\n")  # as the second would
+    with pytest.raises(BusyError, match="taken over by host b"):
+        first.verify_lock()
+
+
+def test_a_lock_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: sabotage.refuse(errno.EIO))
+    with pytest.raises(StorageError, match="Input/output"):
+        RunDirectory(tmp_path)
 
 
 NAN = NonFiniteError("loss is not finite at epoch 3, step 4", "lower --LR", batch=[7])
