@@ -25,6 +25,7 @@ from cli.flag_types import (
     integers,
     level,
     number,
+    pathname,
     text,
 )
 from datasets.registry import DATASETS, MAX_ASPECT, MAX_PIXELS, SMALL_IMAGE
@@ -37,7 +38,7 @@ MEMORY_LEVELS = (0, 1, 2, 3, 4)
 # fmt: off
 GROUPS: dict[str, list[Flag]] = {
     "General options": [
-        Flag("data", text, "data", "root directory of the dataset"),
+        Flag("data", pathname, "data", "root directory of the dataset"),
         Flag("dataset", text, "cifar10", "what to train on", choices=tuple(DATASETS),
              role="training"),
         Flag("manualSeed", integer, 0, "seed of initial weights, order, augmentation and dropout",
@@ -58,7 +59,7 @@ GROUPS: dict[str, list[Flag]] = {
              "one CUDA graph per training step; auto: on a GPU where every batch has one shape",
              choices=("auto", "true", "false")),
         Flag("timeout", number, 50.0, "seconds to wait for other processes", range=POSITIVE),
-        Flag("config", text, "none", "YAML file of flags; the command line wins over it"),
+        Flag("config", pathname, "none", "YAML file of flags; the command line wins over it"),
         Flag("printConfig", boolean, False, "print all settings as YAML and exit", const="true"),
         Flag("debug", boolean, False, "show the traceback of every error"),
     ],
@@ -98,8 +99,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("tenCrop", boolean, False, "evaluate on ten crops of each image (above 64 pixels)"),
     ],
     "Checkpointing options": [
-        Flag("save", text, None, "run directory", "checkpoints/ and the run's name"),
-        Flag("resume", text, "none",
+        Flag("save", pathname, None, "run directory", "checkpoints/ and the run's name"),
+        Flag("resume", pathname, "none",
              "run directory or checkpoint to continue; auto: this run's own "
              "directory if it has a checkpoint"),
         Flag("keep", integer, 2, "newest checkpoints to keep", range=AT_LEAST_1),
@@ -129,7 +130,7 @@ GROUPS: dict[str, list[Flag]] = {
              choices=("A", "B", "C"), role="model"),
         Flag("syncBN", boolean, False, "batch statistics over all GPUs, not of each GPU alone",
              role="training"),
-        Flag("retrain", text, "none", "weights to start from: a checkpoint of this program, a "
+        Flag("retrain", pathname, "none", "weights to start from: a checkpoint of this program, a "
              "torchvision or timm state dict, or a .t7 file of Lua"),
         Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
         Flag("shareGradInput", boolean, False, "Lua's name of optMemory 2"),

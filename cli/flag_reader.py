@@ -3,6 +3,7 @@
 Both become a list of (flag, text, source), which the same code checks.
 """
 
+import codecs
 import errno
 import re
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from cli.flag_types import Flag, Problem, closest_match, integers
 
 MAX_CONFIG_BYTES = 2**14  # a config with every flag has a tenth of it
 EXAMPLE = "write one `flag: value` a line"
+# What editors and PDF files put in place of two hyphens.
+DASHES = tuple("\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
 
 RawFlag = tuple[str, str, str]  # (flag, text, source)
 
@@ -63,7 +66,7 @@ class FlagParser:
         raw, rest = [], list(argv)
         while rest:
             token = rest.pop(0)
-            match = re.fullmatch(r"--?([A-Za-z]\w*)(?:=(.*))?", token, re.DOTALL)
+            match = re.fullmatch(r"--?([A-Za-z][\w-]*)(?:=(.*))?", token, re.DOTALL)
             if match:
                 name, value = match.groups()
                 value = self._take_value(name, rest) if value is None else value
@@ -72,7 +75,10 @@ class FlagParser:
                 positionals.append(token)
             else:
                 what = f"{token!r} is not a flag (command line)"
-                self.problems.append((what, "write --flag VALUE; see --help"))
+                fix = "write --flag VALUE, a list with commas; see --help"
+                if token.startswith(DASHES):
+                    fix = f"type two hyphens: {token[0]!r} is another character"
+                self.problems.append((what, fix))
         return raw
 
     def _take_value(self, name: str, rest: list[str]) -> str:
@@ -137,7 +143,8 @@ def _read_config(path: Path) -> str:
         content = file.read(MAX_CONFIG_BYTES + 1)
     if len(content) > MAX_CONFIG_BYTES:
         raise OSError(errno.EFBIG, f"more than {MAX_CONFIG_BYTES} bytes")
-    return content.decode("utf-8-sig")
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # of PowerShell's >
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def _is_plain(node, kind: str) -> bool:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable
@@ -36,6 +37,8 @@ def _parse_float(text: str) -> float:
 
 
 text = FlagType("text", str)
+# A shell leaves `~` as it is in `--data=~/DIR` and in a config file.
+pathname = FlagType("a path", os.path.expanduser)
 integer = FlagType("a whole number", _parse_int)
 integers = FlagType("whole numbers with commas between", _parse_int_list)
 number = FlagType("a number", _parse_float)

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from cli.flag_types import AT_LEAST_1, Flag, integer, text
+from cli.flag_types import AT_LEAST_1, Flag, integer, pathname
 from errors import printable
 from tools import cli
 from tools.inference import network, sources
 
 FLAGS = (
     Flag("top", integer, 5, "classes to name for each image", range=AT_LEAST_1),
-    Flag("csv", text, None, "CSV file to write instead of printing; - prints it", "none"),
+    Flag("csv", pathname, None, "CSV file to write instead of printing; - prints it", "none"),
     sources.CLASSES,
     network.OVERWRITE,
 )

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.flag_types import Flag, text
+from cli.flag_types import Flag, pathname
 from fileio import atomic
 from tools import cli
 from tools.inference import network, sources
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FLAGS = (
-    Flag("output", text, "features.npz", "file to write"),
+    Flag("output", pathname, "features.npz", "file to write"),
     sources.CLASSES,
     network.OVERWRITE,
 )

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cli.flag_reader import MAX_CONFIG_BYTES, FlagParser
-from cli.flag_types import as_text
+from cli.flag_types import as_text, pathname
 from errors import UsageError
 from opts import FLAGS
 
@@ -68,12 +68,20 @@ def test_every_spelling_gives_the_same_values(line, values):
           for value in ("-0.1", "-1", "-.5", "-inf", "-nan")),
         (["--tf32", "--depth", "3"], ("tf32: has no value", "give true or false")),
         (["--LR="], ("LR: has no value", "give a number above 0")),
-        (["--printConfig", "--data"], ("data: has no value", "give text")),
-        *(([token], (f"{token!r} is not a flag", "write --flag VALUE; see --help"))
+        (["--printConfig", "--data"], ("data: has no value", "give a path")),
+        *(([token], (f"{token!r} is not a flag",
+                     "write --flag VALUE, a list with commas; see --help"))
           for token in ("", "-", "--", "---depth", "40", "-1", "depth=40", "--=3", "a b")),
         (["--dept", "3"], ("unknown flag dept", "did you mean depth?")),
         (["--DEPTH", "3"], ("unknown flag DEPTH", "did you mean depth?")),
         (["--qqqqqq", "3"], ("unknown flag qqqqqq", "see --help")),
+        # The habits of other programs, and a dash that an editor has put in.
+        (["--batch-size", "3"], ("unknown flag batch-size", "did you mean batchSize?")),
+        (["--weight_decay=3"], ("unknown flag weight_decay", "did you mean weightDecay?")),
+        (["--no-augment"], ("unknown flag no-augment", "did you mean augment?")),
+        *(([f"{dash}LR=3"], (f"'{dash}LR=3' is not a flag",
+                             f"type two hyphens: '{dash}' is another character"))
+          for dash in "\u2013\u2014\u2212"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_shown_with_its_fix(argv, problem):
@@ -155,6 +163,18 @@ def test_yaml_means_what_the_command_line_means(raw, from_yaml):
         assert without_source[0] == without_source[1]
 
 
+def test_a_path_may_begin_with_the_home_directory(from_yaml, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/her")
+    paths = [name for name, flag in FLAGS.items() if flag.type is pathname]
+    assert set(paths) == {"data", "config", "save", "resume", "retrain"}
+    for name in paths:
+        for text in ("~/x y", "~"):
+            want = {name: text.replace("~", "/home/her")}
+            assert from_line(f"--{name}={text}").values == want
+            assert from_yaml(f"{name}: {text}\n").values == want
+        assert from_line(f"--{name}", "a~b").values == {name: "a~b"}
+
+
 @pytest.mark.parametrize(
     ("content", "values"),
     [
@@ -165,6 +185,8 @@ def test_yaml_means_what_the_command_line_means(raw, from_yaml):
         ("{depth: 40, tf32: false}", {"depth": 40, "tf32": False}),
         ("depth: &d 40\noptMemory: 1\ndata: *d\n", {"depth": 40, "optMemory": 1, "data": "40"}),
         (b"\xef\xbb\xbfdepth: 40\n", {"depth": 40}),
+        ("depth: 40\r\n".encode("utf-16"), {"depth": 40}),
+        (b"\xfe\xff" + "depth: 40\n".encode("utf-16-be"), {"depth": 40}),
         (b"depth: 40\r\ntf32: true\r\n", {"depth": 40, "tf32": True}),
         ("data: \u00e9\n", {"data": "\u00e9"}),
         ("paper: {table: 2, error: 3.46}\ndepth: 40\n", {"depth": 40}),
@@ -207,7 +229,7 @@ def test_every_problem_of_a_file_is_found(from_yaml):
         ("c.yaml, line 2)", ["tf32: true\ndepth:\t[\n"]),
         ("undefined alias", ["depth: *missing\n"]),
         ("not YAML", ["depth: 'unclosed\n", "%YAML 9.9\n---\ndepth: 3\n", "data: \x07\n",
-                      "data: caf\u00e9\n".encode("latin-1"), "depth: 3\n".encode("utf-16"),
+                      "data: caf\u00e9\n".encode("latin-1"),
                       bytes(range(256)), "[" * 1000, "depth: " + "{a: " * 1500, "- " * 1500]),
     ],
 )  # fmt: skip

@@ -23,7 +23,17 @@ from types import SimpleNamespace
 from unittest import mock
 
 import opts
-from cli.flag_types import NON_NEGATIVE, Flag, Range, Settings, boolean, broken, integer, text
+from cli.flag_types import (
+    NON_NEGATIVE,
+    Flag,
+    Range,
+    Settings,
+    boolean,
+    broken,
+    integer,
+    pathname,
+    text,
+)
 from cli.network_settings import network_name
 from datasets import registry
 from errors import UsageError
@@ -42,7 +52,7 @@ FLAGS = (
     Flag("compile", boolean, True, "include torch.compile, which needs minutes and a C++ compiler"),
     Flag("trainer", boolean, False, "beside each channels-last, eager case of this project: "
          "main.py's trainer with the same network, which also loads and augments", const="true"),
-    Flag("csv", text, None, "new file to write the rows to, or none",
+    Flag("csv", pathname, None, "new file to write the rows to, or none",
          "in results/, named after network, device, torch and month"),
 )  # fmt: skip
 TOOL = cli.Tool(__doc__, FLAGS, main_flags=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import opts
-from cli.flag_types import Flag, boolean, broken, text
+from cli.flag_types import Flag, boolean, broken, pathname, text
 from errors import CheckpointError, RunError, UsageError
 from tools import cli
 from tools.inference import network, onnx_io, sources
@@ -29,9 +29,9 @@ TARGETS = ("onnx", "torchvision", "timm", "weights")
 FLAGS = (
     Flag("to", text, None, "what to write: an ONNX file; a state dict that torchvision's or "
          "timm's network loads; or this program's, for --retrain", "none", choices=TARGETS),
-    Flag("output", text, None, "file to write", "none"),
+    Flag("output", pathname, None, "file to write", "none"),
     Flag("check", boolean, True, "compare what ONNX Runtime computes with PyTorch"),
-    Flag("images", text, None, "directory of images to compare on besides random ones", "none"),
+    Flag("images", pathname, None, "directory of images to compare on besides random ones", "none"),
     sources.CLASSES,
     network.OVERWRITE,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from cli.flag_types import Flag, text
+from cli.flag_types import Flag, pathname, text
 from errors import DataError, RunError, StorageError, UsageError
 from fileio.atomic import atomic_write
 from tools import cli
@@ -23,10 +23,10 @@ from tools.results import runs
 
 NAMES = ("figure3", "figure4", "figure4-small", "figure4-digits", "curves", "figure5")
 FLAGS = (
-    Flag("output", text, "results/figures", "directory to write the figures into"),
+    Flag("output", pathname, "results/figures", "directory to write the figures into"),
     Flag("only", text, None, f"which figures, with commas between: {', '.join(NAMES)}",
          "all that can be drawn"),
-    Flag("weights", text, None, "run directory, checkpoint or model file to draw Figure 5 of, "
+    Flag("weights", pathname, None, "run directory, checkpoint or model file to draw Figure 5 of, "
          "or the figure5.csv of an earlier call", "no Figure 5"),
     Flag("scale", text, "column", "what a cell of Figure 5 is divided by: the largest of its "
          "column, of its block, or nothing", choices=("column", "block", "none")),

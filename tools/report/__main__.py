@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from cli.flag_types import Flag, Settings, text
+from cli.flag_types import Flag, Settings, pathname
 from cli.network_settings import network_name
 from errors import UsageError, printable
 from experiment import console
@@ -26,7 +26,7 @@ from tools.results.configs import configs, count
 from tools.results.runs import GroupedRuns, SeedGroup
 
 OUTPUT = Flag(
-    "output", text, None, "Markdown file to write; an existing report is replaced", "print it"
+    "output", pathname, None, "Markdown file to write; an existing report is replaced", "print it"
 )
 TOOL = cli.Tool(__doc__, (OUTPUT,), "directory of runs")
 parse = TOOL.parse

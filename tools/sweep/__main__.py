@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import experiment.directory
 from cli import path_checks
-from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, broken, integer, integers, text
+from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, broken, integer, integers, pathname
 from distributed import signals
 from errors import BusyError, Preempted, RunError, StorageError, UsageError
 from experiment import console
@@ -38,7 +38,7 @@ POLL_S = 0.2
 FLAGS = (
     Flag("seeds", integers, [0], "with commas between; each config is trained with each",
          range=NON_NEGATIVE),
-    Flag("runs", text, "runs", "directory of the run directories"),
+    Flag("runs", pathname, "runs", "directory of the run directories"),
     Flag("gpus", integer, None, "GPUs to use, one for a run; 0: the CPU",
          "all that are visible, else the CPU", range=NON_NEGATIVE),
     Flag("slurm", boolean, False, "print the command for a Slurm array of the runs that are left, "
