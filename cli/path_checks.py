@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+from datasets.folder_checks import layout_fix
 from datasets.registry import DATASETS
 from errors import CheckpointError, DataError, StorageError
 
@@ -35,12 +36,11 @@ def check(opt: SimpleNamespace, is_first: bool = True) -> None:
 
 
 def _check_image_folder(root: Path) -> None:
-    layout = "use --data DIR with DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"
     for directory in (root, root / "train", root / "val"):
         if not os.path.isdir(directory):
-            raise DataError(f"no directory {directory}", layout)
+            raise DataError(f"no directory {directory}", layout_fix(root))
         if directory != root and not _has_directories(directory):
-            raise DataError(f"no class directories in {directory}", layout)
+            raise DataError(f"no class directories in {directory}", layout_fix(root))
 
 
 def _has_directories(directory: Path) -> bool:

@@ -13,6 +13,7 @@ from datasets.batch_sampler import BatchSampler, split_indices
 from datasets.decode import DecodeOptions
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from datasets.fingerprints import hash_files, hash_images
+from datasets.folder_checks import folder_notes
 from datasets.memory_loader import (
     Augmentation,
     ImageTensors,
@@ -86,6 +87,10 @@ def create(
         train, test, classes, fingerprints = _index_files(opt, test_only)
     else:
         train, test, classes, fingerprints = _read_images(opt, warn)
+
+    if dataset.is_image_folder and train is not None:
+        for note in folder_notes(Path(opt.data), classes):
+            warn(note)
 
     # Hold out validation images; compute the statistics of the rest if nothing tells them.
     split, kept, held_out = {}, None, ()
@@ -253,3 +258,6 @@ def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:
     if opt.nClasses not in (None, len(classes)):
         what = f"nClasses is {opt.nClasses} but {opt.dataset} has {len(classes)} classes"
         raise DataError(what, f"use --nClasses {len(classes)} or leave it out")
+    if DATASETS[opt.dataset].is_image_folder and len(classes) == 1 and not opt.testOnly:
+        what = f"{opt.data} has one class, {classes[0]}: there is nothing to tell apart"
+        raise DataError(what, "put a directory for each class right below train and below val")

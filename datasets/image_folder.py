@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import DEFAULTS, DecodeOptions
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
+from datasets.folder_checks import spelling_fix
 from datasets.memory_loader import ImageTensors, InMemoryDataset
 from errors import DataError
 
@@ -42,7 +43,8 @@ def index_folder(root: Path) -> FolderIndex:
             f"only in {split}: {' '.join(sorted(only[split])[:5])}" for split in only if only[split]
         )
         what = f"train and val in {root} have different classes: {shown}"
-        raise DataError(what, "give both the same class directories")
+        fix = spelling_fix(only["train"], only["val"])
+        raise DataError(what, fix or "give both the same class directories")
     return FolderIndex(train, val, classes)
 
 

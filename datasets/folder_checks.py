@@ -1,0 +1,98 @@
+"""Say what is odd about a folder of images, from names alone and a few files. Loads no torch."""
+
+import contextlib
+import filecmp
+import itertools
+import os
+import shlex
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+SPLITS = ("train", "val")
+# Other names of the splits, the likeliest first.
+OTHER_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "test", "testing"),
+}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+MAX_CLASSES, MAX_FILES = 100, 3  # files of a class that are compared between the splits
+
+
+def layout_fix(root: Path) -> str:
+    """Return how to give `root` the layout of a dataset, judging from what it holds."""
+    layout = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"
+    if os.path.isfile(root):
+        return f"unpack it, and use --data DIR with {layout}"
+    found = {name.lower(): name for name in _directories(root)}
+    # The dataset may be one level up or down.
+    parent = Path(os.path.normpath(root)).parent
+    for directory in (parent, *(root / name for name in found.values())):
+        if {*SPLITS} <= {*_directories(directory)}:
+            return f"use --data {shlex.quote(str(directory))}"
+    # A split may have another name, or hold no classes.
+    for split, names in OTHER_NAMES.items():
+        other = next((found[name] for name in names if name in found), None)
+        if other and split not in found.values():
+            path = shlex.quote(str(root / split))
+            return f"rename {root / other} to {split}, or link it: ln -s {other} {path}"
+        if _has_images(root / split) and not _directories(root / split):
+            return f"sort the images in {root / split} into a directory for each class"
+    if any(_has_images(root / name) for name in found.values()):
+        return f"move the class directories to {root}/train, and some images of each to {root}/val"
+    return f"use --data DIR with {layout}"
+
+
+def spelling_fix(names: set[str], others: set[str]) -> str | None:
+    """Return what to rename if two sets of class names differ in spelling only."""
+    if {*map(_composed, names)} == {*map(_composed, others)}:
+        forms = "the same letters in two Unicode forms, NFC of Linux and NFD of macOS"
+        return f"rename them, for example with convmv --nfc: they are {forms}"
+    if {*map(_folded, names)} == {*map(_folded, others)}:
+        return "rename them: they differ in upper and lower case or in spaces only"
+    if (names, others) == ({"train"}, {"val"}):
+        return "move the classes up: DIR/train/CLASS in place of DIR/train/train/CLASS"
+    return None
+
+
+def folder_notes(root: Path, classes: list[str]) -> list[str]:
+    """List what the user should know about the order of the classes, and about shared images."""
+    notes = []
+    if all(name.isdecimal() for name in classes):
+        for first, second in itertools.pairwise(classes):
+            if int(first) > int(second):
+                notes.append(f"classes are numbers, sorted as text: {first} comes before {second}")
+                break
+    for path in itertools.islice(_shared_images(root, classes), 1):
+        notes.append(f"val has images of train, such as {path}: its error says little")
+    return notes
+
+
+def _shared_images(root: Path, classes: list[str]) -> Iterator[Path]:
+    """Yield images of val that train has under the same name, of the first few of each class."""
+    train, val = (root / split for split in SPLITS)
+    for name in classes[:: -(-len(classes) // MAX_CLASSES)]:
+        with contextlib.suppress(OSError, ValueError):
+            for file in sorted(os.listdir(val / name))[:MAX_FILES]:
+                if filecmp.cmp(train / name / file, val / name / file, shallow=False):
+                    yield val / name / file
+
+
+def _directories(directory: Path) -> list[str]:
+    with contextlib.suppress(OSError, ValueError):
+        return sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+    return []
+
+
+def _has_images(directory: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return any(name.lower().endswith(IMAGE_SUFFIXES) for name in os.listdir(directory))
+    return False
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return " ".join(_composed(name).casefold().split())
