@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import DEFAULTS, REPLACE, DecodeOptions, decode
+from datasets.retries import with_retries
 from datasets.rng import generator
 from distributed.signals import ignore_signals, kill_children
 from errors import DataError
@@ -58,11 +59,12 @@ class ImageFileDataset(Dataset):
         epoch, index = key
         path, label = self.samples[index]
         try:
-            image, remarks = decode(path, self.options)
+            image, remarks = with_retries(decode, path, self.options)
         except DataError as error:
             return Unreadable(f"{path}: {error}", error.problems[0][1])
         except Exception as error:  # decoders raise any type on a damaged file
-            return Unreadable(f"{path}: {error}", REPLACE)
+            # MemoryError has no text.
+            return Unreadable(f"{path}: {str(error) or type(error).__name__}", REPLACE)
         # Without a seed the draws would depend on the worker that gets the image; without the
         # fork they would change the network's random numbers in the main process.
         with torch.random.fork_rng(devices=[]):

@@ -1,5 +1,6 @@
 """Test images read from files: all formats, damaged ones, batches that depend on no process."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import file_loader, transforms
+from datasets import file_loader, retries, transforms
 from datasets.batch_sampler import BatchSampler
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from faults import bombs
@@ -105,6 +106,38 @@ def test_an_unreadable_image_stops_the_run_and_is_named(loader, samples, damage,
     assert line.startswith(f"error: cannot read image {path}: ") and "--onBadImage skip" in line
     path.write_bytes(good)
     assert len(epoch(loader([samples[5]]))) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+@pytest.mark.parametrize("failures", [1, 3, 4])
+def test_a_network_disk_that_fails_for_a_moment_costs_no_image(
+    samples, loader, monkeypatch, number, failures
+):
+    monkeypatch.setattr(retries, "DELAYS_S", (0, 0, 0))
+    errors = [OSError(number, os.strerror(number))] * failures
+
+    def read(path: str) -> Image.Image:
+        if path == samples[5][0] and errors:
+            raise errors.pop()
+        return decode(path)
+
+    monkeypatch.setattr(file_loader, "decode", read)
+    batches = loader(samples)
+    if failures <= 3:
+        assert targets_of(epoch(batches)) == list(range(23)) and not errors
+    else:
+        assert f"{samples[5][0]}: " in (line := error_line(epoch, batches))
+        assert os.strerror(number) in line
+
+
+@pytest.mark.parametrize("kind", [MemoryError, EOFError])
+def test_an_error_without_a_text_is_named(samples, loader, monkeypatch, kind):
+    def read(path: str) -> None:
+        raise kind
+
+    monkeypatch.setattr(file_loader, "decode", read)
+    line = f"cannot read image {samples[0][0]}: {kind.__name__}; fix: "
+    assert line in error_line(epoch, loader(samples))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
