@@ -249,3 +249,18 @@ def test_a_complete_run_goes_on_when_asked_for_more_epochs(undisturbed, complete
     assert [line["epoch"] for line in longer["log"]] == [1, 2, 3, 4]
     assert longer["log"][:3] == undisturbed()["log"]
     assert status(complete)["state"] == "done" and status(complete)["last_epoch"] == 4
+
+
+def test_a_run_that_was_renamed_and_holds_copies_of_a_file_manager_goes_on(
+    undisturbed, directory, newest, tmp_path, monkeypatch
+):
+    """Resume by the directory's new name, from inside of it, beside copies of later steps."""
+    copies = ("checkpoint_000000999 (copy).pt", "checkpoint_000000999.conflict.pt")
+    for name in copies:
+        (directory / name).write_bytes(newest.read_bytes())
+    moved = directory.rename(tmp_path / "moved [1]")
+    monkeypatch.chdir(moved)
+    assert run(command(resume=".", nGPU=0)).code == 0
+    for name in copies:
+        (moved / name).unlink()  # it is still there, and no checkpoint of the run's own
+    assert outcome(moved) == undisturbed() and not directory.exists()
