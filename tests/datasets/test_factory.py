@@ -1,5 +1,6 @@
 """Test the splits that settings give, for every dataset; digits and synthetic images."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,8 @@ def test_a_remark_about_both_splits_is_noted_once_and_exif_rotate_turns_both(tmp
     for turned in (False, True):  # the same picture, stored on its side
         exif = Image.Exif()
         exif[0x0112] = 3 if turned else 1
-        for split in ("train", "val"):
-            path = tmp_path / f"{turned}" / split / "a" / "0.png"
+        for split, name in itertools.product(("train", "val"), "ab"):
+            path = tmp_path / f"{turned}" / split / name / f"{split}.png"
             path.parent.mkdir(parents=True)
             Image.fromarray(pixels[::-1, ::-1] if turned else pixels).save(path, exif=exif)
 
@@ -178,14 +179,14 @@ def test_a_remark_about_both_splits_is_noted_once_and_exif_rotate_turns_both(tmp
     upright, _ = load(False, "false")
     stored, warned = load(True, "false")
     assert not any(torch.equal(a, b) for a, b in zip(upright, stored, strict=True))
-    assert len(warned) == 1 and "--exifRotate true" in warned[0] and "0.png" in warned[0]
+    assert len(warned) == 1 and "--exifRotate true" in warned[0] and ".png" in warned[0]
     found, warned = load(True, "true")
     assert all(torch.equal(a, b) for a, b in zip(upright, found, strict=True)) and warned == []
 
 
 @pytest.mark.parametrize("size", ["16", "65"])
 def test_the_flags_for_large_and_narrow_images_reach_the_loaders(tmp_path, size):
-    write_folder(tmp_path, {"train": {"a": 1}, "val": {"a": 1}}, 80)
+    write_folder(tmp_path, {"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 1}}, 80)
     flags = ["--dataset", "folder", "--data", str(tmp_path), "--imageSize", size]
 
     def load(*more: str) -> None:
@@ -199,8 +200,8 @@ def test_the_flags_for_large_and_narrow_images_reach_the_loaders(tmp_path, size)
 
 
 def test_a_folder_of_white_images_is_refused_with_its_colour(tmp_path):
-    write_folder(tmp_path, {"train": {"a": 2}, "val": {"a": 1}}, 16)
-    for path in (tmp_path / "train" / "a").iterdir():
+    write_folder(tmp_path, {"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 1}}, 16)
+    for path in (tmp_path / "train").glob("*/*"):
         Image.new("RGB", (16, 16), (255, 255, 255)).save(path)
     flags = ["--dataset", "folder", "--data", str(tmp_path), "--imageSize", "16"]
     assert "no channel varies: all pixels of all 2 training images are (255, 255, 255)" in (

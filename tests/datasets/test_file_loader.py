@@ -15,6 +15,7 @@ from PIL import Image
 
 from datasets import file_loader, retries, transforms
 from datasets.batch_sampler import BatchSampler
+from datasets.decode import DecodeOptions, decode
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from faults import bombs
 from helpers.sample_data import error_line, noise, same_batches
@@ -116,10 +117,10 @@ def test_a_network_disk_that_fails_for_a_moment_costs_no_image(
     monkeypatch.setattr(retries, "DELAYS_S", (0, 0, 0))
     errors = [OSError(number, os.strerror(number))] * failures
 
-    def read(path: str) -> Image.Image:
+    def read(path: str, options: DecodeOptions) -> tuple[Image.Image, list[str]]:
         if path == samples[5][0] and errors:
             raise errors.pop()
-        return decode(path)
+        return decode(path, options)
 
     monkeypatch.setattr(file_loader, "decode", read)
     batches = loader(samples)
@@ -132,7 +133,7 @@ def test_a_network_disk_that_fails_for_a_moment_costs_no_image(
 
 @pytest.mark.parametrize("kind", [MemoryError, EOFError])
 def test_an_error_without_a_text_is_named(samples, loader, monkeypatch, kind):
-    def read(path: str) -> None:
+    def read(path: str, options: DecodeOptions) -> None:
         raise kind
 
     monkeypatch.setattr(file_loader, "decode", read)
