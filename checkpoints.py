@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
-from fileio import checkpoint_schema
+from fileio import checkpoint_schema, foreign_weights, tensor_files
 from fileio.atomic import atomic_write, storage_error
 from fileio.tensor_files import check_tensors, is_valid, on_cpu, read, save_weights, to_bytes
 
@@ -144,21 +144,26 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Load the weights in a checkpoint or a plain state dict, also one of torchvision or timm.
+def load_weights(
+    path: Path, key: str | None = None, warn: Callable[[str], None] = lambda line: None
+) -> dict[str, Tensor]:
+    """Load the weights in a file of this or another program.
 
-    fileio/lua_network.py says how the weights of a Lua network (`.t7`) are named.
+    fileio/foreign_weights.py says how they are found; fileio/lua_network.py how the weights of a
+    Lua network (`.t7`) are named.
+
+    Args:
+        key: names one of several networks in the file.
+        warn: called with a line for each choice between them.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds no weights.
+        CheckpointError: the file is missing or damaged, or does not hold these weights.
     """
-    weights = read(path)
-    for wrapper in ("model", "state_dict"):
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    if not checkpoint_schema.are_tensors(weights) or not weights:
-        raise CheckpointError(f"{path} holds no state dict", "name a file of weights")
-    return dict(weights)
+
+    def select(state: object) -> dict[str, Tensor]:
+        return foreign_weights.find(state, key, lambda line: warn(f"{path}: {line}"))
+
+    return tensor_files.read(path, select=select)
 
 
 class CheckpointSaver:

@@ -86,6 +86,13 @@ COUNTING = (
 )  # fmt: skip
 
 
+UNKNOWN = b"\x80\x02cargparse\nNamespace\n)\x81"  # an object that torch.load refuses
+# A list of 100,000 pairs, made a dict 3,000 times: 1 is the list, 2 the class.
+PAIRS = b"".join(b"K\x00M" + struct.pack("<H", i % 2**16) + b"\x86" for i in range(100_000))
+PAIRS = UNKNOWN + b"]q\x01(" + PAIRS + b"eccollections\nOrderedDict\nq\x02"
+PAIRS += b"h\x02h\x01\x85R" * 3_000 + b"."
+
+
 def many_entries(count: int) -> bytes:
     """Make a zip archive with as many entries of no bytes."""
     local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, *[0] * 9)
@@ -106,9 +113,13 @@ CHECKPOINTS = {
     "marks": lambda: archive(b"\x80\x02" + b"(" * 4 * MB),
     "counting": lambda: archive(COUNTING),
     "entries": lambda: many_entries(200_000),
+    "unknown class, lists": lambda: archive(UNKNOWN + list_of(b"]", 4 * MB)[2:]),
+    "unknown class, marks": lambda: archive(UNKNOWN + b"(" * 4 * MB),
+    "unknown class, dicts": lambda: archive(PAIRS),
     "old, zeros": lambda: old_format(BYTES),
     "old, dicts": lambda: old_format(list_of(b"}", 4 * MB)),
     "old, counting": lambda: old_format(COUNTING),
+    "old, unknown class": lambda: old_format(UNKNOWN + list_of(b"}", 4 * MB)[2:]),
 }
 
 

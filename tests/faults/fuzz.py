@@ -5,6 +5,7 @@ call that reads it, and what the call may raise. They run in a process of their 
 when a library crashes.
 """
 
+import argparse
 import contextlib
 import gc
 import gzip
@@ -33,7 +34,7 @@ from errors import CheckpointError, DataError, RunError, UsageError
 from faults import bombs
 from faults.contract import TINY, command, tiny
 from faults.sabotage import no_fsync
-from fileio import tensor_files
+from fileio import safetensors, tensor_files
 from helpers.hostile_files import repack
 
 Case = tuple[Callable[[], object], type[Exception] | tuple]
@@ -98,6 +99,25 @@ def checkpoint_pickle(draw: random.Random, root: Path) -> Case:
     if draw.random() < 0.2:
         path.write_bytes(bombs.old_format(changed))
     else:
+        repack(path, changed)
+    return reading(path, draw)
+
+
+def foreign_bytes(draw: random.Random, root: Path) -> Case:
+    """Mutate weights of another program, beside an object of a class that torch.load refuses."""
+    weights, path = checkpoints.load(checkpoint_of(root))["model"], root / "foreign.pt"
+    form = draw.choice(("zip", "old", "safetensors"))
+    if form == "safetensors":
+        path.write_bytes(mutated(safetensors.to_bytes(weights, {"data": "{}"}), draw))
+        return reading(path, draw)
+    state = {"args": argparse.Namespace(lr=0.1), "state_dict": weights, "epoch": 1}
+    torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    if form == "old":
+        path.write_bytes(mutated(path.read_bytes(), draw))
+    else:
+        with zipfile.ZipFile(path) as old:
+            (name,) = [name for name in old.namelist() if name.endswith("data.pkl")]
+            changed = mutated(old.read(name), draw)
         repack(path, changed)
     return reading(path, draw)
 
@@ -244,7 +264,10 @@ def _unpack(path: Path) -> None:
 
 KINDS = {
     kind.__name__: kind
-    for kind in (checkpoint_bytes, checkpoint_pickle, checkpoint_contents, config, image, archive)
+    for kind in (
+        *(checkpoint_bytes, checkpoint_pickle, checkpoint_contents, foreign_bytes),
+        *(config, image, archive),
+    )
 }
 
 
