@@ -98,7 +98,9 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             overrides += resume.restore(trainer, state, data.metadata, console.warn, opt.override)
         elif opt.retrain != "none":
             weights = read_weights(opt, world)
-            models.state_dicts.load_weights(trainer.model, weights, opt.resetClassifier)
+            models.state_dicts.load_weights(
+                trainer.model, weights, opt.resetClassifier, warn=console.warn
+            )
         trainer.metadata = train.Metadata(settings, data.metadata, overrides)
 
         # Write the files that describe the run.
@@ -192,7 +194,12 @@ def evaluate(opt: Settings, world, device) -> int:
             opt = opt.replace(optMemory=opts.FLAGS["optMemory"].default)  # auto is about training
         model = models.factory.create(opt, len(data.classes), ops)
         trainer = train.Trainer(opt, model, device, RunLog(None), world)
-        models.state_dicts.load_weights(model, weights)  # after the trainer has set the dtype
+        fix = (
+            f"use weights with a classifier of {len(data.classes)} classes, or train one: "
+            "leave out --testOnly and add --resetClassifier true"
+        )
+        # After the trainer has set the dtype.
+        models.state_dicts.load_weights(model, weights, classifier_fix=fix, warn=console.warn)
         # Evaluate.
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.evaluate(data.test or data.val, lambda: None, phase="test")
@@ -250,10 +257,11 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
 def read_weights(opt: Settings, world) -> dict:
     """Read the weights of `--retrain` on rank 0, for all ranks."""
     import checkpoints
+    from experiment import console
     from fileio import tensor_files
 
     return world.broadcast_result(
-        lambda: checkpoints.load_weights(Path(opt.retrain)),
+        lambda: checkpoints.load_weights(*path_checks.split_key(opt.retrain), console.warn),
         tensor_files.to_bytes,
         tensor_files.from_bytes,
     )

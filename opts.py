@@ -130,8 +130,8 @@ GROUPS: dict[str, list[Flag]] = {
              choices=("A", "B", "C"), role="model"),
         Flag("syncBN", boolean, False, "batch statistics over all GPUs, not of each GPU alone",
              role="training"),
-        Flag("retrain", pathname, "none", "weights to start from: a checkpoint of this program, a "
-             "torchvision or timm state dict, or a .t7 file of Lua"),
+        Flag("retrain", pathname, "none", "weights to start from: a checkpoint of this or another "
+             "program, safetensors, or a .t7 file of Lua; FILE:KEY names one of several in a file"),
         Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
         Flag("shareGradInput", boolean, False, "Lua's name of optMemory 2"),
         Flag("optnet", boolean, False, "Lua's name of optMemory 1"),
@@ -267,7 +267,7 @@ def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
          "resetClassifier without weights to retrain", "add --retrain FILE"),
         (opt.resetClassifier and opt.testOnly and opt.resume == "none",
          "resetClassifier with testOnly would test a random classifier",
-         "add --resetClassifier false, also where a run's config.yaml has it"),
+         "leave it out, or add --resetClassifier false where a run's config.yaml has it"),
         # learning rate
         (opt.lrShape == "cosine" and bool(milestones),
          "milestones have no effect on a cosine",

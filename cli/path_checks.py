@@ -29,10 +29,17 @@ def check(opt: SimpleNamespace, is_first: bool = True) -> None:
         raise CheckpointError(what, "name a run directory, or use --resume none")
     # A resumed run no longer needs the weights that it started from.
     is_fresh = is_first and opt.resume == "none"
-    if is_fresh and opt.retrain != "none" and not os.path.isfile(opt.retrain):
+    if is_fresh and opt.retrain != "none" and not os.path.isfile(split_key(opt.retrain)[0]):
         raise CheckpointError(f"retrain: no such file: {opt.retrain}", "name a file of weights")
     if DATASETS[opt.dataset].is_image_folder:
         _check_image_folder(Path(opt.data))
+
+
+def split_key(name: str) -> tuple[Path, str | None]:
+    """Split FILE:KEY, which names one of several networks in a file; the key is None in FILE."""
+    file, _, key = name.rpartition(":")
+    is_key = file and not os.path.exists(name) and os.path.isfile(file)
+    return (Path(file), key) if is_key else (Path(name), None)
 
 
 def _check_image_folder(root: Path) -> None:

@@ -1,6 +1,7 @@
 """Load the weights of another program or version into a network, by name."""
 
 import re
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -12,14 +13,25 @@ _OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 def load_weights(
-    model: nn.Module, weights: dict[str, Tensor], reset_classifier: bool = False
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    reset_classifier: bool = False,
+    *,
+    classifier_fix: str = "add --resetClassifier true",
+    warn: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Load a state dict of this project, torchvision, timm or a Lua network.
 
+    A first convolution of one channel is repeated over three and divided by three: on a grey image,
+    whose three channels are equal, it computes the same.
+
     Args:
-        weights: names and tensors. Names may be those of old torchvision files (`norm.1` for
-            `norm1`) or module positions of a Lua network (models/lua_weights.py).
-        reset_classifier: keep the model's own classifier.
+        weights: names and tensors of any floating-point precision. Names may be those of old
+            torchvision files (`norm.1` for `norm1`) or module positions of a Lua network
+            (models/lua_weights.py).
+        reset_classifier: keep the model's own classifier, whatever the weights have as theirs.
+        classifier_fix: what helps if everything but the classifier fits.
+        warn: called with a line if weights are converted.
 
     Raises:
         CheckpointError: names or shapes do not fit; the model is unchanged.
@@ -28,18 +40,43 @@ def load_weights(
         weights = lua_weights.to_model_names(weights, model)
     weights = {_OLD_KEY.sub(r"\1\2", name): tensor for name, tensor in weights.items()}
     expected, classifier = model.state_dict(), _classifier_prefix(model)
+    body = {_root(name) for name in expected if not name.startswith(classifier)}
     if reset_classifier:
+        weights = {name: tensor for name, tensor in weights.items() if _root(name) in body}
         weights |= {name: expected[name] for name in expected if name.startswith(classifier)}
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
     for name in counters - weights.keys():  # files from before PyTorch 0.4.1 lack them
         weights[name] = expected[name]
+    _fit_channels(weights, expected, warn)
     problems = state_dict_mismatches(weights, expected)
     if problems:
         shown = "; ".join(problems[:3]) + (f"; {len(problems)} in all" if len(problems) > 3 else "")
-        only_classifier = all(problem.startswith(classifier) for problem in problems)
-        fix = "add --resetClassifier true" if only_classifier else "give the flags of that network"
+        # Names outside of the body, fc.weight of a DenseNet for one, are of another classifier.
+        is_other = all(_root(problem.split()[0]) not in body for problem in problems)
+        is_other = is_other and any(problem.startswith(classifier) for problem in problems)
+        fix = classifier_fix if is_other else "give the flags of that network"
         raise CheckpointError(f"weights do not fit the network: {shown}", fix)
     model.load_state_dict(weights)
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _fit_channels(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], warn: Callable[[str], None]
+) -> None:
+    """Convert a first convolution of one channel to three; refuse another number."""
+    name = next(name for name, tensor in expected.items() if tensor.dim() == 4)
+    found = weights.get(name)
+    if found is None or found.dim() != 4 or found.shape[1] == expected[name].shape[1]:
+        return
+    channels, wanted = found.shape[1], expected[name].shape[1]
+    if channels != 1:
+        what = f"the first convolution of these weights takes {channels} channels, not {wanted}"
+        raise CheckpointError(what, "use weights for RGB images")
+    weights[name] = found.to(expected[name].dtype).repeat(1, wanted, 1, 1) / wanted
+    warn(f"{name} takes one channel: repeated over {wanted}, divided by {wanted}")
 
 
 def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
@@ -51,7 +88,19 @@ def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor])
         for name in found.keys() & expected.keys()
         if found[name].shape != expected[name].shape
     ]
+    problems += [
+        f"{name} holds {str(found[name].dtype).removeprefix('torch.')} numbers"
+        for name in found.keys() & expected.keys()
+        if not _is_same_kind(found[name], expected[name])
+    ]
     return sorted(problems)
+
+
+def _is_same_kind(found: Tensor, expected: Tensor) -> bool:
+    """Tell quantised weights from weights; a counter may be a float, as an average is."""
+    if expected.is_floating_point():
+        return found.is_floating_point()
+    return bool((found == found.to(expected.dtype)).all())
 
 
 def _classifier_prefix(model: nn.Module) -> str:

@@ -338,7 +338,7 @@ LEAVE_OUT = "leave it out, or use --netType densenet"
         ("--optnet true --optMemory 0", "optMemory and optnet exclude each other", "keep one"),
         ("--resetClassifier true", "resetClassifier without weights", "add --retrain FILE"),
         ("--resetClassifier true --testOnly true --retrain x", "would test a random classifier",
-         "add --resetClassifier false"),
+         "leave it out"),
         ("--lrShape cosine --milestones 5", "milestones have no effect on a cosine", "leave out"),
         ("--milestones 200,100", "milestones 200,100 are not in order", "use 100,200"),
         # Images and numbers in a batch

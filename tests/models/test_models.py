@@ -328,6 +328,60 @@ def test_resetclassifier_loads_all_but_the_classifier(line, num_classes):
     assert not same_state(want, fresh)
 
 
+@pytest.mark.parametrize("foreign", ["fc.", "head.", "classifier.1."])
+def test_another_programs_classifier_is_named_and_the_advice_works(foreign):
+    pretrained = network(f"{SMALL['densenet']} --manualSeed 1", 7).state_dict()
+    weights = {name.replace("classifier.", foreign): item for name, item in pretrained.items()}
+    model = network(SMALL["densenet"])
+    with pytest.raises(CheckpointError) as caught:
+        models.state_dicts.load_weights(model, weights)
+    assert caught.value.report().endswith("; fix: add --resetClassifier true")
+    models.state_dicts.load_weights(model, weights, reset_classifier=True)
+    assert torch.equal(model.state_dict()[LAYER], weights[LAYER])
+    with pytest.raises(CheckpointError) as caught:
+        models.state_dicts.load_weights(model, weights, classifier_fix="name others")
+    assert caught.value.report().endswith("; fix: name others")
+
+
+@pytest.mark.parametrize("line", [*SMALL.values(), "--dataset imagenet --growthRate 4"])
+def test_a_first_convolution_of_one_channel_computes_the_same_on_grey_images(line):
+    model, notes = network(line).double().eval(), []
+    weights = scramble(network(f"{line} --manualSeed 1")).state_dict()
+    first = next(iter(weights))
+    weights[first] = weights[first][:, :1].clone()
+    models.state_dicts.load_weights(model, weights, warn=notes.append)
+    assert notes == [f"{first} takes one channel: repeated over 3, divided by 3"]
+    images = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+    stem = model.get_submodule(first.removesuffix(".weight"))
+    alone = nn.functional.conv2d(images, weights[first].double(), None, stem.stride, stem.padding)
+    assert torch.allclose(stem(images.repeat(1, 3, 1, 1)), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 13])
+def test_a_first_convolution_of_other_channels_is_refused_by_their_number(channels):
+    weights = copied_state(network(SMALL["densenet"]))
+    weights["features.conv0.weight"] = torch.zeros(8, channels, 3, 3)
+    with pytest.raises(CheckpointError, match=f"takes {channels} channels, not 3"):
+        models.state_dicts.load_weights(network(SMALL["densenet"]), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_converted_to_the_runs(dtype):
+    model, other = network(SMALL["resnet"]), network(f"{SMALL['resnet']} --manualSeed 1").to(dtype)
+    models.state_dicts.load_weights(model, other.state_dict())
+    assert same_state(model.state_dict(), other.float().state_dict())
+
+
+def test_quantised_weights_and_counters_that_are_not_whole_are_refused_by_name():
+    norm = "features.denseblock1.denselayer1.norm1.num_batches_tracked"
+    for name, tensor in ((LAYER, torch.ones(4, 16, 3, 3, dtype=torch.int8)),
+                         (norm, torch.tensor(1.5))):  # fmt: skip
+        weights = copied_state(network(SMALL["densenet"])) | {name: tensor}
+        kind = str(tensor.dtype).removeprefix("torch.")
+        with pytest.raises(CheckpointError, match=f"{name} holds {kind} numbers"):
+            models.state_dicts.load_weights(network(SMALL["densenet"]), weights)
+
+
 def test_loaded_weights_are_copies():
     line = SMALL["densenet"]
     source, model = network(f"{line} --manualSeed 1"), network(line)
