@@ -11,7 +11,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.torch
 import timm
+import timm.models
 import torch
 import torchvision
 
@@ -55,7 +57,7 @@ def weights_of(tmp_path):
 
 
 def exported(tmp_path: Path, to: str, source: list[str], code: int = 0) -> Path:
-    output = tmp_path / f"exported.{'onnx' if to == 'onnx' else 'pt'}"
+    output = tmp_path / f"exported.{to if to in ('onnx', 'safetensors') else 'pt'}"
     line = [*source, f"--to={to}", f"--output={output}", "--overwrite"]
     assert export.main(line) == code
     assert output.exists() == (code == 0)
@@ -63,6 +65,8 @@ def exported(tmp_path: Path, to: str, source: list[str], code: int = 0) -> Path:
 
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
     return torch.load(path, weights_only=True)
 
 
@@ -76,7 +80,7 @@ def evaluated(run_directory: Path, source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("to", ["torchvision", "timm", "onnx"])
+@pytest.mark.parametrize("to", ["torchvision", "timm", "onnx", "safetensors"])
 def test_the_evaluation_of_imported_weights_equals_the_originals(
     large_run, onnx_file, tmp_path, to
 ):
@@ -119,6 +123,45 @@ def test_a_peer_loads_the_weights_strictly_and_computes_our_logits(
         wanted = load(Path(source[0]), [*source[1:], "--precision=double"]).model(images)
         found = network.double().eval()(images)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
+def test_a_run_of_any_precision_is_written_for_every_program(weights_of, tmp_path, precision):
+    source = [*weights_of(DENSENET), f"--precision={precision}"]
+    if precision == "double":  # weights that single precision does not hold
+        path = Path(source[0])
+        weights = weights_in(path).items()
+        state = {name: item.double() * (1 + 1e-9) if item.is_floating_point() else item
+                 for name, item in weights}  # fmt: skip
+        tensor_files.save_weights(path, state)
+    wanted = load(Path(source[0]), source[1:]).model.state_dict()
+    for to in ("torchvision", "timm", "weights", "safetensors"):
+        found = weights_in(exported(tmp_path, to, source))
+        assert found.keys() == wanted.keys()
+        assert all(found[name].dtype == wanted[name].dtype for name in wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    exported(tmp_path, "onnx", source)
+
+
+def test_timm_and_torchvision_load_safetensors_by_name(weights_of, tmp_path):
+    path = exported(tmp_path, "safetensors", weights_of(RESNET))
+    wanted = weights_in(path)
+    model = timm.create_model("resnet18", num_classes=10)
+    timm.models.load_checkpoint(model, str(path))
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.load_state_dict(wanted, strict=True)
+    for state in (model.state_dict(), theirs.state_dict()):
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_safetensors_are_a_checkpoint_to_the_tools(large_run, tmp_path):
+    path = exported(tmp_path, "safetensors", [str(large_run)])
+    net, back = load(large_run), load(path)
+    assert (back.classes, back.mean, back.std) == (net.classes, net.mean, net.std)
+    images = torch.randn(2, 3, 72, 72)
+    assert torch.equal(back.logits(images), net.logits(images))
+    onnx_path = exported(tmp_path, "onnx", [str(path)])
+    assert load(onnx_path).classes == net.classes
 
 
 @pytest.mark.parametrize(

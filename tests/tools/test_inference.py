@@ -1,5 +1,6 @@
 """Test that a network is the same from every source of its weights; others are refused clearly."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
@@ -67,6 +69,34 @@ def test_a_network_is_the_same_from_every_source_of_its_weights(small_run, tmp_p
         assert torch.allclose(logits(net, paths), wanted, rtol=0, atol=1e-6)
     # The network of the epoch before computes other logits.
     assert not torch.allclose(logits(network.load(before), paths), wanted, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp.pt", "ema.pth.tar", "plain.safetensors"])
+def test_the_tools_read_weights_as_other_programs_save_them(small_run, tmp_path, capsys, name):
+    weights, data = checkpoints.load_weights(small_run / "model_last.pt"), small_run / "data.json"
+    path, paths = tmp_path / name, network.find_images([str(small_run.parent / "data" / "val")])
+    if name == "ddp.pt":
+        torch.save({"module." + key: value for key, value in weights.items()}, path)
+    elif name == "ema.pth.tar":
+        other = {key: value + 1 for key, value in weights.items()}
+        args = argparse.Namespace(lr=1)
+        torch.save({"state_dict": weights, "state_dict_ema": other, "args": args}, path)
+        named = network.load(tmp_path / f"{name}:state_dict_ema", FLAGS, data)
+        assert torch.equal(named.model.classifier.bias, other["classifier.bias"])
+        path = tmp_path / f"{name}:state_dict"
+    else:
+        safetensors.torch.save_file(weights, path)
+    net = network.load(path, FLAGS, data)
+    assert torch.allclose(logits(net, paths), by_hand(small_run, paths), rtol=0, atol=1e-6)
+    assert not capsys.readouterr().err  # what is named needs no note
+
+
+def test_weights_without_a_classifier_are_refused_by_the_tools(small_run, tmp_path):
+    weights = checkpoints.load_weights(small_run / "model_last.pt")
+    del weights["classifier.weight"], weights["classifier.bias"]
+    torch.save(weights, tmp_path / "body.pt")
+    line = refusal(tmp_path / "body.pt", FLAGS, small_run / "data.json")
+    assert line.endswith("; fix: use the weights of a whole network, with its classifier")
 
 
 def refusal(*args: object) -> str:

@@ -3,8 +3,8 @@
 usage: python -m tools.export CHECKPOINT --to TARGET --output FILE [options] [main.py's flags]
 
 torchvision and timm build their network, and its logits are compared in double precision; ONNX
-Runtime runs the ONNX file, which holds settings, classes and statistics as well, and is a
-CHECKPOINT to the other tools and to --to weights.
+Runtime runs the ONNX file; safetensors are read back and compared. An ONNX or safetensors file
+holds settings, classes and statistics as well, and is a CHECKPOINT to all tools.
 """
 
 import copy
@@ -25,10 +25,11 @@ from tools.inference import network, onnx_io, sources
 if TYPE_CHECKING:
     import torch
 
-TARGETS = ("onnx", "torchvision", "timm", "weights")
+TARGETS = ("onnx", "safetensors", "torchvision", "timm", "weights")
 FLAGS = (
-    Flag("to", text, None, "what to write: an ONNX file; a state dict that torchvision's or "
-         "timm's network loads; or this program's, for --retrain", "none", choices=TARGETS),
+    Flag("to", text, None, "what to write: an ONNX file; safetensors; a state dict that "
+         "torchvision's or timm's network loads; or this program's, for --retrain", "none",
+         choices=TARGETS),
     Flag("output", pathname, None, "file to write", "none"),
     Flag("check", boolean, True, "compare what ONNX Runtime computes with PyTorch"),
     Flag("images", pathname, None, "directory of images to compare on besides random ones", "none"),
@@ -157,13 +158,13 @@ def check_peer(net: network.LoadedModel, to: str) -> None:
         block = library.Bottleneck if opt.bottleneck else library.BasicBlock
         peer = library.ResNet(block, list(opt.stages), num_classes=len(net.classes))
     try:
-        peer.load_state_dict(weights, strict=True)
+        peer.double().load_state_dict(weights, strict=True)  # double first: no weight is rounded
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()[:100]
         raise UsageError(f"{to} has no such {opt.netType}: {first}", fix) from error
-    ours, peer = (copy.deepcopy(model).cpu().double().eval() for model in (net.model, peer))
+    ours = copy.deepcopy(net.model).cpu().double()
     images = (batch.double() for batch in random_images(opt.imageSize))
-    compare(f"{to} in double precision", ours, peer, images, LIMIT_DOUBLE, UsageError)
+    compare(f"{to} in double precision", ours, peer.eval(), images, LIMIT_DOUBLE, UsageError)
 
 
 def run(argv: list[str]) -> int:
@@ -175,13 +176,13 @@ def run(argv: list[str]) -> int:
     folders = [options.images] if options.images else []
     net, paths = network.load_model_and_images(command, output, folders)
 
-    from fileio import atomic, tensor_files
+    from fileio import atomic, safetensors, tensor_files
 
+    metadata = {
+        "settings": opts.as_yaml(net.opt, exclude=NOT_EXPORTED),
+        "data": json.dumps({"classes": net.classes, "mean": net.mean, "std": net.std}),
+    }
     if options.to == "onnx":
-        metadata = {
-            "settings": opts.as_yaml(net.opt, exclude=NOT_EXPORTED),
-            "data": json.dumps({"classes": net.classes, "mean": net.mean, "std": net.std}),
-        }
         content = onnx_io.as_onnx(net.model, net.opt.imageSize, metadata)
         if options.check:
             check_onnx(net, content, paths)
@@ -189,10 +190,13 @@ def run(argv: list[str]) -> int:
         print(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
         # An unreadable image sets the exit code, but tells nothing about the file.
         return net.exit_code
-    if options.to != "weights":
-        check_peer(net, options.to)
-    weights = net.model.state_dict()
-    tensor_files.save_weights(output, weights)
+    weights = tensor_files.on_cpu(net.model.state_dict())
+    if options.to == "safetensors":
+        atomic.atomic_write(output, safetensors.to_bytes(weights, metadata))
+    else:
+        if options.to != "weights":
+            check_peer(net, options.to)
+        tensor_files.save_weights(output, weights)
     print(f"{output}: {len(weights)} tensors of {len(net.classes)} classes")
     return 0
 

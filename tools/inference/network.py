@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from datasets.file_loader import UnreadableImages
 
+WHOLE = "use the weights of a whole network, with its classifier"
 OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that exists", const="true")
 
 
@@ -117,10 +118,11 @@ def load(
 
 
 def _count_classes(weights: dict, wanted: int | None) -> int:
-    """Count the outputs of the classifier, the last matrix of the weights."""
-    matrices = [tensor for tensor in weights.values() if tensor.dim() == 2]
+    """Count the outputs of the classifier, in Lua's weights the last matrix."""
+    named = [weights[name] for name in ("classifier.weight", "fc.weight") if name in weights]
+    matrices = named or [tensor for tensor in weights.values() if tensor.dim() == 2]
     if not matrices:
-        raise CheckpointError("these weights have no classifier", "use those of a whole network")
+        raise CheckpointError("these weights have no classifier", WHOLE)
     found = len(matrices[-1])
     if wanted not in (None, found):
         what = f"the weights have {found} classes, nClasses is {wanted}"
@@ -137,6 +139,7 @@ def _build(opt: Settings, num_classes: int, weights: dict) -> tuple:
     import models.factory
     import models.state_dicts
     from engine.precision import PRECISIONS
+    from experiment import console
 
     device = engine.device.select(opt.nGPU)
     engine.device.configure(opt.cudnn, opt.tf32)
@@ -144,7 +147,7 @@ def _build(opt: Settings, num_classes: int, weights: dict) -> tuple:
     model = models.factory.create(opt, num_classes, ops).eval()
     dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    models.state_dicts.load_weights(model, weights)
+    models.state_dicts.load_weights(model, weights, classifier_fix=WHOLE, warn=console.warn)
     return model, device
 
 

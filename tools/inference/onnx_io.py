@@ -7,7 +7,6 @@ metadata include `sha256` of the weights, since the format has no checksum.
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import io
 import warnings
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 18  # what torch's exporter writes without a conversion
-PRODUCER = "densenet tools.export"
 
 
 def require(*packages: str) -> None:
@@ -35,6 +33,8 @@ def require(*packages: str) -> None:
 def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> bytes:
     """Export a network in single precision, for any number of images of one size, as ONNX."""
     import torch
+
+    from fileio.safetensors import PRODUCER, digest
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's, about itself
@@ -57,7 +57,7 @@ def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> by
     for node in graph.node:
         node.doc_string = ""
     proto.producer_name, proto.producer_version = PRODUCER, ""
-    for key, value in (metadata | {"sha256": _digest(_tensors(graph))}).items():
+    for key, value in (metadata | {"sha256": digest(_tensors(graph))}).items():
         proto.metadata_props.add(key=key, value=value)
     return proto.SerializeToString()
 
@@ -73,6 +73,8 @@ def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
 
     import onnx
 
+    from fileio.safetensors import PRODUCER, digest
+
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
         weights = _tensors(proto.graph)
@@ -85,7 +87,7 @@ def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
     metadata = {prop.key: prop.value for prop in proto.metadata_props}
     if proto.producer_name != PRODUCER or "sha256" not in metadata:
         return weights, {}
-    if metadata["sha256"] != _digest(weights):
+    if metadata["sha256"] != digest(weights):
         raise CheckpointError(f"{path} is damaged: its digest does not match", "use another file")
     return weights, metadata
 
@@ -104,11 +106,3 @@ def _tensors(graph: "onnx.GraphProto") -> dict[str, "torch.Tensor"]:
             raise ValueError("a weight that is not finite")
         tensors[initializer.name] = values
     return tensors
-
-
-def _digest(weights: dict[str, "torch.Tensor"]) -> str:
-    """Compute SHA-256 of names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()

@@ -8,15 +8,17 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import opts
+from cli import path_checks
 from cli.flag_reader import FlagParser
 from cli.flag_types import Flag, Settings, as_text, text
 from errors import CheckpointError, UsageError
 
 SOURCES = """
 CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint_*.pt, a
-model_*.pt in its run directory, an ONNX file of tools.export, or plain weights (of torchvision or
-timm, a .t7, a model_*.pt on its own) together with main.py's flags for their network, such as
---dataset imagenet --depth 121."""
+model_*.pt in its run directory, an ONNX or safetensors file of tools.export, or plain weights (of
+torchvision or timm, safetensors, a .t7, a model_*.pt on its own) together with main.py's flags for
+their network, such as --dataset imagenet --depth 121. FILE:KEY names one of several networks in a
+file."""
 CLASSES = Flag(
     "classes",
     text,
@@ -41,7 +43,7 @@ class WeightsSource(NamedTuple):
 
 def check_there(path: Path) -> None:
     """Raise CheckpointError when `path` does not exist."""
-    if not path.exists():
+    if not path_checks.split_key(str(path))[0].exists():
         fix = "name a run directory or a file of weights"
         raise CheckpointError(f"no such file or directory: {path}", fix)
 
@@ -54,19 +56,25 @@ def read(path: Path) -> WeightsSource:
         UsageError: config.yaml or data.json beside the weights is invalid.
     """
     check_there(path)
+    path, key = path_checks.split_key(str(path))
     if path.suffix == ".onnx":
         from tools.inference import onnx_io
 
         weights, metadata = onnx_io.read(path)
         return WeightsSource(weights, *(_read_metadata(metadata, path) if metadata else ({}, {})))
-    state = _read_checkpoint(path)
+    state = None if key else _read_checkpoint(path)
     if state:
         settings = {name: as_text(value) for name, value in state["settings"].items()}
         return WeightsSource(state["model"], settings, _check_data(state["data"], path))
 
     import checkpoints
+    from experiment import console
+    from fileio import safetensors
 
-    weights = checkpoints.load_weights(path)
+    weights = checkpoints.load_weights(path, key, console.warn)
+    metadata = safetensors.read_metadata(path)
+    if metadata:
+        return WeightsSource(weights, *_read_metadata(metadata, path))
     in_run = path.name in MODEL_FILES
     return WeightsSource(weights, *(_read_run_files(path.parent) if in_run else ({}, {})))
 
@@ -83,13 +91,13 @@ def _read_checkpoint(path: Path) -> dict | None:
         if models:
             (what, _) = error.problems[0]
             raise CheckpointError(what, f"name {path / models[0]}") from error
-        if path.is_dir() or path.name.startswith("checkpoint_"):
+        if path.is_dir() or path.match("checkpoint_*.pt"):
             raise
     return None
 
 
 def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict, dict]:
-    """Read settings and data from the metadata of an ONNX file that tools.export wrote."""
+    """Read settings and data from the metadata of an ONNX or safetensors file of tools.export."""
     try:
         with tempfile.TemporaryDirectory() as directory:
             for name, key in (("config.yaml", "settings"), ("data.json", "data")):
