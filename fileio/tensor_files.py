@@ -27,6 +27,10 @@ READ_S, READ_RATE = 2, 2**25  # CPU seconds, plus one second per so many bytes
 READ_BYTES = 2**27  # memory, plus twice the size of the file
 
 
+class InvalidTensorError(ValueError):
+    """Report a tensor that cannot be used as it is."""
+
+
 def is_valid(path: Path) -> bool:
     """Tell whether a file's digest and CRCs match, without deserialising it."""
     try:
@@ -132,6 +136,8 @@ def _read_error(path: Path, data: bytes, with_checksums: bool, error: Exception)
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         fix = "use another checkpoint, or a machine with more memory"
         return CheckpointError(f"{path} takes more memory than there is", fix)
+    if isinstance(error, InvalidTensorError):
+        return DamagedError(f"{path} holds {error}", "use another checkpoint")
     is_lua, is_safetensors = torch7.is_torch7(data), safetensors.is_safetensors(data)
     if with_checksums and (is_lua or is_safetensors):
         kind = "a file of Lua Torch" if is_lua else "a safetensors file"
@@ -158,7 +164,7 @@ def check_tensors(state: object, max_bytes: float = math.inf) -> None:
         max_bytes: limit on all tensors together; views may share data.
 
     Raises:
-        ValueError: what is wrong with the first such tensor.
+        InvalidTensorError: what is wrong with the first such tensor.
     """
     stack, seen = [("", state)], set()
     while stack:
@@ -171,12 +177,12 @@ def check_tensors(state: object, max_bytes: float = math.inf) -> None:
             max_bytes -= size
             if type(value) not in TENSOR_CLASSES or value.dtype not in DTYPES:
                 kind = str(value.dtype).removeprefix("torch.")
-                raise ValueError(f"a tensor that is not a weight: {name} is {kind}")
+                raise InvalidTensorError(f"a tensor that is not a weight: {name} is {kind}")
             strided = value.layout == torch.strided
             if not strided or size > value.untyped_storage().nbytes() or max_bytes < 0:
-                raise ValueError("a tensor larger than its data")
+                raise InvalidTensorError("a tensor larger than its data")
             if value.is_floating_point() and not _is_finite(value):
-                raise ValueError(f"a weight that is not finite: {name}")
+                raise InvalidTensorError(f"a weight that is not finite: {name}")
         elif isinstance(value, dict):
             stack.extend(value.items())
         elif isinstance(value, list | tuple):

@@ -64,6 +64,7 @@ def refusal(state: object, tmp_path: Path, key: str | None = None) -> str:
         prefixed("_orig_mod."),
         prefixed("module._orig_mod.model."),
         prefixed("timm_model."),
+        {"state_dict": prefixed("module.densenet121.")},
         prefixed("encoder."),
         {name.replace("features.", "features._orig_mod."): w for name, w in WEIGHTS.items()},
         {"state_dict": prefixed("model.") | {"criterion.weight": torch.eye(3)}},
