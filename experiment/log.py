@@ -51,10 +51,18 @@ class RunLog:
         self._warned: set[str] = set()
 
     def open(self, next_epoch: int) -> None:
-        """Open the files, and drop records of `next_epoch` and later."""
-        kept = [line for line in read_log(self.directory) if line["epoch"] < next_epoch]
-        lines = "".join(json.dumps(line) + "\n" for line in kept)
-        atomic_write(self.directory / LOG, lines.encode())
+        """Open the files, and drop records at the end that a killed process wrote too early.
+
+        These are of `next_epoch` and later, or torn. All other lines stay, byte by byte.
+        """
+        path = self.directory / LOG
+        found = _read(path)
+        lines = _without_tail(found.split(b"\n"), next_epoch)
+        if (kept := b"".join(line + b"\n" for line in lines)) != found or not path.exists():
+            atomic_write(path, kept)
+        damaged = [str(i) for i, line in enumerate(lines, 1) if line.strip() and not _parse(line)]
+        if damaged:
+            warn(f"{path}: cannot read line {', '.join(damaged[:9])}; kept as it is")
         self._writer = _open_tensorboard(self.directory / "tensorboard", next_epoch)
 
     def epoch(self, record: EpochRecord, is_best: bool) -> None:
@@ -117,16 +125,42 @@ class RunLog:
 
 
 def read_log(directory: Path) -> list[dict]:
-    """Read the records of log.jsonl, up to a line that is none, such as one cut by a crash."""
-    path = directory / LOG
-    records = []
-    with contextlib.suppress(ValueError, RecursionError):
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-                break
-            records.append(record)
-    return records
+    """Read the records of log.jsonl; pass over lines that are none, such as a torn last one."""
+    records = map(_parse, _read(directory / LOG).split(b"\n"))
+    return [record for record in records if record]
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _parse(line: bytes) -> dict | None:
+    """Return the record of a line, or None if it holds none."""
+    try:
+        # A power cut may leave zeros where a file has grown.
+        record = json.loads(line.strip(b"\0").decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and type(record.get("epoch")) is int
+    return record if is_record else None
+
+
+def _without_tail(lines: list[bytes], next_epoch: int) -> list[bytes]:
+    """Leave out a torn last line, and the records of `next_epoch` and later at the end."""
+    if not _parse(lines[-1]):  # torn, or nothing behind the last line break
+        lines = lines[:-1]
+    epochs = [(_parse(line) or {}).get("epoch") for line in lines]
+    earlier = [i for i, epoch in enumerate(epochs) if epoch is not None and epoch < next_epoch]
+    end = earlier[-1] + 1 if earlier else 0
+    if earlier and epochs[end - 1] < next_epoch - 1 and epochs[end:] and epochs[end] is not None:
+        return lines  # it stands where epoch `next_epoch` - 1 would: its number is damaged
+    kept = lines[:end]
+    for line, epoch in zip(lines[end:], epochs[end:], strict=True):
+        if epoch == next_epoch:
+            next_epoch += 1
+        else:
+            kept.append(line)
+    return kept
 
 
 def _append(path: Path, line: str) -> None:

@@ -52,7 +52,7 @@ def board(directory: Path) -> EventAccumulator:
 def logged(tmp_path_factory):
     """Return the directory and the output of a run of two epochs."""
     directory = tmp_path_factory.mktemp("logged")
-    return directory, run(tiny(nEpochs=2, save=directory))
+    return directory, run(tiny(nEpochs=2, milestones=2, save=directory))
 
 
 # Log.jsonl:
@@ -80,11 +80,11 @@ def test_a_number_that_is_not_finite_is_null(tmp_path):
     assert line == asdict(record(1)) | dict.fromkeys(["train_loss", "val_loss", "val_top1"])
 
 
-CUT_OFF = [b'{"epoch": 3, "lr', b"{", b'{"epoch": 3}garbage', b"\0\0\0", b"\xff\xfe\n[1]\n", b"{}"]
+CUT_OFF = [b'{"epoch": 3, "lr', b"{", b'{"epoch": 3}garbage', b"\0\0\0", b"\xff\xfe", b"{}"]
 
 
 @pytest.mark.parametrize("rest", CUT_OFF)
-def test_a_log_is_read_up_to_an_invalid_line_and_cut_where_a_run_resumes(tmp_path, rest):
+def test_a_torn_last_line_is_cut_where_a_run_resumes(tmp_path, rest):
     assert read_log(tmp_path) == []
     written(tmp_path, 1, 2)
     path = tmp_path / "log.jsonl"
@@ -96,6 +96,57 @@ def test_a_log_is_read_up_to_an_invalid_line_and_cut_where_a_run_resumes(tmp_pat
         assert read_log(tmp_path) == [asdict(record(epoch)) for epoch in (1, 2, 3)]
     written(tmp_path, next_epoch=2)
     assert read_log(tmp_path) == [asdict(record(1))]
+
+
+# What a disk, an editor or a person may do to a line; how many records are read where it stood;
+# whether a note says so.
+DAMAGE = {
+    "blank": (lambda line: b"", 0, False),
+    "a blank line before it": (lambda line: b"\n" + line, 1, False),
+    "end of lines of Windows": (lambda line: line + b"\r", 1, False),
+    "zeros of a power cut": (lambda line: bytes(64), 0, True),
+    "zeros before it": (lambda line: bytes(64) + line, 1, False),
+    "cut": (lambda line: line[:-9], 0, True),
+    "two records in one line": (lambda line: line + line, 0, True),
+    "no UTF-8": (lambda line: line.replace(b"CPU", b"CP\xff"), 1, False),
+    "a list": (lambda line: b"[1]", 0, True),
+    "an epoch in words": (lambda line: line.replace(b": 2,", b': "two",', 1), 0, True),
+    "true for its epoch": (lambda line: line.replace(b": 2,", b": true,", 1), 0, True),
+    "a damaged epoch": (lambda line: line.replace(b": 2,", b": 7,", 1), 1, False),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_damaged_line_of_the_log_is_kept_with_all_others(tmp_path, capsys, damage, is_last):
+    """Resume at epoch 5 or 3, of which the log has a record already, after damage to epoch 2's."""
+    change, num_read, is_noted = DAMAGE[damage]
+    epochs = (1, 2) if is_last else (1, 2, 3, 4)
+    written(tmp_path, *epochs)
+    path = tmp_path / "log.jsonl"
+    first, second, *rest = path.read_bytes().splitlines()
+    kept = b"\n".join([first, change(second), *rest, b""])
+    resumed = epochs[-1] + 1
+    ahead = json.dumps(asdict(record(resumed))).encode() + b"\n"
+    contents = [kept, kept + ahead[:-9]]
+    if not (is_last and damage == "a damaged epoch"):  # or nothing tells which is ahead
+        contents.append(kept + ahead)
+    for content in contents:
+        path.write_bytes(content)
+        capsys.readouterr()
+        written(tmp_path, next_epoch=resumed)
+        assert path.read_bytes() == kept
+        number = 3 if damage == "a blank line before it" else 2
+        note = f"note: {path}: cannot read line {number}; kept as it is\n"
+        assert capsys.readouterr().err == (note if is_noted else "")
+    assert len(read_log(tmp_path)) == len(epochs) - 1 + num_read
+
+
+def test_a_log_that_stays_is_not_written_again(tmp_path):
+    written(tmp_path, 1, 2)
+    before = (tmp_path / "log.jsonl").stat()
+    written(tmp_path, next_epoch=3)
+    assert (tmp_path / "log.jsonl").stat().st_ino == before.st_ino  # no other file in its place
 
 
 def test_a_full_disk_for_the_log_alone_is_reported_once_and_stops_nothing(tmp_path, capsys):
