@@ -78,8 +78,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("nImages", integer, 10000, "training images of the synthetic dataset",
              range=AT_LEAST_1, role="training"),
         Flag("onBadImage", text, "error",
-             "for an unreadable image: stop, or skip it (up to 0.1 % of the images)",
-             choices=("error", "skip"), role="training"),
+             "for an unreadable image: stop, or skip it (up to 0.1 % of the images, at least one)",
+             choices=("error", "skip")),
         Flag("exifRotate", boolean, False, "turn images as their EXIF orientation says",
              role="training"),
         Flag("maxPixels", integer, MAX_PIXELS, "pixels of an image file; with more it is "

@@ -20,7 +20,8 @@ from distributed.signals import ignore_signals, kill_children
 from errors import DataError
 
 WORKER_TIMEOUT_S = 300
-MAX_SKIPPED_FRACTION = 0.001  # of the images; with more unreadable ones even `skip` stops
+MAX_SKIPPED_FRACTION = 0.001  # of the images, but at least one; with more even `skip` stops
+TO_RESUME = "to resume with other images, add --override true"
 
 
 class Unreadable(NamedTuple):
@@ -77,7 +78,7 @@ class ImageFileDataset(Dataset):
 class UnreadableImages:
     """Count the images that cannot be read, and stop when they are too many; note remarks."""
 
-    policy: str  # "error" stops at the first, "skip" after a thousandth of the images
+    policy: str  # "error" stops at the first, "skip" after one and a thousandth of the images
     total: int  # images in the split
     warn: Callable[[str], None]  # called with a line for each skipped image and each remark
     all_gather: Callable[[list], list[list]] = lambda found: [found]  # from all ranks
@@ -88,16 +89,16 @@ class UnreadableImages:
     def add(self, reason: str, fix: str = REPLACE) -> None:
         """Count an unreadable image; raise DataError if there are too many."""
         if self.policy == "error":
-            fix = f"{fix}, or --onBadImage skip"
+            fix = f"{fix}, or --onBadImage skip; {TO_RESUME}"
             raise DataError(f"cannot read image {reason}", fix)
         if reason not in self.seen:
             self.seen[reason] = fix
             what = f"skipped image {reason}"
             self.report(what, fix) if self.report else self.warn(what)
-        if len(self.seen) > MAX_SKIPPED_FRACTION * self.total:
+        if len(self.seen) > max(1, MAX_SKIPPED_FRACTION * self.total):
             raise DataError(
                 f"{len(self.seen)} of {self.total} images cannot be read, last {reason}",
-                fix,
+                f"{fix}; {TO_RESUME}",
             )
 
     def note(self, remark: str, path: str) -> None:

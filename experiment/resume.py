@@ -18,7 +18,19 @@ from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, tensor_files
 from fileio.atomic import atomic_write
 
-DATA_FINGERPRINTS = ("training_set", "test_set")  # hashes of the images themselves
+# What to say of an entry of the data that differs, given its value now and before; and by which
+# other entries it need not be said.
+DATA_PHRASES: dict[str, tuple[str, set[str]]] = {
+    "train": ("{} training images, was {}", set()),
+    "val": ("{} validation images, was {}", set()),
+    "test": ("{} test images, was {}", set()),
+    "training_set": ("other training images", {"train"}),
+    "test_set": ("other test images", {"val", "test"}),
+    "held_out": ("other images held out, some of them trained on before", set()),
+    "mean": ("other channel means", {"train", "training_set"}),
+    "std": ("other channel deviations", {"mean", "train", "training_set"}),
+}
+DECIDE_BATCHES = {"train", "training_set", "held_out"}  # which images a batch has
 FIXED_AT_START = ("epochNumber", "retrain", "resetClassifier")  # a resumed run has its own
 MAX_FRUITLESS_RESTARTS = 3  # automatic restarts in a row that made no progress
 Warn = Callable[[str], None]
@@ -244,6 +256,8 @@ def restore(trainer, state: dict, metadata: dict, warn: Warn, override: bool = F
     for change in changes:
         warn(f"override: {change}")
     _check_shapes(trainer.model, state)
+    if _changed_entries(metadata, state) & DECIDE_BATCHES:
+        state = _rewind_to_epoch_start(state, warn)
     # Say what may change the rounding, and rewind where the random numbers cannot continue.
     threads, device = torch.get_num_threads(), trainer.device.type
     if state["device"] != device:
@@ -262,24 +276,32 @@ def check_data(metadata: dict, state: dict, override: bool = False) -> list[str]
     """Compare the data with the checkpoint's; return the differences that are allowed, in words.
 
     Args:
-        override: allow other images; other classes or counts never.
+        override: allow other images; other classes never.
 
     Raises:
         CheckpointError: anything else differs.
     """
-    saved = state["data"]
-    # An older version did not write every entry.
-    changed = [name for name in metadata if name in saved and metadata[name] != saved[name]]
-    changed.sort(key=lambda name: name in DATA_FINGERPRINTS)
-    shown = [f"{name} {_shorten(metadata[name])}, was {_shorten(saved[name])}" for name in changed]
-    is_content_only = set(changed) <= {"mean", "std", *DATA_FINGERPRINTS}
-    if changed and not (override and is_content_only):
+    saved, changed = state["data"], _changed_entries(metadata, state)
+    if "classes" in changed:
+        now, before = (_shorten(data["classes"]) for data in (metadata, saved))
         fix = "restore the data, or start another run from its weights with --retrain"
+        raise CheckpointError(f"the data is not the checkpoint's: classes {now}, was {before}", fix)
+    shown = [
+        phrase.format(metadata[name], saved[name])
+        for name, (phrase, reasons) in DATA_PHRASES.items()
+        if name in changed and not reasons & changed
+    ]
+    if shown and not override:
         raise CheckpointError(
-            f"the data is not the checkpoint's: {', '.join(shown[:3])}",
-            f"{fix}, or add --override true" if is_content_only else fix,
+            f"the data is not the checkpoint's: {', '.join(shown)}",
+            "restore the data, or add --override true to go on with these images",
         )
     return shown
+
+
+def _changed_entries(metadata: dict, state: dict) -> set[str]:
+    saved = state["data"]  # an older version did not write every entry
+    return {name for name in metadata if name in saved and metadata[name] != saved[name]}
 
 
 def _check_shapes(model: nn.Module, state: dict) -> None:

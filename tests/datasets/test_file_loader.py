@@ -167,8 +167,9 @@ def test_a_skipped_image_is_counted_and_nothing_takes_its_place(
     (1000, ["a: torn"], [], None), (1000, ["a: torn", "b: torn"], [], "b"),
     (1000, ["a: torn"], ["b: torn"], "b"), (2000, ["a: torn"], ["b: torn"], None),
     (1000, ["a: torn", "a: torn"], ["a: torn"], None),
+    (12, ["a: torn"], [], None), (12, ["a: torn", "b: torn"], [], "b"),
 ])  # fmt: skip
-def test_more_than_one_in_a_thousand_over_all_ranks_stops(total, local, other, last):
+def test_more_than_one_and_one_in_a_thousand_over_all_ranks_stops(total, local, other, last):
     warned = []
     others = [dict.fromkeys(other, "replace it"), {}]
     bad = UnreadableImages("skip", total, warned.append, all_gather=lambda own: [own, others])

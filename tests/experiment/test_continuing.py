@@ -26,7 +26,7 @@ EARLIER = "epoch 1 step 0: LR 0.1, was 0.2"
 BEST = {"epoch": 1, "val_loss": 1.0, "val_top1": 50.0, "val_top5": 5.0}
 DATA = {
     "classes": ["cat", "dog"], "train": 32, "val": 6, "test": None,
-    "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "training_set": "abc", "test_set": "def",
+    "mean": [0.5] * 3, "std": [0.2] * 3, "held_out": [], "training_set": "abc", "test_set": "def",
 }  # fmt: skip
 
 
@@ -308,28 +308,35 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_not_loaded(changes, pattern):
 
 
 @pytest.mark.parametrize(
-    ("changes", "shown", "may_override"),
+    ("changes", "shown", "starts_again"),
     [
-        ({"training_set": "xyz"}, ["training_set xyz, was abc"], True),
+        ({"training_set": "xyz"}, ["other training images"], True),
         ({"test_set": "x" * 99, "mean": [0.1, 0.5, 0.5]},
-         ["mean [0.1, 0.5, 0.5], was [0.5, 0.5, 0.5]", f"test_set {'x' * 64}, was def"], True),
-        ({"train": 33, "test_set": "xyz"}, ["train 33, was 32", "test_set xyz, was def"], False),
-        ({"classes": list("abcd")}, ["classes 4 values, was ['cat', 'dog']"], False),
+         ["other test images", "other channel means"], False),
+        ({"train": 33, "training_set": "xyz", "std": [0.1] * 3, "test_set": "x"},
+         ["33 training images, was 32", "other test images"], True),
+        ({"val": 7, "test_set": "x"}, ["7 validation images, was 6"], False),
+        ({"held_out": [1, 2]}, ["other images held out, some of them trained on before"], True),
+        ({"classes": list("abcd")}, ["classes 4 values, was ['cat', 'dog']"], None),
     ],
 )  # fmt: skip
-def test_other_data_is_refused_and_other_images_may_be_overridden(changes, shown, may_override):
+def test_other_data_is_refused_and_other_images_may_be_overridden(changes, shown, starts_again):
     trainer, data, notes = FakeTrainer(), DATA | changes | {"new entry": 1}, []
+    may_override = starts_again is not None
     for override in [{}] if may_override else [{}, {"override": True}]:
         with pytest.raises(CheckpointError) as caught:
             resume.restore(trainer, state_of(), data, notes.append, **override)
         ((what, fix),) = caught.value.problems
         assert what == f"the data is not the checkpoint's: {', '.join(shown)}"
-        assert "--retrain" in fix and fix.endswith("--override true") == may_override
+        assert ("--override true" in fix) == may_override == ("--retrain" not in fix)
     assert trainer.loaded == [] and notes == []
     if may_override:
         changed = resume.restore(trainer, state_of(), data, notes.append, override=True)
         assert changed == [f"epoch 2 step 3: data {line}" for line in shown]
-        assert notes == [f"override: {line}" for line in changed] and len(trainer.loaded) == 1
+        again = ["epoch 2 starts again: its batches have changed"] * starts_again
+        assert notes == [f"override: {line}" for line in changed] + again
+        (state,) = trainer.loaded
+        assert (state["step"], state["global_step"]) == (0 if starts_again else 3, 7)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +417,7 @@ def test_testing_normalises_as_the_network_was_trained_and_refuses_other_classes
     for path in sorted((data / "train" / "a").iterdir())[1:]:
         path.unlink()
     assert run(test).out.splitlines()[-1] == before
-    refused(run(command(resume=directory, nEpochs=2)), 4, "mean .*, was")
+    refused(run(command(resume=directory, nEpochs=2)), 4, "7 training images, was 12")
     for split in ("train", "val"):
         (data / split / "a").rename(data / split / "z")
     refused(run(test), 4, "classes")

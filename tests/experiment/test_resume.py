@@ -204,7 +204,7 @@ def test_a_run_whose_data_has_changed_is_refused(tmp_path):
     assert run(argv, stopped(2)).code == 75
     cats = tmp_path / "data" / "train" / "cat"
     shutil.copy(cats / "0000.png", cats / "new.png")
-    pattern = "the data is not the checkpoint's: mean .*, std .*, train 17, was 16"
+    pattern = "the data is not the checkpoint's: 17 training images, was 16; fix: .*--override true"
     refused(run([*argv, "--resume=auto"]), 4, pattern)
 
 

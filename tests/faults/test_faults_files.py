@@ -1,7 +1,9 @@
 """Test rows 38, 43, 45, 50, 51 and 52: downloads, odd images and odd trees of files."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from PIL import Image
 import checkpoints
 from datasets.decode import decode
 from faults.contract import outcome, records, refused, saved, tiny, write_files
-from faults.sabotage import at_batch, environment, kill, shorten
+from faults.sabotage import at_batch, environment, kill, send, shorten
 from faults.test_faults_data import CIFAR, LARGE, SMALL, WHOLE, folder, md5, rename
 from helpers.run_main import ROOT, run
 from helpers.sample_data import noise
@@ -146,9 +148,11 @@ def blank(name: str, root: Path) -> None:
 
 
 CHANGES = [
-    (SMALL, partial(blank, "val/dog/0003.png"), "test_set", True),
-    (LARGE, partial(rename, "train/dog/0005.png", "train/dog/9.png"), "training_set", True),
-    (LARGE, partial(blank, "train/dog/new.png"), "train 9, was 8", False),
+    (SMALL, partial(blank, "val/dog/0003.png"), "other test images", True),
+    (LARGE, partial(rename, "train/dog/0005.png", "train/dog/9.png"), "other training im", True),
+    (LARGE, partial(blank, "train/dog/new.png"), "9 training images, was 8", True),
+    (SMALL, partial(blank, "train/dog/new.png"), "9 training images, was 8", True),
+    (LARGE, partial(rename, "train/dog", "train/cow"), "different classes", False),
 ]
 
 
@@ -157,22 +161,67 @@ def test_a_dataset_that_has_changed_is_refused_unless_it_is_overridden(
     root, size, change, pattern, may
 ):
     directory = root.parent / "run"
-    argv = folder(root, size, nEpochs=3)
+    argv = folder(root, size, nEpochs=3, milestones=3)
     assert run(argv, partial(at_batch, kill, 6)).code < 0  # in the second epoch
     before = saved(directory)
     change(root)
-    fix = "restore the data, or start another run.*" + "--override true" * may
-    pattern = f"data is not the checkpoint's: .*{pattern}"
-    refused(run([*argv, "--resume=auto"]), 4, f"{pattern}.*; fix: {fix}$")
-    assert saved(directory) == before
-    result = run([*argv, "--resume=auto", "--override=true"])
     if not may:
-        refused(result, 4, pattern)
+        for flags in ([], ["--override=true"]):
+            refused(run([*argv, "--resume=auto", *flags]), 3, pattern)
+        assert saved(directory) == before
         return
+    fix = "restore the data, or add --override true to go on with these images"
+    pattern = f"data is not the checkpoint's: [^;]*{pattern}[^;]*; fix: {fix}$"
+    result = run([*argv, "--resume=auto"])
+    refused(result, 4, pattern)
+    assert saved(directory) == before and not re.search("[0-9a-f]{20}", result.err)
+    result = run([*argv, "--resume=auto", "--override=true"])
     assert result.code == 0 and "note: override: " in result.err
     overrides = checkpoints.load_latest(directory, pytest.fail)["overrides"]
     assert overrides and all(change.startswith("epoch 2 step 0: data ") for change in overrides)
     assert run([*argv, "--resume=auto"]).code == 0  # now it is the run's own
+
+
+# What the error about an unreadable image advises.
+REMEDIES = {
+    "remove it": (Path.unlink, []),
+    "replace it": (lambda path: Image.new("RGB", (80, 80)).save(path), []),
+    "skip it": (lambda path: None, ["--onBadImage=skip"]),
+}
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
+def test_a_run_goes_on_after_the_fix_that_an_unreadable_image_names(root, size, remedy):
+    """Damage an image of a run that was stopped in its first epoch, at its third of eight steps."""
+    directory, bad = root.parent / "run", root / "train" / "cat" / "0002.png"
+    argv = folder(root, size, batchSize=1, milestones=2)
+    assert run(argv, partial(at_batch, partial(send, signal.SIGTERM), 3)).code == 75
+    bad.write_bytes(bad.read_bytes()[:200])
+    resumed = ["--resume", str(directory), "--override=true"]
+    result = run(resumed)
+    refused(result, 3, f"cannot read image {bad}: .*; fix: replace or remove the file, or ")
+    assert "--onBadImage skip; to resume with other images, add --override true" in result.err
+    mend, flags = REMEDIES[remedy]
+    mend(bad)
+    result = run([*resumed, *flags])
+    assert result.code == 0 and "epoch 1 starts again: its batches have changed" in result.err
+    state = checkpoints.load_latest(directory, pytest.fail)
+    # The step counter goes on; a skipped file leaves its step without an image.
+    has_all = remedy == "replace it" or (remedy, size) == ("skip it", LARGE)
+    assert state["global_step"] == 3 + 2 * (8 if has_all else 7)
+    change = "7 training images, was 8" if not has_all else "other training images"
+    assert state["overrides"] == [f"epoch 1 step 3: data {change}"]
+    assert [record["epoch"] for record in records(directory)] == [1, 2]
+
+
+def test_a_class_without_its_last_image_is_named_on_resume(root):
+    argv = folder(root)
+    assert run(argv, partial(at_batch, kill, 6)).code < 0
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+    result = run([*argv, "--resume=auto", "--override=true"])
+    refused(result, 3, "train: no images in class dog; fix: put at least one image in each class")
 
 
 def test_a_dataset_that_has_only_moved_is_the_same(root, tmp_path):
