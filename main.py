@@ -101,7 +101,8 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             models.state_dicts.load_weights(
                 trainer.model, weights, opt.resetClassifier, warn=console.warn
             )
-        trainer.metadata = train.Metadata(settings, data.metadata, overrides)
+        defaults = opts.default_names(opt)
+        trainer.metadata = train.Metadata(settings, data.metadata, overrides, defaults)
 
         # Write the files that describe the run.
         saver = checkpoints.CheckpointSaver(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from cli import network_settings
+from cli.config_files import MEMORY_ALIASES, add_file, add_resumed
 from cli.flag_reader import FlagParser
 from cli.flag_types import (
     AT_LEAST_1,
@@ -28,6 +29,7 @@ from cli.flag_types import (
     pathname,
     text,
 )
+from cli.milestones import default_milestones, start_notes
 from datasets.registry import DATASETS, MAX_ASPECT, MAX_PIXELS, SMALL_IMAGE
 from errors import UsageError
 from models.registry import ARCHITECTURES
@@ -171,8 +173,6 @@ Examples and the run directory: README.md. The original's rules: docs/parity.md.
 IGNORED_FLAGS = ("backend", "gen", "optimState")
 # Lua command lines give this one with any network: a note, not an error.
 TOLERATED_FLAGS = ("shortcutType",)
-# Three names of one setting.
-MEMORY_ALIASES = ("optMemory", "shareGradInput", "optnet")
 # These belong to one call, not to the experiment: a run's config.yaml leaves them out.
 NOT_SAVED = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
 
@@ -208,18 +208,6 @@ def apply_defaults(given: dict[str, object]) -> Settings:
         opt.optnet = opt.shareGradInput = False
     default("save", str(Path("checkpoints") / run_name(opt)))
     return opt
-
-
-def default_milestones(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[int]:
-    """Return the epochs, counted from 1, at which the rate is divided by 10 (docs/parity.md).
-
-    CIFAR and SVHN: the first epochs that are >= 50 % and >= 75 % of `num_epochs`, for residual
-    networks 81 and 122 of 164 in proportion. ImageNet: every thirty epochs.
-    """
-    if imagenet:
-        return list(range(31, num_epochs + 1, 30))
-    parts = ARCHITECTURES[net_type].milestones
-    return [-(-num_epochs * part // whole) for part, whole in parts]  # rounded up
 
 
 def run_name(opt: Settings) -> str:
@@ -321,8 +309,10 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
     """Return the settings of one call: the command line over `--config` over the defaults.
 
     `--resume DIR` continues the run in DIR: the settings it was started with come below those of
-    the config file. Also sets `replicas`, the number of processes, `notes`, the remarks for the
-    user, and `given`, the names of the flags that were given.
+    the config file. Also sets `replicas`, the number of processes; `notes`, the remarks for the
+    user, and `start_notes`, those for a run that begins; and, as names of flags, `given`,
+    `given_by_run`, those of them that only the config.yaml of DIR gives, and `defaults`, those that
+    nobody has chosen, neither now nor when a file given now was written.
 
     Args:
         world_size: processes of the run on all machines, if a launcher started them, else 0.
@@ -337,9 +327,11 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
     # Each source sets what the ones before it have not.
     parser = FlagParser(FLAGS)
     parser.add(parser.parse_argv(argv))
+    milestones = ""
     if parser.values.get("config", "none") != "none":
-        _add_file(parser, Path(parser.values["config"]))
-    _add_resumed(parser)
+        milestones = add_file(parser, Path(parser.values["config"]))
+    before = set(parser.values)
+    add_resumed(parser)
     opt = apply_defaults(parser.values)
     opt.replicas = world_size or max(opt.nGPU or 1, 1)
 
@@ -349,33 +341,10 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
         problems = problems + validate(opt, parser.values)
     UsageError.raise_for(problems)
     opt.notes = notes(opt, parser.values)
-    opt.given = frozenset(parser.values)
+    opt.given, opt.given_by_run = frozenset(parser.values), frozenset(parser.values.keys() - before)
+    opt.defaults = frozenset(FLAGS.keys() - parser.values.keys() | parser.defaults)
+    opt.start_notes = start_notes(opt, milestones)
     return opt
-
-
-def _add_file(parser: FlagParser, path: Path, exclude: tuple[str, ...] = ()) -> None:
-    """Add the settings of a YAML file below those given so far."""
-    raw = parser.parse_yaml(path)
-    for name, _, source in raw:
-        if name == "config":
-            what = f"config: a config file cannot name another ({source})"
-            parser.problems.append((what, "put its lines here"))
-    if parser.values.keys() & set(MEMORY_ALIASES):  # one name given earlier overrides all three
-        exclude += MEMORY_ALIASES
-    parser.add([line for line in raw if line[0] not in exclude])
-
-
-def _add_resumed(parser: FlagParser) -> None:
-    """Add the config.yaml of the run that `--resume` names, and continue in its directory."""
-    resume = parser.values.get("resume", "none")
-    if resume in ("none", "auto"):
-        return
-    directory = Path(resume) if os.path.isdir(resume) else Path(resume).parent
-    if os.path.isfile(directory / "config.yaml"):
-        # The checkpoint knows the epoch; milestones are of the old shape, which may be another now.
-        replaced = ("milestones",) if "lrShape" in parser.values else ()
-        _add_file(parser, directory / "config.yaml", exclude=("epochNumber", *replaced))
-        parser.values.setdefault("save", str(directory))
 
 
 def settings(opt: Settings) -> dict[str, object]:
@@ -406,7 +375,15 @@ def as_yaml(opt: Settings, exclude: tuple[str, ...] = ("config", "printConfig"))
     if "save" not in opt.given:  # it follows from the others, also when they are changed
         exclude += ("save",)
     plain = {name: value for name, value in settings(opt).items() if name not in exclude}
+    if (defaults := default_names(opt)) is not None:
+        plain["defaults"] = [name for name in defaults if name in plain]
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=1000)
+
+
+def default_names(opt: Settings) -> list[str] | None:
+    """List the `settings` that are defaults; None if the run is of a version that wrote none."""
+    names = settings(opt)
+    return None if opt.defaults is None else [name for name in names if name in opt.defaults]
 
 
 def differences(current: dict, saved: dict, role: str) -> list[tuple[str, str, str]]:

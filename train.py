@@ -32,6 +32,7 @@ class Metadata(NamedTuple):
     settings: dict[str, object]  # flag name -> value
     data: dict[str, object]  # compared on resume, see datasets.factory.DataSplits
     overrides: list[str]  # one phrase for each change of a setting that --override allowed
+    defaults: list[str] | None = None  # flags that nobody has chosen; None: an older version's run
 
 
 class Trainer:

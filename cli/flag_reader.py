@@ -27,6 +27,8 @@ class FlagParser:
     values: dict[str, object] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     unparsed: set[str] = field(default_factory=set)  # flags that were given, value unknown
+    # Flags of a file that says they were not given but defaults, when a run wrote it.
+    defaults: set[str] = field(default_factory=set)
 
     def add(self, raw: list[RawFlag]) -> None:
         """Add the flags of one origin; values of an earlier origin stay."""
@@ -120,7 +122,10 @@ class FlagParser:
             if key.value == "paper":  # the result that a config reproduces, not a flag
                 continue
             try:
-                raw.append((key.value, self._text(key, node), source))
+                if key.value == "defaults":
+                    self.defaults |= _names(node) - self.values.keys()
+                else:
+                    raw.append((key.value, self._text(key, node), source))
             except ValueError as error:
                 self.problems.append((f"{error} ({source})", EXAMPLE))
         return raw
@@ -136,6 +141,13 @@ class FlagParser:
         if not all(_is_plain(scalar, "scalar") for scalar in scalars):
             raise ValueError(f"{key.value} has no plain value")
         return ",".join(scalar.value for scalar in scalars) if scalars else "[]"
+
+
+def _names(node) -> set[str]:
+    items = node.value if _is_plain(node, "sequence") else [node]
+    if not all(_is_plain(item, "scalar") for item in items):
+        raise ValueError("defaults is not a list of flags")
+    return {item.value for item in items}
 
 
 def _read_config(path: Path) -> str:

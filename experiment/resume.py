@@ -12,7 +12,9 @@ import checkpoints
 import models.state_dicts
 import opts
 from cli.flag_types import Settings
+from cli.milestones import default_milestones, describe_rates, follow_length
 from engine import optimizer
+from engine.schedule import cosine_lr
 from errors import CheckpointError, PeerError, UsageError
 from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, tensor_files
@@ -55,6 +57,9 @@ def load_checkpoint(
 
     def read() -> tuple[dict | None, bool]:
         state = find_checkpoint(opt, warn)
+        if state is None:
+            for line in opt.start_notes:
+                warn(line)
         is_trained = state is not None and state["epoch"] > opt.nEpochs
         if is_trained and directory.read_status().get("state") == "done":
             return state, True
@@ -194,8 +199,13 @@ def merge_settings(opt: Settings, state: dict, warn: Warn) -> tuple[Settings, di
     for name in FIXED_AT_START:
         if getattr(opt, name) not in (opts.FLAGS[name].default, saved[name]):
             warn(f"{name} has no effect on a run that is resumed")
-    fixed = {name: saved[name] for name in FIXED_AT_START}
-    opt = opt.replace(**fixed, **_saved_schedule(opt, saved, warn))
+    opt = opt.replace(**{name: saved[name] for name in FIXED_AT_START})
+    opt, chosen = _resolve_run_config(opt, saved, warn)
+    known = state["defaults"]
+    opt = opt.replace(defaults=None if known is None else frozenset(known) - chosen)
+    keeps_milestones = "milestones" not in chosen and opt.lrShape == saved["lrShape"]
+    if keeps_milestones:
+        opt = opt.replace(milestones=saved.get("milestones"))
     # Compare the rest.
     changed = opts.differences(opts.settings(opt), saved, "training")
     if opt.nEpochs < saved["nEpochs"]:
@@ -208,25 +218,58 @@ def merge_settings(opt: Settings, state: dict, warn: Warn) -> tuple[Settings, di
         )
     for change in changes:
         warn(f"override: {change}")
+    if opt.nEpochs != saved["nEpochs"]:
+        opt = _change_length(opt, state, keeps_milestones, warn)
     overrides = state["overrides"] + [f"{_position(state)}: {change}" for change in changes]
     if {"batchSize", "manualSeed"} & {name for name, _, _ in changed}:
         state = _rewind_to_epoch_start(state, warn)
     return opt, state, overrides
 
 
-def _saved_schedule(opt: Settings, saved: dict, warn: Warn) -> dict:
-    """Return the saved milestones if the run keeps them: they do not move with `nEpochs`."""
-    is_longer = opt.nEpochs > saved["nEpochs"]
-    if opt.nEpochs < saved["nEpochs"]:
-        return {}
-    if is_longer and opt.lrShape == "cosine":
-        warn(f"the cosine spans {opt.nEpochs} epochs now, it was {saved['nEpochs']}")
-        return {}
-    if "milestones" in opt.given or opt.lrShape != saved["lrShape"]:
-        return {}
-    if is_longer:
-        warn(f"milestones stay {opts.as_text(saved['milestones'])}; --milestones sets others")
-    return {"milestones": saved["milestones"]}  # of equal length too: it may have been longer once
+def _resolve_run_config(opt: Settings, saved: dict, warn: Warn) -> tuple[Settings, frozenset[str]]:
+    """Let the checkpoint win over what only a config says, unless `--override true`.
+
+    That is the run's own config.yaml, where a process that was killed after it saved other settings
+    has left the earlier ones; and in `--config` milestones that nobody has chosen.
+
+    Returns:
+        The settings; and the names of those that the user has chosen for this call.
+    """
+    current, chosen = opts.settings(opt), opt.given - opt.given_by_run - opt.defaults
+    not_chosen = opt.given_by_run | (opt.given & opt.defaults & {"milestones"})
+    edited = [
+        difference
+        for role in ("training", "duration")
+        for difference in opts.differences(current, saved, role)
+        if difference[0] in not_chosen
+    ]
+    names = frozenset(name for name, _, _ in edited)
+    if opt.override:
+        return opt, chosen | names
+    for name, written, previous in edited:
+        kept = f"{name} {previous or 'not set'}, as in the checkpoint"
+        warn(f"{kept}; the config has {written}, which --override true takes")
+    return opt.replace(**{name: saved.get(name) for name in names}), chosen
+
+
+def _change_length(opt: Settings, state: dict, keeps_milestones: bool, warn: Warn) -> Settings:
+    """Let milestones that were defaults follow another number of epochs; say what the rate does."""
+    saved, epoch = state["settings"], state["epoch"]
+    lengths = opt.nEpochs, saved["nEpochs"]
+    is_now = "{} epochs, was {}".format(*lengths)
+    if opt.lrShape == "cosine":
+        now, before = (cosine_lr(opt.LR, min(epoch, n + 1), 0, n, 1) for n in lengths)
+        warn(f"{is_now}: the cosine spans them, LR {now:.3g} at epoch {epoch}, was {before:.3g}")
+        return opt
+    if keeps_milestones and "milestones" in (state["defaults"] or ()):
+        default = default_milestones(opt.nEpochs, opt.imagenetShape, opt.netType)
+        trained = epoch - (state["step"] == 0)
+        kept = follow_length(opt.milestones, default, trained, opt.nEpochs)
+        opt = opt.replace(milestones=kept)
+    which = "the same" if opt.milestones == saved.get("milestones") else "new"
+    rates = describe_rates(opt.LR, opt.milestones, opt.nEpochs)
+    warn(f"{is_now}: {which} milestones, {rates}; --milestones with --override true sets others")
+    return opt
 
 
 def _position(state: dict) -> str:

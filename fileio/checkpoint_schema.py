@@ -107,12 +107,14 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "settings": is_plain_dict,
     "data": is_plain_dict,
     "overrides": lambda value: isinstance(value, list) and is_plain(value),
+    "defaults": lambda value: value is None or (isinstance(value, list) and is_plain(value)),
 }
 
 
 def with_defaults(state: dict) -> dict:
     """Add the entries that older versions of the program did not write."""
-    return state | {"replicas": state.get("replicas", 1)}
+    added = {"replicas": 1, "defaults": None}
+    return state | {name: state.get(name, value) for name, value in added.items()}
 
 
 def rewind_to_epoch_start(state: dict) -> dict:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from distributed.world import World
 from errors import CheckpointError, PeerError, RunError, UsageError
 from experiment import resume
 from experiment.directory import RunDirectory
-from faults.contract import command, records, refused, tiny
+from faults.contract import call, codes, command, records, refused, tiny
+from faults.sabotage import at_batch, kill, send
 from helpers.run_main import run
 from helpers.sample_data import write_folder
 
@@ -44,7 +46,7 @@ def state_of(step: int = 7, **flags: object) -> dict:
         "device": "cpu", "threads": 1, "replicas": 1,
         "sums": {"totals": [1.0, 2.0, 3.0], "count": 24}, "time_s": 1.0, "data_s": 0.5,
         "best": BEST, "last": BEST, "settings": opts.settings(given(**flags)), "data": DATA,
-        "overrides": [EARLIER],
+        "overrides": [EARLIER], "defaults": opts.default_names(given(**flags)),
     }  # fmt: skip
 
 
@@ -208,7 +210,6 @@ def test_a_checkpoint_of_another_network_is_refused(flags, pattern):
         ({"nImages": 40}, ["nImages 40, was 32"], False),
         ({"lrShape": "cosine"}, ["lrShape cosine, was multistep", "milestones , was 2,3"], False),
         ({"milestones": "2,4"}, ["milestones 2,4, was 2,3"], False),
-        ({"nEpochs": 2}, ["milestones 1,2, was 2,3", "nEpochs 2, was 4"], False),
         ({"batchSize": 16, "LR": 0.5}, ["batchSize 16, was 8", "LR 0.5, was 0.1"], True),
     ],
 )
@@ -234,18 +235,11 @@ def test_other_training_needs_an_override(flags, changes, has_other_batches):
     assert len(notes) == len(changes)
 
 
-LONGER = {"nEpochs": 8}
-
-
 @pytest.mark.parametrize(
     ("flags", "saved", "kept", "note"),
     [
         ({}, {}, {"milestones": [2, 3]}, None),
-        (LONGER, {}, {"milestones": [2, 3]}, "milestones stay 2,3; --milestones sets others"),
         ({}, {"milestones": 2}, {"milestones": [2]}, None),
-        (LONGER | {"milestones": "2,3"}, {}, {"milestones": [2, 3]}, None),
-        (LONGER | {"lrShape": "cosine"}, {"lrShape": "cosine"}, {"milestones": None},
-         "the cosine spans 8 epochs now, it was 4"),
         ({"epochNumber": 2}, {}, {"epochNumber": 1}, "epochNumber has no effect on a run that is"),
         ({"retrain": "a"}, {"retrain": "b"}, {"retrain": "b"}, "retrain has no effect on a run"),
         ({"retrain": "b"}, {"retrain": "b"}, {"retrain": "b"}, None),
@@ -259,6 +253,47 @@ def test_a_resumed_run_keeps_settings_of_its_start(flags, saved, kept, note):
     assert {name: getattr(opt, name) for name in kept} == kept
     assert len(notes) == (note is not None) and all(line.startswith(note) for line in notes)
     assert same is state and overrides == [EARLIER]
+
+
+TO_8, TO_3, COSINE = {"nEpochs": 8}, {"nEpochs": 3}, {"lrShape": "cosine"}
+
+
+# The flags of this call and of the first, the epoch and step reached, the milestones, the note.
+@pytest.mark.parametrize(
+    ("flags", "first", "reached", "milestones", "note"),
+    [
+        (TO_8, {}, (2, 0), [4, 6], "8 epochs, was 4: new milestones, LR 0.01 from epoch 4, 0.001"),
+        (TO_8, {}, (2, 3), [2, 6], "new milestones, LR 0.01 from epoch 2, 0.001 from epoch 6; --m"),
+        (TO_8, {}, (3, 0), [2, 6], "new milestones, LR 0.01 from epoch 2, 0.001 from epoch 6; --m"),
+        (TO_8, {}, (5, 0), [2, 3], "the same milestones, LR 0.01 from epoch 2, 0.001 from epoch 3"),
+        (TO_8, None, (2, 0), [2, 3], "the same milestones"),  # a run of an earlier version
+        (TO_8, {"milestones": "2,3"}, (2, 0), [2, 3], "the same milestones"),
+        (TO_8 | {"milestones": "2,3"}, {}, (2, 0), [2, 3], "the same milestones"),
+        (TO_8 | COSINE, COSINE, (3, 0), None, "LR 0.0854 at epoch 3, was 0.05"),
+        (TO_3, {}, (2, 0), [2, 3], "3 epochs, was 4: the same milestones"),
+        (TO_3, {"nEpochs": 8}, (3, 2), [], "was 8: new milestones, LR 0.1 in every epoch"),
+        (TO_3, {"nEpochs": 20}, (2, 0), [2, 3], "3 epochs, was 20: new milestones, LR 0.01 from"),
+        (TO_3 | COSINE, COSINE, (3, 0), None, "LR 0.025 at epoch 3, was 0.05"),
+        ({"nEpochs": 12}, {"nEpochs": 40}, (11, 0), [11, 11], "LR 0.001 from epoch 11; --m"),
+    ],
+)  # fmt: skip
+def test_a_longer_or_shorter_run_says_what_happens_to_its_rate(
+    flags, first, reached, milestones, note
+):
+    state = state_of(**first or {}) | dict(zip(("epoch", "step"), reached, strict=True))
+    if first is None:
+        state["defaults"] = None
+    is_shorter, notes = flags["nEpochs"] < state["settings"]["nEpochs"], []
+    if is_shorter:
+        with pytest.raises(UsageError, match=r"checkpoint's: nEpochs \d+, was \d+$"):
+            resume.merge_settings(given(**flags), state, pytest.fail)
+    opt, _, _ = resume.merge_settings(given(**flags, override=is_shorter), state, notes.append)
+    assert opt.milestones == milestones
+    assert len(notes) == 1 + is_shorter and note in notes[-1]
+    # From here on it is of this length.
+    state |= {"settings": opts.settings(opt), "defaults": opts.default_names(opt)}
+    again, _, _ = resume.merge_settings(given(**flags), state, pytest.fail)
+    assert (again.milestones, opts.default_names(again)) == (milestones, state["defaults"])
 
 
 # Restoring the state:
@@ -381,21 +416,76 @@ def learning_rates(directory: Path) -> list[float]:
     return [record["lr"] for record in records(directory)]
 
 
-def test_a_longer_run_keeps_its_milestones_unless_others_are_given(finished, tmp_path):
+def test_a_longer_run_says_its_rate_and_takes_other_milestones_with_an_override(finished, tmp_path):
     """Test it also when its directory alone is given, and its first flags are gone."""
     longer = Path(shutil.copytree(finished, tmp_path / "longer"))
     result = run(command(resume=longer, nEpochs=5, retrain="/nowhere.pt"))
     assert result.code == 0 and "retrain has no effect" in result.err
+    assert "note: 5 epochs, was 3: the same milestones, LR 0.01 from epoch 2, 0.001" in result.err
     assert learning_rates(longer) == [0.1, 0.01, 0.001, 0.001, 0.001]
-    config = (finished / "config.yaml").read_text().replace("nEpochs: 3", "nEpochs: 5")
-    assert (longer / "config.yaml").read_text() == config
-    assert yaml.safe_load(config)["milestones"] == [2, 3]
+    assert settings_of(longer)["milestones"] == [2, 3]
 
     other = Path(shutil.copytree(finished, tmp_path / "other"))
     argv = command(nEpochs=5, milestones="2,5", resume=other)
     refused(run(argv), 2, "milestones 2,5, was 2,3")
     assert run([*argv, "--override=true"]).code == 0
     assert learning_rates(other) == [0.1, 0.01, 0.001, 0.01, 0.001]
+    assert "milestones" not in settings_of(other)["defaults"]
+
+
+def settings_of(directory: Path) -> dict:
+    return yaml.safe_load((directory / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize("path", ["directory", "auto", "config", "two processes"])
+def test_milestones_that_are_not_passed_follow_a_longer_run_on_every_path(tmp_path, path):
+    """Stop a run of four epochs in the second, and go on to eight; the first drop is passed."""
+    first = tiny(nEpochs=4, nGPU=0, save=tmp_path)
+    assert run(first, partial(at_batch, partial(send, 15), 6)).code == 75
+    argv = command(resume=tmp_path, nEpochs=8)
+    if path == "auto":
+        argv = tiny(nEpochs=8, save=tmp_path, resume="auto")
+    elif path == "config":
+        config = tmp_path / "config.yaml"
+        argv = command(config=config, nEpochs=8, save=tmp_path, resume="auto")
+    results = call(argv, 2 if path == "two processes" else 1, {0: partial(at_batch, kill, 6)})
+    assert codes(results)[0] < 0
+    note = "note: 8 epochs, was 4: new milestones, LR 0.01 from epoch 2, 0.001 from epoch 6; "
+    assert note in results[0].err
+    # Killed in epoch 3: its checkpoint has this schedule, and resuming says no more of it.
+    assert settings_of(tmp_path)["milestones"] == [2, 6]
+    result = run(command(resume=tmp_path))
+    assert result.code == 0 and "epochs, was" not in result.err
+    assert learning_rates(tmp_path) == [0.1, *[0.01] * 4, *[0.001] * 3]
+
+
+def test_the_config_of_a_run_gives_a_run_of_another_length_its_own_rates(finished, tmp_path):
+    config, old = finished / "config.yaml", tmp_path / "old.yaml"
+    lines = config.read_text().splitlines()
+    old.write_text("\n".join(line for line in lines if not line.startswith("defaults:")))
+    for source, rates, note in (
+        (config, [0.1] * 4 + [0.01] * 3 + [0.001] * 3,
+         "milestones follow nEpochs 10: LR 0.01 from epoch 5, 0.001 from epoch 8"),
+        (old, [0.1, 0.01] + [0.001] * 8, "milestones of the config stay with nEpochs 10: LR 0.01"),
+    ):  # fmt: skip
+        save = tmp_path / source.stem
+        result = run(command(config=source, nEpochs=10, save=save))
+        assert result.code == 0 and f"note: {note}" in result.err
+        assert learning_rates(save) == rates
+        rerun = run(command(config=source, save=tmp_path / f"{source.stem} again"))
+        assert (rerun.code, rerun.err) == (0, "")
+
+
+def test_a_run_of_one_epoch_says_its_rate_and_how_to_train_at_the_initial_one(tmp_path):
+    argv = tiny(nEpochs=1, save=tmp_path / "short", resume="auto")
+    result = run(argv, partial(at_batch, partial(send, 15), 2))
+    assert result.code == 75
+    note = r'note: nEpochs 1 trains at LR 0.001: .*; (--milestones) "(\[\])" trains at 0.1\n'
+    advice = re.search(note, result.err).groups()
+    result = run(argv)  # it is said once
+    assert (result.code, result.err) == (0, "") and learning_rates(tmp_path / "short") == [0.001]
+    result = run([*tiny(nEpochs=1, save=tmp_path / "other"), *advice])
+    assert (result.code, result.err) == (0, "") and learning_rates(tmp_path / "other") == [0.1]
 
 
 def test_a_best_model_that_is_gone_is_not_missed_at_the_end(tmp_path):

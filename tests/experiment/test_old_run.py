@@ -67,6 +67,20 @@ def test_an_old_run_goes_on_bit_for_bit(tmp_path, source):
             assert current[name] == pytest.approx(saved[name], rel=TOLERANCE, abs=0)
 
 
+@pytest.mark.parametrize("line", ["--resume {}", "--resume auto --save {} " + BEGUN_WITH])
+def test_an_old_run_that_is_longer_now_keeps_its_milestones_and_says_so(tmp_path, line):
+    """Continue it twice: no version knows any more whether its milestones were defaults."""
+    directory = Path(shutil.copytree(OLD / "interrupted", tmp_path / "run"))
+    line = line.format(directory).replace("--nEpochs 3", "")
+    for num_epochs in (4, 5):
+        result = run(f"{line} --nEpochs {num_epochs}")
+        assert result.code == 0
+        note = f"note: {num_epochs} epochs, was {num_epochs - 1}: the same milestones, LR 0.01 from"
+        assert note in result.err
+        assert "defaults:" not in (directory / "config.yaml").read_text()
+    assert [record["lr"] for record in read_log(directory)] == [0.1, 0.01, 0.001, 0.001, 0.001]
+
+
 @pytest.mark.parametrize("forget", [sabotage.forget_rng, sabotage.forget_position])
 def test_a_careless_resume_would_end_elsewhere(tmp_path, forget):
     expected = checkpoints.load_weights(OLD / "finished" / "model_last.pt")

@@ -196,6 +196,31 @@ def test_an_override_is_printed_and_saved_and_new_batches_restart_the_epoch(stop
     assert state["overrides"] == overrides
 
 
+def test_an_edited_config_counts_only_with_an_override(stopped_run, tmp_path):
+    directory = Path(shutil.copytree(stopped_run, tmp_path / "run"))
+    config = directory / "config.yaml"
+    lines = config.read_text()
+    edited = lines.replace("LR: 0.05", "LR: 0.01").replace("nEpochs: 3", "nEpochs: 9")
+    config.write_text(edited.replace("keep: 2", "keep: 5"))
+    result = run(command(resume=directory), stopped(1))
+    assert result.code == 75
+    assert result.err.count("as in the checkpoint; the config has ") == 2
+    assert "note: LR 0.05, as in the checkpoint; the config has 0.01, which" in result.err
+    assert config.read_text() == lines.replace("keep: 2", "keep: 5")  # shapes no training
+
+    other = tmp_path / "other.yaml"
+    other.write_text(lines.replace("milestones: [2, 3]", "milestones: [1]"))
+    result = run(command(config=other, save=directory, resume="auto"), stopped(1))
+    assert "note: milestones 2,3, as in the checkpoint; the config has 1, which" in result.err
+
+    config.write_text(edited)
+    result = run(command(resume=directory, override=True), stopped(1))
+    assert result.code == 75 and "note: override: LR 0.01, was 0.05" in result.err
+    assert "note: 9 epochs, was 3: new milestones, LR 0.001 from epoch 5," in result.err
+    state = checkpoints.load_latest(directory, pytest.fail)
+    assert state["overrides"] == ["epoch 1 step 19: LR 0.01, was 0.05"]
+
+
 def test_a_run_whose_data_has_changed_is_refused(tmp_path):
     classes = {"cat": 8, "dog": 8}
     write_folder(tmp_path / "data", {"train": classes, "val": classes})

@@ -256,14 +256,18 @@ def test_weights_alone_are_refused_as_a_checkpoint(tmp_path):
 ENTRIES = [name for name in real_state() if name != "format"]
 
 
-def test_a_checkpoint_from_before_there_were_replicas_is_of_one(tmp_path):
+LATER = {"replicas": 1, "defaults": None}  # what earlier versions did not write, and what it is
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_checkpoint_from_before_there_was_an_entry_gets_it(tmp_path, name):
     state = {**real_state(), "format": checkpoints.FORMAT}
-    del state["replicas"]
+    del state[name]
     torch.save(state, tmp_path / "checkpoint.pt")
-    assert checkpoints.load(tmp_path / "checkpoint.pt")["replicas"] == 1
+    assert checkpoints.load(tmp_path / "checkpoint.pt")[name] == LATER[name]
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name != "replicas"])
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in LATER])
 def test_a_checkpoint_that_lacks_an_entry_is_refused(tmp_path, name):
     state = {**real_state(), "format": checkpoints.FORMAT}
     del state[name]
