@@ -177,12 +177,18 @@ class CheckpointSaver:
         stop: the signals.SignalHandler of this process; its `signum` is set by a signal.
         keep: how many checkpoints stay.
         every_s: seconds between checkpoints within an epoch.
+
+    Attributes:
+        after_first_save: on rank 0, called once the first checkpoint is written; a run that
+            resumes writes there what a failing start must leave as it was.
     """
+
+    after_first_save: Callable[[], None] | None = None
 
     def __init__(self, directory, trainer, stop, *, keep: int, every_s: float):
         self.directory, self.trainer, self.stop = directory, trainer, stop
         self.keep, self.every_s = keep, every_s
-        self._saved_at = time.monotonic()
+        self._saved_at, self.has_saved = time.monotonic(), False
         self._validated: dict[Path, bool] = {}
 
     def save(self) -> None:
@@ -190,7 +196,7 @@ class CheckpointSaver:
         self.trainer.check_finite()
         state = self.trainer.state_dict()
         self._on_rank0(lambda: self._write(on_cpu(state)))
-        self._saved_at = time.monotonic()
+        self._saved_at, self.has_saved = time.monotonic(), True
 
     def _write(self, state: dict) -> None:
         try:
@@ -201,6 +207,8 @@ class CheckpointSaver:
             raise NonFiniteError(f"the network has {error} at {where}", fix) from error
         self.directory.verify_lock()
         path = save(self.directory.path, state, self.keep, self._validated)
+        if self.after_first_save and not self.has_saved:
+            self.after_first_save()
         self.directory.write_status("running", checkpoint=path.name, **self.trainer.position)
 
     def _on_rank0(self, fn: Callable[[], None]) -> None:

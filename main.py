@@ -109,7 +109,7 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             directory, trainer, handler, keep=opt.keep, every_s=60 * opt.saveEvery
         )
         if directory:
-            write_run_files(config, directory, data, trainer)
+            write_run_files(config, directory, data, trainer, saver)
         if state:
             resume.sync_run_files(opt, directory, trainer, saver, console.warn)
 
@@ -147,6 +147,8 @@ def finalize(opt: Settings, directory: RunDirectory | None, data, trainer, saver
     import checkpoints
     from experiment import console
 
+    if not saver.has_saved:  # no step was left, as in a run that is shorter now
+        saver.save()
     tested, results = {}, trainer.results
     if data.test is not None:
         # As the paper does on SVHN, test the model with the lowest validation error.
@@ -268,13 +270,24 @@ def read_weights(opt: Settings, world) -> dict:
     )
 
 
-def write_run_files(config: str, directory: RunDirectory, data, trainer) -> None:
-    """Write the settings, the data's description and the first images before the run starts."""
+def write_run_files(config: str, directory: RunDirectory, data, trainer, saver) -> None:
+    """Write the settings, the data's description and the first images before the run starts.
+
+    Where checkpoints are, settings and data are those of the newest one: they are written after the
+    next one, so that a start that fails before it leaves them as they were.
+    """
+    import checkpoints
     import engine.device
 
-    directory.set_status_fields(overrides=trainer.metadata.overrides)
-    atomic.atomic_write(directory.path / "config.yaml", config.encode())
-    directory.write_json("data.json", data.metadata)
+    def describe() -> None:
+        directory.set_status_fields(overrides=trainer.metadata.overrides)
+        atomic.atomic_write(directory.path / "config.yaml", config.encode())
+        directory.write_json("data.json", data.metadata)
+
+    if checkpoints.list_checkpoints(directory.path):
+        saver.after_first_save = describe
+    else:
+        describe()
     directory.write_status("running", **trainer.position)
     trainer.log.open(next_epoch=trainer.epoch)
     trainer.log.add_text(config=config, device=engine.device.describe(trainer.device))

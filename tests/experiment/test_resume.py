@@ -13,7 +13,7 @@ import yaml
 
 import checkpoints
 from faults.contract import TINY, command, outcome, records, refused, saved, status, tiny
-from faults.sabotage import at_batch, forget_position, forget_rng, kill_after, no_fsync, send
+from faults.sabotage import at_batch, fail, forget_position, forget_rng, kill_after, no_fsync, send
 from helpers.run_main import run
 from helpers.sample_data import write_folder
 
@@ -194,6 +194,20 @@ def test_an_override_is_printed_and_saved_and_new_batches_restart_the_epoch(stop
     state = checkpoints.load_latest(tmp_path, pytest.fail)
     assert (state["epoch"], state["step"], state["global_step"]) == (1, STEPS // 2, 17 + STEPS // 2)
     assert state["overrides"] == overrides
+
+
+def test_a_start_that_fails_before_it_saves_leaves_the_settings_of_the_run(stopped_run, tmp_path):
+    directory = shutil.copytree(stopped_run, tmp_path / "run")
+    before = saved(directory)
+    argv = command(resume=directory, LR=0.01, batchSize=16, override=True)
+    failing = partial(at_batch, partial(fail, "DataError"), 2)
+    refused(run(argv, failing), 3, "out of luck")
+    assert saved(directory) == before
+    result = run(command(resume=directory), stopped(1))  # as the product itself advises
+    assert result.code == 75 and "note:" not in result.err
+    state = checkpoints.load_latest(directory, pytest.fail)
+    assert (state["global_step"], state["settings"]["LR"]) == (18, RUN["LR"])
+    assert state["overrides"] == [] and status(directory)["overrides"] == []
 
 
 def test_an_edited_config_counts_only_with_an_override(stopped_run, tmp_path):
