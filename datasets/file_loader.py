@@ -1,5 +1,6 @@
 """Decode, transform and batch image files in worker processes, new ones in each epoch."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,8 +65,10 @@ class ImageFileDataset(Dataset):
         except DataError as error:
             return Unreadable(f"{path}: {error}", error.problems[0][1])
         except Exception as error:  # decoders raise any type on a damaged file
+            is_of_disk = getattr(error, "errno", None) not in (None, errno.ENOENT)
             # MemoryError has no text.
-            return Unreadable(f"{path}: {str(error) or type(error).__name__}", REPLACE)
+            reason = f"{path}: {str(error) or type(error).__name__}"
+            return Unreadable(reason, "check the disk" if is_of_disk else REPLACE)
         # Without a seed the draws would depend on the worker that gets the image; without the
         # fork they would change the network's random numbers in the main process.
         with torch.random.fork_rng(devices=[]):
