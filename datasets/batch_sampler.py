@@ -45,6 +45,11 @@ class BatchSampler:
         """Return the number of images of a full step on this rank."""
         return self.global_batch // self.process.size
 
+    @property
+    def largest_batch(self) -> int:
+        """Return the largest number of images that a step has on any rank."""
+        return min(-(-self.global_batch // self.process.size), self.num_images)
+
     def __len__(self) -> int:
         """Count the steps of an epoch; the last may be smaller."""
         return -(-self.num_images // self.global_batch)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,11 +71,9 @@ def create(
     Raises:
         DataError: the dataset is missing, damaged or not as the settings say.
     """
-    try:
-        limits.allow_open_files(OPEN_FILES + OPEN_FILES_PER_WORKER * opt.nThreads)
-    except OSError as error:
-        raise DataError(error.strerror, "raise it with ulimit -n, or lower --nThreads") from error
     dataset = DATASETS[opt.dataset]
+    warn = cache(warn)  # each line once, also where it is true of two splits
+    _check_workers(opt, process.local_size, warn)
     is_on_disk = dataset.is_read_from_disk(opt.imageSize)
     # A network that knows its statistics is tested without decoding its training images.
     test_only = dataset.is_image_folder and opt.testOnly and statistics and not is_on_disk
@@ -110,6 +108,18 @@ def create(
     sizes = (part.sampler.num_images if part else None for part in parts)
     metadata |= {"classes": classes} | dict(zip(("train", "val", "test"), sizes, strict=True))
     return DataSplits(*parts, classes, metadata)
+
+
+def _check_workers(opt: SimpleNamespace, processes: int, warn: Callable[[str], None]) -> None:
+    """Allow the files that loader processes open, and note more of them than cores."""
+    try:
+        limits.allow_open_files(OPEN_FILES + OPEN_FILES_PER_WORKER * opt.nThreads)
+    except OSError as error:
+        raise DataError(error.strerror, "raise it with ulimit -n, or lower --nThreads") from error
+    cores = limits.usable_cores()
+    if DATASETS[opt.dataset].is_image_folder and opt.nThreads * processes > cores:
+        count = f"nThreads {opt.nThreads}" + f" x {processes}" * (processes > 1)
+        warn(f"{count} is more than the {cores} cores of this machine or container: hardly faster")
 
 
 def evaluation_loader(

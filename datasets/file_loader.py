@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from datasets import shared_memory
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import DEFAULTS, REPLACE, DecodeOptions, decode
 from datasets.retries import with_retries
@@ -143,10 +146,19 @@ class FileLoader:
         self.sampler, self.unreadable = sampler, unreadable
         self.normalise, self.device = normalise, device
         self._batches: list[list[tuple[int, int]]] = []  # keys of the epoch under way
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # we say so ourselves
+        prefetch = None
+        if num_workers:
+            batch_bytes = _image_bytes(dataset, image_size) * sampler.largest_batch
+            processes = sampler.process.local_size
+            num_workers, prefetch = shared_memory.fit_in_flight(
+                num_workers, batch_bytes, len(sampler), processes, unreadable.warn
+            )
         self._loader = DataLoader(
             dataset,
             batch_sampler=self._batches,
             num_workers=num_workers,
+            prefetch_factor=prefetch,
             collate_fn=partial(_collate, image_size),
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
@@ -181,7 +193,8 @@ class FileLoader:
                 self.unreadable.add(*each)
             for remark, path in remarks.items():
                 self.unreadable.note(remark, path)
-            yield self._on_device(images), targets.to(self.device, non_blocking=True)
+            images = self._on_device(images)  # and out of shared memory
+            yield images, targets.to(self.device, non_blocking=True)
         self.unreadable.sync()
 
     def _on_device(self, images: Tensor) -> Tensor:
@@ -202,23 +215,25 @@ def translate_worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        first_line = str(error).partition("\n")[0]
-        is_worker_error = first_line.startswith(("DataLoader worker (pid", "DataLoader timed out"))
-        if isinstance(error, RuntimeError) and not is_worker_error:
+        explained = shared_memory.explain(error)
+        if not explained:
             raise
-        # A connection error comes from the pipe through which a dying worker sent a batch.
         kill_children()  # or the handler would raise once more for the other workers
-        raise DataError(
-            f"a loader process was killed or hung: {first_line}",
-            "often memory ran out: lower --nThreads or add memory",
-        ) from error
+        raise explained from error
 
 
 def _init_worker(_: int) -> None:
     # A signal to the whole process group would end the workers, and the parent could not finish
     # its step. The parent reports a worker's error, so the worker need not print it.
     ignore_signals()
+    shared_memory.exit_on_failed_handover()
     sys.excepthook = lambda *_: None
+
+
+def _image_bytes(dataset: ImageFileDataset, size: int) -> int:
+    """Measure how many bytes an image of the split has in a batch."""
+    with torch.random.fork_rng(devices=[]):  # the transform draws from torch's generator
+        return dataset.transform(Image.new("RGB", (size, size))).nbytes
 
 
 def _collate(
@@ -231,8 +246,9 @@ def _collate(
         no_images = torch.empty(0, 3, image_size, image_size)
         return no_images, torch.empty(0, dtype=torch.int64), unreadable, {}
     images, labels, remarks = zip(*readable, strict=True)
-    images = torch.stack(images)
+    # In a worker this stacks into shared memory.
+    images, targets = default_collate(list(zip(images, map(torch.tensor, labels), strict=True)))
     if images.dim() == 5:  # ten crops: (n, 10, 3, H, W)
         images = images.flatten(0, 1)
     first = {text: path for each in reversed(remarks) for text, path in each.items()}
-    return images, torch.tensor(labels), unreadable, first
+    return images, targets, unreadable, first

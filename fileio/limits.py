@@ -1,4 +1,4 @@
-"""Limit the time and memory that reading an untrusted file takes; raise the open-file limit."""
+"""Limit the time and memory that reading an untrusted file takes; read and raise other limits."""
 
 import errno
 import os
@@ -6,9 +6,10 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds and period, or "max"
 STATM = Path("/proc/self/statm")  # first number: pages of address space in use
 
 
@@ -61,3 +62,12 @@ def allow_open_files(count: int) -> None:
         raise OSError(errno.EMFILE, f"{needed} files may be open at once, the limit is {hard}")
     if soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use: its affinity, or its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # no container, or no quota
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        cores = min(cores or 1, max(1, quota // period))
+    return cores or 1

@@ -5,18 +5,23 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
+import tempfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datasets import file_loader, retries, transforms
+from datasets import file_loader, retries, shared_memory, transforms
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import DecodeOptions, decode
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
+from datasets.shared_memory import fit_in_flight
 from faults import bombs
 from helpers.sample_data import error_line, noise, same_batches
 
@@ -340,3 +345,72 @@ def test_loader_processes_leave_signals_to_their_parent(samples, loader, number)
     assert same_batches(got, wanted)
     assert same_batches(epoch(batches, 2), wanted)
     assert [worker.is_alive() for worker in workers] == [True, True]
+
+
+# Handing over:
+def no_large_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+def no_more_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) - 1,) * 2)
+
+
+def no_directory_for_sockets() -> None:
+    tempfile.tempdir = "/nowhere"
+
+
+@pytest.mark.parametrize(("prevent", "line"), [
+    (no_large_files, "no room for a batch in shared memory; fix: .*--shm-size"),
+    (no_more_files, "too many open files.*; fix: .*ulimit -n"),
+    (no_directory_for_sockets, "cannot hand over a batch: .*; fix: .*TMPDIR"),
+])  # fmt: skip
+def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run_at_once(
+    samples, loader, monkeypatch, prevent, line
+):
+    monkeypatch.setattr(file_loader, "kill_children", lambda: None)  # the fixture ends them
+
+    def transform(image):
+        if multiprocessing.parent_process():
+            prevent()
+        return to_pixels(image)
+
+    read = file_loader.translate_worker_errors()(epoch)
+    assert re.search(line, error_line(read, loader(samples, transform, num_workers=1)))
+
+
+# MB free, batches and MB of each, processes, workers asked for; workers, batches in advance.
+@pytest.mark.parametrize(("free", "batches", "size", "ranks", "asked", "wanted"), [
+    (1000, 50, 100, 1, 4, (4, 2)), (899, 50, 100, 1, 4, (4, 1)), (499, 50, 100, 1, 4, (3, 1)),
+    (200, 50, 100, 1, 4, (1, 1)), (199, 50, 100, 1, 4, None), (400, 50, 100, 4, 4, None),
+    (100, 1, 100, 1, 4, (4, 2)), (0, 50, 100, 1, 0, (0, 2)),
+])  # fmt: skip
+def test_a_small_shared_memory_gets_fewer_batches_or_an_error_that_names_what_to_raise(
+    monkeypatch, free, batches, size, ranks, asked, wanted
+):
+    room = SimpleNamespace(f_bavail=free * 10**6, f_frsize=1)
+    monkeypatch.setattr(shared_memory.os, "statvfs", lambda path: room)
+    warned = []
+    call = partial(fit_in_flight, asked, size * 10**6, batches, ranks, warned.append)
+    if wanted is None:
+        assert re.search("has .* MB free.*fix: enlarge it .*--shm-size=.*--nThr", error_line(call))
+    else:
+        assert call() == wanted
+    # A note whenever less is in flight than asked for.
+    assert bool(warned) == (wanted is not None and wanted != (asked, 2))
+
+
+def test_without_shared_memory_loader_processes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_memory, "MOUNT", tmp_path / "absent")
+    assert "fix: mount a tmpfs there, or --nThreads 0" in error_line(
+        fit_in_flight, 1, 1, 1, 1, pytest.fail
+    )
+
+
+def test_the_size_of_a_batch_is_measured_as_the_workers_make_it(samples, loader, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shared_memory, "fit_in_flight", lambda *args: asked.append(args) or (1, 1))
+    for transform in (transforms.training(8, True), transforms.ten_crops(8)):
+        batches = loader(samples, transform, num_workers=1)
+        image = batches._loader.dataset[1, 0][0]
+        assert asked.pop()[1:3] == (4 * image.nbytes, 6)

@@ -1,5 +1,6 @@
 """Test folders of images: listed and refused files, small ones in memory, large ones in files."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,12 @@ def test_a_tool_turns_images_as_the_run_did(tmp_path):
     turned = read["false"].rot90(-1, (2, 3))
     assert (read["true"] - turned).abs().max() <= 1  # resizing rounds in another order
     assert (read["true"] - read["false"]).abs().max() > 9
+
+
+def test_more_loader_processes_than_cores_are_noted_once(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    write_folder(tmp_path, COUNTS)
+    warned = []
+    assert create(tmp_path, workers=2, warn=warned.append).metadata["train"] == 12
+    assert len(warned) == 1 and warned[0].startswith("nThreads 2 is more than the 1 cores")
+    assert [str(warning.message) for warning in recwarn] == []  # torch has one for each split

@@ -124,3 +124,14 @@ def test_files_are_allowed_up_to_the_limit_of_the_system():
                 limits.allow_open_files(hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(("quota", "wanted"), [
+    ("150000 100000", 1), ("250000 100000", 2), ("50000 100000", 1), ("max 100000", 4), (None, 4),
+])  # fmt: skip
+def test_a_container_of_few_cores_counts_as_such(tmp_path, monkeypatch, quota, wanted):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    monkeypatch.setattr(limits, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota:
+        limits.CPU_QUOTA.write_text(quota)
+    assert limits.usable_cores() == wanted
