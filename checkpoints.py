@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from errors import CheckpointError, DamagedError, NonFiniteError, Preempted
+from errors import CheckpointError, DamagedError, NonFiniteError, Preempted, quoted
 from fileio import checkpoint_schema, foreign_weights, tensor_files
 from fileio.atomic import atomic_write, storage_error
 from fileio.tensor_files import check_tensors, is_valid, on_cpu, read, save_weights, to_bytes
@@ -233,8 +233,9 @@ class CheckpointSaver:
     def _preempted(self, signum: int) -> Preempted:
         name = signal.Signals(signum).name
         directory = self.trainer.metadata.settings["save"]
-        alone = self.trainer.world.size == 1
-        fix = f"python main.py --resume {directory}" if alone else "run it again with --resume auto"
+        fix = "run it again with --resume auto"
+        if self.trainer.world.size == 1:
+            fix = f"python main.py --resume {quoted(directory)}"
         return Preempted(f"{name}, {directory} is saved", fix)
 
     def on_epoch_end(self) -> None:

@@ -1,5 +1,8 @@
 """Define the errors that a user can cause or encounter. A bug exits with code 1."""
 
+import os
+import shlex
+
 
 class RunError(Exception):
     """Report an error in one line with its fix, without a traceback.
@@ -93,3 +96,16 @@ class Preempted(RunError):
 def printable(line: str) -> str:
     """Escape control characters: file names and YAML keys may hold line breaks."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def quoted(path: object) -> str:
+    """Quote a path for the shell, in one line: control characters as in $'line\\nbreak'."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    escapes = {"\\": "\\\\", "'": "\\'"}
+
+    def escaped(c: str) -> str:
+        return c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+
+    return "$'" + "".join(escapes.get(c, escaped(c)) for c in text) + "'"

@@ -8,7 +8,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from datasets.download import fetch, unpack
 from datasets.memory_loader import ImageTensors, InMemoryDataset
-from errors import DataError
+from errors import DataError, quoted
 
 
 def _load(dataset_class: type[CIFAR10], root: Path) -> InMemoryDataset:
@@ -21,7 +21,9 @@ def _load(dataset_class: type[CIFAR10], root: Path) -> InMemoryDataset:
         parts = {train: dataset_class(str(root), train=train) for train in (True, False)}
     except RuntimeError as error:  # a file is missing or has another MD5
         folder = root / dataset_class.base_folder
-        raise DataError(f"damaged files in {folder}", f"delete {folder} and run again") from error
+        raise DataError(
+            f"damaged files in {folder}", f"delete {quoted(folder)} and run again"
+        ) from error
     return InMemoryDataset(_images(parts[True]), _images(parts[False]), parts[True].classes)
 
 

@@ -239,7 +239,11 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
             Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn, _decode_options(opt)
         )
     else:
-        data = load(Path(opt.data))
+        try:
+            data = load(Path(opt.data))
+        except OSError as error:
+            what = f"cannot read {error.filename or opt.data}: {error.strerror}"
+            raise DataError(what, "make it readable, or name another --data") from error
     _check_classes(opt, data.classes)
     data.check()
     fingerprints = {"training_set": hash_images(data.train), "test_set": hash_images(data.test)}

@@ -7,7 +7,7 @@ from torchvision.datasets import SVHN
 
 from datasets.download import fetch
 from datasets.memory_loader import ImageTensors, InMemoryDataset
-from errors import DataError
+from errors import DataError, quoted
 
 
 def svhn(root: Path) -> InMemoryDataset:
@@ -24,6 +24,8 @@ def _read(root: Path, split: str) -> ImageTensors:
     try:
         part = SVHN(str(root), split=split)
     except Exception as error:  # scipy raises many types on a file that it cannot parse
-        raise DataError(f"cannot read {path}: {error}", f"delete {path} and run again") from error
+        raise DataError(
+            f"cannot read {path}: {error}", f"delete {quoted(path)} and run again"
+        ) from error
     pixels = torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous()  # (N, 32, 32, 3)
     return ImageTensors(pixels, torch.from_numpy(part.labels))

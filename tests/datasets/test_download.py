@@ -1,11 +1,17 @@
 """Test CIFAR and SVHN from their official files, and from damaged or hostile ones."""
 
+import builtins
+import errno
+import os
+import re
 import shutil
 import tarfile
 import threading
 import urllib.error
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +24,7 @@ from datasets import download
 from datasets.download import fetch, unpack
 from datasets.factory import DataSplits
 from errors import StorageError
+from helpers.run_main import LONG_S, wait_until
 from helpers.sample_data import (
     CIFAR_KINDS,
     cifar_files,
@@ -266,12 +273,45 @@ def test_an_absent_archive_is_downloaded_and_checked(tmp_path):
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_download_that_fails_leaves_nothing_behind(tmp_path, failure):
+def test_a_download_that_fails_leaves_only_what_can_be_continued(tmp_path, failure):
+    path = tmp_path / "archive.bin"
     with server(FAILURES[failure]) as url:
-        line = error_line(fetch, url, tmp_path / "archive.bin", md5(CONTENT))
-    assert f"cannot download {url} in 3 tries" in line
-    assert failure != "a web page" or md5(CONTENT) in line
-    assert content(tmp_path) == []
+        line = error_line(fetch, url, path, md5(CONTENT))
+        assert f"cannot download {url} in 3 tries" in line
+        assert failure != "a web page" or md5(CONTENT) in line
+        assert content(tmp_path) == [".archive.bin.part"] * (failure == "half")
+        assert ("fix: run again to continue at 0.0 MB, or put" in line) == (failure == "half")
+    with server(lambda handler: send(handler, CONTENT)) as url:
+        assert fetch(url, path, md5(CONTENT)).read_bytes() == CONTENT
+    assert content(tmp_path) == [path.name]
+
+
+def send_rest(asked: list, handler) -> None:
+    """Answer as a server that continues downloads."""
+    asked.append(handler.headers["Range"])
+    start = int(asked[-1].removeprefix("bytes=").removesuffix("-")) if asked[-1] else 0
+    if start >= len(CONTENT):
+        return handler.send_error(416)
+    handler.send_response(206 if start else 200)
+    handler.send_header("Content-Length", str(len(CONTENT) - start))
+    handler.end_headers()
+    return handler.wfile.write(CONTENT[start:])
+
+
+# What a killed process left, and what is asked of the server: the rest; if the file was another
+# one, all of it.
+@pytest.mark.parametrize(("left", "ranges"), [
+    (CONTENT[:1000], ["bytes=1000-"]), (b"", [None]), (CONTENT, [f"bytes={len(CONTENT)}-"]),
+    (b"another"[:7], ["bytes=7-", None]), (CONTENT + b"x", [f"bytes={len(CONTENT) + 1}-", None]),
+])  # fmt: skip
+def test_a_killed_download_is_continued_and_leaves_nothing(tmp_path, left, ranges):
+    path, asked = tmp_path / "archive.bin", []
+    with server(partial(send_rest, asked)) as url:
+        (tmp_path / ".archive.bin.part").write_bytes(left)
+        (tmp_path / ".download-abc").mkdir()  # of an earlier version
+        (tmp_path / ".download-abc" / path.name).write_bytes(left)
+        assert fetch(url, path, md5(CONTENT)).read_bytes() == CONTENT
+    assert asked == ranges and content(tmp_path) == [path.name]
 
 
 def test_a_download_that_is_interrupted_is_not_taken_for_the_archive(tmp_path, monkeypatch):
@@ -282,7 +322,78 @@ def test_a_download_that_is_interrupted_is_not_taken_for_the_archive(tmp_path, m
     monkeypatch.setattr(download, "_download_rest", die_midway)
     with pytest.raises(KeyboardInterrupt):
         fetch("http://127.0.0.1:1/x", tmp_path / "archive.bin", md5(CONTENT))
-    assert content(tmp_path) == []
+    assert content(tmp_path) == [".archive.bin.part"]
+
+
+def test_two_processes_download_and_unpack_an_archive_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LOCK_DELAY_S", 0.01)
+    data, asked, context = tar_gz({"folder/one": b"abc" * 9000}), [], get_context("fork")
+    path, both = tmp_path / "a.tar.gz", threading.Event()
+
+    def wait_for_the_second(handler):
+        asked.append(handler.path)
+        both.wait()
+        send(handler, data)
+
+    def fetch_and_unpack(url):
+        unpack(fetch(url, path, md5(data)), "folder")
+
+    with server(wait_for_the_second) as url:
+        processes = [context.Process(target=fetch_and_unpack, args=(url,)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        wait_until(lambda: asked)
+        both.set()
+        for process in processes:
+            process.join(LONG_S)
+    assert [process.exitcode for process in processes] == [0, 0] and len(asked) == 1
+    assert content(tmp_path) == ["a.tar.gz", "folder", "folder/one"]
+
+
+# Disks:
+def test_a_directory_that_cannot_be_written_does_not_blame_the_archive(tmp_path, monkeypatch):
+    archive = write_cifar(tmp_path, monkeypatch, "cifar10", TRAIN, TEST)
+    for name, code, line in [
+        ("open", errno.EROFS, "sound: cannot write .*Read-only.*; fix: make it writable, or name"),
+        ("os.mkdir", errno.EACCES, "sound: Permission denied; fix: .* name another --data"),
+        ("os.mkdir", errno.EIO, "sound: Input/output error; fix: .* name another --data"),
+    ]:
+        with monkeypatch.context() as patch:
+            refuse_to_write(patch, name, code)
+            assert re.search(line, error_line(create, tmp_path, "cifar10", of=StorageError))
+        assert content(tmp_path) == [archive.name]
+    create(tmp_path, "cifar10")
+
+
+def refuse_to_write(patch, name: str, code: int) -> None:
+    """Let a function fail as the operating system does, unless it opens a file to read."""
+    module, name = (os, "mkdir") if name == "os.mkdir" else (builtins, name)
+    real = getattr(module, name)
+
+    def refusing(path, *args, **kwargs):
+        if name == "open" and "a" not in [*args, "r"][0]:
+            return real(path, *args, **kwargs)
+        raise OSError(code, os.strerror(code), str(path))
+
+    patch.setattr(module, name, refusing)
+
+
+def test_files_without_the_right_to_read_are_named_and_not_to_be_deleted(tmp_path, monkeypatch):
+    write(tmp_path, monkeypatch, "cifar10")
+    create(tmp_path, "cifar10")
+    real, batch = open, tmp_path / CIFAR10.base_folder / "data_batch_2"
+
+    def refusing(path, *args, **kwargs):
+        if str(path) in refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", refusing)
+    for path in (batch, tmp_path / CIFAR10.filename):
+        refused = [str(path)]
+        line = error_line(create, tmp_path, "cifar10")
+        assert f"cannot read {path}: Permission denied; fix: make it" in line
+        shutil.rmtree(batch.parent, ignore_errors=True)
 
 
 def test_offline_and_absent_names_the_path_where_the_file_belongs(tmp_path, monkeypatch):
