@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from cli import posix_check  # noqa: F401 (ends the program on Windows)
+
 Problem = tuple[str, str]  # (what is wrong, how to fix it)
 
 

@@ -1,6 +1,8 @@
 """Test the shared command line of the tools: flags, arguments, main.py's flags, help, errors."""
 
 import io
+import re
+import subprocess
 import sys
 from functools import partial
 
@@ -9,6 +11,7 @@ import pytest
 import opts
 from cli.flag_types import AT_LEAST_1, Flag, integer, text
 from errors import DataError, UsageError
+from helpers.run_main import ROOT
 from tools import cli
 
 FLAGS = (
@@ -93,3 +96,28 @@ def test_a_closed_standard_output_ends_with_0(argv, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Closed())
     assert tool().run(lambda argv: print("a result"), argv) == 0
     assert capsys.readouterr().err == ""
+
+
+# As on Windows, with the modules and the signals that it lacks.
+WINDOWS = """
+import os, runpy, signal, sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for name in "SIGHUP SIGUSR1 SIGKILL SIGCHLD SIGPROF pthread_sigmask setitimer".split():
+    delattr(signal, name)
+for name in "sched_getaffinity statvfs killpg".split():
+    delattr(os, name)
+sys.argv = [sys.argv[1], "--help"]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+PROGRAMS = ["main", *(f"tools.{file.stem}" for file in (ROOT / "tools").glob("*.py")
+                      if "__main__" in file.read_text()),
+            *(f"tools.{file.parent.name}" for file in (ROOT / "tools").glob("*/__main__.py")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_on_windows_every_program_says_that_it_needs_linux_or_macos(program):
+    run = [sys.executable, "-c", WINDOWS, program]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch("error: .*Linux or macOS.*; fix: .*WSL.*\n", done.stderr)

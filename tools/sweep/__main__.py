@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import experiment.directory
 from cli import path_checks
 from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, broken, integer, integers, pathname
 from distributed import signals
 from errors import BusyError, Preempted, RunError, StorageError, UsageError
 from experiment import console
+from experiment.directory import check_writable
 from fileio.atomic import storage_error
 from tools import cli
 from tools.sweep import tasks
@@ -211,7 +211,7 @@ def train(asked: cli.Command, table: list[Task], rerun_command: str) -> None:
     for task in [task for task in table if task.is_left]:
         try:
             path_checks.check(task.opt)
-            experiment.directory.check_writable(task.save)
+            check_writable(task.save)
         except RunError as error:
             errors.append(error)
     if errors:
