@@ -7,6 +7,7 @@ state dicts `model_best.pt` and `model_last.pt`. docs/faults.md gives the reason
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -235,7 +236,8 @@ class CheckpointSaver:
         directory = self.trainer.metadata.settings["save"]
         fix = "run it again with --resume auto"
         if self.trainer.world.size == 1:
-            fix = f"python main.py --resume {quoted(directory)}"
+            program = sys.argv[0] if os.path.basename(sys.argv[0]) == "main.py" else "main.py"
+            fix = f"python {quoted(program)} --resume {quoted(directory)}"
         return Preempted(f"{name}, {directory} is saved", fix)
 
     def on_epoch_end(self) -> None:

@@ -45,7 +45,8 @@ def split_key(name: str) -> tuple[Path, str | None]:
 def _check_image_folder(root: Path) -> None:
     for directory in (root, root / "train", root / "val"):
         if not os.path.isdir(directory):
-            raise DataError(f"no directory {directory}", layout_fix(root))
+            here = "" if root.is_absolute() else f" in {os.getcwd()}"
+            raise DataError(f"no directory {directory}{here}", layout_fix(root))
         if directory != root and not _has_directories(directory):
             raise DataError(f"no class directories in {directory}", layout_fix(root))
 

@@ -17,8 +17,13 @@ def silence() -> None:
     _silenced = True
 
 
-def info(line: str) -> None:
-    """Print a line; go on if standard output is closed, since the run may have taken days."""
+def info(line: str, escape: bool = True) -> None:
+    """Print a line; go on if standard output is closed, since the run may have taken days.
+
+    Args:
+        escape: control characters, which names may hold; a line of CSV keeps them.
+    """
+    line = printable(line) if escape else line
     try:
         if not _silenced:
             # A path may hold characters that the output cannot encode.

@@ -81,7 +81,8 @@ class RunLog:
         self._tensorboard("flush")
         errors = f"top1: {record.val_top1:7.3f}  top5: {record.val_top5:7.3f}"
         best = "  (best so far)" if is_best else ""
-        info(f" * Finished epoch # {record.epoch}     {errors}{best}\n")
+        info(f" * Finished epoch # {record.epoch}     {errors}{best}")
+        info("")
 
     def add_text(self, **texts: str) -> None:
         """Write texts, such as the config, to TensorBoard."""

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from cli.flag_types import AT_LEAST_1, Flag, integer, pathname
-from errors import printable
 from tools import cli
 from tools.inference import network, sources
 
@@ -42,7 +41,7 @@ def lines(net: network.LoadedModel, paths: list[str], top: int, as_csv: bool) ->
         guesses = zip((100 * best.values).tolist(), best.indices.tolist(), strict=True)
         for index, (percents, labels) in zip(indices, guesses, strict=True):
             if not as_csv:
-                yield printable(paths[index])
+                yield paths[index]
             for rank, (percent, label) in enumerate(zip(percents, labels, strict=True), start=1):
                 name = net.classes[label]
                 row = (paths[index], rank, name, f"{percent:.6g}")
@@ -52,8 +51,8 @@ def lines(net: network.LoadedModel, paths: list[str], top: int, as_csv: bool) ->
 def csv_line(values: tuple) -> str:
     """Format a row of CSV without the end of the line."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(values)
-    return buffer.getvalue()
+    csv.writer(buffer).writerow(values)  # its "\r\n" lets it quote both characters in a name
+    return buffer.getvalue().removesuffix("\r\n")
 
 
 def run(argv: list[str]) -> int:
@@ -73,7 +72,7 @@ def run(argv: list[str]) -> int:
             content = "".join(f"{line}\n" for line in results)
         else:
             for line in results:  # as they come
-                console.info(line)
+                console.info(line, escape=not csv_file)
     if output:
         atomic.atomic_write(output, content.encode("utf-8", "surrogateescape"))
     return net.exit_code

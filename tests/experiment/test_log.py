@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import resource
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -15,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import engine.device
 from engine.metrics import Metrics
+from errors import printable, quoted
 from experiment import console
 from experiment.log import EpochRecord, RunLog, read_log
 from faults import sabotage
@@ -313,3 +316,12 @@ def test_the_results_are_labelled():
     assert "(best: none)" in console.format_final(last, None)
     tested = console.format_test({"test_top1": 1.5, "test_top5": 0.5}, "best model, epoch 2")
     assert tested == " * Test top1:  1.500  top5:  0.500  (best model, epoch 2)"
+
+
+@pytest.mark.parametrize("name", [
+    "plain", "my run", "it's $HOME & more", "line\nbreak", "\x1b[31m'\\ \n", "\udcff\n", "é\tx", "",
+])  # fmt: skip
+def test_a_shell_reads_a_quoted_path_as_it_is(name):
+    printed = subprocess.run(["bash", "-c", f"printf %s {quoted(name)}"], capture_output=True)
+    assert printed.stdout == os.fsencode(name)
+    assert printable(quoted(name)) == quoted(name)  # so that it is one line

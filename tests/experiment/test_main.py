@@ -132,12 +132,14 @@ def test_only_testing_a_run_in_progress_is_not_upset_by_its_retention(plain, tmp
 # Resuming:
 def test_the_fix_that_a_stopped_run_names_is_one(complete, tmp_path):
     """Follow it, without the command line and the flags that began the run."""
-    directory = tmp_path / "run"
+    directory = tmp_path / "my run's\nname"
     argv = command(config=complete / "config.yaml", save=directory)
     for _ in range(2):
         result = run(argv, partial(at_batch, partial(send, 15), 2))
         assert result.code == 75 and status(directory)["state"] == "preempted"
-        argv = re.search(r"to go on: .*(--resume \S+)", result.err)[1].split()
+        words = re.search(r"to go on: python main.py (.*)", result.err)[1]
+        argv = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {words}"], text=True)
+        argv = argv.split("\0")[:-1]
         assert argv == ["--resume", str(directory)]
     assert run(argv).code == 0
     assert outcome(directory) == outcome(complete)

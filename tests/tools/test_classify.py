@@ -99,3 +99,21 @@ def test_a_csv_file_is_what_would_be_printed(weights, images, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert classify.main([*argv, str(path)]) == 0
     assert path.read_text() == printed and capsys.readouterr().out == ""
+
+
+def test_names_that_break_lines_are_escaped_on_the_terminal_and_raw_in_csv(
+    tmp_path, images, capsys
+):
+    classes = ["line\nbreak", "\x1b[31mred", "plain é"]
+    flags = command(dataset="folder", imageSize=8, depth=10, growthRate=2)
+    weights = write_model(tmp_path / "odd", flags, classes)
+    image = (images / "0.png").rename(images / "odd\n.png")
+    assert classify.main([str(weights), str(image)]) == 0
+    name, *lines = capsys.readouterr().out.splitlines()
+    assert name == f"{images}/odd\\n.png"
+    assert {line.split("%  ")[1] for line in lines} == {
+        "line\\nbreak", "\\x1b[31mred", "plain é"
+    }  # fmt: skip
+    assert classify.main([str(weights), str(image), "--csv", "-"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert {row["class"] for row in rows} == {*classes} and rows[0]["image"] == str(image)

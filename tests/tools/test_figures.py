@@ -287,3 +287,40 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):
     assert figures.main(["--weights", "w.pt"]) == RunError.code
     fix = "pip install -r requirements-tools.txt"
     assert capsys.readouterr().err == f"error: tools.figures needs matplotlib; fix: {fix}\n"
+
+
+# Errors of each epoch on test images, and what stands at the bottom of the axis.
+@pytest.mark.parametrize(("errors", "scale"), [
+    ([0.0, 0.0, 0.0, 0.0], "linear"), ([0.0], "linear"), ([None] * 4, "linear"),
+    ([50.0, 0.0, 0.5, 0.0], "symlog"), ([100.0] * 4, "log"), ([60.0, None, 30.0, 15.0], "log"),
+])  # fmt: skip
+def test_every_error_is_seen_and_draws_no_warning(tmp_path, capsys, recwarn, errors, scale):
+    more = {"train_top1": errors[-1], "depth": None}
+    run = f"--depth 40 --growthRate 12 --nEpochs {len(errors)}"
+    (found,) = runs.find([write_run(tmp_path / "x", run, errors, **more)])
+    figure = plots.training([found], "title")
+    for axes in figure.axes[2:]:
+        low, high = axes.get_ylim()
+        drawn = [y for line in axes.lines if line.get_marker() == "." for y in line.get_ydata()]
+        assert axes.get_yscale() == scale
+        assert all(low <= y <= high for y in drawn if not math.isnan(y))
+        assert [tick for tick in axes.get_yticks() if low <= tick <= high]
+    argv = [str(tmp_path), "--only=curves,figure4", "--output", str(tmp_path / "out")]
+    assert figures.main(argv) == 0 and len(list((tmp_path / "out").iterdir())) == 4
+    assert capsys.readouterr().err == "" and list(recwarn) == []
+
+
+def test_names_in_other_scripts_keep_their_pictures_apart_and_missing_letters_are_noted(
+    tmp_path, capsys
+):
+    for number, data in enumerate("猫犬"):
+        flags = f"--dataset folder --imageSize 32 --nEpochs 1 --data /x/{data}"
+        path, flags = tmp_path / f"line\nbreak{number}", f"{flags} --depth 40 --growthRate 12"
+        write_run(path, flags, [9.0], data={"training_set": data})
+    code = figures.main([str(tmp_path), "--only=curves", "--output", str(tmp_path / "out")])
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert code == 0 and names == {"curves-猫-1-epochs.png", "curves-犬-1-epochs.png"}
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(
+        re.match("note: curves-.-1-epochs: Glyph", line) for line in lines
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import main
 from distributed import signals
 from errors import UsageError
 from helpers.run_main import ROOT
-from helpers.tables import held_elsewhere, tiny, write_run
+from helpers.tables import CONFIG, held_elsewhere, tiny, write_run
 from tools.sweep import __main__ as sweep
 from tools.sweep import tasks
 from tools.sweep.tasks import Task
@@ -320,3 +321,16 @@ def test_the_array_trains_what_is_left(table, tmp_path, capsys):
         write_run(task, "done", 3)
     assert sweep.main([*argv, "--slurm"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_in_another_directory_runs_are_started_and_slurm_says_where_to_go(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["quickstart.yaml", "--runs", str(tmp_path / "runs")]
+    Path("quickstart.yaml").write_text(f"{CONFIG}LR: 0.1\n")
+    assert sweep.main([*argv, "--slurm", "true"]) == 2
+    assert f"; fix: cd {ROOT} first" in capsys.readouterr().err
+    assert Path(sweep.PROGRAM[1]).samefile(ROOT / "main.py")
+    assert sweep.main([*argv, "--dryRun", "true"]) == 0
+    assert re.search("quickstart-seed0 +not started", capsys.readouterr().out)

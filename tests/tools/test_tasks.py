@@ -100,3 +100,15 @@ def test_the_list_shows_every_run_and_counts_them(tmp_path):
         "done 3/3", "failed 1/3 5: nan", "not started 0/3", "not started 0/3",
     ]  # fmt: skip
     assert counts == "4 runs: 2 not started, 1 done, 1 failed"
+
+
+def test_a_sweep_started_in_another_directory_has_the_same_runs(tmp_path, monkeypatch):
+    own = tmp_path / "own.yaml"
+    own.write_text(CONFIG)
+    wanted = names("c10", str(own))
+    monkeypatch.chdir(tmp_path)
+    assert names("c10", "own.yaml") == [*wanted[:-1], "own-seed0"]
+    (task,) = tasks.work_list(["c10/densenet-L40-k12"], [0], "runs", [])
+    assert task.config == str(ROOT / "configs/c10/densenet-L40-k12.yaml")
+    with pytest.raises(UsageError, match="no table or config nowhere"):
+        names("nowhere")

@@ -36,7 +36,7 @@ from cli.flag_types import (
 )
 from cli.network_settings import network_name
 from datasets import registry
-from errors import UsageError
+from errors import UsageError, printable
 from fileio import atomic
 from tools import cli
 from tools.benchmark import results
@@ -155,7 +155,7 @@ def run(argv: list[str]) -> None:
                     atomic.atomic_write(path, results.as_csv(rows))
     print(results.as_table(rows))
     if path:
-        print(f"\nwritten: {path}")
+        print(f"\nwritten: {printable(str(path))}")
 
 
 main = partial(TOOL.run, run)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import opts
 from cli.flag_types import Flag, boolean, broken, pathname, text
 from errors import CheckpointError, RunError, UsageError
+from experiment import console
 from tools import cli
 from tools.inference import network, onnx_io, sources
 
@@ -99,7 +100,7 @@ def compare(
         return
     relative = difference / largest
     off = f"logits at most {difference:.2e} off, {relative:.1e} of the largest"
-    print(f"{name}, {count} images: {off}")
+    console.info(f"{name}, {count} images: {off}")
     if not relative <= limit:  # also if it is NaN
         what = f"{name}: logits differ by {relative:.1e} of the largest, beyond rounding"
         raise error(what, "nothing was written; report it, or use another --to")
@@ -187,7 +188,7 @@ def run(argv: list[str]) -> int:
         if options.check:
             check_onnx(net, content, paths)
         atomic.atomic_write(output, content)
-        print(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
+        console.info(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
         # An unreadable image sets the exit code, but tells nothing about the file.
         return net.exit_code
     weights = tensor_files.on_cpu(net.model.state_dict())
@@ -197,7 +198,7 @@ def run(argv: list[str]) -> int:
         if options.to != "weights":
             check_peer(net, options.to)
         tensor_files.save_weights(output, weights)
-    print(f"{output}: {len(weights)} tensors of {len(net.classes)} classes")
+    console.info(f"{output}: {len(weights)} tensors of {len(net.classes)} classes")
     return 0
 
 

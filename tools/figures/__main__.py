@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 from cli.flag_types import Flag, pathname, text
 from errors import DataError, RunError, StorageError, UsageError
+from experiment import console
 from fileio.atomic import atomic_write
 from tools import cli
 from tools.results import runs
@@ -76,7 +77,7 @@ def draw_and_save(argv: list[str]) -> None:
         raise StorageError(what, "name another directory with --output") from error
     for name, content in files.items():
         atomic_write(directory / name, content)
-        print(directory / name)
+        console.info(str(directory / name))
 
 
 main = partial(TOOL.run, draw_and_save)

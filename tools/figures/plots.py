@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from matplotlib.ticker import AutoLocator, LogLocator
 
 from cli.flag_types import Settings
 from datasets.registry import DATASETS
+from errors import printable
+from experiment import console
 from models.registry import ARCHITECTURES
 from tools.figures import layer_usage
 from tools.results.configs import configs, count
@@ -50,6 +53,7 @@ KINDS = {
     "ResNet": ("v", "#D55E00"),
     "pre-activation ResNet": ("X", "#000000"),
 }
+NO_ERROR = (-0.05, 1)  # limits of an axis on which every value is 0
 OTHER = ("*", "#7F7F7F")
 CURVES = [
     {"linestyle": dashes, "color": colour}
@@ -89,9 +93,12 @@ def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
         else:
             print(f"{name}: not run: there is no complete run of configs/{EFFICIENCY[name][0]}")
     for name, figure in figures.items():
-        for suffix, metadata in METADATA.items():
-            figure.savefig(file := io.BytesIO(), format=suffix, metadata=metadata)
-            files[f"{name}.{suffix}"] = file.getvalue()
+        with warnings.catch_warnings(record=True) as caught:  # such as letters that no font has
+            for suffix, metadata in METADATA.items():
+                figure.savefig(file := io.BytesIO(), format=suffix, metadata=metadata)
+                files[f"{name}.{suffix}"] = file.getvalue()
+        for line in dict.fromkeys(str(warning.message) for warning in caught):
+            console.warn(f"{name}: {line}")
     return files
 
 
@@ -114,7 +121,7 @@ def curve_name(run: Run) -> str:
     """Name the network of a run; without a config, its directory without the seed."""
     if run.config:
         return f"{kind(run.opt)} {network(run.opt)}"
-    return re.sub(r"-seed\d+$", "", run.path.name)
+    return re.sub(r"-seed\d+$", "", printable(run.path.name))
 
 
 def data_and_length(opt: Settings) -> str:
@@ -204,6 +211,8 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
                 axes.annotate(network(point.opt), (size(point), point.error), **side(name))
     axes.set(xscale="log", xlabel=label)
     axes.margins(x=0.3, y=0.25)
+    if not any(point.error for point in points):
+        axes.set_ylim(*NO_ERROR)
     plain_ticks(axes.xaxis)
 
 
@@ -221,9 +230,9 @@ def plot_training(panels: list[Axes], groups: list[SeedGroup]) -> None:
         for run in shown:
             name, colour = f"{kind(run.opt)} {network(run.opt)}", KINDS.get(kind(run.opt), OTHER)[1]
             plot_epochs(axes, run, column, color=colour, label=name)
-        axes.set(xlabel="epoch", ylabel=label, yscale="log")
+        axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        plain_ticks(axes.yaxis)
+        log_scale(axes)
     folder, trained = runs[0].config.partition("/")[0], {run.config for run in runs}
     not_run = [name for name in PAPER_CURVES if name.startswith(folder) and name not in trained]
     panels[0].set_title("training curves (one run each)")
@@ -257,6 +266,30 @@ def plain_ticks(axis) -> None:
     axis.set_minor_formatter("")
 
 
+def log_scale(*panels: Axes) -> None:
+    """Give panels that share it a logarithmic y axis, since changes after the drops are small.
+
+    It is linear from the smallest positive value down to 0, if 0 occurs. Call after plotting.
+    """
+    smallest = min(axes.dataLim.minposy for axes in panels)
+    has_zero = any(axes.dataLim.ymin == 0 for axes in panels)
+    if smallest == math.inf:  # nothing but 0, or nothing at all
+        panels[0].set_ylim(*NO_ERROR)
+        return
+    scale = {"value": "log"}
+    if has_zero:
+        scale = {"value": "symlog", "linthresh": smallest, "linscale": 0.3}
+    for axes in panels:
+        axes.set_yscale(**scale)
+    if has_zero:
+        panels[0].set_ylim(bottom=-0.1 * smallest)  # room for the line at 0
+        ticks = LogLocator(subs=(1, 2, 5)).tick_values(smallest, panels[0].get_ylim()[1])
+        panels[0].set_yticks([0, *(tick for tick in ticks if tick >= smallest)])
+        panels[0].yaxis.set_major_formatter("{x:g}")
+    else:
+        plain_ticks(panels[0].yaxis)
+
+
 def legend_below(figure: Figure, axes: Axes) -> None:
     """Show each label of a panel once."""
     handles, labels = axes.get_legend_handles_labels()
@@ -272,8 +305,10 @@ def curves(runs: list[Run], note: str) -> dict[str, Figure]:
             groups.setdefault(data_and_length(run.opt), []).append(run)
     figures = {}
     for title, group in groups.items():
-        name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace("+", "-plus"))
-        figures[f"curves-{name}"] = training(group, with_note(title, note, group))
+        name = "curves-" + re.sub(r"[^\w.]+|_", "-", title.lower().replace("+", "-plus"))
+        while name in figures:  # of data whose names differ in other characters only
+            name += "-"
+        figures[name] = training(group, with_note(title, note, group))
     return figures
 
 
@@ -285,7 +320,7 @@ def training(runs: list[Run], title: str) -> Figure:
     looks = dict(zip(sorted(set(names)), itertools.cycle(CURVES)))
     tested = " or ".join(sorted({"validation" if run.opt.validSize else "test" for run in runs}))
     splits = {"train": "training images", "val": f"{tested} images"}
-    drops = sorted({epoch - 1 for run in runs for epoch in run.opt.milestones or []})
+    drops = sorted({epoch - 1 for run in runs for epoch in run.opt.milestones or [] if epoch > 1})
     for column, (split, words) in enumerate(splits.items()):
         for row, measure in enumerate(("loss", "top1")):
             axes = panels[row, column]
@@ -294,12 +329,11 @@ def training(runs: list[Run], title: str) -> Figure:
                 plot_epochs(axes, run, f"{split}_{measure}", label=label, **looks[name])
             for epoch in drops:
                 axes.axvline(epoch, color="0.5", linestyle=":", label="learning rate drops")
-            axes.set_yscale("log")  # the changes after the drops are small
         panels[0, column].set_title(words)
         panels[1, column].set_xlabel("epoch")
         panels[1, column].xaxis.get_major_locator().set_params(integer=True)
     for row, label in zip(panels, ("loss (mean cross-entropy)", "top-1 error, %"), strict=True):
-        plain_ticks(row[0].yaxis)
+        log_scale(*row)
         row[0].set_ylabel(label)
     legend_below(figure, panels[0, 0])
     figure.suptitle(title)

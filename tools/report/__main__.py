@@ -11,6 +11,7 @@ RESULTS.md is the report of results/runs.
 import os
 import shlex
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -197,8 +198,10 @@ def figures(directories: list[str], base: Path) -> Iterator[str]:
     if pictures:
         yield "## Figures"
     for path in pictures:
-        link = Path(os.path.relpath(path, base)).as_posix().replace(" ", "%20")
-        yield f"![{path.stem}]({link})"
+        link = urllib.parse.quote(
+            Path(os.path.relpath(path, base)).as_posix(), errors="surrogateescape"
+        )
+        yield f"![{printable(path.stem)}]({link})"
 
 
 def create(argv: list[str]) -> str:

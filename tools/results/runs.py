@@ -15,7 +15,7 @@ from pathlib import Path
 import opts
 from cli.flag_types import Settings
 from datasets.registry import DATASETS
-from errors import DataError, RunError
+from errors import DataError, RunError, printable
 from experiment.console import warn
 from fileio.atomic import read_json
 from tools.results.configs import comparable_settings, names_by_settings
@@ -125,7 +125,7 @@ def selection(opt: Settings) -> str:
 def data_name(opt: Settings) -> str:
     """Name the images: the dataset, or the directory of a user's own."""
     by_directory = DATASETS[opt.dataset].is_named_by_directory
-    return Path(opt.data).name if by_directory else opt.dataset
+    return printable(Path(opt.data).name) if by_directory else opt.dataset
 
 
 def number(values: dict, name: str) -> float | None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from cli import path_checks
 from cli.flag_types import NON_NEGATIVE, Flag, as_text, boolean, broken, integer, integers, pathname
 from distributed import signals
-from errors import BusyError, Preempted, RunError, StorageError, UsageError
+from errors import BusyError, Preempted, RunError, StorageError, UsageError, quoted
 from experiment import console
 from experiment.directory import check_writable
 from fileio.atomic import storage_error
@@ -32,7 +32,7 @@ from tools import cli
 from tools.sweep import tasks
 from tools.sweep.tasks import Task
 
-PROGRAM, SCRIPT = (sys.executable, "main.py"), "scripts/train.slurm"
+PROGRAM, SCRIPT = (sys.executable, str(cli.ROOT / "main.py")), "scripts/train.slurm"
 POLL_S = 0.2
 
 FLAGS = (
@@ -241,8 +241,11 @@ def submit(asked: cli.Command, table: list[Task]) -> None:
 
     Task i of scripts/train.slurm is config i / #seeds with seed i % #seeds: the i-th of the table.
     """
+    if Path.cwd() != cli.ROOT:
+        what = f"slurm: {SCRIPT} runs main.py in the directory where sbatch is called"
+        raise UsageError(what, f"cd {quoted(cli.ROOT)} first")
     left = [str(index) for index, task in enumerate(table) if task.is_left]
-    print(f"note: {len(left)} of {len(table)} runs are left to start", file=sys.stderr)
+    console.warn(f"{len(left)} of {len(table)} runs are left to start")
     if left:
         seeds = " ".join(map(str, asked.options.seeds))
         configs = dict.fromkeys(task.config for task in table)

@@ -12,10 +12,11 @@ from pathlib import Path
 import opts
 from cli.flag_types import Settings, closest_match
 from errors import BusyError, Preempted, UsageError, printable
+from tools import cli
 from tools.results import runs
 from tools.results.configs import comparable_settings
 
-CONFIGS = Path("configs")  # below the current directory, where a Slurm job finds the same names
+CONFIGS = cli.ROOT / "configs"
 # Tables of the paper that are several directories.
 TABLES = {"table2": ("c10", "c10plus", "c100", "c100plus", "svhn")}
 
@@ -84,8 +85,11 @@ def work_list(names: list[str], seeds: list[int], directory: str, flags: list[st
         except UsageError as error:
             problems |= dict.fromkeys(error.problems)
     for config, seed in [(config, seed) for config in configs for seed in seeds]:
-        name = f"{config.removesuffix('.yaml').removeprefix('configs/').lstrip('/')}-seed{seed}"
-        save = f"{directory}/{name}"  # as in scripts/train.slurm
+        # As in scripts/train.slurm, which is started in the project's directory.
+        short = os.path.abspath(config).removeprefix(f"{CONFIGS}/")
+        short = config.removeprefix("configs/") if os.path.isabs(short) else short
+        name = f"{short.removesuffix('.yaml').lstrip('/')}-seed{seed}"
+        save = f"{directory}/{name}"
         argv = ["--config", config, "--manualSeed", str(seed), "--save", save, "--resume", "auto"]
         argv += flags
         try:
