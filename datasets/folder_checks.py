@@ -4,10 +4,11 @@ import contextlib
 import filecmp
 import itertools
 import os
-import shlex
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+
+from errors import quoted
 
 SPLITS = ("train", "val")
 # Other names of the splits, the likeliest first.
@@ -29,13 +30,13 @@ def layout_fix(root: Path) -> str:
     parent = Path(os.path.normpath(root)).parent
     for directory in (parent, *(root / name for name in found.values())):
         if {*SPLITS} <= {*_directories(directory)}:
-            return f"use --data {shlex.quote(str(directory))}"
+            return f"use --data {quoted(directory)}"
     # A split may have another name, or hold no classes.
     for split, names in OTHER_NAMES.items():
         other = next((found[name] for name in names if name in found), None)
         if other and split not in found.values():
-            path = shlex.quote(str(root / split))
-            return f"rename {root / other} to {split}, or link it: ln -s {other} {path}"
+            link = f"ln -s {quoted(other)} {quoted(root / split)}"
+            return f"rename {root / other} to {split}, or link it: {link}"
         if _has_images(root / split) and not _directories(root / split):
             return f"sort the images in {root / split} into a directory for each class"
     if any(_has_images(root / name) for name in found.values()):
