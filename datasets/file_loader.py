@@ -1,6 +1,7 @@
 """Decode, transform and batch image files in worker processes, new ones in each epoch."""
 
 import errno
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -215,10 +216,11 @@ def translate_worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         explained = shared_memory.explain(error)
         if not explained:
             raise
-        kill_children()  # or the handler would raise once more for the other workers
+        kill_children()
         raise explained from error
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils import signal_handling
 
 from datasets import file_loader, retries, shared_memory, transforms
 from datasets.batch_sampler import BatchSampler
@@ -46,9 +47,11 @@ def samples(tmp_path) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def loader():
+def loader(monkeypatch):
     """Return a function that makes FileLoaders; end their processes however the test ends."""
-    made = []
+    # torch sets its handler anew for each test, since a failing worker takes it off.
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    made, handler = [], signal.getsignal(signal.SIGCHLD)
 
     def make(samples, transform=to_pixels, *, indices=range(23), batch_size=4, seed=None,
              image_seed=0, num_workers=0, on_bad_image="error", warn=pytest.fail):  # fmt: skip
@@ -68,6 +71,7 @@ def loader():
     for batches in made:
         if batches._loader._iterator is not None:
             batches._loader._iterator._shutdown_workers()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def epoch(batches: FileLoader, number: int = 1, start: int = 0) -> list:
