@@ -64,7 +64,6 @@ def main(argv: list[str]) -> int:
 def run(opt: Settings, handler: SignalHandler, world, device) -> int:
     """Train from scratch, or from the run's checkpoint, to the last epoch; then finalize."""
     import checkpoints
-    import models.state_dicts
     import train
     from datasets.file_loader import translate_worker_errors
     from engine.memory import decide_level, memory_errors
@@ -97,10 +96,7 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
         if state:
             overrides += resume.restore(trainer, state, data.metadata, console.warn, opt.override)
         elif opt.retrain != "none":
-            weights = read_weights(opt, world)
-            models.state_dicts.load_weights(
-                trainer.model, weights, opt.resetClassifier, warn=console.warn
-            )
+            load_pretrained(opt, trainer.model, data.classes, world)
         defaults = opts.default_names(opt)
         trainer.metadata = train.Metadata(settings, data.metadata, overrides, defaults)
 
@@ -172,7 +168,7 @@ def evaluate(opt: Settings, world, device) -> int:
     import train
     from datasets.file_loader import translate_worker_errors
     from engine.memory import memory_errors
-    from experiment import console, resume
+    from experiment import console, resume, run_data
     from experiment.log import RunLog
     from fileio import tensor_files
 
@@ -187,12 +183,12 @@ def evaluate(opt: Settings, world, device) -> int:
     if state:
         resume.check_network(opt, state)
     weights = state["model"] if state else read_weights(opt, world)
-    statistics = (state["data"]["mean"], state["data"]["std"]) if state else None
+    known = state["data"] if state else read_run_data(opt, world)
     # Build data, model and trainer.
     with translate_worker_errors():
-        data = create_data(opt, world, device, statistics)
-        if state:
-            resume.check_data({"classes": data.classes}, state)
+        data = create_data(opt, world, device, known)
+        if "classes" in known:
+            run_data.check_classes(data.classes, known["classes"])
         if opt.optMemory == "auto":
             opt = opt.replace(optMemory=opts.FLAGS["optMemory"].default)  # auto is about training
         model = models.factory.create(opt, len(data.classes), ops)
@@ -221,8 +217,12 @@ def select_kernels(opt: Settings, device):
     return ops
 
 
-def create_data(opt: Settings, world, device, statistics=None):
-    """Load this rank's data, which one rank of each machine downloads and unpacks first."""
+def create_data(opt: Settings, world, device, known: dict | None = None):
+    """Load this rank's data, which one rank of each machine downloads and unpacks first.
+
+    Args:
+        known: classes, mean and std that a trained network expects, if they are known.
+    """
     import datasets.factory
     from distributed import rendezvous
     from engine.precision import PRECISIONS
@@ -234,7 +234,8 @@ def create_data(opt: Settings, world, device, statistics=None):
             device,
             console.warn,
             dtype=PRECISIONS[opt.precision].dtype,
-            statistics=statistics,
+            statistics=(known["mean"], known["std"]) if known else None,
+            classes=known.get("classes") if known else None,
             process=world.process,
             all_gather=world.all_gather_json,
         )
@@ -267,6 +268,31 @@ def read_weights(opt: Settings, world) -> dict:
         lambda: checkpoints.load_weights(*path_checks.split_key(opt.retrain), console.warn),
         tensor_files.to_bytes,
         tensor_files.from_bytes,
+    )
+
+
+def load_pretrained(opt: Settings, model, classes: list[str], world) -> None:
+    """Load the weights of `--retrain`, and note it if their classifier has other classes."""
+    import models.state_dicts
+    from experiment import console, run_data
+
+    weights = read_weights(opt, world)
+    models.state_dicts.load_weights(model, weights, opt.resetClassifier, warn=console.warn)
+    known = {} if opt.resetClassifier else read_run_data(opt, world)
+    if known:
+        run_data.note_classes(classes, known["classes"], console.warn)
+
+
+def read_run_data(opt: Settings, world) -> dict:
+    """Read the classes and statistics of the run that `--retrain` is from, for all ranks, or {}."""
+    import json
+
+    from experiment import run_data
+
+    return world.broadcast_result(
+        lambda: run_data.read_beside(*path_checks.split_key(opt.retrain)),
+        lambda known: json.dumps(known).encode(),
+        json.loads,
     )
 
 

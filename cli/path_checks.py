@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from datasets.folder_checks import layout_fix
+from datasets.folder_checks import SPLITS, find_class_directories, layout_fix
 from datasets.registry import DATASETS
 from errors import CheckpointError, DataError, StorageError
 
@@ -32,7 +32,7 @@ def check(opt: SimpleNamespace, is_first: bool = True) -> None:
     if is_fresh and opt.retrain != "none" and not os.path.isfile(split_key(opt.retrain)[0]):
         raise CheckpointError(f"retrain: no such file: {opt.retrain}", "name a file of weights")
     if DATASETS[opt.dataset].is_image_folder:
-        _check_image_folder(Path(opt.data))
+        _check_image_folder(Path(opt.data), ("val",) if opt.testOnly else SPLITS)
 
 
 def split_key(name: str) -> tuple[Path, str | None]:
@@ -42,17 +42,10 @@ def split_key(name: str) -> tuple[Path, str | None]:
     return (Path(file), key) if is_key else (Path(name), None)
 
 
-def _check_image_folder(root: Path) -> None:
-    for directory in (root, root / "train", root / "val"):
+def _check_image_folder(root: Path, splits: tuple[str, ...]) -> None:
+    for directory in (root, *(root / split for split in splits)):
         if not os.path.isdir(directory):
             here = "" if root.is_absolute() else f" in {os.getcwd()}"
-            raise DataError(f"no directory {directory}{here}", layout_fix(root))
-        if directory != root and not _has_directories(directory):
-            raise DataError(f"no class directories in {directory}", layout_fix(root))
-
-
-def _has_directories(directory: Path) -> bool:
-    try:
-        return any(entry.is_dir() for entry in directory.iterdir())
-    except OSError as error:
-        raise DataError(f"cannot read {directory}: {error.strerror}", "check its rights") from error
+            raise DataError(f"no directory {directory}{here}", layout_fix(root, splits))
+    for split in splits:
+        find_class_directories(root / split)

@@ -13,7 +13,7 @@ from datasets.batch_sampler import BatchSampler, split_indices
 from datasets.decode import DecodeOptions
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
 from datasets.fingerprints import hash_files, hash_images
-from datasets.folder_checks import folder_notes
+from datasets.folder_checks import find_class_directories, folder_notes
 from datasets.memory_loader import (
     Augmentation,
     ImageTensors,
@@ -56,6 +56,7 @@ def create(
     *,
     dtype: torch.dtype = torch.float32,
     statistics: Statistics | None = None,
+    classes: list[str] | None = None,
     process: ProcessInfo = SINGLE_PROCESS,
     all_gather: Callable[[list], list[list]] = lambda found: [found],
 ) -> DataSplits:
@@ -65,6 +66,7 @@ def create(
         warn: called with notes for the user.
         dtype: of normalised images.
         statistics: mean and std that a trained network expects, in place of the data's.
+        classes: names that it expects, in order; the test set of a folder may lack some of them.
         process: the rank that the batches are for.
         all_gather: exchanges plain values between all ranks; `World.all_gather_json`.
 
@@ -75,17 +77,16 @@ def create(
     warn = cache(warn)  # each line once, also where it is true of two splits
     _check_workers(opt, process.local_size, warn)
     is_on_disk = dataset.is_read_from_disk(opt.imageSize)
-    # A network that knows its statistics is tested without decoding its training images.
-    test_only = dataset.is_image_folder and opt.testOnly and statistics and not is_on_disk
+    # A network whose statistics are known is tested without training images.
+    test_only = dataset.is_image_folder and opt.testOnly and (is_on_disk or statistics)
     if is_on_disk or not statistics:
         statistics = dataset.statistics_at(opt.imageSize)
 
     # List the image files, or read all images into memory.
     if is_on_disk or test_only:
-        train, test, classes, fingerprints = _index_files(opt, test_only)
+        train, test, classes, fingerprints = _index_files(opt, warn, test_only, classes)
     else:
         train, test, classes, fingerprints = _read_images(opt, warn)
-
     if dataset.is_image_folder and train is not None:
         for note in folder_notes(Path(opt.data), classes):
             warn(note)
@@ -235,6 +236,8 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
         classes = opt.nClasses or dataset.num_classes
         data = load(opt.nImages, classes, opt.imageSize, opt.manualSeed)
     elif dataset.is_image_folder:
+        if opt.testOnly:
+            _check_statistics_can_be_computed(Path(opt.data))
         data = load(
             Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn, _decode_options(opt)
         )
@@ -250,17 +253,34 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
     return data.train, data.test, data.classes, fingerprints
 
 
-def _index_files(opt: SimpleNamespace, test_only: bool) -> Contents:
+def _check_statistics_can_be_computed(root: Path) -> None:
+    try:
+        find_class_directories(root / "train")
+    except DataError as error:
+        what = "mean and deviation of the images that these weights expect are not known"
+        fix = "name the model file of a run, beside its data.json, or --resume RUN"
+        what += f", and {root} has no training images to compute them from"
+        raise DataError(what, fix) from error
+
+
+def _index_files(
+    opt: SimpleNamespace,
+    warn: Callable[[str], None],
+    test_only: bool,
+    classes: list[str] | None,
+) -> Contents:
     """List the files of a dataset in place of its images; no training files if `test_only`."""
-    from datasets.image_folder import index_folder
+    from datasets.image_folder import index_folder, index_test_set
 
     root = Path(opt.data)
-    index = index_folder(root)
-    _check_classes(opt, index.classes)
-    test_set = {"test_set": hash_files(index.val, root / "val")}
     if test_only:
-        return None, index.val, index.classes, test_set
-    fingerprints = {"training_set": hash_files(index.train, root / "train")} | test_set
+        files, classes = index_test_set(root, classes, warn)
+        _check_classes(opt, classes)
+        return None, files, classes, {"test_set": hash_files(files, root / "val")}
+    index = index_folder(root, warn)
+    _check_classes(opt, index.classes)
+    fingerprints = {"training_set": hash_files(index.train, root / "train")}
+    fingerprints["test_set"] = hash_files(index.val, root / "val")
     return index.train, index.val, index.classes, fingerprints
 
 

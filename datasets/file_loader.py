@@ -1,10 +1,11 @@
 """Decode, transform and batch image files in worker processes, new ones in each epoch."""
 
 import errno
+import gc
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,6 +123,16 @@ class UnreadableImages:
                 method(text, about)
 
 
+@dataclass
+class _EpochKeys:
+    """Yield the keys of each batch of the epoch under way; a list of all would take 200 MB."""
+
+    batches: Iterable[list[tuple[int, int]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+
 class FileLoader:
     """Batch one split from files; the same interface as `memory_loader.MemoryLoader`.
 
@@ -146,7 +157,7 @@ class FileLoader:
     ):
         self.sampler, self.unreadable = sampler, unreadable
         self.normalise, self.device = normalise, device
-        self._batches: list[list[tuple[int, int]]] = []  # keys of the epoch under way
+        self._keys = _EpochKeys()
         warnings.filterwarnings("ignore", "This DataLoader will create")  # we say so ourselves
         prefetch = None
         if num_workers:
@@ -157,7 +168,7 @@ class FileLoader:
             )
         self._loader = DataLoader(
             dataset,
-            batch_sampler=self._batches,
+            batch_sampler=self._keys,
             num_workers=num_workers,
             prefetch_factor=prefetch,
             collate_fn=partial(_collate, image_size),
@@ -186,9 +197,9 @@ class FileLoader:
             DataError: an image cannot be read.
             RuntimeError: a worker died or hung; see `translate_worker_errors`.
         """
-        keys = [(epoch, index) for index in self.sampler.epoch_indices(epoch).tolist()]
-        steps = range(start, len(self.sampler))
-        self._batches[:] = [keys[self.sampler.local_slice(step)] for step in steps]
+        indices = self.sampler.epoch_indices(epoch)
+        slices = map(self.sampler.local_slice, range(start, len(self.sampler)))
+        self._keys.batches = ([(epoch, i) for i in indices[part].tolist()] for part in slices)
         for images, targets, unreadable, remarks in self._loader:
             for each in unreadable:
                 self.unreadable.add(*each)
@@ -228,6 +239,7 @@ def _init_worker(_: int) -> None:
     # A signal to the whole process group would end the workers, and the parent could not finish
     # its step. The parent reports a worker's error, so the worker need not print it.
     ignore_signals()
+    gc.freeze()  # or a garbage collection would write to all objects, which copies 40 MB
     shared_memory.exit_on_failed_handover()
     sys.excepthook = lambda *_: None
 

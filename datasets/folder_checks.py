@@ -8,7 +8,8 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import quoted
+from datasets.file_list import is_hidden, shorten
+from errors import DataError, quoted
 
 SPLITS = ("train", "val")
 # Other names of the splits, the likeliest first.
@@ -20,20 +21,39 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 MAX_CLASSES, MAX_FILES = 100, 3  # files of a class that are compared between the splits
 
 
-def layout_fix(root: Path) -> str:
+def find_class_directories(split: Path) -> list[str]:
+    """List the names of the directories in a split, in the order of the class numbers.
+
+    Raises:
+        DataError: there are none, or the split cannot be read.
+    """
+    try:
+        found = sorted(entry.name for entry in split.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise DataError(f"cannot read {split}: {error.strerror}", "check its rights") from error
+    visible = [name for name in found if not is_hidden(name)]
+    if not visible:
+        fix = layout_fix(split.parent, (split.name,))
+        hidden = f" but hidden ones: {shorten(found)}" if found else ""
+        fix = "rename them, without the leading dot" if hidden else fix
+        raise DataError(f"no class directories in {split}{hidden}", fix)
+    return visible
+
+
+def layout_fix(root: Path, splits: tuple[str, ...] = SPLITS) -> str:
     """Return how to give `root` the layout of a dataset, judging from what it holds."""
-    layout = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"
+    layout = " and ".join(f"DIR/{split}/CLASS/IMAGE" for split in splits)
     if os.path.isfile(root):
         return f"unpack it, and use --data DIR with {layout}"
     found = {name.lower(): name for name in _directories(root)}
     # The dataset may be one level up or down.
     parent = Path(os.path.normpath(root)).parent
     for directory in (parent, *(root / name for name in found.values())):
-        if {*SPLITS} <= {*_directories(directory)}:
+        if {*splits} <= {*_directories(directory)}:
             return f"use --data {quoted(directory)}"
     # A split may have another name, or hold no classes.
-    for split, names in OTHER_NAMES.items():
-        other = next((found[name] for name in names if name in found), None)
+    for split in splits:
+        other = next((found[name] for name in OTHER_NAMES[split] if name in found), None)
         if other and split not in found.values():
             link = f"ln -s {quoted(other)} {quoted(root / split)}"
             return f"rename {root / other} to {split}, or link it: {link}"
@@ -74,14 +94,16 @@ def _shared_images(root: Path, classes: list[str]) -> Iterator[Path]:
     train, val = (root / split for split in SPLITS)
     for name in classes[:: -(-len(classes) // MAX_CLASSES)]:
         with contextlib.suppress(OSError, ValueError):
-            for file in sorted(os.listdir(val / name))[:MAX_FILES]:
+            files = [file for file in sorted(os.listdir(val / name)) if not is_hidden(file)]
+            for file in files[:MAX_FILES]:
                 if filecmp.cmp(train / name / file, val / name / file, shallow=False):
                     yield val / name / file
 
 
 def _directories(directory: Path) -> list[str]:
     with contextlib.suppress(OSError, ValueError):
-        return sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+        names = [name for name in sorted(os.listdir(directory)) if not is_hidden(name)]
+        return [name for name in names if os.path.isdir(directory / name)]
     return []
 
 

@@ -1,42 +1,48 @@
 """List or load folders of images: `train/CLASS/IMAGE` and `val/CLASS/IMAGE`."""
 
-import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import DEFAULTS, DecodeOptions
+from datasets.file_list import (
+    FileList,
+    describe_unread,
+    find_image_files,
+    shorten,
+    unread_note,
+)
 from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
-from datasets.folder_checks import spelling_fix
+from datasets.folder_checks import find_class_directories, spelling_fix
 from datasets.memory_loader import ImageTensors, InMemoryDataset
-from errors import DataError
+from errors import CheckpointError, DataError
 
-Samples = list[tuple[str, int]]
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class FolderIndex:
     """List (path, class number) of each image of both splits, and the class names."""
 
-    train: Samples
-    val: Samples
+    train: FileList
+    val: FileList
     classes: list[str]
 
 
-def index_folder(root: Path) -> FolderIndex:
-    """List the images below `root`.
+def index_folder(root: Path, warn: Warn) -> FolderIndex:
+    """List the images below `root`; note the files that are not read.
 
     Raises:
         DataError: a class is empty, train and val have different classes, or a link leads to a
             directory listed before.
     """
-    (train, classes), (val, others) = (_index_split(root / split) for split in ("train", "val"))
+    classes, others = (find_class_directories(root / split) for split in ("train", "val"))
     if classes != others:
         only = {"train": {*classes} - {*others}, "val": {*others} - {*classes}}
         shown = ", ".join(
@@ -45,45 +51,76 @@ def index_folder(root: Path) -> FolderIndex:
         what = f"train and val in {root} have different classes: {shown}"
         fix = spelling_fix(only["train"], only["val"])
         raise DataError(what, fix or "give both the same class directories")
+    unread: Counter[str] = Counter()
+    train, val = (_index_split(root / split, classes, unread) for split in ("train", "val"))
+    _note_unread(unread, warn)
     return FolderIndex(train, val, classes)
 
 
-def _index_split(directory: Path) -> tuple[Samples, list[str]]:
-    try:
-        classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
-    except OSError as error:
-        raise DataError(f"{directory}: {error.strerror}", "check the directory") from error
-    images = [find_image_files(directory / name) for name in classes]
-    empty = [name for name, found in zip(classes, images, strict=True) if not found]
-    if empty or not classes:
-        what = f"no images in class {' '.join(empty[:5])}" if empty else "no class directories"
-        raise DataError(f"{directory}: {what}", "put at least one image in each class directory")
-    return [(path, number) for number, found in enumerate(images) for path in found], classes
+def index_test_set(root: Path, known: list[str] | None, warn: Warn) -> tuple[FileList, list[str]]:
+    """List the images in `val` alone, and return them with the class names.
 
-
-def find_image_files(directory: Path) -> list[str]:
-    """List the image files in a directory and its subdirectories, following links.
+    Args:
+        known: the classes of the network, which the images may lack some of; None: those in `val`.
 
     Raises:
-        DataError: a directory cannot be read, or a link leads to a directory listed before.
+        CheckpointError: there is a class that the network does not know.
+        DataError: a class has no images that can be read, or a link leads to a directory listed
+            before.
     """
+    directory, unread = root / "val", Counter()
+    found = find_class_directories(directory)
+    unknown = [name for name in found if known and name not in known]
+    if unknown:
+        what = f"the classes are not the run's: {directory} has {shorten(unknown)}"
+        fix = spelling_fix({*unknown}, {*known} - {*found})
+        fix = fix or f"name each directory as one of the run's classes: {shorten(known)}"
+        raise CheckpointError(what, fix)
+    classes, lacking = known or found, [] if known else None
+    files = _index_split(directory, classes, unread, lacking)
+    if lacking:
+        what = f"{len(lacking)} of the run's {len(classes)} classes: {shorten(lacking)}"
+        warn(f"{directory} has no images of {what}")
+    _note_unread(unread, warn)
+    return files, classes
 
-    def raise_error(error: OSError) -> None:
-        raise DataError(f"{error.filename}: {error.strerror}", "check the directory") from error
 
-    folders, seen = [], set()
-    for folder, _, names in os.walk(directory, onerror=raise_error, followlinks=True):
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in seen:  # a loop of links would never end
-            raise DataError(f"{folder} is a link to a directory listed before", "remove the link")
-        seen.add((info.st_dev, info.st_ino))
-        folders.append((folder, names))
-    return [
-        os.path.join(folder, name)
-        for folder, names in sorted(folders)
-        for name in sorted(names)
-        if name.lower().endswith(IMG_EXTENSIONS)
-    ]
+def _index_split(
+    directory: Path, classes: list[str], unread: Counter[str], lacking: list[str] | None = None
+) -> FileList:
+    """List the images of each class.
+
+    Args:
+        unread: counts the files that are not read, by suffix.
+        lacking: gets the classes without a file; None: these are refused.
+
+    Raises:
+        DataError: a class has no images, or none that can be read.
+    """
+    empty = []
+
+    def files() -> Iterator[tuple[str, int]]:
+        for number, name in enumerate(classes):
+            others: Counter[str] = Counter()
+            is_there = lacking is None or (directory / name).is_dir()
+            paths = find_image_files(directory / name, others) if is_there else []
+            yield from ((path, number) for path in paths)
+            unread.update(others)
+            if not paths and not others and lacking is not None:
+                lacking.append(name)
+            elif not paths:
+                empty.append(f"{name} ({describe_unread(others)})" if others else name)
+
+    listed = FileList(files())
+    if empty or not listed:
+        fix = "put at least one image in each class directory, in a format that is read"
+        raise DataError(f"{directory}: no images in class {shorten(empty or classes)}", fix)
+    return listed
+
+
+def _note_unread(unread: Counter[str], warn: Warn) -> None:
+    if unread:
+        warn(unread_note(unread))
 
 
 def load_folder(
@@ -91,13 +128,13 @@ def load_folder(
     size: int,
     num_workers: int,
     on_bad_image: str,
-    warn: Callable[[str], None],
+    warn: Warn,
     options: DecodeOptions = DEFAULTS,
 ) -> InMemoryDataset:
     """Decode a folder of images once into memory, at `size` x `size` pixels, or raise DataError."""
-    index, noted = index_folder(root), {}
+    index, noted = index_folder(root, warn), {}
 
-    def decode_all(samples: Samples) -> ImageTensors:
+    def decode_all(samples: FileList) -> ImageTensors:
         batches = FileLoader(
             ImageFileDataset(samples, ResizeAndCrop(size), 0, options),
             BatchSampler(torch.arange(len(samples)), batch_size=256),

@@ -16,6 +16,7 @@ from cli.milestones import default_milestones, describe_rates, follow_length
 from engine import optimizer
 from engine.schedule import cosine_lr
 from errors import CheckpointError, PeerError, UsageError
+from experiment import run_data
 from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, tensor_files
 from fileio.atomic import atomic_write
@@ -326,9 +327,7 @@ def check_data(metadata: dict, state: dict, override: bool = False) -> list[str]
     """
     saved, changed = state["data"], _changed_entries(metadata, state)
     if "classes" in changed:
-        now, before = (_shorten(data["classes"]) for data in (metadata, saved))
-        fix = "restore the data, or start another run from its weights with --retrain"
-        raise CheckpointError(f"the data is not the checkpoint's: classes {now}, was {before}", fix)
+        run_data.check_classes(metadata["classes"], saved["classes"])
     shown = [
         phrase.format(metadata[name], saved[name])
         for name, (phrase, reasons) in DATA_PHRASES.items()
@@ -383,9 +382,3 @@ def copy_best_model(opt: Settings, trainer, warn: Warn) -> None:
     else:
         warn(f"{current} is gone: the best result is forgotten, the next epoch sets one")
         trainer.results.best = None
-
-
-def _shorten(value: object) -> str:
-    if isinstance(value, list) and len(value) > 3:
-        return f"{len(value)} values"
-    return str(value)[:64]

@@ -68,13 +68,15 @@ def test_what_is_no_dataset_yet_is_said_with_the_next_step(tmp_path):
 )
 def test_classes_that_look_alike_are_refused_with_what_differs(tmp_path, name, other, fix):
     write_folder(tmp_path, {"train": {"ape": 1, name: 1}, "val": {"ape": 1, other: 1}})
-    assert fix in error_line(index_folder, tmp_path)
+    assert fix in error_line(index_folder, tmp_path, pytest.fail)
 
 
 def test_a_split_within_a_split_is_refused_with_the_move_that_helps(tmp_path):
     for split in BOTH:
         write_folder(tmp_path / split, {split: TWO})
-    assert "fix: move the classes up: DIR/train/CLASS" in error_line(index_folder, tmp_path)
+    assert "fix: move the classes up: DIR/train/CLASS" in error_line(
+        index_folder, tmp_path, pytest.fail
+    )
 
 
 @pytest.mark.parametrize("size", [8, 72])

@@ -1,6 +1,7 @@
 """Test folders of images: listed and refused files, small ones in memory, large ones in files."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 from PIL import Image
 
 import opts
+from cli import path_checks
 from datasets import factory, file_loader, transforms
 from datasets.decode import decode
 from datasets.factory import DataSplits
 from datasets.image_folder import index_folder
+from errors import CheckpointError
 from helpers.sample_data import create_data, error_line, noise, read_all, write_folder
 
 CLASSES = {"cat": 5, "a dog": 3, "Ölkännchen": 4}
@@ -36,8 +39,12 @@ def files(directory: Path) -> list[Path]:
 def test_classes_are_the_directories_in_order_and_images_their_files(tmp_path):
     write_folder(tmp_path, COUNTS)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "val" / "cat" / "more").mkdir()
+    (tmp_path / "val" / "cat" / "more" / "a.heic").write_text("not read")
     (tmp_path / "train" / "README").write_text("not a class")
-    index = index_folder(tmp_path)
+    notes = []
+    index = index_folder(tmp_path, notes.append)
+    assert notes == ["2 files are not read: 1 .heic, 1 .txt"]  # one note about both splits
     assert index.classes == ["a dog", "cat", "Ölkännchen"]
     assert [label for _, label in index.train] == [0] * 3 + [1] * 5 + [2] * 4
     assert [label for _, label in index.val] == [0] * 2 + [1] * 2 + [2] * 2
@@ -46,24 +53,60 @@ def test_classes_are_the_directories_in_order_and_images_their_files(tmp_path):
 
 def test_train_and_val_with_different_classes_are_refused(tmp_path):
     write_folder(tmp_path, {"train": {"a": 1, "b": 1, "c": 1}, "val": {"b": 1, "c": 1, "d": 1}})
-    line = error_line(index_folder, tmp_path)
+    line = error_line(index_folder, tmp_path, pytest.fail)
     assert f"train and val in {tmp_path} have different classes" in line
     assert "only in train: a, only in val: d" in line
     write_folder(tmp_path, {"train": {"d": 1}, "val": {"a": 1}})
-    assert index_folder(tmp_path).classes == ["a", "b", "c", "d"]
+    assert index_folder(tmp_path, pytest.fail).classes == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_class_without_images_is_refused_and_named(tmp_path, split):
     write_folder(tmp_path, {other: CLASSES for other in COUNTS if other != split})
     for _ in range(2):  # no directory, then one without classes
-        assert str(tmp_path / split) in error_line(index_folder, tmp_path)
+        assert str(tmp_path / split) in error_line(index_folder, tmp_path, pytest.fail)
         (tmp_path / split).mkdir(exist_ok=True)
-    write_folder(tmp_path, {split: CLASSES | {"camel": 0}})
-    for _ in range(2):  # without a file, then without an image
-        line = error_line(index_folder, tmp_path)
-        assert str(tmp_path / split) in line and "camel" in line and "at least one image" in line
-        (tmp_path / split / "camel" / "notes.txt").write_text("no camels yet")
+    write_folder(tmp_path, {other: {"camel": other != split} for other in COUNTS})
+    write_folder(tmp_path, {split: CLASSES})
+    for name, shown in (
+        (None, "class camel;"),
+        ("._a.png", "class camel;"),
+        ("notes.txt", "class camel (1 .txt);"),
+        ("a.HEIC", "class camel (1 .heic, 1 .txt);"),
+    ):
+        if name:
+            (tmp_path / split / "camel" / name).write_text("no camels yet")
+        line = error_line(index_folder, tmp_path, pytest.fail)
+        assert str(tmp_path / split) in line and shown in line and "at least one image" in line
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "lost+found", "$Recycle.Bin"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_hidden_and_system_directories_are_neither_classes_nor_images(tmp_path, name, split):
+    write_folder(tmp_path, COUNTS)
+
+    def listed() -> tuple:
+        index = index_folder(tmp_path, pytest.fail)
+        return list(index.train), list(index.val), index.classes
+
+    wanted = listed()
+    for parent in (tmp_path / split, tmp_path / split / "cat"):
+        (parent / name).mkdir()  # an empty one
+        assert listed() == wanted
+        shutil.copy(files(tmp_path / split / "cat")[0], parent / name)
+        assert listed() == wanted
+
+
+def test_the_folder_that_is_named_may_be_hidden_but_its_classes_may_not(tmp_path):
+    root = tmp_path / ".data" / "@eaDir"
+    write_folder(root, COUNTS)
+    assert len(index_folder(root, pytest.fail).train) == 12
+    path_checks.check(settings(root))
+    for path in [*root.glob("*/*")]:
+        path.rename(path.with_name(f".{path.name}"))
+    line = error_line(path_checks.check, settings(root))
+    assert f"no class directories in {root}/train but hidden ones: .a dog, .cat, " in line
+    assert line.endswith("; fix: rename them, without the leading dot")
 
 
 # Small: in memory:
@@ -178,7 +221,7 @@ def test_a_trained_network_reads_its_test_images_only_and_with_its_own_statistic
     statistics = ((10.0, 20.0, 30.0), (40.0, 50.0, 60.0))
     flags = "--testOnly", "true", "--resume", str(tmp_path)
     data = create(tmp_path, *flags, size=size, statistics=statistics)
-    assert (data.train is None) == (size == 8)
+    assert data.train is None
     assert (data.metadata["mean"] == [10, 20, 30]) == (size == 8)  # else ImageNet's
     samples = [(str(path), number) for number, path in enumerate(files(tmp_path / "val"))]
     unreadable = file_loader.UnreadableImages("error", 6, pytest.fail)
@@ -188,6 +231,31 @@ def test_a_trained_network_reads_its_test_images_only_and_with_its_own_statistic
     )
     images, numbers = read_all(loader)
     assert torch.equal(images, read_all(data.val)[0]) and numbers == list(range(6))
+
+
+@pytest.mark.parametrize("size", [8, 65])
+def test_a_test_set_that_lacks_classes_has_the_class_numbers_of_the_run(tmp_path, size):
+    write_folder(tmp_path, {"val": {"b": 2, "d": 1, "empty": 0}}, size=70)
+    statistics, notes, classes = ((1.0,) * 3, (2.0,) * 3), [], ["d", "c", "empty", "b"]
+    flags = "--testOnly", "true", "--resume", str(tmp_path)
+    path_checks.check(settings(tmp_path, *flags, size=size))
+
+    def read(*more: str):
+        opt = settings(tmp_path, *flags, *more, size=size)
+        return create_data(opt, notes.append, statistics=statistics, classes=classes)
+
+    data = read("--nClasses", "4")
+    assert sorted(read_all(data.val)[1]) == [0, 3, 3] and data.classes == classes
+    assert notes == [f"{tmp_path / 'val'} has no images of 2 of the run's 4 classes: c, empty"]
+    assert "nClasses is 2 but folder has 4 classes" in error_line(read, "--nClasses", "2")
+    write_folder(tmp_path, {"val": {"e": 1}})
+    line = error_line(read, of=CheckpointError)
+    assert f"not the run's: {tmp_path / 'val'} has e; fix: " in line and "d, c, empty, b" in line
+    (tmp_path / "val" / "e").rename(tmp_path / "val" / "c")
+    (tmp_path / "val" / "c" / "0000.png").rename(tmp_path / "val" / "c" / "0000.heic")
+    assert "no images in class c (1 .heic)" in error_line(read)
+    classes = None  # not known: those of the test set, of which none may be empty
+    assert "no images in class c (1 .heic), empty" in error_line(read)
 
 
 def test_a_tool_turns_images_as_the_run_did(tmp_path):

@@ -352,7 +352,6 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_not_loaded(changes, pattern):
          ["33 training images, was 32", "other test images"], True),
         ({"val": 7, "test_set": "x"}, ["7 validation images, was 6"], False),
         ({"held_out": [1, 2]}, ["other images held out, some of them trained on before"], True),
-        ({"classes": list("abcd")}, ["classes 4 values, was ['cat', 'dog']"], None),
     ],
 )  # fmt: skip
 def test_other_data_is_refused_and_other_images_may_be_overridden(changes, shown, starts_again):
@@ -372,6 +371,25 @@ def test_other_data_is_refused_and_other_images_may_be_overridden(changes, shown
         assert notes == [f"override: {line}" for line in changed] + again
         (state,) = trainer.loaded
         assert (state["step"], state["global_step"]) == (0 if starts_again else 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("classes", "shown"),
+    [
+        (["dog", "cat"], "class 0 is dog, the run's is cat; class 1 is cat, the run's is dog"),
+        (["cat", "zebra"], "class 1 is zebra, the run's is dog"),
+        (["cat"], "class 1 is missing, the run's is dog"),
+        (list("abcde"), "class 0 is a, the run's is cat; class 1 is b, the run's is dog; "
+         "class 2 is c, the run's is missing; 5 differ"),
+    ],
+)  # fmt: skip
+def test_a_run_with_other_classes_is_refused_with_those_that_differ(classes, shown):
+    trainer, data = FakeTrainer(), DATA | {"classes": classes, "train": 33}
+    for override in (False, True):
+        with pytest.raises(CheckpointError) as caught:
+            resume.restore(trainer, state_of(), data, pytest.fail, override)
+        ((what, fix),) = caught.value.problems
+        assert what == f"the classes are not the run's: {shown}" and "--retrain" in fix
 
 
 @pytest.mark.parametrize(

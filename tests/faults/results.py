@@ -20,7 +20,7 @@ def record(path: Path, goal: str, what: str, value: float, limit: str, command: 
     """Add a measurement to a CSV, in place of the one with the same goal and words.
 
     Args:
-        goal: G1 to G20, of docs/operations.md.
+        goal: G1 to G21, of docs/operations.md.
         what: what was measured, with its unit.
         limit: what the goal asks, such as `<= 5`; empty where it asks nothing.
         command: measures it again.

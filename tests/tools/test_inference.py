@@ -153,6 +153,25 @@ def test_an_error_asks_for_what_plain_weights_lack(small_run, tmp_path):
         assert shown in refusal(alone, flags, classes)
 
 
+def test_other_names_of_known_classes_are_noted_and_another_order_is_refused(
+    copied, tmp_path, capsys
+):
+    names = tmp_path / "names.txt"
+    onnx = tmp_path / "net.onnx"
+    assert export.main([str(copied), "--to=onnx", f"--output={onnx}", "--check=false"]) == 0
+    checkpoint = checkpoints.list_checkpoints(copied)[0]
+    for path in (copied, checkpoint, copied / "model_best.pt", onnx):
+        names.write_text("bee\nant\n")
+        line = refusal(path, (), names)
+        assert f"class 0 is bee, that of {path} is ant; class 1 is ant" in line
+        names.write_text("ant\nBiene\n")
+        capsys.readouterr()
+        net = network.load(path, (), names)
+        assert net.classes == ["ant", "Biene"] and net.mean == network.load(path).mean
+        note = f"note: {names} renames classes: class 1 is Biene, that of {path} is bee\n"
+        assert capsys.readouterr().err == note
+
+
 def test_missing_or_unusable_files_are_one_line(copied, tmp_path):
     assert "no such file or directory" in refusal(tmp_path / "nowhere")
     (tmp_path / "text.pt").write_text("hello")
@@ -188,12 +207,16 @@ def test_torchvisions_weights_give_torchvisions_logits_under_imagenets_statistic
         assert torch.allclose(net.logits(images), reference(images), rtol=0, atol=1e-6)
 
 
-def test_images_are_files_and_all_files_below_directories(tmp_path):
+def test_images_are_files_and_all_files_below_directories(tmp_path, capsys):
     write_folder(tmp_path, {"a": {"x": 2, "y": 1}}, size=8)
     (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "@eaDir").mkdir()
+    for name in ("@eaDir/0000.png", "._0000.png"):  # of a storage device, of macOS
+        shutil.copy(tmp_path / "a" / "x" / "0000.png", tmp_path / "a" / name)
     (tmp_path / "empty").mkdir()
     found = network.find_images([str(tmp_path / "a"), str(tmp_path / "a" / "notes.txt")])
     assert [Path(path).name for path in found] == ["0000.png", "0001.png", "0002.png", "notes.txt"]
+    assert capsys.readouterr().err == "note: 1 file is not read: 1 .txt\n"
     for operand in ("empty", "nowhere"):
         with pytest.raises(RunError, match=str(tmp_path / operand)):
             network.find_images([str(tmp_path / operand)])
@@ -244,8 +267,8 @@ def test_testing_a_run_on_small_images_reads_its_test_images_only(copied, small_
     assert whole.code == again.code == 0
     assert whole.out.splitlines()[-1] == again.out.splitlines()[-1]
     # Plain weights do not tell the statistics: the training images do, and cannot be read.
-    plain = command(**NETWORK, retrain=copied / "model_last.pt", **flags)
-    refused(run(plain), 3, "cannot read image")
+    alone = shutil.copy(copied / "model_last.pt", tmp_path / "alone.pt")
+    refused(run(command(**NETWORK, retrain=alone, **flags)), 3, "cannot read image")
 
 
 def test_an_output_file_is_replaced_only_when_asked(small_run, tmp_path, capsys):

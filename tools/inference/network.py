@@ -6,13 +6,16 @@ classify, extract_features and export share it; sources.py reads weights and wha
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.flag_types import Flag, Settings, boolean
+from datasets.file_list import describe_unread, find_image_files, unread_note
 from errors import CheckpointError, DataError, StorageError, UsageError
+from experiment import console, run_data
 from tools import cli
 from tools.inference import sources
 
@@ -50,11 +53,12 @@ class LoadedModel:
             indices: into `paths`, of the n images; those that cannot be read are left out.
         """
         import datasets.factory
+        from datasets.file_list import FileList
 
         opt, dtype = self.opt, self.model.classifier.weight.dtype
         if len(paths) <= opt.batchSize:  # starting workers would take longer than reading
             opt = opt.replace(nThreads=0)
-        samples = [(path, index) for index, path in enumerate(paths)]
+        samples = FileList((path, index) for index, path in enumerate(paths))
         loader = datasets.factory.evaluation_loader(
             opt, samples, self.device, (self.mean, self.std), self.unreadable, dtype
         )
@@ -101,7 +105,8 @@ def load(
         raise UsageError(f"{path} holds weights but does not describe their network", fix)
     opt = sources.merge_settings(settings, main_flags)
     num_classes = _count_classes(weights, opt.nClasses)
-    data = sources.read_classes(classes) if classes else data
+    if classes:
+        data = _rename_classes(data, classes, path)
     names = data.get("classes") or [str(number) for number in range(num_classes)]
     if len(names) != num_classes:
         what = f"{classes or path} has {len(names)} classes, the weights have {num_classes}"
@@ -115,6 +120,22 @@ def load(
     # Any number is skipped.
     unreadable = UnreadableImages("skip", math.inf, console.warn, report=_report_unreadable)
     return LoadedModel(model, opt, names, *map(list, statistics), device, unreadable)
+
+
+def _rename_classes(data: dict, classes: Path, path: Path) -> dict:
+    """Return what `classes` tells, below the channel statistics that `path` has.
+
+    Raises:
+        UsageError: both name the same classes, in another order.
+    """
+    given, known = run_data.read_classes(classes), data.get("classes", [])
+    names = given["classes"]
+    differing = run_data.class_differences(names, known, f"that of {path}") if known else ""
+    if differing and sorted(names) == sorted(known):
+        raise UsageError(f"{classes} has another order: {differing}", "leave out --classes")
+    if differing and len(names) == len(known):  # perhaps a translation
+        console.warn(f"{classes} renames classes: {differing}")
+    return given | data | {"classes": names}
 
 
 def _count_classes(weights: dict, wanted: int | None) -> int:
@@ -176,14 +197,18 @@ def find_images(arguments: list[str]) -> list[str]:
         if not os.path.exists(argument):
             raise DataError(f"no such file or directory: {argument}", "name images or directories")
 
-    from datasets.image_folder import find_image_files  # loads torch
-
-    paths = []
+    paths, unread = [], Counter()
     for argument in arguments:
-        found = find_image_files(Path(argument)) if os.path.isdir(argument) else [argument]
+        others: Counter[str] = Counter()
+        is_folder = os.path.isdir(argument)
+        found = find_image_files(Path(argument), others) if is_folder else [argument]
         if not found:
-            raise DataError(f"no images in {argument}", "name images or directories of them")
+            only = f", only {describe_unread(others)}" if others else ""
+            raise DataError(f"no images in {argument}{only}", "name images or directories of them")
         paths += found
+        unread.update(others)
+    if unread:
+        console.warn(unread_note(unread))
     return paths
 
 

@@ -1,7 +1,5 @@
 """Read the weights of a trained network, its settings, classes and channel statistics."""
 
-import json
-import math
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from cli import path_checks
 from cli.flag_reader import FlagParser
 from cli.flag_types import Flag, Settings, as_text, text
 from errors import CheckpointError, UsageError
+from experiment.run_data import DATA_FILE, MODEL_FILES, parse_data, read_classes
 
 SOURCES = """
 CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint_*.pt, a
@@ -26,7 +25,6 @@ CLASSES = Flag(
     "file with the name of a class on each line, or the data.json of a run, for plain weights",
     "those in CHECKPOINT, else numbers",
 )
-MODEL_FILES = ("model_last.pt", "model_best.pt")
 # Settings of a run that do not change what its network computes, or hold on its machine only.
 RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
 
@@ -65,7 +63,7 @@ def read(path: Path) -> WeightsSource:
     state = None if key else _read_checkpoint(path)
     if state:
         settings = {name: as_text(value) for name, value in state["settings"].items()}
-        return WeightsSource(state["model"], settings, _check_data(state["data"], path))
+        return WeightsSource(state["model"], settings, parse_data(state["data"], path))
 
     import checkpoints
     from experiment import console
@@ -100,7 +98,7 @@ def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict, dict]:
     """Read settings and data from the metadata of an ONNX or safetensors file of tools.export."""
     try:
         with tempfile.TemporaryDirectory() as directory:
-            for name, key in (("config.yaml", "settings"), ("data.json", "data")):
+            for name, key in (("config.yaml", "settings"), (DATA_FILE, "data")):
                 Path(directory, name).write_text(metadata[key], encoding="utf-8")
             return _read_run_files(Path(directory))
     except (KeyError, UsageError) as error:
@@ -110,7 +108,7 @@ def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict, dict]:
 
 def _read_run_files(directory: Path) -> tuple[dict, dict]:
     """Read config.yaml and data.json of a run; {} for one that is missing."""
-    config, data = directory / "config.yaml", directory / "data.json"
+    config, data = directory / "config.yaml", directory / DATA_FILE
     raw = []
     if config.is_file():
         parser = FlagParser(opts.FLAGS)
@@ -119,43 +117,6 @@ def _read_run_files(directory: Path) -> tuple[dict, dict]:
         UsageError.raise_for(parser.problems)
     settings = {name: value for name, value, _ in raw}
     return settings, read_classes(data) if data.is_file() else {}
-
-
-def read_classes(path: Path) -> dict[str, list]:
-    """Read class names from a text file, one a line, or a run's data.json.
-
-    Returns:
-        As WeightsSource.data.
-
-    Raises:
-        UsageError: it cannot be read, or has no valid classes.
-    """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            return _check_data(json.loads(content), path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "name a file") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not text, or not JSON", "name another file") from error
-    classes = content.splitlines()
-    if not classes or not all(name.strip() for name in classes):
-        raise UsageError(f"{path} has a line without a name", "write the name of a class on each")
-    return {"classes": classes}
-
-
-def _check_data(data: object, path: Path) -> dict[str, list]:
-    """Return classes, mean and std of a run's data.json, or raise UsageError."""
-    try:
-        classes, mean, std = (list(data[name]) for name in ("classes", "mean", "std"))
-        mean, std = ([float(value) for value in values] for values in (mean, std))
-        named = all(isinstance(name, str) for name in classes)
-        if not named or len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        what = f"{path} holds no classes, means and deviations of a run"
-        raise UsageError(what, "name the data.json of a run") from error
-    return {"classes": classes, "mean": mean, "std": std}
 
 
 def merge_settings(settings: dict[str, str], main_flags: list[str] | tuple) -> Settings:

@@ -1,0 +1,112 @@
+"""Read the classes and channel statistics of the run that weights are from; compare classes."""
+
+import json
+import math
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+
+from datasets.folder_checks import spelling_fix
+from errors import CheckpointError, UsageError
+
+MODEL_FILES, DATA_FILE = ("model_last.pt", "model_best.pt"), "data.json"
+MAX_SHOWN = 3  # differences in one message
+
+
+def read_beside(weights: Path, key: str | None = None) -> dict[str, list]:
+    """Read what is known of the data that weights were trained on.
+
+    A checkpoint and a safetensors file of tools.export say it themselves; beside a run's model file
+    lies data.json.
+
+    Args:
+        key: of FILE:KEY, which is no file of this program.
+
+    Returns:
+        As `read_classes`; {} for other weights.
+
+    Raises:
+        UsageError: data.json is invalid.
+    """
+    import checkpoints  # loads torch
+    from fileio import safetensors
+
+    if key:
+        return {}
+    if weights.name in MODEL_FILES:
+        path = weights.with_name(DATA_FILE)
+        return read_classes(path) if path.is_file() else {}
+    if metadata := safetensors.read_metadata(weights):
+        return parse_data(json.loads(metadata["data"]), weights)
+    try:
+        return parse_data(checkpoints.load(weights)["data"], weights)
+    except CheckpointError:  # another kind of file: whoever loads it says whether it is sound
+        return {}
+
+
+def check_classes(found: list[str], known: list[str]) -> None:
+    """Raise CheckpointError if the classes of the data are not those of the run, in order."""
+    differing = class_differences(found, known)
+    if differing:
+        others, missing = {*found} - {*known}, {*known} - {*found}
+        fix = spelling_fix(others, missing) if others else None
+        fix = fix or "name the class directories as the run's, or start another with --retrain FILE"
+        raise CheckpointError(f"the classes are not the run's: {differing}", fix)
+
+
+def note_classes(found: list[str], known: list[str], warn: Callable[[str], None]) -> None:
+    """Note it if a classifier goes on from weights of a run with other classes."""
+    differing = class_differences(found, known, "the weights'")
+    if differing:
+        fix = "--resetClassifier true starts with a random classifier"
+        warn(f"the classifier was trained on other classes: {differing}; {fix}")
+
+
+def class_differences(found: list[str], known: list[str], owner: str = "the run's") -> str:
+    """Say which classes differ, by number: `class 1 is zebra, the run's is dog`; "" if none do."""
+    pairs = enumerate(zip_longest(found, known))
+    shown = [
+        f"class {number} is {name or 'missing'}, {owner} is {other or 'missing'}"
+        for number, (name, other) in pairs
+        if name != other
+    ]
+    more = f"; {len(shown)} differ" if len(shown) > MAX_SHOWN else ""
+    return "; ".join(shown[:MAX_SHOWN]) + more
+
+
+def read_classes(path: Path) -> dict[str, list]:
+    """Read class names from a text file, one a line, or a run's data.json.
+
+    Returns:
+        `classes` in the order of the outputs; from data.json also `mean` and `std` per channel, of
+        pixels from 0 to 255.
+
+    Raises:
+        UsageError: it cannot be read, or has no valid classes.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            return parse_data(json.loads(content), path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "name a file") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not text, or not JSON", "name another file") from error
+    classes = content.splitlines()
+    if not classes or not all(name.strip() for name in classes):
+        raise UsageError(f"{path} has a line without a name", "write the name of a class on each")
+    return {"classes": classes}
+
+
+def parse_data(data: object, path: Path) -> dict[str, list]:
+    """Return classes, mean and std of a run's data.json, or raise UsageError."""
+    try:
+        classes, mean, std = (list(data[name]) for name in ("classes", "mean", "std"))
+        mean, std = ([float(value) for value in values] for values in (mean, std))
+        named = all(isinstance(name, str) for name in classes)
+        if not named or len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"{path} holds no classes, means and deviations of a run"
+        raise UsageError(what, "name the data.json of a run") from error
+    return {"classes": classes, "mean": mean, "std": std}
