@@ -5,6 +5,8 @@ from pathlib import Path
 
 from cli.flag_reader import FlagParser
 from cli.flag_types import as_text
+from cli.milestones import default_milestones
+from datasets.registry import SMALL_IMAGE
 
 # Three names of one setting.
 MEMORY_ALIASES = ("optMemory", "shareGradInput", "optnet")
@@ -14,10 +16,11 @@ def add_file(parser: FlagParser, path: Path, exclude: tuple[str, ...] = ()) -> s
     """Add the settings of a YAML file below those given so far.
 
     Milestones that were defaults when a run wrote the file are left out, and so defaults again, if
-    the length or the shape given so far is another.
+    the length or the shape given so far is another. In a new run those count as chosen that are not
+    the defaults of the file's own length: somebody has edited one of the two.
 
     Returns:
-        What becomes of the milestones if the length is another: "follow" or "stay"; else "".
+        What becomes of milestones of another length: "follow" or "stay"; else "".
     """
     raw = parser.parse_yaml(path)
     for name, _, source in raw:
@@ -33,9 +36,25 @@ def add_file(parser: FlagParser, path: Path, exclude: tuple[str, ...] = ()) -> s
         for name in ("nEpochs", "lrShape")
     )
     has_milestones = "milestones" in texts.keys() - parser.values.keys()
-    follow = "milestones" in parser.defaults and (longer_or_shorter or reshaped)
+    is_default, is_new = (
+        "milestones" in parser.defaults,
+        parser.values.get("resume", "none") == "none",
+    )
+    is_edited = is_default and is_new and not _has_default_milestones(texts)
+    parser.defaults -= {"milestones"} if is_edited else set()
+    follow = is_default and not is_edited and (longer_or_shorter or reshaped)
     parser.add([line for line in raw if line[0] not in exclude + ("milestones",) * follow])
-    return ("follow" if follow else "stay") * (longer_or_shorter and has_milestones)
+    is_other_length = longer_or_shorter or is_edited
+    return ("follow" if follow else "stay") * (is_other_length and has_milestones)
+
+
+def _has_default_milestones(texts: dict[str, str]) -> bool:
+    try:
+        is_imagenet = int(texts["imageSize"]) > SMALL_IMAGE
+        default = default_milestones(int(texts["nEpochs"]), is_imagenet, texts["netType"])
+        return texts["milestones"] == as_text(default)
+    except (KeyError, ValueError):  # it lacks one, or has one that is refused
+        return True
 
 
 def add_resumed(parser: FlagParser) -> None:

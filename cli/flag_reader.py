@@ -9,10 +9,17 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli.flag_types import Flag, Problem, closest_match, integers
+from cli.flag_types import Flag, Problem, closest_match, integers, pathname
 
 MAX_CONFIG_BYTES = 2**14  # a config with every flag has a tenth of it
 EXAMPLE = "write one `flag: value` a line"
+# Names of other programs, in lower case.
+OTHER_NAMES = {
+    "learningrate": "LR", "epochs": "nEpochs", "workers": "nThreads", "numworkers": "nThreads",
+    "wd": "weightDecay", "seed": "manualSeed", "gpus": "nGPU", "arch": "netType",
+    "model": "netType", "pretrained": "retrain", "checkpoint": "resume", "output": "save",
+    "evaluate": "testOnly", "numclasses": "nClasses", "amp": "precision",
+}  # fmt: skip
 # What editors and PDF files put in place of two hyphens.
 DASHES = tuple("\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
 
@@ -36,7 +43,8 @@ class FlagParser:
         seen: dict[str, str] = {}
         for name, value, source in raw:
             if name not in self.flags:
-                close = closest_match(name, list(self.flags))
+                plain = name.lower().replace("-", "").replace("_", "")
+                close = closest_match(OTHER_NAMES.get(plain, name), list(self.flags))
                 self.unparsed |= {close} - {None}
                 fix = f"did you mean {close}?" if close else "see --help"
                 self.problems.append((f"unknown flag {name} ({source})", fix))
@@ -140,6 +148,8 @@ class FlagParser:
         scalars = node.value if takes_list else [node]
         if not all(_is_plain(scalar, "scalar") for scalar in scalars):
             raise ValueError(f"{key.value} has no plain value")
+        if flag.type is pathname and node.value == "~":  # YAML's null
+            raise ValueError(f"{key.value} is null")
         return ",".join(scalar.value for scalar in scalars) if scalars else "[]"
 
 

@@ -58,6 +58,6 @@ def start_notes(opt: Settings, from_config: str) -> list[str]:
     drops = (sum(epoch >= milestone for milestone in opt.milestones) for epoch in epochs)
     shown = " and ".join(dict.fromkeys(f"{opt.LR / 10**count:g}" for count in drops))
     return [
-        f"nEpochs {opt.nEpochs} trains at LR {shown}: its default milestones are "
+        f"nEpochs {opt.nEpochs} trains at LR {shown}: its milestones are "
         f'{as_text(opt.milestones)}; --milestones "[]" trains at {opt.LR:g}'
     ]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from errors import DataError, StorageError, quoted
 from fileio import limits
-from fileio.atomic import NO_SPACE, storage_error
+from fileio.atomic import NO_LOCKS, NO_SPACE, storage_error
 
 TIMEOUT_S = 60  # without an answer of the server
 MAX_TRIES, RETRY_DELAY_S = 3, 5  # of a download, and seconds between them
@@ -79,7 +79,7 @@ def _locked(path: Path, purpose: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _open_and_lock(path)
-        while not (path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
+        while not _is_at(path, file):
             file.close()  # the process that had the lock has renamed or removed the file
             file = _open_and_lock(path)
     except OSError as error:
@@ -89,8 +89,16 @@ def _locked(path: Path, purpose: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if path.exists() and not path.stat().st_size:
-                path.unlink()
+            with contextlib.suppress(FileNotFoundError):  # as where it was renamed
+                if _is_at(path, file) and not path.stat().st_size:
+                    path.unlink()
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _open_and_lock(path: Path) -> IO[bytes]:
@@ -105,6 +113,10 @@ def _open_and_lock(path: Path) -> IO[bytes]:
             except BlockingIOError:
                 time.sleep(LOCK_DELAY_S)
                 shown.refresh()
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                return file  # where two start at once, both may download; the MD5 decides
 
 
 def _download_in_tries(url: str, partial: Path, md5: str, fix: str) -> None:

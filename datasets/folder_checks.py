@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets.file_list import is_hidden, shorten
+from datasets.file_list import image_suffixes, is_hidden, shorten
 from errors import DataError, quoted
 
 SPLITS = ("train", "val")
@@ -17,7 +17,6 @@ OTHER_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev", "test", "testing"),
 }
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 MAX_CLASSES, MAX_FILES = 100, 3  # files of a class that are compared between the splits
 
 
@@ -47,7 +46,7 @@ def layout_fix(root: Path, splits: tuple[str, ...] = SPLITS) -> str:
         return f"unpack it, and use --data DIR with {layout}"
     found = {name.lower(): name for name in _directories(root)}
     # The dataset may be one level up or down.
-    parent = Path(os.path.normpath(root)).parent
+    parent = Path(os.path.normpath(root / ".."))
     for directory in (parent, *(root / name for name in found.values())):
         if {*splits} <= {*_directories(directory)}:
             return f"use --data {quoted(directory)}"
@@ -60,6 +59,8 @@ def layout_fix(root: Path, splits: tuple[str, ...] = SPLITS) -> str:
         if _has_images(root / split) and not _directories(root / split):
             return f"sort the images in {root / split} into a directory for each class"
     if any(_has_images(root / name) for name in found.values()):
+        if splits == ("val",):
+            return f"move the class directories to {root / 'val'}"
         return f"move the class directories to {root}/train, and some images of each to {root}/val"
     return f"use --data DIR with {layout}"
 
@@ -109,7 +110,7 @@ def _directories(directory: Path) -> list[str]:
 
 def _has_images(directory: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return any(name.lower().endswith(IMAGE_SUFFIXES) for name in os.listdir(directory))
+        return any(name.lower().endswith(image_suffixes()) for name in os.listdir(directory))
     return False
 
 

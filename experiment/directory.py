@@ -11,9 +11,7 @@ from pathlib import Path
 
 from errors import BusyError, Preempted, RunError, StorageError
 from experiment.console import warn
-from fileio.atomic import atomic_write, read_json, storage_error
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of Lustre without flock, NFS, FUSE
+from fileio.atomic import NO_LOCKS, atomic_write, read_json, storage_error
 
 
 def check_writable(directory: Path) -> None:

@@ -15,7 +15,7 @@ from cli.flag_types import Settings
 from cli.milestones import default_milestones, describe_rates, follow_length
 from engine import optimizer
 from engine.schedule import cosine_lr
-from errors import CheckpointError, PeerError, UsageError
+from errors import CheckpointError, PeerError, UsageError, quoted
 from experiment import run_data
 from experiment.directory import RunDirectory
 from fileio import checkpoint_schema, tensor_files
@@ -249,7 +249,8 @@ def _resolve_run_config(opt: Settings, saved: dict, warn: Warn) -> tuple[Setting
         return opt, chosen | names
     for name, written, previous in edited:
         kept = f"{name} {previous or 'not set'}, as in the checkpoint"
-        warn(f"{kept}; the config has {written}, which --override true takes")
+        fix = f"--{name} {quoted(written)} --override true takes it"
+        warn(f"{kept}; the config has {written}: {fix}")
     return opt.replace(**{name: saved.get(name) for name in names}), chosen
 
 

@@ -62,7 +62,7 @@ def test_a_very_short_run_says_at_which_rate_it_trains(line, rates):
     assert len(opt.start_notes) == (rates is not None)
     if rates:
         (note,) = opt.start_notes
-        start = f"nEpochs {opt.nEpochs} trains at LR {rates}: its default milestones are "
+        start = f"nEpochs {opt.nEpochs} trains at LR {rates}: its milestones are "
         assert note.startswith(start)
         assert note.endswith(f'; --milestones "[]" trains at {opt.LR:g}')
         assert parse(f"{line} --milestones []").milestones == []
@@ -112,6 +112,26 @@ def test_a_config_of_another_length_says_what_becomes_of_its_milestones(
         again = yaml.safe_load(opts.as_yaml(opt))["defaults"]
         is_default = "--milestones" not in first + line and opt.lrShape == "multistep"
         assert ("milestones" in again) == is_default and "momentum" in again
+
+
+@pytest.mark.parametrize(
+    ("edit", "line", "milestones"),
+    [
+        (("nEpochs: 10", "nEpochs: 300"), "", [5, 8]),
+        (("[5, 8]", "[7]"), "", [7]),
+        (("[5, 8]", "[7]"), "--nEpochs 300", [7]),
+    ],
+)
+def test_an_edited_copy_of_a_config_keeps_its_milestones_and_says_so(
+    tmp_path, edit, line, milestones
+):
+    flag = written(tmp_path, "--nEpochs 10")
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace(*edit))
+    opt = parse(f"{flag} {line}")
+    assert opt.milestones == milestones and "milestones" not in opts.default_names(opt)
+    (note,) = opt.start_notes
+    assert note.startswith(STAY.format(opt.nEpochs)) and "from epoch" in note
 
 
 @pytest.mark.parametrize("value", ["{a: b}", "[[milestones]]", "!!python/name:os.system"])

@@ -24,6 +24,8 @@ from datasets import download
 from datasets.download import fetch, unpack
 from datasets.factory import DataSplits
 from errors import StorageError
+from faults import sabotage
+from fileio.atomic import NO_LOCKS
 from helpers.run_main import LONG_S, wait_until
 from helpers.sample_data import (
     CIFAR_KINDS,
@@ -347,6 +349,15 @@ def test_two_processes_download_and_unpack_an_archive_once(tmp_path, monkeypatch
         for process in processes:
             process.join(LONG_S)
     assert [process.exitcode for process in processes] == [0, 0] and len(asked) == 1
+    assert content(tmp_path) == ["a.tar.gz", "folder", "folder/one"]
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_a_disk_without_locks_takes_a_download(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(download.fcntl, "flock", lambda *_: sabotage.refuse(number))
+    data = tar_gz({"folder/one": b"abc"})
+    with server(lambda handler: send(handler, data)) as url:
+        unpack(fetch(url, tmp_path / "a.tar.gz", md5(data)), "folder")
     assert content(tmp_path) == ["a.tar.gz", "folder", "folder/one"]
 
 

@@ -125,6 +125,7 @@ def test_a_network_disk_that_fails_for_a_moment_costs_no_image(
     samples, loader, monkeypatch, number, failures
 ):
     monkeypatch.setattr(retries, "DELAYS_S", (0, 0, 0))
+    monkeypatch.setattr(retries, "_failures", 0)
     errors = [OSError(number, os.strerror(number))] * failures
 
     def read(path: str, options: DecodeOptions) -> tuple[Image.Image, list[str]]:
@@ -139,6 +140,19 @@ def test_a_network_disk_that_fails_for_a_moment_costs_no_image(
     else:
         assert f"{samples[5][0]}: " in (line := error_line(epoch, batches))
         assert os.strerror(number) in line
+
+
+def test_a_disk_that_stays_away_is_waited_for_once(samples, loader, monkeypatch):
+    waited = []
+    monkeypatch.setattr(retries.time, "sleep", waited.append)
+    monkeypatch.setattr(retries, "_failures", 0)
+
+    def read(path: str, options: DecodeOptions) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(file_loader, "decode", read)
+    line = error_line(epoch, loader(samples, batch_size=23))
+    assert "check the disk" in line and waited == [*retries.DELAYS_S]
 
 
 @pytest.mark.parametrize("kind", [MemoryError, EOFError])

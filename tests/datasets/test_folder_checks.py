@@ -8,7 +8,7 @@ import pytest
 
 import opts
 from cli import path_checks
-from datasets.folder_checks import folder_notes
+from datasets.folder_checks import folder_notes, layout_fix
 from datasets.image_folder import index_folder
 from errors import DataError
 from helpers.sample_data import create_data, error_line, write_folder
@@ -43,6 +43,8 @@ def test_a_dataset_one_level_up_or_down_is_named(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "a", BOTH)
     assert refusal(Path(given)).endswith("; fix: use --data a")
+    monkeypatch.chdir(tmp_path / "a" / "train")
+    assert refusal(Path()).endswith("; fix: use --data ..")
 
 
 def test_what_is_no_dataset_yet_is_said_with_the_next_step(tmp_path):
@@ -50,6 +52,8 @@ def test_what_is_no_dataset_yet_is_said_with_the_next_step(tmp_path):
     assert "fix: unpack it" in refusal(tmp_path / "a.zip")
     write_folder(tmp_path, {"flat": TWO})
     assert f"fix: move the class directories to {tmp_path}/flat/train" in refusal(tmp_path / "flat")
+    of_test = layout_fix(tmp_path / "flat", ("val",))
+    assert of_test == f"move the class directories to {tmp_path}/flat/val"
     write_folder(tmp_path / "imagenet", {"train": TWO})
     shutil.copytree(tmp_path / "flat" / "cat", tmp_path / "imagenet" / "val")
     assert f"fix: sort the images in {tmp_path}/imagenet/val" in refusal(tmp_path / "imagenet")
