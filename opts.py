@@ -84,6 +84,9 @@ GROUPS: dict[str, list[Flag]] = {
              choices=("error", "skip")),
         Flag("exifRotate", boolean, False, "turn images as their EXIF orientation says",
              role="training"),
+        Flag("whiteLevel", number, None, "value of white in images of more than 8 bits whose files "
+             "declare no scale", "the type's largest; 1 for floats", range=POSITIVE,
+             role="training"),
         Flag("maxPixels", integer, MAX_PIXELS, "pixels of an image file; with more it is "
              "unreadable, since a small file can fill the memory", range=AT_LEAST_1),
         Flag("maxAspect", number, float(MAX_ASPECT), "longer side of an image over the shorter; "

@@ -1,7 +1,8 @@
 """Reduce images of more than 8 bits to 8: by the scale that the file declares, else by a rule.
 
-The rule, for values of which a file says only how they are stored: they are read from 0 to the
-smallest of RANGES that holds all of them. README.md in this directory explains it.
+The rule, for values of which a file says only how they are stored: white is what `--whiteLevel`
+says, or else the largest value of an integer type, and 1 for floats. It looks at no picture,
+because pictures of one dataset must be scaled alike. README.md in this directory explains it.
 """
 
 import math
@@ -14,8 +15,16 @@ from PIL import Image, ImagePalette
 
 from errors import DataError
 
-RANGES = (255, 4095, 65535)  # 8, 12 and 16 bits
+RANGES = (1, 255, 4095, 65535)  # white levels that are advised
 DARK = 15  # colours up to here, after 16 bits were cut to 8, come from at most 12 bits
+DIM = (
+    "images of 16 bits that use at most 12 are read as 0 to 65535, so nearly black, because "
+    "nothing in their files declares the scale; --whiteLevel 4095 reads 12 bits, 255 reads 8"
+)
+ASSUMED = (
+    "{} images are read as {} to {}, because nothing in their files declares the scale; "
+    "--whiteLevel sets another white (datasets/README.md)"
+)
 # Tags of TIFF.
 BITS, PHOTOMETRIC, PLANES, MAX_SAMPLE, COLOUR_MAP = 258, 262, 284, 281, 320
 SAMPLE_FORMAT, S_MIN_SAMPLE, S_MAX_SAMPLE = 339, 340, 341
@@ -67,17 +76,18 @@ def _change_raw_modes(image: Image.Image, change: Callable[[str], str]) -> None:
 
 
 def to_8_bits(
-    image: Image.Image, raw: str, reopen: Callable[[], Image.Image]
+    image: Image.Image, raw: str, reopen: Callable[[], Image.Image], white: float | None
 ) -> tuple[Image.Image, str | None]:
-    """Return an image of 8 bits, and a sentence if a rule has decided about its scale.
+    """Return an image of 8 bits, and a sentence if the rule has decided about its scale.
 
     Args:
         image: decoded.
         raw: what `prepare` has returned for it.
         reopen: opens the same file again.
+        white: value of white where the file declares none; None takes that of the type.
 
     Raises:
-        DataError: values in none of the ranges, or not finite.
+        DataError: values that the rule does not fit, or not finite.
     """
     tags = getattr(image, "tag_v2", {})
     if not tags and ";16" not in raw and image.mode not in ("I", "F"):
@@ -85,23 +95,25 @@ def to_8_bits(
     bits, kind = 16, "unsigned"
     if image.mode[0] in "IFL" and tags:
         bits, kind = tags.get(BITS, (1,))[0], KINDS.get(tags.get(SAMPLE_FORMAT, (1,))[0], "other")
+    if image.mode == "F":
+        kind = "float"
+    declared = _declared_range(image, bits, kind)
     if raw == "LA;16B":  # see `prepare`
         values = np.asarray(image)[..., :2].copy().view(">u2")[..., 0]
     elif image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        kind = "float" if image.mode == "F" else kind
         values = np.asarray(image)
         if (bits, kind) == (32, "unsigned"):  # Pillow has signed ones only
             values = values.view(np.uint32)
     elif image.mode == "L" and kind == "signed":
         values = np.asarray(image).view(np.int8)
     elif re.match("(RGB[AX]?|[RGBA]);16", raw):
-        colours = np.asarray(image)[..., :3]
-        if colours.max() > DARK:  # Pillow has kept the upper 8 bits of 16
-            return image, None
+        colours = np.asarray(image)[..., :3]  # Pillow has kept the upper 8 bits of 16
+        if not (declared or white):
+            return image, DIM if 0 < colours.max() <= DARK else None
         values = colours.astype(np.uint16) * 256 + _lower_bytes(reopen)
     else:
         return image, None
-    (low, high), remark = _find_range(values, bits, kind, _declared_range(image, bits, kind))
+    (low, high), remark = _find_range(values, bits, kind, declared, white)
     pixels = _scale(values, low, high)
     if tags and image.mode in ("F", "I;16") and tags.get(PHOTOMETRIC, 0) == 0:  # white is zero
         pixels = 255 - pixels
@@ -113,7 +125,7 @@ def _lower_bytes(reopen: Callable[[], Image.Image]) -> np.ndarray:
     swapped = {"L": "B", "B": "L", "N": OTHER}
     with reopen() as image:
         if image.tile[0].codec_name == "libtiff" and image.tag_v2.get(PLANES) == 2:
-            what = "compressed planes of 16 bits, of which at most 12 are used"
+            what = "compressed planes of 16 bits cannot be read to the last bit"
             raise DataError(what, "save it as PNG, or with 8 bits")
         prepare(image)
         _change_raw_modes(image, lambda raw: raw[:-1] + swapped[raw[-1]])
@@ -143,7 +155,11 @@ def _number(value: object) -> float | None:
 
 
 def _find_range(
-    values: np.ndarray, bits: int, kind: str, declared: tuple[float, float] | None
+    values: np.ndarray,
+    bits: int,
+    kind: str,
+    declared: tuple[float, float] | None,
+    white: float | None,
 ) -> tuple[tuple[float, float], str | None]:
     """Return the values of black and white, and a sentence if nothing declares them."""
     least, most = values.min().item(), values.max().item()
@@ -151,28 +167,24 @@ def _find_range(
         raise DataError("not all values are finite", "save it with 8 or 16 bits")
     if declared and declared[0] <= least and most <= declared[1]:
         return declared, None
-    if kind == "float":
-        # Resizing overshoots by a little: allow a 255th.
-        high = next((high for high in (1, *RANGES) if 255 * most <= 256 * high), None)
-        if high is None or 255 * least < -high:
-            raise DataError(
-                f"float values from {least:g} to {most:g}, and no range declared: not from 0 to "
-                "1, 255, 4095 or 65535",
-                "scale them, or declare SMinSampleValue and SMaxSampleValue in a TIFF",
-            )
-        is_known = most == 0
-    else:
-        limit = 2 ** (bits - (kind == "signed")) - 1
-        if least < 0:
-            return (-limit - 1, limit), None
-        high = next((high for high in RANGES if most <= high < limit), limit)
-        is_known = kind == "unsigned" and (most == 0 or high == limit)
-    if is_known:
-        return (0, high), None
-    return (0, high), (
-        f"{kind} images with values from 0 to {high} are read as 0 to {high}, because nothing in "
-        "their files declares the scale (datasets/README.md)"
-    )
+    if white or least == most == 0:
+        return (0, white or 1), None
+    limit = 1 if kind == "float" else 2 ** (bits - (kind == "signed")) - 1
+    low = -limit - 1 if least < 0 and kind == "signed" else 0
+    if kind == "float":  # resizing overshoots by a little: allow a 255th
+        fits = least >= low - 1 / 255 and most <= limit + 1 / 255
+    else:  # nobody fills 32 bits by chance: a 255th of them would be one colour
+        fits = bits < 32 or 255 * (most - min(least, 0)) >= limit - low
+    if not fits:
+        advised = next((high for high in RANGES if most <= high), math.ceil(most))
+        raise DataError(
+            f"{kind} values from {least:g} to {most:g}, and no range declared",
+            f"--whiteLevel {advised} if that is white, or save it with 16 bits",
+        )
+    if kind == "unsigned":
+        return (low, limit), DIM if bits == 16 and most <= 4095 else None
+    is_plain = low < 0 and 16 * (most - least) >= limit - low  # a picture of signed values
+    return (low, limit), None if is_plain else ASSUMED.format(kind, low, limit)
 
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -181,6 +193,5 @@ def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
     scaled -= low
     scaled *= 255 / (high - low)
     np.rint(scaled, out=scaled)
-    if values.dtype.kind == "f":
-        np.clip(scaled, 0, 255, out=scaled)
+    np.clip(scaled, 0, 255, out=scaled)
     return scaled.astype(np.uint8)

@@ -38,6 +38,7 @@ class DecodeOptions:
     exif_rotate: bool = False  # turn an image as its EXIF orientation says
     max_pixels: int = MAX_PIXELS  # of one image
     max_aspect: float = MAX_ASPECT  # the longer side over the shorter
+    white_level: float | None = None  # of more than 8 bits where a file declares none
 
 
 DEFAULTS = DecodeOptions()
@@ -88,7 +89,7 @@ def _decode(
         image.load()
         turn = image_metadata.find_turn(image)
         remarks = [TRANSPARENT] if _is_transparent(image) else []
-        image, remark = bit_depth.to_8_bits(image, raw, open_image)
+        image, remark = bit_depth.to_8_bits(image, raw, open_image, options.white_level)
         if remark:
             remarks.append(remark)
         if turn is not None and options.exif_rotate:

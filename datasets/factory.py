@@ -285,7 +285,7 @@ def _index_files(
 
 
 def _decode_options(opt: SimpleNamespace) -> DecodeOptions:
-    return DecodeOptions(opt.exifRotate, opt.maxPixels, opt.maxAspect)
+    return DecodeOptions(opt.exifRotate, opt.maxPixels, opt.maxAspect, opt.whiteLevel)
 
 
 def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:

@@ -31,6 +31,7 @@ ADDED = {
     "nImages": "the size of the synthetic dataset",
     "onBadImage": "a damaged file must not decide whether a run ends",
     "exifRotate": "cameras turn photos by a tag, which Lua and torchvision do not read",
+    "whiteLevel": "12 bits in 16 and float images do not say what is white",
     "maxPixels": "photos of 108 megapixels and bombs differ in nothing but the user's intent",
     "maxAspect": "strips of spectra are narrower than any photo",
     "keep": "checkpoints fill disks",

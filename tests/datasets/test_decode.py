@@ -1,6 +1,7 @@
 """Test that any image file comes out as the picture that a viewer shows, or is refused."""
 
 import io
+import re
 import struct
 import zlib
 from functools import partial
@@ -130,62 +131,99 @@ def test_a_jpeg_copy_of_a_picture_has_its_channel_means(tmp_path):
     assert np.abs(pixels.mean((0, 1)) - smooth.mean((0, 1))).max() < 1
 
 
-# Files that say how values are stored and not what white is: (file, the range that is read).
+# Files that say how values are stored and not what white is: (file, its white).
 UNDECLARED = {
-    "12 bits in PNG": (png(scaled(GREY, 0, 4095, "u2")), 4095),
-    "12 bits in PNG, colours": (png(scaled(COLOURS, 0, 4095, "u2")), 4095),
-    "12 bits in PNG, alpha":
+    "PNG": (png(scaled(GREY, 0, 4095, "u2")), 4095),
+    "PNG, colours": (png(scaled(COLOURS, 0, 4095, "u2")), 4095),
+    "PNG, alpha":
         (png(np.concatenate([scaled(COLOURS, 0, 4095, "u2"), WIDE_GREY | 65535], 2)), 4095),
-    "8 bits in PNG, grey and alpha":
-        (png(np.concatenate([GREY.astype("u2"), WIDE_GREY | 65535], 2)), 255),
+    "PNG, grey and alpha": (png(np.concatenate([GREY.astype("u2"), WIDE_GREY | 65535], 2)), 255),
     **{
-        f"12 bits in TIFF {order} {how}":
-            (tiff(scaled(COLOURS, 0, 4095, "u2"), order, **{how: True}), 4095)
+        f"TIFF {order} {how}": (tiff(scaled(COLOURS, 0, 4095, "u2"), order, **{how: True}), 4095)
         for order in "<>" for how in ("packed", "planes")
     },
     **{
         f"TIFF {dtype} of {high}": (tiff(scaled(GREY, 0, high, dtype)), high)
-        for dtype in ("u2", "i2", "u4", "i4", "f4") for high in (255, 4095)
+        for dtype in ("u2", "i2", "u4", "i4", "f4") for high in (255, 4095, 30000)
     },
-    **{
-        f"TIFF {dtype} of 65535": (tiff(scaled(GREY, 0, 65535, dtype)), 65535)
-        for dtype in ("u4", "i4", "f4")
-    },
-    "TIFF float of 1": (tiff(scaled(GREY, 0, 1, "f4")), 1),
-    "TIFF float of 1, white is zero": (tiff(scaled(255 - GREY, 0, 1, "f4"), photometric=0), 1),
-    "TIFF float of a little more than 1": (tiff(scaled(GREY, -0.003, 1.003, "f4")), 1),
-    "TIFF int16 without negative values": (tiff(scaled(GREY, 0, 32767, "i2")), 32767),
-    "PFM": (b"Pf\n16 16\n-1.0\n" + scaled(GREY, 0, 1, "f4")[::-1].tobytes(), 1),
+    "TIFF float, white is zero": (tiff(scaled(255 - GREY, 0, 9, "f4"), photometric=0), 9),
+    "PFM": (b"Pf\n16 16\n-1.0\n" + scaled(GREY, 0, 8, "f4")[::-1].tobytes(), 8),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNDECLARED)
-def test_values_without_a_declared_scale_are_read_by_the_rule_and_noted(tmp_path, name):
+def test_a_white_level_reads_values_without_a_declared_scale(tmp_path, name):
     data, high = UNDECLARED[name]
-    pixels, remarks = read(tmp_path, data)
+    pixels, remarks = read(tmp_path, data, white_level=high)
     wanted = COLOURS if (pixels != pixels[..., :1]).any() else GREY
-    assert np.abs(pixels - wanted).max() <= 1
-    assert len(remarks) == 1 and f"are read as 0 to {high}, because nothing" in remarks[0]
+    assert np.abs(pixels - wanted).max() <= 1 and remarks == []
+    if "white is zero" not in name:
+        brighter, _ = read(tmp_path, data, white_level=high / 2)  # the brighter half is white
+        assert np.abs(brighter - np.minimum(2 * wanted.astype(int), 255)).max() <= 2
 
 
-@pytest.mark.parametrize("dtype", ["u2", "u4", "f4"])
+@pytest.mark.parametrize("name", [name for name in COPIES if "packed planes" not in name])
+def test_a_white_level_changes_no_picture_of_a_declared_scale(tmp_path, name):
+    declares_16_bits = any(kind in name for kind in ("PNG 16", "int16", "int32", "RGB", "int8",
+                                                     "zero, 16"))  # fmt: skip
+    changed = not np.array_equal(*(read(tmp_path, COPIES[name], white_level=level)[0]
+                                   for level in (None, 99.0)))  # fmt: skip
+    assert changed == declares_16_bits
+
+
+@pytest.mark.parametrize(
+    ("data", "noted"),
+    [
+        *((UNDECLARED[name][0], "so nearly black.*--whiteLevel 4095 reads 12 bits")
+          for name in ("PNG", "PNG, colours", "PNG, grey and alpha", "TIFF u2 of 4095")),
+        (UNDECLARED["TIFF i2 of 30000"][0], "signed images are read as 0 to 32767, because"),
+        (tiff(scaled(GREY, -9, 3000, "i2")), "signed images are read as -32768 to 32767, because"),
+        (tiff(scaled(GREY, 0, 1, "f4")), "float images are read as 0 to 1, because"),
+        (tiff(scaled(GREY, -0.003, 1.003, "f4")), "float images are read as 0 to 1, because"),
+    ],
+)  # fmt: skip
+def test_a_scale_that_a_file_does_not_declare_is_noted(tmp_path, data, noted):
+    _, (remark,) = read(tmp_path, data)
+    assert re.search(noted, remark) and "--whiteLevel" in remark
+
+
+@pytest.mark.parametrize("dtype", ["u2", "u4", "i4", "f4"])
 def test_a_black_picture_needs_no_scale(tmp_path, dtype):
     pixels, remarks = read(tmp_path, tiff(np.zeros((4, 6, 1), dtype)))
     assert pixels.max() == 0 and remarks == []
 
 
+@pytest.mark.parametrize("kind", ["PNG 16", "PNG 16 grey", "PNG 16 alpha", "TIFF 16", "PGM", "P6"])
+def test_a_night_shot_stays_dark_beside_pictures_of_the_day(tmp_path, kind):
+    night = COLOURS // 16  # at most 15 of 255, so that 12 bits hold it
+    wide, grey = scaled(night, 0, 65535, "u2"), scaled(night[..., :1], 0, 65535, "u2")
+    data = {
+        "PNG 16": png(wide), "PNG 16 grey": png(grey), "PNG 16 alpha": png(with_alpha(wide)),
+        "TIFF 16": tiff(grey), "PGM": pnm("P5", grey, 65535), "P6": pnm("P6", wide, 65535),
+    }[kind]  # fmt: skip
+    assert np.abs(read(tmp_path, data)[0].mean((0, 1)) - night.mean((0, 1))).max() < 8
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "reason"),
+    ("low", "high", "dtype", "reason"),
     [
-        (-1, 1, "float values from -1 to 1"), (-2.5, 90, "float values from -2.5 to 90"),
-        (0, 1e6, "float values from 0 to 1e+06"), (0, np.inf, "not all values are finite"),
-        (np.nan, 1, "not all values are finite"),
+        (-1, 1, "f4", "float values from -1 to 1"), (-2, 90, "f4", "float values from -2 to 90"),
+        (0, 255, "f4", "float values from 0 to 255"), (0, 1e6, "f4", "float values from 0 to 1e+"),
+        (0, 65536, "u4", "unsigned values from 0 to 65536"),
+        (-1, 3000, "i4", "signed values from -1 to 3000"),
+        (0, np.inf, "f4", "not all values are finite"), (np.nan, 1, "f4", "not all values are fin"),
     ],
 )  # fmt: skip
-def test_a_float_image_of_no_known_range_is_refused_with_its_range(tmp_path, low, high, reason):
-    values = scaled(GREY, 0, 1, "f4")
+def test_values_of_no_known_range_are_refused_with_a_white_level(
+    tmp_path, low, high, dtype, reason
+):
+    values = np.ones((16, 16, 1), dtype)
     values[0, 0], values[0, 1] = low, high
-    assert error_line(read, tmp_path, tiff(values)).startswith(f"error: {reason}")
+    line = error_line(read, tmp_path, tiff(values))
+    assert line.startswith(f"error: {reason}")
+    if level := re.search(r"--whiteLevel (\d+)", line):
+        pixels, _ = read(tmp_path, tiff(values), white_level=float(level[1]))
+        assert pixels.max() == round(255 * high / float(level[1]))
 
 
 def test_an_unsupported_kind_of_tiff_is_refused_with_the_formats(tmp_path):

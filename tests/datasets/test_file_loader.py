@@ -235,7 +235,7 @@ def test_a_remark_is_noted_once_a_run_with_its_first_image(dark_samples, loader,
     for batches, number in ((train, 1), (val, 1), (train, 2)):
         assert len(targets_of(epoch(batches, number))) == 23
     assert len(warned) == 1 and warned[0].endswith(f"; first {dark_samples[5][0]}")
-    assert "are read as 0 to 4095" in warned[0]
+    assert "--whiteLevel 4095" in warned[0]
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
