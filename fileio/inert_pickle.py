@@ -7,7 +7,7 @@ of such an object, and tensors of torch's plain ones. Quantised and sparse tenso
 
 import io
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ DTYPES = {
 }  # fmt: skip
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before version 1.6
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
-OF_MARKED = {"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}
+OF_MARKED = {"TUPLE": tuple, "LIST": list, "FROZENSET": tuple}  # a frozenset hashes, see _dict
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
@@ -63,7 +63,7 @@ def _load_zip(data: bytes) -> object:
         dtype = DTYPES.get(kind.name.rpartition(".")[2])
         if dtype is None:
             return Record(kind.name)
-        if key not in storages:
+        if _text(key) not in storages:
             storages[key] = _tensor(files[f"{root}data/{key}"], dtype)
         return storages[key]
 
@@ -79,7 +79,7 @@ def _load_old(data: bytes) -> object:
     def find_storage(of: str, kind: Global, key: str, place: str, size: int = 0, view=None):
         if of == "module":  # a class, with the text of its source
             return kind
-        if key not in storages:
+        if _text(key) not in storages:
             if size * DTYPES[kind.name.rpartition(".")[2]].itemsize > len(data):
                 raise ValueError("a tensor larger than its data")
             storages[key] = torch.zeros(size, dtype=DTYPES[kind.name.rpartition(".")[2]])
@@ -88,7 +88,7 @@ def _load_old(data: bytes) -> object:
     state = _Machine(find_storage).run(file)
     for key in _Machine().run(file):  # the numbers follow in this order, with their count
         size = int.from_bytes(file.read(8), "little")
-        found = _tensor(file.read(size * storages[key].itemsize), storages[key].dtype)
+        found = _tensor(file.read(size * storages[_text(key)].itemsize), storages[key].dtype)
         storages[key].copy_(found.view(size))
     return state
 
@@ -134,7 +134,7 @@ class _Machine:
             case "GLOBAL":
                 stack.append(Global(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
-                module, attribute = self._pop(2)
+                module, attribute = map(_text, self._pop(2))
                 stack.append(Global(f"{module}.{attribute}"))
             case "REDUCE" | "NEWOBJ":
                 stack.append(_call(*self._pop(2)))
@@ -167,10 +167,10 @@ class _Machine:
                 stack.append(EMPTY[name]())
             case "DICT":
                 items = self._pop_marked()
-                stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+                stack.append(_dict(zip(items[::2], items[1::2], strict=True)))
             case "SETITEM" | "SETITEMS":
                 items = self._pop(2) if name == "SETITEM" else self._pop_marked()
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+                stack[-1].update(_dict(zip(items[::2], items[1::2], strict=True)))
             case "APPEND" | "APPENDS" | "ADDITEMS":
                 items = self._pop(1) if name == "APPEND" else self._pop_marked()
                 if isinstance(stack[-1], list):  # or a Record; no set holds weights
@@ -206,12 +206,27 @@ class _Machine:
         return items
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a name that is no text")
+    return value
+
+
+def _dict(items: dict | Iterable[tuple] = ()) -> dict:
+    """Make a dict of the items whose key is a text or a number.
+
+    A tuple of tuples that repeat one tuple takes exponential time to hash, and no signal ends it.
+    """
+    pairs = items.items() if isinstance(items, dict) else items
+    return {key: value for key, value in pairs if isinstance(key, str | int | float)}
+
+
 def _call(function: object, arguments: tuple | list) -> object:
     """Return what a call of one of torch's own functions would, or a Record."""
     name = function.name if isinstance(function, Global) else type(function).__name__
     match name:
         case "collections.OrderedDict":
-            return dict(*arguments)
+            return _dict(*arguments)
         case "torch.Size":
             return tuple(*arguments)
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":

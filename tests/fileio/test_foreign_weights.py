@@ -25,6 +25,8 @@ from torchvision.models.densenet import DenseNet
 
 import checkpoints
 from errors import CheckpointError
+from faults import bombs
+from fileio import inert_pickle
 from helpers.hostile_files import Call, equal, pickles
 
 WEIGHTS = {"features.conv0.weight": torch.ones(2, 3, 3, 3), "classifier.weight": torch.eye(2)}
@@ -258,6 +260,29 @@ def test_a_call_among_weights_is_not_made_and_its_tensor_is_missing(tmp_path):
 
 
 # Damage:
+TUPLE = b"NN\x86"  # a key of tuples that repeat one tuple would take exponential time to hash
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + TUPLE + b"NK\x00NtQ"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "value"),
+    [
+        (b"(" + TUPLE + b"K\x01d", {}),
+        (b"}" + TUPLE + b"K\x01s", {}),
+        (b"}(" + TUPLE + b"K\x01u", {}),
+        (b"\x8f(" + TUPLE + b"K\x01u", set()),
+        (b"ccollections\nOrderedDict\n(]" + TUPLE + b"K\x01\x86atR", {}),
+        (b"(" + TUPLE + b"\x91", ((None, None),)),
+        (STORAGE, None),
+        (TUPLE + TUPLE + b"\x93", None),
+    ],
+)
+def test_a_tuple_is_no_key_of_a_dictionary_of_another_program(pickled, value):
+    file = bombs.old_format(b"\x80\x04" + pickled + b"." + pickle.dumps([]))
+    with pytest.raises(ValueError, match="no text") if value is None else contextlib.nullcontext():
+        assert inert_pickle.load(file) == value
+
+
 def test_a_file_without_checksums_is_read_as_weights_only(tmp_path):
     path = tmp_path / "w.pth"
     torch.serialization.set_crc32_options(False)
