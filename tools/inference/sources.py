@@ -89,7 +89,8 @@ def _read_checkpoint(path: Path) -> dict | None:
         if models:
             (what, _) = error.problems[0]
             raise CheckpointError(what, f"name {path / models[0]}") from error
-        if path.is_dir() or path.match("checkpoint_*.pt"):
+        # As this program names them; other programs write a checkpoint_7.pt.
+        if path.is_dir() or path.match(f"checkpoint_{9 * '[0-9]'}.pt"):
             raise
     return None
 
