@@ -59,7 +59,7 @@ def find(state: object, key: str | None, warn: Callable[[str], None]) -> Weights
         found = {label: it for label, it in found.items() if it.is_network}
     if not found:
         raise _no_weights(state)
-    label = _choose(list(found), key, warn)
+    label = _choose(found, key, warn)
     weights, prefix, left, _ = found[label]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -111,23 +111,42 @@ def _split(tensors: Weights, path: tuple) -> dict[str, Candidate]:
     return found
 
 
-def _choose(labels: list[str], key: str | None, warn: Callable[[str], None]) -> str:
+def _choose(found: dict[str, Candidate], key: str | None, warn: Callable[[str], None]) -> str:
     """Return the label of the wanted network."""
+    labels = list(found)
+    averages = [label for label in labels if any(map(AVERAGE.fullmatch, label.split(".")))]
+    plain = [label for label in labels if PLAIN.issuperset(label.split("."))]
+    # An average of the parameters alone lacks the statistics of BatchNorm.
+    lacking = {label: _lacking(label, plain, found) for label in averages}
     if key:
         wanted = [label for label in labels if f"{label}.".startswith(f"{key}.")]
         what = f"holds {'more than one' if wanted else 'no'} {key}"
+        lost = lacking.get(wanted[0], ()) if len(wanted) == 1 else ()
+        if statistics := [name for name in lost if ".running_" in name]:
+            what = f"holds parameters alone in {wanted[0]}: no {min(statistics)}"
+            fix = f"name FILE:{plain[0]}" if plain[0] else "leave out the key"
+            raise CheckpointError(what, fix)
     else:
-        averages = [label for label in labels if any(map(AVERAGE.fullmatch, label.split(".")))]
-        plain = [label for label in labels if PLAIN.issuperset(label.split("."))]
-        wanted = averages or plain or labels
+        whole = [label for label in averages if not lacking[label]]
+        wanted = whole or plain or labels
         what = "holds several networks"
-        if len(averages) == 1 and len(labels) > 1:
-            others = [label for label in plain or labels if label not in averages]
-            warn(f"reads {averages[0]}, the moving average; name the other as FILE:{others[0]}")
+        if len(whole) == 1 and len(labels) > 1:
+            others = [label for label in plain or labels if label not in whole]
+            warn(f"reads {whole[0]}, the moving average; name the other as FILE:{others[0]}")
+        elif len(wanted) == 1 and averages and lacking[averages[0]]:
+            reads, lacks = wanted[0] or "the weights", len(lacking[averages[0]])
+            warn(f"reads {reads}; {averages[0]} lacks {lacks} of its tensors")
     if len(wanted) != 1:
         fix = " or ".join(f"FILE:{label}" for label in (wanted or labels)[:4] if label)
         raise CheckpointError(what, f"name {fix}" if fix else "leave out the key")
     return wanted[0]
+
+
+def _lacking(label: str, plain: list[str], found: dict[str, Candidate]) -> set[str]:
+    """Return the tensors that plain weights have and these lack, but for counters."""
+    names = {name for other in plain for name in found[other].weights}
+    names = {name for name in names if not name.endswith("num_batches_tracked")}
+    return names - found[label].weights.keys()
 
 
 def _no_weights(state: object) -> CheckpointError:

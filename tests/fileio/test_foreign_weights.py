@@ -111,6 +111,24 @@ def test_the_moving_average_is_read_with_a_note_and_a_key_names_the_other(
         assert equal(loaded(state, tmp_path, key)[0], wanted)
 
 
+def test_a_moving_average_of_the_parameters_alone_is_not_preferred(tmp_path):
+    model = net()
+    average = {"decay": 0.9, "shadow": dict(model.named_parameters())}
+    state = {"model": model.state_dict(), "ema": average}
+    weights, (note,) = loaded(state, tmp_path)
+    assert equal(weights, dict(model.state_dict()))
+    statistics = [name for name in weights if "running_" in name]
+    assert note.endswith(f": reads model; ema.shadow lacks {len(statistics)} of its tensors")
+    line = refusal(state, tmp_path, "ema")
+    assert f"parameters alone in ema.shadow: no {min(statistics)}; fix: name FILE:model" in line
+
+
+def test_a_moving_average_without_counters_is_preferred(tmp_path):
+    state = net().state_dict()
+    average = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
+    assert equal(loaded({"model": state, "ema": average}, tmp_path)[0], average)
+
+
 def test_several_networks_are_refused_until_one_is_named(tmp_path):
     state = {"student": prefixed("backbone."), "teacher": prefixed("backbone.", OTHERS)}
     line = refusal(state, tmp_path)
