@@ -31,7 +31,7 @@ def load_weights(
             (models/lua_weights.py).
         reset_classifier: keep the model's own classifier, whatever the weights have as theirs.
         classifier_fix: what helps if everything but the classifier fits.
-        warn: called with a line if weights are converted.
+        warn: called with a line if weights are converted or left out.
 
     Raises:
         CheckpointError: names or shapes do not fit; the model is unchanged.
@@ -47,6 +47,12 @@ def load_weights(
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
     for name in counters - weights.keys():  # files from before PyTorch 0.4.1 lack them
         weights[name] = expected[name]
+    known = {*body, classifier[:-1]}
+    outside = sorted(name for name in weights if _root(name) not in known)
+    if outside and expected.keys() <= weights.keys():  # a loss or another head beside the network
+        more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+        warn(f"reads the weights of the network, without {outside[0]}{more}")
+        weights = {name: tensor for name, tensor in weights.items() if _root(name) in known}
     _fit_channels(weights, expected, warn)
     problems = state_dict_mismatches(weights, expected)
     if problems:

@@ -269,7 +269,7 @@ HEAD = "classifier.weight"
 OTHER_NETWORK = "; fix: give the flags of that network"
 MISFITS = {
     "missing": ({LAYER: None}, f"{LAYER} is missing", OTHER_NETWORK),
-    "unknown": ({"head.bias": torch.zeros(1)}, "head.bias is unknown", OTHER_NETWORK),
+    "unknown": ({"features.x": torch.zeros(1)}, "features.x is unknown", OTHER_NETWORK),
     "other shape": (
         {LAYER: torch.zeros(5, 16, 3, 3)},
         f"{LAYER} has shape (5, 16, 3, 3), not (4, 16, 3, 3)",
@@ -294,6 +294,15 @@ def test_weights_that_do_not_fit_are_named_and_leave_the_network_unchanged(chang
     assert report.startswith("error: weights do not fit the network: ")
     assert what in report and report.endswith(fix)
     assert same_state(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("line", [SMALL["densenet"], SMALL["resnet"]])
+def test_weights_beside_the_network_are_left_out_with_a_note(line):
+    model, other, notes = network(line), network(f"{line} --manualSeed 1"), []
+    beside = {"criterion.weight": torch.ones(2), "head.bias": torch.ones(1)}
+    models.state_dicts.load_weights(model, other.state_dict() | beside, warn=notes.append)
+    assert same_state(model.state_dict(), other.state_dict())
+    assert notes == ["reads the weights of the network, without criterion.weight and 1 more"]
 
 
 @pytest.mark.parametrize(
