@@ -7,6 +7,7 @@ from pathlib import Path
 from fileio import archive, torch7
 
 RESAVE = "load it where it was made, and save a state dict with torch.save or safetensors"
+SAVE = "where it was made, save the weights: torch.save(model.state_dict(), FILE)"
 # What a file begins with at a position, what it is, and what helps.
 BEGINNINGS = (
     (0, rb"version https://git-lfs", "a Git LFS pointer, not the file it points to",
@@ -26,8 +27,8 @@ ONNX = re.compile(rb"\x08[\x03-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]")
 TABLE_END = bytes.fromhex("57fb808b247547db")  # of the index of a TensorFlow checkpoint
 # Names of entries of a zip archive.
 ENTRIES = (
-    (r"(.*/)?(constants\.pkl|code/.*)", "a TorchScript archive",
-     "where it was made, save the weights: torch.save(model.state_dict(), FILE)"),
+    (r"(.*/)?(constants\.pkl|code/.*)", "a TorchScript archive", SAVE),
+    (r"(.*/)?(archive_format|serialized_exported_program\.json)", "a torch.export archive", SAVE),
     (r"(.*/)?\.data/extern_modules", "a torch.package archive", RESAVE),
     (r".*\.npy", "a NumPy archive (.npz)", RESAVE),
     (r"model\.weights\.h5", "a Keras file", RESAVE),
@@ -54,18 +55,20 @@ def check(path: Path, data: bytes) -> None:
         if re.match(pattern, data[start : start + 100]):
             raise OtherKindError(what, fix)
     if ONNX.match(data) or path.suffix == ".onnx":
-        export = f"python -m tools.export {shlex.quote(str(path))} --to weights --output weights.pt"
-        fix = f"use the file that this writes: {export}"
+        # Not --to weights, which lose the settings and the names of the classes.
+        export = f"tools.export {shlex.quote(str(path))} --to safetensors"
+        fix = f"use the file of: python -m {export} --output weights.safetensors"
         raise OtherKindError("an ONNX file", fix)
-    if data.endswith(b"\x57\xfb\x80\x8b\x24\x75\x47\xdb") or re.search(
-        r"\.data-\d+-of-", path.name
-    ):
+    if data.endswith(TABLE_END) or re.search(r"\.data-\d+-of-", path.name):
         raise OtherKindError("a part of a TensorFlow checkpoint", RESAVE)
     if archive.is_zip(data):
         names = archive.entries(data)
         for pattern, what, fix in ENTRIES:
             if any(re.fullmatch(pattern, name) for name in names):
                 raise OtherKindError(what, fix)
+        if not any(re.fullmatch(r"(.*/)?data\.pkl", name) for name in names):
+            fix = f"unpack it, or {RESAVE}"
+            raise OtherKindError("a zip archive without a state dict", fix)
     elif _is_text(data[:200]) and not torch7.is_torch7(data):
         raise OtherKindError("text, not a checkpoint", "use another file")
 

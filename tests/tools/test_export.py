@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -277,6 +278,16 @@ def damaged(content: bytes, kind: str) -> bytes:
 
 
 DAMAGE = ("cut", "empty", "flipped", "shape", "not finite", "elsewhere", "settings", "data")
+
+
+def test_the_advice_for_an_onnx_file_keeps_the_classes(onnx_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="an ONNX file") as caught:
+        checkpoints.load_weights(onnx_file[0])
+    _, _, command_line = caught.value.report().partition("python -m tools.export ")
+    assert export.main(shlex.split(command_line)) == 0
+    found = load(tmp_path / "weights.safetensors")
+    assert found.classes == load(onnx_file[0]).classes
 
 
 def test_a_damaged_onnx_file_is_one_line_and_a_foreign_one_plain_weights(onnx_file, tmp_path):
