@@ -56,7 +56,7 @@ def _metadata(data: bytes) -> dict[str, str]:
     if not is_safetensors(data):
         return {}
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata = header.get("__metadata__", {})
+    metadata = header.get("__metadata__") or {}  # the package accepts null
     return metadata if metadata.get("producer") == PRODUCER else {}
 
 

@@ -24,6 +24,7 @@ DTYPES = (
 )
 # Limits on reading, several times what a valid checkpoint of the same size takes.
 READ_S, READ_RATE = 2, 2**25  # CPU seconds, plus one second per so many bytes
+OLD_FORMAT = b"\x80\x02"  # a pickle, with which torch.save began before version 1.6
 READ_BYTES = 2**27  # memory, plus twice the size of the file
 
 
@@ -111,7 +112,7 @@ def _parse(path: Path, data: bytes, with_checksums: bool) -> object:
         verify_archive(data, with_checksums)
     elif with_checksums:
         raise ValueError("not a zip archive")
-    elif path.suffix == safetensors.SUFFIX:
+    elif path.suffix == safetensors.SUFFIX and not data.startswith(OLD_FORMAT):
         return safetensors.from_bytes(data)
     elif torch7.is_torch7(data):
         return lua_network.weights(torch7.load(data))

@@ -112,6 +112,21 @@ def test_safetensors_cannot_be_resumed(tmp_path):
         checkpoints.load(tmp_path / "w.safetensors")
 
 
+def test_a_file_of_the_package_with_null_as_its_metadata_is_read(tmp_path):
+    header = b'{"__metadata__":null,"w":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}'
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert equal(checkpoints.load_weights(path), {"w": torch.zeros(1, 1)})
+    assert files.read_metadata(path) == {}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_is_read_despite_the_suffix(tmp_path, zipped):
+    path, weights = tmp_path / "w.safetensors", {"w": torch.ones(2, 2)}
+    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    assert equal(checkpoints.load_weights(path), weights)
+
+
 def test_a_pointer_or_a_damaged_beginning_is_named_despite_the_suffix(tmp_path):
     path = tmp_path / "model.safetensors"
     for content, what in (
