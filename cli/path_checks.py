@@ -37,9 +37,11 @@ def check(opt: SimpleNamespace, is_first: bool = True) -> None:
 
 def split_key(name: str) -> tuple[Path, str | None]:
     """Split FILE:KEY, which names one of several networks in a file; the key is None in FILE."""
-    file, _, key = name.rpartition(":")
-    is_key = file and not os.path.exists(name) and os.path.isfile(file)
-    return (Path(file), key) if is_key else (Path(name), None)
+    file = name
+    while not os.path.exists(file) and (end := file.rfind(":")) > 0:
+        file = file[:end]
+    is_key = file != name and os.path.isfile(file)
+    return (Path(file), name[len(file) + 1 :]) if is_key else (Path(name), None)
 
 
 def _check_image_folder(root: Path, splits: tuple[str, ...]) -> None:

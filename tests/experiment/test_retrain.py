@@ -82,7 +82,8 @@ def test_the_moving_average_is_evaluated_and_noted_once_and_a_key_names_the_othe
 
 def test_a_file_and_a_key_are_split_at_the_last_colon_of_no_file(tmp_path):
     (tmp_path / "a:b").touch()
-    for name, key in (("a:b", None), ("a:b:ema", "ema"), ("c:ema", None), ("a", None)):
+    names = {"a:b": None, "a:b:ema": "ema", "a:b:x:y": "x:y", "c:ema": None, "a": None}
+    for name, key in names.items():
         path = tmp_path / (name if key is None else "a:b")
         assert split_key(str(tmp_path / name)) == (path, key)
 
