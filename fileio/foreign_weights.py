@@ -7,7 +7,7 @@ moving average, a student and its teacher. Each has a key of both parts, such as
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from torch import Tensor
@@ -52,7 +52,7 @@ def find(state: object, key: str | None, warn: Callable[[str], None]) -> Weights
     """
     found = {}
     if isinstance(state, dict):
-        _collect(state, (), found, set())
+        _collect(state, (), found, frozenset() if key else set())
         if not found and (tensors := _tensors(state)):  # a file of vectors alone
             found = _split(tensors, ())
     if any(candidate.is_network for candidate in found.values()):
@@ -67,14 +67,22 @@ def find(state: object, key: str | None, warn: Callable[[str], None]) -> Weights
     return weights
 
 
-def _collect(value: dict, path: tuple, found: dict[str, Candidate], seen: set[int]) -> None:
-    """Add the candidates in a dict and the dicts in it, by their labels."""
+def _collect(value: dict, path: tuple, found: dict[str, Candidate], seen: Set[int]) -> None:
+    """Add the candidates in a dict and the dicts in it, by their labels.
+
+    Args:
+        seen: identities of dicts that are left out. A set collects them: of a dict under two names
+            the first one counts. A frozenset holds those on the path alone: each name counts.
+    """
     if id(value) in seen or len(path) > MAX_DEPTH:
         return
-    seen.add(id(value))
+    seen |= {id(value)}
     tensors = _tensors(value)
     if any(tensor.dim() > 1 for tensor in tensors.values()):
-        found |= _split(tensors, path)
+        more = _split(tensors, path)
+        if both := found.keys() & more:
+            raise CheckpointError(f"holds two networks under {min(both)}", "save one of them alone")
+        found |= more
     for name, item in value.items():
         if isinstance(name, str) and isinstance(item, dict):
             _collect(item, (*path, name), found, seen)
@@ -153,8 +161,14 @@ def _no_weights(state: object) -> CheckpointError:
     """Return the error for a file without a state dict, with the class of what stands for it."""
     values = [state]
     if isinstance(state, dict):
-        values += [state[name] for name in sorted(state, key=lambda name: name not in PLAIN)]
+        for name in sorted(state, key=lambda name: name not in PLAIN):
+            values.append(state[name])
+            if name in PLAIN and isinstance(state[name], dict):
+                values += state[name].values()
     for value in values:
+        if isinstance(value, Record) and re.fullmatch(r"numpy\..*_reconstruct", value.name):
+            fix = "convert them with torch.from_numpy, and save a state dict with torch.save"
+            return CheckpointError("holds NumPy arrays, no tensors", fix)
         if isinstance(value, Record):
             fix = "where it was made, save the weights: torch.save(model.state_dict(), FILE)"
             return CheckpointError(f"holds no state dict, but a pickled {value.name}", fix)

@@ -129,6 +129,17 @@ def test_a_moving_average_without_counters_is_preferred(tmp_path):
     assert equal(loaded({"model": state, "ema": average}, tmp_path)[0], average)
 
 
+def test_a_dictionary_under_two_names_is_one_network_that_both_name(tmp_path):
+    state = {"model": WEIGHTS, "model_ema": WEIGHTS}
+    for key in (None, "model", "model_ema"):
+        assert equal(loaded(state, tmp_path, key), (WEIGHTS, []))
+
+
+def test_two_networks_of_one_name_are_refused(tmp_path):
+    state = {"a.b": WEIGHTS, "a": {"b": OTHERS}}
+    assert "holds two networks under a.b; fix: save one of them alone" in refusal(state, tmp_path)
+
+
 def test_several_networks_are_refused_until_one_is_named(tmp_path):
     state = {"student": prefixed("backbone."), "teacher": prefixed("backbone.", OTHERS)}
     line = refusal(state, tmp_path)
@@ -238,6 +249,13 @@ def test_weights_beside_objects_of_any_class_are_read(tmp_path, value, protocol,
         assert torch.equal(found[name], weights[name])
 
 
+def test_weights_that_are_numpy_arrays_are_refused_as_such(tmp_path):
+    arrays = {name: tensor.numpy() for name, tensor in WEIGHTS.items()}
+    for state in (arrays, {"args": argparse.Namespace(), "state_dict": arrays}):
+        line = refusal(state, tmp_path)
+        assert "holds NumPy arrays, no tensors; fix: convert them with torch.from_numpy" in line
+
+
 def test_a_pickled_network_is_refused_by_its_class(tmp_path):
     for state in (net(), {"args": argparse.Namespace(), "model": net()}):
         line = refusal(state, tmp_path)
@@ -334,6 +352,13 @@ def numpy_file(save, *values: object) -> bytes:
     return file.getvalue()
 
 
+def zipped(name: str, content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
 KINDS = {
     "weights.h5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file, as Keras writes"),
     "model.onnx": (b"\x08\x08\x12\x07pytorch\x1a", "an ONNX file"),
@@ -344,6 +369,8 @@ KINDS = {
     "w.npz": (numpy_file(np.savez, np.eye(2)), r"a NumPy archive \(.npz\)"),
     "w.npy": (numpy_file(np.save, np.eye(2)), "a NumPy array"),
     "w.pth.gz": (b"\x1f\x8b\x08" + bytes(30), "compressed"),
+    "model.pt2": (zipped("archive/archive_format", b"pt2"), "a torch.export archive"),
+    "w.zip": (zipped("model.safetensors", bytes(9)), "a zip archive without a state dict"),
     "model.pkl": (pickle.dumps({"a": 1}), "not a checkpoint"),
 }
 
