@@ -38,7 +38,10 @@ try() { # try NAME FLAG...: print the exit code, and whether train.py came to it
     shift
     nohup "$work/venv/bin/torchrun" --standalone "$@" "$work/train.py" "$here" >/dev/null 2>&1 &
     run=$!
-    while [ ! -e "$here/started" ]; do sleep 0.2; done
+    while [ ! -e "$here/started" ]; do
+        kill -0 "$run" || return 1 # torchrun has failed
+        sleep 0.2
+    done
     kill -HUP "$run"
     touch "$here/sent"
     code=0
