@@ -96,7 +96,7 @@ def create(
     if train is not None:
         kept, held_out = split_indices(len(train), opt.validSize, opt.manualSeed)
         split = {"held_out": held_out.tolist()}
-        statistics = statistics or channel_statistics(train.pixels, kept, warn)
+        statistics = _check_contrast(opt, train, kept, statistics, warn)
     mean, std = statistics
 
     # Batch each split, and record what a resumed run compares.
@@ -109,6 +109,22 @@ def create(
     sizes = (part.sampler.num_images if part else None for part in parts)
     metadata |= {"classes": classes} | dict(zip(("train", "val", "test"), sizes, strict=True))
     return DataSplits(*parts, classes, metadata)
+
+
+def _check_contrast(
+    opt: SimpleNamespace,
+    train: Images,
+    kept: Tensor,
+    statistics: Statistics | None,
+    warn: Callable[[str], None],
+) -> Statistics:
+    """Return the mean and std, computed if not known; raise DataError if no channel varies."""
+    if isinstance(train, ImageTensors):
+        return statistics or channel_statistics(train.pixels, kept, warn)
+    from datasets.image_folder import check_files_vary
+
+    check_files_vary(train, kept, _decode_options(opt), warn)
+    return statistics
 
 
 def _check_workers(opt: SimpleNamespace, processes: int, warn: Callable[[str], None]) -> None:

@@ -18,12 +18,13 @@ from datasets.file_list import (
     shorten,
     unread_note,
 )
-from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
+from datasets.file_loader import FileLoader, ImageFileDataset, Unreadable, UnreadableImages
 from datasets.folder_checks import find_class_directories, spelling_fix
-from datasets.memory_loader import ImageTensors, InMemoryDataset
+from datasets.memory_loader import ImageTensors, InMemoryDataset, check_channels_vary
 from errors import CheckpointError, DataError
 
 Warn = Callable[[str], None]
+ENOUGH = 64  # images, spread over a training set, to note a channel that is constant in them
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,37 @@ def _index_split(
         fix = "put at least one image in each class directory, in a format that is read"
         raise DataError(f"{directory}: no images in class {shorten(empty or classes)}", fix)
     return listed
+
+
+def check_files_vary(
+    samples: FileList, kept: torch.Tensor, options: DecodeOptions, warn: Warn
+) -> None:
+    """Look at training files until each channel varies, which is mostly at the first.
+
+    Where some channels do, `ENOUGH` images tell. Images that cannot be read are left to the loader.
+
+    Args:
+        kept: which of the images train.
+
+    Raises:
+        DataError: all images have one colour.
+    """
+    files = ImageFileDataset(samples, Image.Image.getextrema, 0, options)
+    step, looked_at = -(-len(kept) // ENOUGH), 0
+    low, high = np.full(3, 255), np.zeros(3)
+    spread = (number for start in range(step) for number in kept[start::step].tolist())
+    for tried, number in enumerate(spread, 1):
+        image = files[0, number]
+        if not isinstance(image, Unreadable):
+            lowest, highest = np.transpose(image[0])
+            low, high = np.minimum(low, lowest), np.maximum(high, highest)
+            looked_at += 1
+        varies = low < high
+        if varies.all() or (tried >= ENOUGH and (varies.any() or not looked_at)):
+            break
+    if looked_at:
+        shown = "all" if looked_at == len(kept) else f"{looked_at} of"
+        check_channels_vary(varies.tolist(), low.tolist(), f"{shown} {len(kept)}", warn)
 
 
 def _note_unread(unread: Counter[str], warn: Warn) -> None:

@@ -162,15 +162,26 @@ def channel_statistics(
     count = len(indices) * pixels.shape[1] * pixels.shape[2]
     mean = total.double() / count
     std = (sum_of_squares.double() / count - mean.square()).clamp(min=0).sqrt()
-    constant = [name for name, value in zip(CHANNELS, std.tolist(), strict=True) if value == 0]
-    if len(constant) == len(CHANNELS):
-        colour = ", ".join(f"{value:g}" for value in mean.tolist())
-        what = f"no channel varies: all pixels of all {len(indices)} training images are ({colour})"
-        raise DataError(what, "look at the files, and at the range of their values")
-    if constant:
-        warn(f"all training pixels have the same {' and '.join(constant)}")
+    check_channels_vary((std > 0).tolist(), mean.tolist(), f"all {len(indices)}", warn)
     # Divide a constant channel by 1, which keeps it finite.
     return mean.tolist(), torch.where(std > 0, std, torch.ones(())).tolist()
+
+
+def check_channels_vary(
+    varies: list[bool], colour: list[float], looked_at: str, warn: Callable[[str], None]
+) -> None:
+    """Note a channel that is the same in all pixels; raise DataError if all channels are.
+
+    Args:
+        looked_at: how many training images.
+    """
+    constant = [name for name, does in zip(CHANNELS, varies, strict=True) if not does]
+    if len(constant) == len(CHANNELS):
+        shown = ", ".join(f"{value:g}" for value in colour)
+        what = f"no channel varies: all pixels of {looked_at} training images are ({shown})"
+        raise DataError(what, "look at the files, and at the range of their values")
+    if constant:
+        warn(f"all pixels of {looked_at} training images have the same {' and '.join(constant)}")
 
 
 @dataclass(frozen=True)

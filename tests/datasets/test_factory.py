@@ -199,14 +199,30 @@ def test_the_flags_for_large_and_narrow_images_reach_the_loaders(tmp_path, size)
     load("--maxAspect", "150")
 
 
-def test_a_folder_of_white_images_is_refused_with_its_colour(tmp_path):
-    write_folder(tmp_path, {"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 1}}, 16)
-    for path in (tmp_path / "train").glob("*/*"):
-        Image.new("RGB", (16, 16), (255, 255, 255)).save(path)
-    flags = ["--dataset", "folder", "--data", str(tmp_path), "--imageSize", "16"]
-    assert "no channel varies: all pixels of all 2 training images are (255, 255, 255)" in (
-        error_line(create, *flags)
-    )
+@pytest.mark.parametrize("size", ["16", "65"])
+@pytest.mark.parametrize("count", [3, 80])
+def test_a_training_set_of_one_colour_is_refused_and_of_a_constant_channel_noted(
+    tmp_path, size, count
+):
+    write_folder(tmp_path, {"train": {"a": count, "b": 3}, "val": {"a": 1, "b": 1}}, 4)
+    paths = sorted((tmp_path / "train").rglob("*.png"))
+    flags = ["--dataset", "folder", "--data", str(tmp_path), "--imageSize", size]
+    opt, notes = opts.parse([*flags, "--nThreads", "0"]), []
+    for path in paths:
+        Image.new("RGB", (80, 80), (255, 255, 255)).save(path)
+    shown = f"all pixels of all {count + 3} training images are (255, 255, 255)"
+    assert f"no channel varies: {shown}" in error_line(create_data, opt)
+    Image.new("RGB", (80, 80), (1, 255, 2)).save(paths[-2])  # a single one differs, not in green
+    create_data(opt, notes.append)
+    assert len(notes) == 1 and notes[0].endswith(" training images have the same green")
+    Image.new("RGB", (80, 80), (1, 3, 2)).save(paths[0])
+    create_data(opt)
+    if size == "65":  # an image that cannot be read does not hide the rest
+        paths[0].write_bytes(b"x")
+        create_data(opt, notes.append)
+        assert len(notes) == 2 and notes[1].endswith(
+            f"of {count + 3} training images have the same green"
+        )
 
 
 def test_digits_are_scikit_learns_with_every_fifth_for_the_test():

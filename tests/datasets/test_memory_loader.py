@@ -178,7 +178,7 @@ def test_a_channel_without_contrast_is_divided_by_one_and_noted():
     pixels[..., 2] = 201
     mean, std = statistics(pixels, torch.arange(5), warned.append)
     assert mean[2] == 201 and std[2] == 1 and min(std[:2]) > 50
-    assert warned == ["all training pixels have the same blue"]
+    assert warned == ["all pixels of all 5 training images have the same blue"]
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 20, 30)])
