@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cli import path_checks
 from cli.flag_types import Settings
 from distributed import launcher, signals
 from distributed.signals import SignalHandler, kill_children
-from errors import PeerError, Preempted, RunError
+from errors import PeerError, Preempted, RunError, UsageError
 from experiment import lifecycle
 from experiment.directory import RunDirectory, check_writable
 from fileio import atomic
@@ -278,22 +279,31 @@ def load_pretrained(opt: Settings, model, classes: list[str], world) -> None:
 
     weights = read_weights(opt, world)
     models.state_dicts.load_weights(model, weights, opt.resetClassifier, warn=console.warn)
-    known = {} if opt.resetClassifier else read_run_data(opt, world)
+    known = {} if opt.resetClassifier else read_run_data(opt, world, console.warn)
     if known:
         run_data.note_classes(classes, known["classes"], console.warn)
 
 
-def read_run_data(opt: Settings, world) -> dict:
-    """Read the classes and statistics of the run that `--retrain` is from, for all ranks, or {}."""
+def read_run_data(opt: Settings, world, warn: Callable[[str], None] | None = None) -> dict:
+    """Read the classes and statistics of the run that `--retrain` is from, for all ranks, or {}.
+
+    Args:
+        warn: called with a note where the file of them is invalid; None: that is an error.
+    """
     import json
 
     from experiment import run_data
 
-    return world.broadcast_result(
-        lambda: run_data.read_beside(*path_checks.split_key(opt.retrain)),
-        lambda known: json.dumps(known).encode(),
-        json.loads,
-    )
+    def read() -> dict:
+        try:
+            return run_data.read_beside(*path_checks.split_key(opt.retrain))
+        except UsageError as error:
+            if not warn:
+                raise
+            warn(f"the classes of the weights are not known: {error}")
+            return {}
+
+    return world.broadcast_result(read, lambda known: json.dumps(known).encode(), json.loads)
 
 
 def write_run_files(config: str, directory: RunDirectory, data, trainer, saver) -> None:

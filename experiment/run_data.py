@@ -10,7 +10,20 @@ from datasets.folder_checks import spelling_fix
 from errors import CheckpointError, UsageError
 
 MODEL_FILES, DATA_FILE = ("model_last.pt", "model_best.pt"), "data.json"
+CONFIG_FILE = "config.yaml"
 MAX_SHOWN = 3  # differences in one message
+
+
+def run_directory(weights: Path) -> Path | None:
+    """Return the run directory of a file of weights, or of what it links to; None outside of one.
+
+    A model file may have been copied or renamed there: any `model_*.pt` counts.
+    """
+    for path in (weights.resolve(), weights):
+        beside = (path.with_name(name).is_file() for name in (CONFIG_FILE, DATA_FILE))
+        if path.match("model_*.pt") and any(beside):
+            return path.parent
+    return None
 
 
 def read_beside(weights: Path, key: str | None = None) -> dict[str, list]:
@@ -33,15 +46,23 @@ def read_beside(weights: Path, key: str | None = None) -> dict[str, list]:
 
     if key:
         return {}
-    if weights.name in MODEL_FILES:
-        path = weights.with_name(DATA_FILE)
-        return read_classes(path) if path.is_file() else {}
+    if directory := run_directory(weights):
+        return read_data_of(directory)
     if metadata := safetensors.read_metadata(weights):
         return parse_data(json.loads(metadata["data"]), weights)
     try:
         return parse_data(checkpoints.load(weights)["data"], weights)
     except CheckpointError:  # another kind of file: whoever loads it says whether it is sound
         return {}
+
+
+def read_data_of(directory: Path) -> dict[str, list]:
+    """Read data.json of a run as `read_classes` does; {} if it is missing."""
+    path = directory / DATA_FILE
+    try:
+        return read_classes(path) if path.is_file() else {}
+    except UsageError as error:
+        raise UsageError(error.problems[0][0], "restore it, or move it away") from error
 
 
 def check_classes(found: list[str], known: list[str]) -> None:

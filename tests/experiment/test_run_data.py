@@ -97,6 +97,38 @@ def test_weights_of_another_dataset_are_not_tested_although_their_number_of_clas
     refused(run([*argv, "--testOnly=true", retrain]), 4, f"the classes are not the run's: {shown}")
 
 
+@pytest.mark.parametrize("kind", ["copied", "linked from elsewhere", "link of another name"])
+def test_a_model_file_of_any_name_in_a_run_is_checked_against_its_classes(runs, tmp_path, kind):
+    directory = shutil.copytree(runs["small"], tmp_path / "run")
+    data = data_of(runs["small"], tmp_path / "data", "val")
+    (data / "val" / "bee").rename(data / "val" / "zebra")
+    model = directory / "model_best.pt"
+    weights = {
+        "copied": directory / "model_epoch4.pt",
+        "linked from elsewhere": tmp_path / "model_best.pt",
+        "link of another name": tmp_path / "best.pth",
+    }[kind]
+    shutil.copy(model, weights) if kind == "copied" else weights.symlink_to(model)
+    flags = [f"--config={directory / 'config.yaml'}", f"--retrain={weights}"]
+    refused(evaluate(flags, data), 4, f"the classes are not the run's: {data}/val has zebra")
+    assert network.load(weights).classes == ["ant", "bee", "cat"]  # by the tools as well
+
+
+@pytest.mark.parametrize("content", ["{}", "{"])
+def test_an_invalid_data_json_is_an_error_in_a_test_and_a_note_in_training(runs, tmp_path, content):
+    directory = shutil.copytree(runs["small"], tmp_path / "run")
+    (directory / "data.json").write_text(content)
+    flags = [f"--config={directory / 'config.yaml'}", f"--retrain={directory / 'model_best.pt'}"]
+    data = runs["small"].parent / "data"
+    shown = f"{directory / 'data.json'} .*; fix: restore it, or move it away"
+    refused(evaluate(flags, data), 2, shown)
+    result = run([*flags, f"--data={data}", f"--save={tmp_path / 'retrained'}"])
+    assert result.code == 0
+    assert f"the classes of the weights are not known: {directory / 'data.json'}" in result.err
+    (directory / "data.json").rename(tmp_path / "data.json")
+    assert error_of(evaluate(flags, data)) == error_of(evaluate(sources(runs["small"])[1], data))
+
+
 def test_weights_on_their_own_take_the_classes_of_the_test_set(runs, tmp_path):
     for name, code, shown in (
         ("small", 3, "mean and deviation .* not known, and .* has no training images"),

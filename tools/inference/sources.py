@@ -10,7 +10,14 @@ from cli import path_checks
 from cli.flag_reader import FlagParser
 from cli.flag_types import Flag, Settings, as_text, text
 from errors import CheckpointError, UsageError
-from experiment.run_data import DATA_FILE, MODEL_FILES, parse_data, read_classes
+from experiment.run_data import (
+    CONFIG_FILE,
+    DATA_FILE,
+    MODEL_FILES,
+    parse_data,
+    read_data_of,
+    run_directory,
+)
 
 SOURCES = """
 CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint_*.pt, a
@@ -73,8 +80,8 @@ def read(path: Path) -> WeightsSource:
     metadata = safetensors.read_metadata(path)
     if metadata:
         return WeightsSource(weights, *_read_metadata(metadata, path))
-    in_run = path.name in MODEL_FILES
-    return WeightsSource(weights, *(_read_run_files(path.parent) if in_run else ({}, {})))
+    directory = run_directory(path)
+    return WeightsSource(weights, *(_read_run_files(directory) if directory else ({}, {})))
 
 
 def _read_checkpoint(path: Path) -> dict | None:
@@ -99,7 +106,7 @@ def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict, dict]:
     """Read settings and data from the metadata of an ONNX or safetensors file of tools.export."""
     try:
         with tempfile.TemporaryDirectory() as directory:
-            for name, key in (("config.yaml", "settings"), (DATA_FILE, "data")):
+            for name, key in ((CONFIG_FILE, "settings"), (DATA_FILE, "data")):
                 Path(directory, name).write_text(metadata[key], encoding="utf-8")
             return _read_run_files(Path(directory))
     except (KeyError, UsageError) as error:
@@ -109,15 +116,14 @@ def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict, dict]:
 
 def _read_run_files(directory: Path) -> tuple[dict, dict]:
     """Read config.yaml and data.json of a run; {} for one that is missing."""
-    config, data = directory / "config.yaml", directory / DATA_FILE
-    raw = []
+    config, raw = directory / CONFIG_FILE, []
     if config.is_file():
         parser = FlagParser(opts.FLAGS)
         raw = parser.parse_yaml(config)
         parser.add(raw)  # finds values that main.py would refuse, and names their line
         UsageError.raise_for(parser.problems)
     settings = {name: value for name, value, _ in raw}
-    return settings, read_classes(data) if data.is_file() else {}
+    return settings, read_data_of(directory)
 
 
 def merge_settings(settings: dict[str, str], main_flags: list[str] | tuple) -> Settings:
