@@ -81,8 +81,19 @@ def find_image_files(directory: Path, unread: Counter[str]) -> list[str]:
             if name.lower().endswith(suffixes):
                 found.append(os.path.join(folder, name))
             else:
-                unread[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+                unread[_suffix(name)] += 1
     return found
+
+
+def count_beside(split: Path, unread: Counter[str]) -> None:
+    """Count the files beside the class directories of a split, which are not read, by suffix."""
+    for entry in os.scandir(split):
+        if not is_hidden(entry.name) and not entry.is_dir():
+            unread[f"{_suffix(entry.name)} beside the class directories"] += 1
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without suffix"
 
 
 @functools.cache

@@ -24,12 +24,16 @@ def find_class_directories(split: Path) -> list[str]:
     """List the names of the directories in a split, in the order of the class numbers.
 
     Raises:
-        DataError: there are none, or the split cannot be read.
+        DataError: there are none, the split cannot be read, or a link in it leads nowhere.
     """
     try:
-        found = sorted(entry.name for entry in split.iterdir() if entry.is_dir())
+        entries = sorted(split.iterdir())
+        lost = [entry for entry in entries if not (is_hidden(entry.name) or entry.exists())]
+        found = [entry.name for entry in entries if entry.is_dir()]
     except OSError as error:
         raise DataError(f"cannot read {split}: {error.strerror}", "check its rights") from error
+    if lost:
+        raise DataError(f"{lost[0]} is a link that leads nowhere", "mend or remove the link")
     visible = [name for name in found if not is_hidden(name)]
     if not visible:
         fix = layout_fix(split.parent, (split.name,))

@@ -13,6 +13,7 @@ from datasets.batch_sampler import BatchSampler
 from datasets.decode import DEFAULTS, DecodeOptions
 from datasets.file_list import (
     FileList,
+    count_beside,
     describe_unread,
     find_image_files,
     shorten,
@@ -99,6 +100,7 @@ def _index_split(
         DataError: a class has no images, or none that can be read.
     """
     empty = []
+    count_beside(directory, unread)
 
     def files() -> Iterator[tuple[str, int]]:
         for number, name in enumerate(classes):

@@ -42,13 +42,30 @@ def test_classes_are_the_directories_in_order_and_images_their_files(tmp_path):
     (tmp_path / "val" / "cat" / "more").mkdir()
     (tmp_path / "val" / "cat" / "more" / "a.heic").write_text("not read")
     (tmp_path / "train" / "README").write_text("not a class")
+    (tmp_path / "train" / ".listing").write_text("hidden")
+    for split in COUNTS:
+        shutil.copy(files(tmp_path / split)[0], tmp_path / split)  # an image, of no class
     notes = []
     index = index_folder(tmp_path, notes.append)
-    assert notes == ["2 files are not read: 1 .heic, 1 .txt"]  # one note about both splits
+    beside = "beside the class directories"
+    assert notes == [  # one note about both splits
+        f"5 files are not read: 2 .png {beside}, 1 .heic, 1 .txt, 1 without suffix {beside}"
+    ]
     assert index.classes == ["a dog", "cat", "Ölkännchen"]
     assert [label for _, label in index.train] == [0] * 3 + [1] * 5 + [2] * 4
     assert [label for _, label in index.val] == [0] * 2 + [1] * 2 + [2] * 2
-    assert [path for path, _ in index.train] == [str(path) for path in files(tmp_path / "train")]
+    paths = sorted((tmp_path / "train").glob("*/*.png"))
+    assert [path for path, _ in index.train] == [str(path) for path in paths]
+
+
+@pytest.mark.parametrize("target", ["gone", "camel"])  # the second leads to itself
+def test_a_class_that_is_a_link_to_nowhere_is_refused(tmp_path, target):
+    write_folder(tmp_path, COUNTS)
+    (tmp_path / "train" / ".DS_Store").symlink_to("gone")  # hidden: no matter
+    index_folder(tmp_path, pytest.fail)
+    (tmp_path / "val" / "camel").symlink_to(target)
+    line = error_line(index_folder, tmp_path, pytest.fail)
+    assert f"{tmp_path}/val/camel is a link that leads nowhere" in line
 
 
 def test_train_and_val_with_different_classes_are_refused(tmp_path):
