@@ -161,9 +161,10 @@ def test_other_names_of_known_classes_are_noted_and_another_order_is_refused(
     assert export.main([str(copied), "--to=onnx", f"--output={onnx}", "--check=false"]) == 0
     checkpoint = checkpoints.list_checkpoints(copied)[0]
     for path in (copied, checkpoint, copied / "model_best.pt", onnx):
-        names.write_text("bee\nant\n")
-        line = refusal(path, (), names)
-        assert f"class 0 is bee, that of {path} is ant; class 1 is ant" in line
+        for given in ("bee", "ant"), ("bee", "wasp"), ("class", "ant", "bee"):
+            names.write_text("\n".join(given))
+            line = refusal(path, (), names)
+            assert f"another order: class 0 is {given[0]}, that of {path} is ant; " in line
         names.write_text("ant\nBiene\n")
         capsys.readouterr()
         net = network.load(path, (), names)

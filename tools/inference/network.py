@@ -126,12 +126,12 @@ def _rename_classes(data: dict, classes: Path, path: Path) -> dict:
     """Return what `classes` tells, below the channel statistics that `path` has.
 
     Raises:
-        UsageError: both name the same classes, in another order.
+        UsageError: a known class has another number.
     """
     given, known = run_data.read_classes(classes), data.get("classes", [])
     names = given["classes"]
     differing = run_data.class_differences(names, known, f"that of {path}") if known else ""
-    if differing and sorted(names) == sorted(known):
+    if any(name in names and names[i : i + 1] != [name] for i, name in enumerate(known)):
         raise UsageError(f"{classes} has another order: {differing}", "leave out --classes")
     if differing and len(names) == len(known):  # perhaps a translation
         console.warn(f"{classes} renames classes: {differing}")
