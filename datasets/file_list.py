@@ -13,12 +13,17 @@ from pathlib import Path
 from errors import DataError
 
 # What operating systems, storage devices and archives put into directories, in lower case. Names
-# that begin with a dot are hidden in any case.
+# that begin with a dot are hidden in any case, and what begins with ~$ is of an open Office file.
 SYSTEM_NAMES = {
     "lost+found",
     "__macosx", "icon\r", "network trash folder", "temporary items",  # macOS
-    "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
+    "thevolumesettingsfolder",
+    "$recycle.bin", "recycler", "recycled", "system volume information",  # Windows
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini",
+    *(f"found.{number:03}" for number in range(1000)),  # by chkdsk
     "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot",  # NAS
+    "@__thumb", "@synoresource",
+    "__pycache__",
 }  # fmt: skip
 MAX_SHOWN = 5  # names or suffixes in one message
 
@@ -49,7 +54,7 @@ class FileList(Sequence[tuple[str, int]]):
 
 def is_hidden(name: str) -> bool:
     """Tell whether a file or directory is hidden, or of a system: neither a class nor an image."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.startswith((".", "~$")) or name.lower() in SYSTEM_NAMES
 
 
 def find_image_files(directory: Path, unread: Counter[str]) -> list[str]:

@@ -114,7 +114,8 @@ def _directories(directory: Path) -> list[str]:
 
 def _has_images(directory: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return any(name.lower().endswith(image_suffixes()) for name in os.listdir(directory))
+        names = (name.lower() for name in os.listdir(directory) if not is_hidden(name))
+        return any(name.endswith(image_suffixes()) for name in names)
     return False
 
 

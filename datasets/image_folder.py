@@ -116,7 +116,7 @@ def _index_split(
 
     listed = FileList(files())
     if empty or not listed:
-        fix = "put at least one image in each class directory, in a format that is read"
+        fix = "put at least one image in each class directory, with a suffix such as .jpg"
         raise DataError(f"{directory}: no images in class {shorten(empty or classes)}", fix)
     return listed
 

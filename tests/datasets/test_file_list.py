@@ -41,9 +41,14 @@ def test_a_list_of_files_holds_what_a_list_of_tuples_holds():
 HIDDEN = [
     ".ipynb_checkpoints", ".thumbnails", ".DS_Store", "._001.png", ".hidden.jpg", "@eaDir",
     "@EADIR", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "#recycle",
-    "@Recycle", "Thumbs.db", "desktop.ini", "Desktop.ini",
+    "@Recycle", "Thumbs.db", "desktop.ini", "Desktop.ini", "RECYCLER", "FOUND.000", "found.017",
+    "@__thumb", "@SynoResource", "ehthumbs_vista.db", "TheVolumeSettingsFolder", "__pycache__",
+    "~$x.png",
 ]  # fmt: skip
-VISIBLE = ["n01440764", "a.b", "_001.png", "recycle", "@home", "001.png", "Macosx", "lost", "~"]
+VISIBLE = [
+    "n01440764", "a.b", "_001.png", "recycle", "@home", "001.png", "Macosx", "lost", "~", "found",
+    "found.1", "~x.png", "$x.png",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*HIDDEN, *VISIBLE])

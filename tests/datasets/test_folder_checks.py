@@ -57,7 +57,8 @@ def test_what_is_no_dataset_yet_is_said_with_the_next_step(tmp_path):
     write_folder(tmp_path / "imagenet", {"train": TWO})
     shutil.copytree(tmp_path / "flat" / "cat", tmp_path / "imagenet" / "val")
     assert f"fix: sort the images in {tmp_path}/imagenet/val" in refusal(tmp_path / "imagenet")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "other").mkdir(parents=True)
+    (tmp_path / "empty" / "other" / "._a.png").touch()  # hidden: no image
     assert refusal(tmp_path / "empty").endswith("DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE")
 
 

@@ -90,11 +90,14 @@ def test_a_class_without_images_is_refused_and_named(tmp_path, split):
         ("._a.png", "class camel;"),
         ("notes.txt", "class camel (1 .txt);"),
         ("a.HEIC", "class camel (1 .heic, 1 .txt);"),
+        ("a", "class camel (1 .heic, 1 .txt, 1 without suffix);"),
     ):
         if name:
             (tmp_path / split / "camel" / name).write_text("no camels yet")
         line = error_line(index_folder, tmp_path, pytest.fail)
-        assert str(tmp_path / split) in line and shown in line and "at least one image" in line
+        assert (
+            str(tmp_path / split) in line and shown in line and "with a suffix such as .jpg" in line
+        )
 
 
 @pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "lost+found", "$Recycle.Bin"])
