@@ -376,6 +376,7 @@ def no_more_files() -> None:
 
 def no_directory_for_sockets() -> None:
     tempfile.tempdir = "/nowhere"
+    multiprocessing.current_process()._config.pop("tempdir", None)  # of an earlier test
 
 
 @pytest.mark.parametrize(("prevent", "line"), [

@@ -219,13 +219,19 @@ def test_an_edited_config_counts_only_with_an_override(stopped_run, tmp_path):
     result = run(command(resume=directory), stopped(1))
     assert result.code == 75
     assert result.err.count("as in the checkpoint; the config has ") == 2
-    assert "note: LR 0.05, as in the checkpoint; the config has 0.01, which" in result.err
+    assert (
+        "note: LR 0.05, as in the checkpoint; the config has 0.01: --LR 0.01 --override"
+        in result.err
+    )
     assert config.read_text() == lines.replace("keep: 2", "keep: 5")  # shapes no training
 
     other = tmp_path / "other.yaml"
     other.write_text(lines.replace("milestones: [2, 3]", "milestones: [1]"))
     result = run(command(config=other, save=directory, resume="auto"), stopped(1))
-    assert "note: milestones 2,3, as in the checkpoint; the config has 1, which" in result.err
+    assert (
+        "note: milestones 2,3, as in the checkpoint; the config has 1: --milestones 1 --override"
+        in result.err
+    )
 
     config.write_text(edited)
     result = run(command(resume=directory, override=True), stopped(1))

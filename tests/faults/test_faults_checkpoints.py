@@ -147,7 +147,7 @@ def test_an_invalid_checkpoint_is_named_and_the_run_is_untouched(directory, newe
     ("flags", "code", "pattern"),
     [
         ({"growthRate": 3}, 4, r"growthRate=2.*settings say growthRate=3"),
-        ({"nClasses": 5}, 4, r"the data is not the checkpoint's: classes"),
+        ({"nClasses": 5}, 4, r"the classes are not the run.s: class 3 is pattern 3"),
         ({"batchSize": 4}, 2, r"batchSize 4, was 8; fix: .*--override true"),
         ({"nEpochs": 2}, 2, r"nEpochs 2, was 3; fix: .*--override true"),
     ],

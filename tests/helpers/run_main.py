@@ -164,6 +164,7 @@ def _child(argv, sabotage, threads: int, out: str, err: str) -> None:
         os.close(file)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (the process's own)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     import torch
 
     torch.set_num_threads(threads)
