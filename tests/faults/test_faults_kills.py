@@ -1,7 +1,6 @@
 """Test rows 4 to 7: SIGKILL at each change of a file, and what is kept."""
 
 import re
-import shutil
 import signal
 from collections import Counter
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import checkpoints
-from faults.contract import call, check_whole, command, outcome, tiny
+from faults.contract import call, check_whole, outcome, tiny
 from faults.sabotage import kill, no_fsync, on_files, record_files
 from helpers.run_main import run
 
@@ -56,49 +55,6 @@ def test_a_kill_at_any_change_of_a_file_loses_nothing(reference, tmp_path):
         assert outcome(directory) == want, what
         assert not list(directory.glob("*.tmp")), what
         assert len(list(directory.glob("checkpoint_*.pt"))) == 2
-
-
-@pytest.fixture(scope="module")
-def short(tmp_path_factory) -> Path:
-    """Finish a run of one epoch."""
-    directory = tmp_path_factory.mktemp("short")
-    assert run(tiny(**FLAGS | {"nEpochs": 1}, save=directory)).code == 0
-    return directory
-
-
-def test_a_run_with_other_settings_that_is_killed_is_resumed_by_its_directory_alone(
-    short, tmp_path
-):
-    """Kill it at each change of a file: it has the new settings, or as before the old ones."""
-
-    def overridden(directory: Path) -> list[str]:
-        shutil.copytree(short, directory)
-        return command(resume=directory, nEpochs=2, LR=0.05, milestones=[], override=True)
-
-    argv, report = overridden(tmp_path / "whole"), tmp_path / "whole.txt"
-    assert run(argv, partial(record_files, tmp_path / "whole", report)).code == 0
-    want, operations = outcome(tmp_path / "whole"), report.read_text().splitlines()
-    moments = last_of_each_kind(operations)
-    assert len(moments) > 15
-    states = set()
-    for k in moments:
-        directory, what = tmp_path / str(k), operations[k - 1]
-        argv = overridden(directory)
-        killed = run(argv, partial(on_files, kill, directory, k=k))
-        assert killed.code == -signal.SIGKILL, (what, killed)
-        result = run(command(resume=directory), no_fsync)
-        assert result.code == 0, (what, result)
-        config = (directory / "config.yaml").read_bytes()
-        state = checkpoints.load_latest(directory, pytest.fail)
-        states.add((state["settings"]["LR"], "as in the checkpoint" in result.err))
-        if state["settings"]["LR"] == 0.1:
-            assert config == (short / "config.yaml").read_bytes(), what
-            assert run(argv, no_fsync).code == 0, what
-        assert outcome(directory) == want, what
-        whole = (tmp_path / "whole" / "config.yaml").read_bytes()
-        assert (directory / "config.yaml").read_bytes() == whole, what
-    # Before the first checkpoint, between it and config.yaml, and after both.
-    assert states == {(0.1, False), (0.05, True), (0.05, False)}
 
 
 # A run resumes from the files that stay.
