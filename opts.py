@@ -87,6 +87,10 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("whiteLevel", number, None, "value of white in images of more than 8 bits whose files "
              "declare no scale", "the type's largest; 1 for floats", range=POSITIVE,
              role="training"),
+        Flag("resize", text, None, "how images above 64 pixels are resized: bicubic with "
+             "anti-aliasing, or as Torch7 does, on which Lua's errors were measured",
+             "torch7 with a .t7 file to retrain, else antialias",
+             choices=("antialias", "torch7"), role="training"),
         Flag("maxPixels", integer, MAX_PIXELS, "pixels of an image file; with more it is "
              "unreadable, since a small file can fill the memory", range=AT_LEAST_1),
         Flag("maxAspect", number, float(MAX_ASPECT), "longer side of an image over the shorter; "
@@ -204,6 +208,8 @@ def apply_defaults(given: dict[str, object]) -> Settings:
     default("augment", dataset.augment)
     default("validSize", dataset.valid_size)
     default("dropRate", 0.0 if opt.augment else 0.2)
+    is_of_lua = opt.retrain.endswith(".t7") and dataset.is_read_from_disk(opt.imageSize)
+    default("resize", "torch7" if is_of_lua else "antialias")
     if opt.lrShape == "multistep":
         default("milestones", default_milestones(opt.nEpochs, opt.imagenetShape, opt.netType))
     if opt.optnet or opt.shareGradInput:  # from here on optMemory says it
@@ -244,6 +250,8 @@ def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
          "testOnly without weights would test random ones", "add --resume DIR or --retrain FILE"),
         (opt.tenCrop and (not opt.imagenetShape or dataset.is_generated),
          f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops", "leave it out"),
+        (opt.resize == "torch7" and not dataset.is_read_from_disk(opt.imageSize),
+         f"resize torch7 has no effect on {opt.dataset} at {opt.imageSize} pixels", "leave it out"),
         # first epoch
         (opt.epochNumber != 1 and opt.resume not in ("none", "auto"),
          f"epochNumber {opt.epochNumber} together with resume, which knows the epoch",

@@ -8,6 +8,7 @@ from cli.flag_types import as_text
 from cli.milestones import default_milestones
 from datasets.registry import SMALL_IMAGE
 
+EARLIER_SETTINGS = {"resize": "antialias"}  # of runs of versions that had no such flag
 # Three names of one setting.
 MEMORY_ALIASES = ("optMemory", "shareGradInput", "optnet")
 
@@ -67,4 +68,6 @@ def add_resumed(parser: FlagParser) -> None:
         # The checkpoint knows the epoch; milestones are of the old shape, which may be another now.
         replaced = ("milestones",) if "lrShape" in parser.values else ()
         add_file(parser, directory / "config.yaml", exclude=("epochNumber", *replaced))
+        for name, value in EARLIER_SETTINGS.items():
+            parser.values.setdefault(name, value)
         parser.values.setdefault("save", str(directory))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets.batch_sampler import BatchSampler, split_indices
 from datasets.decode import DecodeOptions
-from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
+from datasets.file_loader import FileLoader, UnreadableImages
 from datasets.fingerprints import hash_files, hash_images
 from datasets.folder_checks import find_class_directories, folder_notes
 from datasets.memory_loader import (
@@ -21,12 +21,14 @@ from datasets.memory_loader import (
     channel_statistics,
     normalise_pixels,
 )
+from datasets.pipelines import LargeImages, Pipeline, SmallImages
 from datasets.registry import DATASETS, Statistics
 from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from errors import DataError
 from fileio import limits
 
 OPEN_FILES, OPEN_FILES_PER_WORKER = 64, 48  # open at once, and pipes of each worker
+DRAWS = "Philox, by image"  # what augments images from files; runs of earlier versions have none
 PAD_DIVISOR = 8  # random crops shift by up to an eighth of the image: 4 pixels of 32
 Samples = Sequence[tuple[str, int]]  # (path, class number) of each image
 Images = ImageTensors | Samples
@@ -106,6 +108,8 @@ def create(
     loaders = _LoaderFactory(opt, device, dtype, process, statistics, unreadable)
     metadata = {"mean": list(mean), "std": list(std)} | split | fingerprints
     parts = loaders.make_all(train, test, kept, held_out)
+    if isinstance(parts[0], FileLoader) and opt.augment:
+        metadata["draws"] = DRAWS
     sizes = (part.sampler.num_images if part else None for part in parts)
     metadata |= {"classes": classes} | dict(zip(("train", "val", "test"), sizes, strict=True))
     return DataSplits(*parts, classes, metadata)
@@ -201,15 +205,14 @@ class _LoaderFactory:
             return MemoryLoader(
                 images, sampler, mean=mean, std=std, dtype=self.dtype, augmentation=augmentation
             )
-        transform, normalise = self._pipeline(training)
         return FileLoader(
-            ImageFileDataset(images, transform, opt.manualSeed, _decode_options(opt)),
+            images,
+            self._pipeline(training),
             sampler,
             num_workers=opt.nThreads,
             unreadable=self.make_unreadable(len(indices)),
-            image_size=opt.imageSize,
-            normalise=normalise,
             device=self.device,
+            options=_decode_options(opt),
         )
 
     def _make_sampler(self, indices: Tensor, training: bool) -> BatchSampler:
@@ -219,25 +222,25 @@ class _LoaderFactory:
         batch_size = max(1, self.opt.batchSize // (10 if self.opt.tenCrop else 1))
         return BatchSampler(indices, batch_size, None, self.process, whole_batches=True)
 
-    def _pipeline(self, training: bool) -> tuple[Callable, Callable]:
-        """Return the transform of one PIL image, and the normalisation of a batch."""
-        opt = self.opt
-        if DATASETS[opt.dataset].is_read_from_disk(opt.imageSize):
-            from datasets import transforms
-
-            normalise = transforms.Normalise(self.device, self.dtype)
-            if training:
-                return transforms.training(opt.imageSize, opt.augment), normalise
-            crop = transforms.ten_crops if opt.tenCrop else transforms.validation
-            return crop(opt.imageSize), normalise
-        from datasets.image_folder import ResizeAndCrop
-
+    def _pipeline(self, training: bool) -> Pipeline:
+        """Return what prepares and finishes the images of a split."""
+        opt, dataset = self.opt, DATASETS[self.opt.dataset]
+        if dataset.is_read_from_disk(opt.imageSize):
+            return LargeImages(
+                opt.imageSize,
+                opt.resize,
+                dataset.statistics_at(opt.imageSize),
+                self.device,
+                self.dtype,
+                seed=opt.manualSeed if training and opt.augment else None,
+                ten_crops=opt.tenCrop and not training,
+            )
         mean, std = torch.tensor(self.statistics, dtype=self.dtype, device=self.device)
 
         def normalise(pixels: Tensor) -> Tensor:
             return normalise_pixels(pixels, mean, std).permute(0, 3, 1, 2)
 
-        return ResizeAndCrop(opt.imageSize), normalise
+        return SmallImages(opt.imageSize, normalise, self.dtype)
 
 
 # Training set, test set, classes, fingerprints.

@@ -1,4 +1,4 @@
-"""Decode, transform and batch image files in worker processes, new ones in each epoch."""
+"""Read and prepare image files in worker processes, and batch them on the training device."""
 
 import errno
 import gc
@@ -8,24 +8,23 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from datasets import shared_memory
 from datasets.batch_sampler import BatchSampler
-from datasets.decode import DEFAULTS, REPLACE, DecodeOptions, decode
+from datasets.decode import DEFAULTS, REPLACE, DecodeOptions
+from datasets.pipelines import Fields, Pipeline
 from datasets.retries import with_retries
-from datasets.rng import generator
 from distributed.signals import ignore_signals, kill_children
 from errors import DataError
 
 WORKER_TIMEOUT_S = 300
+CHUNK_BYTES = 8 * 2**20  # that a worker hands over at once, or one image
 MAX_SKIPPED_FRACTION = 0.001  # of the images, but at least one; with more even `skip` stops
 TO_RESUME = "to resume with other images, add --override true"
 
@@ -37,49 +36,48 @@ class Unreadable(NamedTuple):
     fix: str
 
 
-# (image, class, {remark: path}), or why the image cannot be read.
-Sample = tuple[Tensor, int, dict[str, str]] | Unreadable
+# (fields of the pipeline, class, {remark: path}), or why the image cannot be read.
+Sample = tuple[Fields, int, dict[str, str]] | Unreadable
+
+
+def read_or_explain(read: Callable, path: str, *args: object) -> object | Unreadable:
+    """Call `read(path, ...)`, again where a disk fails for a moment; return why it fails."""
+    try:
+        return with_retries(read, path, *args)
+    except DataError as error:
+        return Unreadable(f"{path}: {error}", error.problems[0][1])
+    except Exception as error:  # decoders raise any type on a damaged file
+        is_of_disk = getattr(error, "errno", None) not in (None, errno.ENOENT)
+        # MemoryError has no text.
+        reason = f"{path}: {str(error) or type(error).__name__}"
+        return Unreadable(reason, "check the disk" if is_of_disk else REPLACE)
 
 
 class ImageFileDataset(Dataset):
-    """Read image files by (epoch, index), which also seeds the transform.
+    """Prepare image files by (epoch, index).
 
     Args:
         samples: (path, class number) of each image.
-        transform: PIL image -> tensor; draws from torch's generator.
-        seed: of the transform's random numbers, with epoch and index.
+        pipeline: reads and prepares them; see `datasets.pipelines`.
         options: how to decode.
     """
 
     def __init__(
         self,
         samples: Sequence[tuple[str, int]],
-        transform: Callable,
-        seed: int,
+        pipeline: Pipeline,
         options: DecodeOptions = DEFAULTS,
     ):
-        self.samples, self.transform, self.seed = samples, transform, seed
-        self.options = options
+        self.samples, self.pipeline, self.options = samples, pipeline, options
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Read and transform one image, or return the reason why it cannot be read."""
-        epoch, index = key
-        path, label = self.samples[index]
-        try:
-            image, remarks = with_retries(decode, path, self.options)
-        except DataError as error:
-            return Unreadable(f"{path}: {error}", error.problems[0][1])
-        except Exception as error:  # decoders raise any type on a damaged file
-            is_of_disk = getattr(error, "errno", None) not in (None, errno.ENOENT)
-            # MemoryError has no text.
-            reason = f"{path}: {str(error) or type(error).__name__}"
-            return Unreadable(reason, "check the disk" if is_of_disk else REPLACE)
-        # Without a seed the draws would depend on the worker that gets the image; without the
-        # fork they would change the network's random numbers in the main process.
-        with torch.random.fork_rng(devices=[]):
-            seed = generator("image", self.seed, epoch, index).initial_seed()
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
-            return self.transform(image), label, dict.fromkeys(remarks, path)
+        """Prepare one image, or return the reason why it cannot be read."""
+        path, label = self.samples[key[1]]
+        found = read_or_explain(self.pipeline.read, path, self.options, *key)
+        if isinstance(found, Unreadable):
+            return found
+        picture, remarks = found
+        return self.pipeline.prepare(picture), label, dict.fromkeys(remarks, path)
 
 
 @dataclass
@@ -125,53 +123,63 @@ class UnreadableImages:
 
 @dataclass
 class _EpochKeys:
-    """Yield the keys of each batch of the epoch under way; a list of all would take 200 MB."""
+    """Yield the keys of each chunk of the epoch under way; a list of all would take 200 MB."""
 
-    batches: Iterable[list[tuple[int, int]]] = ()
+    chunks: Iterable[list[tuple[int, int]]] = ()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
+        return iter(self.chunks)
 
 
 class FileLoader:
     """Batch one split from files; the same interface as `memory_loader.MemoryLoader`.
 
+    Workers prepare chunks: parts of a batch of a few megabytes. So all of them work on the first
+    batch, and what they prepare in advance is bounded in bytes.
+
     Args:
+        samples: (path, class number) of each image.
+        pipeline: reads and prepares images in the workers, and finishes batches on the device.
         sampler: divides the split among steps and ranks.
-        num_workers: processes that decode; 0 decodes in this process.
+        num_workers: processes that prepare images; 0 prepares in this process.
         unreadable: counts the images that cannot be read.
-        image_size: height and width in pixels of the images of `dataset`.
-        normalise: applied to each batch on the device; None leaves it as transformed.
+        options: how to decode.
     """
 
     def __init__(
         self,
-        dataset: ImageFileDataset,
+        samples: Sequence[tuple[str, int]],
+        pipeline: Pipeline,
         sampler: BatchSampler,
         *,
         num_workers: int,
         unreadable: UnreadableImages,
-        image_size: int,
         device: torch.device,
-        normalise: Callable[[Tensor], Tensor] | None = None,
+        options: DecodeOptions = DEFAULTS,
     ):
         self.sampler, self.unreadable = sampler, unreadable
-        self.normalise, self.device = normalise, device
+        self.pipeline, self.device = pipeline, device
         self._keys = _EpochKeys()
         warnings.filterwarnings("ignore", "This DataLoader will create")  # we say so ourselves
-        prefetch = None
+        batch_bytes = max(1, pipeline.image_bytes * sampler.largest_batch)
+        self._num_chunks, prefetch = 1, None  # of a full batch
         if num_workers:
-            batch_bytes = _image_bytes(dataset, image_size) * sampler.largest_batch
-            processes = sampler.process.local_size
+            self._num_chunks = min(-(-batch_bytes // CHUNK_BYTES), sampler.largest_batch)
+            chunk_bytes = -(-sampler.largest_batch // self._num_chunks) * pipeline.image_bytes
             num_workers, prefetch = shared_memory.fit_in_flight(
-                num_workers, batch_bytes, len(sampler), processes, unreadable.warn
+                num_workers,
+                chunk_bytes,
+                self._num_chunks,
+                len(sampler),
+                sampler.process.local_size,
+                unreadable.warn,
             )
         self._loader = DataLoader(
-            dataset,
+            ImageFileDataset(samples, pipeline, options),
             batch_sampler=self._keys,
             num_workers=num_workers,
             prefetch_factor=prefetch,
-            collate_fn=partial(_collate, image_size),
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
             timeout=WORKER_TIMEOUT_S if num_workers > 0 else 0,
@@ -197,24 +205,41 @@ class FileLoader:
             DataError: an image cannot be read.
             RuntimeError: a worker died or hung; see `translate_worker_errors`.
         """
-        indices = self.sampler.epoch_indices(epoch)
-        slices = map(self.sampler.local_slice, range(start, len(self.sampler)))
-        self._keys.batches = ([(epoch, i) for i in indices[part].tolist()] for part in slices)
-        for images, targets, unreadable, remarks in self._loader:
+        indices, steps = self.sampler.epoch_indices(epoch), range(start, len(self.sampler))
+        parts = [self.sampler.local_slice(step) for step in steps]
+        self._keys.chunks = (
+            [(epoch, index) for index in indices[chunk].tolist()]
+            for part in parts
+            for chunk in self._chunks(part)
+        )
+        prepared = iter(self._loader)
+        for part in parts:
+            yield self._finish([next(prepared) for _ in self._chunks(part)])
+        self.unreadable.sync()
+
+    def _chunks(self, batch: slice) -> list[slice]:
+        """Divide a batch into chunks of nearly one size; an empty batch is one empty chunk."""
+        size = batch.stop - batch.start
+        count = max(1, min(self._num_chunks, size))
+        ends = [batch.start + size * number // count for number in range(count + 1)]
+        return [slice(*pair) for pair in pairwise(ends)]
+
+    def _finish(self, chunks: list[tuple]) -> tuple[Tensor, Tensor]:
+        prepared, targets = [], []
+        for fields, labels, unreadable, remarks in chunks:
             for each in unreadable:
                 self.unreadable.add(*each)
             for remark, path in remarks.items():
                 self.unreadable.note(remark, path)
-            images = self._on_device(images)  # and out of shared memory
-            yield images, targets.to(self.device, non_blocking=True)
-        self.unreadable.sync()
-
-    def _on_device(self, images: Tensor) -> Tensor:
-        # Normalise after the copy: without augmentation images are uint8, a quarter of float32.
-        images = images.to(self.device, non_blocking=True)
-        if self.normalise and len(images):  # an empty batch is (0, 3, H, W) already
-            images = self.normalise(images)
-        return images.contiguous(memory_format=torch.channels_last)
+            if fields:  # else no image of the chunk can be read
+                prepared.append(fields)
+            targets.append(labels.to(self.device, non_blocking=True))
+        targets = torch.cat(targets)
+        if not prepared:
+            size, dtype = self.pipeline.size, self.pipeline.dtype
+            return torch.empty(0, 3, size, size, dtype=dtype, device=self.device), targets
+        images = self.pipeline.finish(prepared, self.device)  # and out of shared memory
+        return images.contiguous(memory_format=torch.channels_last), targets
 
 
 @contextmanager
@@ -244,25 +269,23 @@ def _init_worker(_: int) -> None:
     sys.excepthook = lambda *_: None
 
 
-def _image_bytes(dataset: ImageFileDataset, size: int) -> int:
-    """Measure how many bytes an image of the split has in a batch."""
-    with torch.random.fork_rng(devices=[]):  # the transform draws from torch's generator
-        return dataset.transform(Image.new("RGB", (size, size))).nbytes
-
-
 def _collate(
-    image_size: int, samples: list[Sample]
-) -> tuple[Tensor, Tensor, list[Unreadable], dict[str, str]]:
-    """Collate samples to images (n, 3, H, W), targets (n,), what is missing, and remarks."""
+    samples: list[Sample],
+) -> tuple[Fields, Tensor, list[Unreadable], dict[str, str]]:
+    """Concatenate the fields of samples; also targets (n,), what is missing, and remarks."""
     readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
     unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
     if not readable:
-        no_images = torch.empty(0, 3, image_size, image_size)
-        return no_images, torch.empty(0, dtype=torch.int64), unreadable, {}
-    images, labels, remarks = zip(*readable, strict=True)
-    # In a worker this stacks into shared memory.
-    images, targets = default_collate(list(zip(images, map(torch.tensor, labels), strict=True)))
-    if images.dim() == 5:  # ten crops: (n, 10, 3, H, W)
-        images = images.flatten(0, 1)
+        return (), torch.empty(0, dtype=torch.int64), unreadable, {}
+    prepared, labels, remarks = zip(*readable, strict=True)
+    fields = tuple(map(_concatenate, zip(*prepared, strict=True)))
     first = {text: path for each in reversed(remarks) for text, path in each.items()}
-    return images, targets, unreadable, first
+    return fields, torch.tensor(labels), unreadable, first
+
+
+def _concatenate(parts: tuple[Tensor, ...]) -> Tensor:
+    """Concatenate along the first dimension; in a worker, into shared memory."""
+    if len({part.shape for part in parts}) == 1:
+        return default_collate(list(parts)).flatten(0, 1)
+    joined = torch.cat(parts)
+    return joined.share_memory_() if get_worker_info() else joined

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from datasets.batch_sampler import BatchSampler
-from datasets.decode import DEFAULTS, DecodeOptions
+from datasets.decode import DEFAULTS, DecodeOptions, decode
 from datasets.file_list import (
     FileList,
     count_beside,
@@ -19,9 +18,10 @@ from datasets.file_list import (
     shorten,
     unread_note,
 )
-from datasets.file_loader import FileLoader, ImageFileDataset, Unreadable, UnreadableImages
+from datasets.file_loader import FileLoader, Unreadable, UnreadableImages, read_or_explain
 from datasets.folder_checks import find_class_directories, spelling_fix
 from datasets.memory_loader import ImageTensors, InMemoryDataset, check_channels_vary
+from datasets.pipelines import SmallImages
 from errors import CheckpointError, DataError
 
 Warn = Callable[[str], None]
@@ -134,14 +134,13 @@ def check_files_vary(
     Raises:
         DataError: all images have one colour.
     """
-    files = ImageFileDataset(samples, Image.Image.getextrema, 0, options)
     step, looked_at = -(-len(kept) // ENOUGH), 0
     low, high = np.full(3, 255), np.zeros(3)
     spread = (number for start in range(step) for number in kept[start::step].tolist())
     for tried, number in enumerate(spread, 1):
-        image = files[0, number]
-        if not isinstance(image, Unreadable):
-            lowest, highest = np.transpose(image[0])
+        found = read_or_explain(decode, samples[number][0], options)
+        if not isinstance(found, Unreadable):
+            lowest, highest = np.transpose(found[0].getextrema())
             low, high = np.minimum(low, lowest), np.maximum(high, highest)
             looked_at += 1
         varies = low < high
@@ -170,12 +169,13 @@ def load_folder(
 
     def decode_all(samples: FileList) -> ImageTensors:
         batches = FileLoader(
-            ImageFileDataset(samples, ResizeAndCrop(size), 0, options),
+            samples,
+            SmallImages(size),
             BatchSampler(torch.arange(len(samples)), batch_size=256),
             num_workers=num_workers,
             unreadable=UnreadableImages(on_bad_image, len(samples), warn, noted=noted),
-            image_size=size,
             device=torch.device("cpu"),
+            options=options,
         )
         pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
         labels = torch.empty(len(samples), dtype=torch.int64)
@@ -189,20 +189,3 @@ def load_folder(
         return ImageTensors(pixels[:count], labels[:count])
 
     return InMemoryDataset(decode_all(index.train), decode_all(index.val), index.classes)
-
-
-class ResizeAndCrop:
-    """Resize the shorter side, then crop the centre: PIL image -> (size, size, 3) uint8."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Resize and crop one image."""
-        if image.size != (self.size, self.size):
-            scale = self.size / min(image.size)
-            width, height = (max(self.size, round(side * scale)) for side in image.size)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(image))

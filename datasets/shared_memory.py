@@ -16,7 +16,8 @@ from pathlib import Path
 from errors import DataError
 
 MOUNT = Path("/dev/shm")  # noqa: S108 (of Linux; other systems have none, and no such limit)
-PREFETCH = 2  # batches that each worker prepares in advance
+PREFETCH = 2  # batches to prepare in advance, and chunks for each worker at least
+PREFETCH_BYTES = 2**30  # of them at most
 FAILED = 74  # exit code of a worker that cannot hand over a batch
 FEWER = "lower --nThreads, or --nThreads 0"
 # What torch says about loader processes: pattern, what is wrong, what helps.
@@ -35,18 +36,19 @@ FAILURES = [
 
 def fit_in_flight(
     num_workers: int,
-    batch_bytes: int,
+    chunk_bytes: int,
+    chunks_per_batch: int,
     num_batches: int,
     num_processes: int,
     warn: Callable[[str], None],
 ) -> tuple[int, int]:
-    """Choose how many workers to start and how many batches each of them prepares in advance.
+    """Choose how many workers to start and how many chunks each of them prepares in advance.
 
-    All these batches may stand in shared memory at once, and one more that is being read.
+    All these chunks may stand in shared memory at once, and the batch that is being read.
 
     Args:
         num_workers: as asked for.
-        batch_bytes: of the largest batch.
+        chunk_bytes: of the largest part of a batch that a worker hands over at once.
         num_batches: of an epoch.
         num_processes: of the run on this machine, which share the memory.
         warn: called with a note if there are fewer of them for lack of room.
@@ -54,8 +56,10 @@ def fit_in_flight(
     Raises:
         DataError: there is no room for a single worker, or no shared memory.
     """
-    if sys.platform != "linux" or not num_workers:
-        return num_workers, PREFETCH
+    wanted = max(PREFETCH, -(-PREFETCH * chunks_per_batch // num_workers))
+    most = max(1, min(wanted, PREFETCH_BYTES // (chunk_bytes * num_workers)))
+    if sys.platform != "linux":
+        return num_workers, most
     if not os.access(MOUNT, os.W_OK | os.X_OK):
         what = f"loader processes need {MOUNT}, which is missing or cannot be written"
         raise DataError(what, "mount a tmpfs there, or --nThreads 0")
@@ -63,18 +67,21 @@ def fit_in_flight(
     free = mount.f_bavail * mount.f_frsize
 
     def needed(workers: int, prefetch: int) -> int:
-        return min(workers * prefetch + 1, num_batches) * batch_bytes * num_processes
+        num_chunks = min(workers * prefetch + chunks_per_batch, num_batches * chunks_per_batch)
+        return num_chunks * chunk_bytes * num_processes
 
-    choices = [(num_workers, PREFETCH), *((workers, 1) for workers in range(num_workers, 0, -1))]
+    choices = [(num_workers, prefetch) for prefetch in range(most, 0, -1)]
+    choices += [(workers, 1) for workers in range(num_workers - 1, 0, -1)]
     fitting = next((choice for choice in choices if needed(*choice) <= free), None)
-    if fitting == choices[0]:
+    enough = num_workers, min(most, PREFETCH)
+    if fitting and fitting >= enough:
         return fitting
-    what = f"{MOUNT} has {free / 1e6:.0f} MB free, but batches of {batch_bytes / 1e6:.0f} MB from "
-    what += f"{num_workers} loader processes need {needed(*choices[0]) / 1e6:.0f} MB"
-    fix = f"docker run --shm-size={-(-needed(*choices[0]) // 2**20)}m, or mount -o remount,size=..."
+    what = f"{MOUNT} has {free / 1e6:.0f} MB free, but images from {num_workers} loader processes "
+    what += f"need {needed(*enough) / 1e6:.0f} MB"
+    fix = f"docker run --shm-size={-(-needed(*enough) // 2**20)}m, or mount -o remount,size=..."
     if not fitting:
         raise DataError(what, f"enlarge it ({fix}), use a smaller --batchSize, or --nThreads 0")
-    warn(f"{what}: {fitting[0]} of them run, with one batch in advance; larger: {fix}")
+    warn(f"{what}: {fitting[0]} of them run, with little prepared in advance; larger: {fix}")
     return fitting
 
 

@@ -11,6 +11,7 @@ from torch import nn
 import checkpoints
 import models.state_dicts
 import opts
+from cli.config_files import EARLIER_SETTINGS
 from cli.flag_types import Settings
 from cli.milestones import default_milestones, describe_rates, follow_length
 from engine import optimizer
@@ -118,7 +119,8 @@ def _parse_saved_settings(state: dict) -> dict[str, object]:
     except (KeyError, TypeError, ValueError) as error:
         what = f"the checkpoint has invalid settings or statistics: {error.args[0]}"
         raise CheckpointError(what, "use another checkpoint") from error
-    return {name: flag.default for name, flag in flags.items()} | read
+    defaults = {name: flag.default for name, flag in flags.items()} | EARLIER_SETTINGS
+    return defaults | read
 
 
 def check_shared_filesystem(directory: Path, world) -> None:
@@ -207,6 +209,8 @@ def merge_settings(opt: Settings, state: dict, warn: Warn) -> tuple[Settings, di
     keeps_milestones = "milestones" not in chosen and opt.lrShape == saved["lrShape"]
     if keeps_milestones:
         opt = opt.replace(milestones=saved.get("milestones"))
+    if "resize" not in chosen:  # its default depends on `retrain`, and once was another
+        opt = opt.replace(resize=saved["resize"])
     # Compare the rest.
     changed = opts.differences(opts.settings(opt), saved, "training")
     if opt.nEpochs < saved["nEpochs"]:
@@ -301,6 +305,8 @@ def restore(trainer, state: dict, metadata: dict, warn: Warn, override: bool = F
     for change in changes:
         warn(f"override: {change}")
     _check_shapes(trainer.model, state)
+    if "draws" in metadata and "draws" not in state["data"]:
+        warn("the run began with an earlier loader: from here on crops and colours are drawn anew")
     if _changed_entries(metadata, state) & DECIDE_BATCHES:
         state = _rewind_to_epoch_start(state, warn)
     # Say what may change the rounding, and rewind where the random numbers cannot continue.

@@ -55,7 +55,8 @@ DEFAULTS = {
     "d1": 0, "d2": 0, "d3": 0, "d4": 0,
     "config": "none", "printConfig": False, "debug": False, "tf32": False, "augment": True,
     "validSize": 0, "imageSize": 32, "nImages": 10000, "onBadImage": "error",
-    "exifRotate": False, "whiteLevel": None, "maxPixels": 2**26, "maxAspect": 100.0, "keep": 2,
+    "exifRotate": False, "whiteLevel": None, "resize": "antialias", "maxPixels": 2**26,
+    "maxAspect": 100.0, "keep": 2,
     "saveEvery": 10.0, "override": False, "milestones": [150, 225], "initChannels": 24,
     "kernels": "auto", "cudaGraph": "auto", "syncBN": False, "timeout": 50.0,
 }  # fmt: skip

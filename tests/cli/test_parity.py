@@ -32,6 +32,7 @@ ADDED = {
     "onBadImage": "a damaged file must not decide whether a run ends",
     "exifRotate": "cameras turn photos by a tag, which Lua and torchvision do not read",
     "whiteLevel": "12 bits in 16 and float images do not say what is white",
+    "resize": "Lua's errors were measured on Torch7's resize, which others do not have",
     "maxPixels": "photos of 108 megapixels and bombs differ in nothing but the user's intent",
     "maxAspect": "strips of spectra are narrower than any photo",
     "keep": "checkpoints fill disks",

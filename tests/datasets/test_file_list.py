@@ -14,6 +14,7 @@ from datasets import file_loader
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import decode
 from datasets.file_list import FileList, find_image_files, is_hidden, unread_note
+from datasets.pipelines import SmallImages
 from datasets.registry import DATASETS
 from helpers.sample_data import noise
 
@@ -107,20 +108,21 @@ def private_mb(pid: int) -> float:
 def test_the_list_of_files_costs_a_loader_process_nothing(
     kind, count, every, monkeypatch, measured
 ):
-    picture, pixels, collected = Image.new("RGB", (1, 1)), torch.zeros(3, 1, 1), []
-    monkeypatch.setattr(file_loader, "decode", lambda *_: (picture, []))
+    pixels, collected = torch.zeros(1, 1, 1, 3), []
 
-    def transform(image: Image.Image) -> torch.Tensor:
+    def prepare(*_: object) -> tuple[torch.Tensor]:
         if not collected:  # once in each process, as Python itself does at some time
             collected.append(gc.collect())
-        return pixels
+        return (pixels,)
 
+    monkeypatch.setattr(SmallImages, "read", lambda *_: (None, []))
+    monkeypatch.setattr(SmallImages, "prepare", prepare)
     loader = file_loader.FileLoader(
-        file_loader.ImageFileDataset(kind(made_up(count)), transform, seed=0),
+        kind(made_up(count)),
+        SmallImages(1),
         BatchSampler(torch.arange(0, count, every), 256, seed=0),
         num_workers=2,  # what only this process and one other share would count as the other's
         unreadable=file_loader.UnreadableImages("error", count, pytest.fail),
-        image_size=1,
         device=torch.device("cpu"),
     )
     loader.start()

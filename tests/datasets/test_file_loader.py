@@ -8,6 +8,8 @@ import re
 import resource
 import signal
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +20,13 @@ import torch
 from PIL import Image
 from torch.utils.data._utils import signal_handling
 
-from datasets import file_loader, retries, shared_memory, transforms
+from datasets import file_loader, pipelines, retries, shared_memory
 from datasets.batch_sampler import BatchSampler
 from datasets.decode import DecodeOptions, decode
-from datasets.file_loader import FileLoader, ImageFileDataset, UnreadableImages
+from datasets.file_loader import FileLoader, UnreadableImages
+from datasets.pipelines import LargeImages, SmallImages
 from datasets.shared_memory import fit_in_flight
+from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from faults import bombs
 from helpers.sample_data import error_line, noise, same_batches
 
@@ -32,9 +36,27 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
-def draw(image: Image.Image) -> torch.Tensor:
-    """Transform an image to one random number, to see where it comes from."""
-    return torch.rand(3, 1, 1)
+@dataclass
+class Pipeline:
+    """Hand over what `transform` makes of an image."""
+
+    transform: Callable[[Image.Image], torch.Tensor] = to_pixels
+    image_bytes = 3 * 12 * 12 * 4
+    size, dtype = 12, torch.float64
+
+    def read(self, path, options, epoch, index):
+        return pipelines.decode(path, options)
+
+    def prepare(self, picture):
+        return (self.transform(picture)[None],)
+
+    def finish(self, chunks, device):
+        return torch.cat([images for (images,) in chunks]).double()
+
+
+def augmented(seed: int = 3, resize: str = "antialias", size: int = 8) -> LargeImages:
+    statistics = (120.0,) * 3, (60.0,) * 3
+    return LargeImages(size, resize, statistics, torch.device("cpu"), seed=seed)
 
 
 @pytest.fixture
@@ -53,15 +75,15 @@ def loader(monkeypatch):
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     made, handler = [], signal.getsignal(signal.SIGCHLD)
 
-    def make(samples, transform=to_pixels, *, indices=range(23), batch_size=4, seed=None,
-             image_seed=0, num_workers=0, on_bad_image="error", warn=pytest.fail):  # fmt: skip
+    def make(samples, pipeline=None, *, indices=range(23), batch_size=4, seed=None,
+             process=SINGLE_PROCESS, num_workers=0, on_bad_image="error",
+             warn=pytest.fail):  # fmt: skip
         batches = FileLoader(
-            ImageFileDataset(samples, transform, image_seed),
-            BatchSampler(torch.tensor([*indices][: len(samples)]), batch_size, seed),
+            samples,
+            pipeline or Pipeline(),
+            BatchSampler(torch.tensor([*indices][: len(samples)]), batch_size, seed, process),
             num_workers=num_workers,
             unreadable=UnreadableImages(on_bad_image, len(samples), warn),
-            image_size=12,
-            normalise=lambda images: images.double(),
             device=torch.device("cpu"),
         )
         made.append(batches)
@@ -87,7 +109,7 @@ def targets_of(batches: list) -> list[int]:
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, loader, size):
     path = tmp_path / "bomb.png"
     path.write_bytes(bombs.png(*size, depth=1, colour=0, rows=1000))
-    batches = loader([(str(path), 0)], transforms.validation(56))
+    batches = loader([(str(path), 0)], SmallImages(56))
     line = error_line(epoch, batches)
     assert line.startswith(f"error: cannot read image {path}: {size[0]} x {size[1]} pixels")
     advice = "remove the file, or --max(Pixels|Aspect) [0-9]+, or --onBadImage skip; "
@@ -133,7 +155,7 @@ def test_a_network_disk_that_fails_for_a_moment_costs_no_image(
             raise errors.pop()
         return decode(path, options)
 
-    monkeypatch.setattr(file_loader, "decode", read)
+    monkeypatch.setattr(pipelines, "decode", read)
     batches = loader(samples)
     if failures <= 3:
         assert targets_of(epoch(batches)) == list(range(23)) and not errors
@@ -150,7 +172,7 @@ def test_a_disk_that_stays_away_is_waited_for_once(samples, loader, monkeypatch)
     def read(path: str, options: DecodeOptions) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(file_loader, "decode", read)
+    monkeypatch.setattr(pipelines, "decode", read)
     line = error_line(epoch, loader(samples, batch_size=23))
     assert "check the disk" in line and waited == [*retries.DELAYS_S]
 
@@ -160,7 +182,7 @@ def test_an_error_without_a_text_is_named(samples, loader, monkeypatch, kind):
     def read(path: str, options: DecodeOptions) -> None:
         raise kind
 
-    monkeypatch.setattr(file_loader, "decode", read)
+    monkeypatch.setattr(pipelines, "decode", read)
     line = f"cannot read image {samples[0][0]}: {kind.__name__}; fix: "
     assert line in error_line(epoch, loader(samples))
 
@@ -267,33 +289,41 @@ def test_evaluation_counts_every_image_once_and_in_order(samples, loader, worker
         assert type(images) is torch.Tensor  # no subclass, which would follow into the network
 
 
-def test_batches_are_the_same_for_any_number_of_workers_and_any_start(samples, loader):
-    def make(**more):
-        return loader(samples, transforms.training(8, True), **{"seed": 3, "image_seed": 3} | more)
+@pytest.mark.parametrize("resize", ["antialias", "torch7"])
+def test_batches_are_the_same_for_any_number_of_workers_and_any_start(
+    samples, loader, resize, monkeypatch
+):
+    def make(image_seed=3, **more):
+        return loader(samples, augmented(image_seed, resize), **{"seed": 3} | more)
 
     wanted = {number: epoch(make(), number) for number in (1, 2)}
-    two = make(num_workers=2)
+    monkeypatch.setattr(file_loader, "CHUNK_BYTES", 1500)  # a batch is many chunks
+    workers = {count: make(num_workers=count) for count in (1, 4)}
     for number in (1, 2, 1):  # the processes stay for the next epoch
-        assert same_batches(epoch(two, number), wanted[number])
+        for batches in workers.values():
+            assert same_batches(epoch(batches, number), wanted[number])
     for start in (0, 2, 5, 6):
-        assert same_batches(epoch(two, 2, start), wanted[2][start:])
+        assert same_batches(epoch(workers[4], 2, start), wanted[2][start:])
         assert same_batches(epoch(make(), 2, start), wanted[2][start:])
-    next(iter(two.batches(1)))  # an epoch that is left early does not disturb the next
-    assert same_batches(epoch(two, 2), wanted[2])
-    assert not same_batches(wanted[1], wanted[2]) and not same_batches(
-        epoch(make(seed=4)), wanted[1]
-    )
+    next(iter(workers[4].batches(1)))  # an epoch that is left early does not disturb the next
+    assert same_batches(epoch(workers[4], 2), wanted[2])
+    assert not same_batches(wanted[1], wanted[2])
+    assert not same_batches(epoch(make(seed=4)), wanted[1])
+    assert not same_batches(epoch(make(image_seed=4)), wanted[1])
 
 
-def test_random_draws_depend_on_seed_epoch_and_image_not_on_the_batch(samples, loader):
-    def drawn(number=1, **more):
-        read = epoch(loader(samples, draw, **more), number)
-        images = torch.cat([images for images, _ in read])
-        return dict(zip(targets_of(read), images[:, 0, 0, 0].tolist(), strict=True))
+@pytest.mark.parametrize("resize", ["antialias", "torch7"])
+def test_an_image_is_augmented_alike_in_any_batch_and_on_any_replica(samples, loader, resize):
+    def drawn(number=1, image_seed=0, **more):
+        read = epoch(loader(samples, augmented(image_seed, resize, 9), **more), number)
+        images = [image.numpy().tobytes() for images, _ in read for image in images]
+        return dict(zip(targets_of(read), images, strict=True))
 
     wanted = drawn(seed=0)
     assert drawn(seed=9, batch_size=7) == wanted  # in another order and other batches
     assert drawn(indices=[3, 1]) == {3: wanted[3], 1: wanted[1]}
+    replicas = [drawn(seed=0, process=ProcessInfo(rank, 2, rank, 2)) for rank in (0, 1)]
+    assert replicas[0] | replicas[1] == wanted and not replicas[0].keys() & replicas[1].keys()
     assert len(set(wanted.values())) == 23
     for other in (drawn(number=2), drawn(image_seed=1)):
         assert not set(other.values()) & set(wanted.values())
@@ -307,7 +337,7 @@ def test_loading_and_the_generators_of_the_process_leave_each_other_alone(
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
     def load():
-        return epoch(loader(samples, transforms.training(8, True), seed=0, num_workers=workers))
+        return epoch(loader(samples, augmented(), seed=0, num_workers=workers))
 
     torch.manual_seed(1)
     before = states()
@@ -346,7 +376,7 @@ def test_a_bug_in_a_worker_stays_a_bug(samples, loader):
 
     read = file_loader.translate_worker_errors()(epoch)
     with pytest.raises(RuntimeError, match="a bug in a transform"):
-        read(loader(samples, transform, num_workers=1))
+        read(loader(samples, Pipeline(transform), num_workers=1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -395,41 +425,53 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run_at_once(
         return to_pixels(image)
 
     read = file_loader.translate_worker_errors()(epoch)
-    assert re.search(line, error_line(read, loader(samples, transform, num_workers=1)))
+    assert re.search(line, error_line(read, loader(samples, Pipeline(transform), num_workers=1)))
 
 
-# MB free, batches and MB of each, processes, workers asked for; workers, batches in advance.
-@pytest.mark.parametrize(("free", "batches", "size", "ranks", "asked", "wanted"), [
-    (1000, 50, 100, 1, 4, (4, 2)), (899, 50, 100, 1, 4, (4, 1)), (499, 50, 100, 1, 4, (3, 1)),
-    (200, 50, 100, 1, 4, (1, 1)), (199, 50, 100, 1, 4, None), (400, 50, 100, 4, 4, None),
-    (100, 1, 100, 1, 4, (4, 2)), (0, 50, 100, 1, 0, (0, 2)),
+# MB free, chunks of a batch and their MB, batches, processes, workers asked for; workers and chunks
+# that each prepares in advance, whether that is noted.
+@pytest.mark.parametrize(("free", "chunks", "size", "batches", "ranks", "asked", "want", "noted"), [
+    (900, 1, 100, 50, 1, 4, (4, 2), False), (899, 1, 100, 50, 1, 4, (4, 1), True),
+    (499, 1, 100, 50, 1, 4, (3, 1), True), (200, 1, 100, 50, 1, 4, (1, 1), True),
+    (199, 1, 100, 50, 1, 4, None, False), (400, 1, 100, 50, 4, 4, None, False),
+    (100, 1, 100, 1, 1, 4, (4, 2), False),
+    # Two batches in advance, each of ten chunks; fewer where there is no room for them.
+    (900, 10, 10, 50, 1, 4, (4, 5), False), (300, 10, 10, 50, 1, 4, (4, 5), False),
+    (299, 10, 10, 50, 1, 4, (4, 4), False), (180, 10, 10, 50, 1, 4, (4, 2), False),
+    (179, 10, 10, 50, 1, 4, (4, 1), True),
+    # At most a gigabyte, however large the images are.
+    (90_000, 10, 100, 50, 1, 4, (4, 2), False), (90_000, 2, 500, 50, 1, 4, (4, 1), False),
 ])  # fmt: skip
-def test_a_small_shared_memory_gets_fewer_batches_or_an_error_that_names_what_to_raise(
-    monkeypatch, free, batches, size, ranks, asked, wanted
+def test_what_is_prepared_in_advance_is_bounded_in_bytes_and_fits_into_shared_memory(
+    monkeypatch, free, chunks, size, batches, ranks, asked, want, noted
 ):
     room = SimpleNamespace(f_bavail=free * 10**6, f_frsize=1)
     monkeypatch.setattr(shared_memory.os, "statvfs", lambda path: room)
     warned = []
-    call = partial(fit_in_flight, asked, size * 10**6, batches, ranks, warned.append)
-    if wanted is None:
+    call = partial(fit_in_flight, asked, size * 10**6, chunks, batches, ranks, warned.append)
+    if want is None:
         assert re.search("has .* MB free.*fix: enlarge it .*--shm-size=.*--nThr", error_line(call))
     else:
-        assert call() == wanted
-    # A note whenever less is in flight than asked for.
-    assert bool(warned) == (wanted is not None and wanted != (asked, 2))
+        assert call() == want
+    assert bool(warned) == noted
 
 
-def test_without_shared_memory_loader_processes_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(shared_memory, "MOUNT", tmp_path / "absent")
-    assert "fix: mount a tmpfs there, or --nThreads 0" in error_line(
-        fit_in_flight, 1, 1, 1, 1, pytest.fail
-    )
-
-
-def test_the_size_of_a_batch_is_measured_as_the_workers_make_it(samples, loader, monkeypatch):
+def test_all_workers_share_a_batch_whose_images_are_large(samples, loader, monkeypatch):
     asked = []
-    monkeypatch.setattr(shared_memory, "fit_in_flight", lambda *args: asked.append(args) or (1, 1))
-    for transform in (transforms.training(8, True), transforms.ten_crops(8)):
-        batches = loader(samples, transform, num_workers=1)
-        image = batches._loader.dataset[1, 0][0]
-        assert asked.pop()[1:3] == (4 * image.nbytes, 6)
+    monkeypatch.setattr(shared_memory, "fit_in_flight", lambda *args: asked.append(args) or (2, 2))
+    monkeypatch.setattr(file_loader, "CHUNK_BYTES", 2 * Pipeline.image_bytes)
+    batches = loader(samples, num_workers=2, batch_size=7)
+    assert asked[0][1:4] == (2 * Pipeline.image_bytes, 4, 4)
+    batches._keys.chunks = [[(1, 0)]]
+    assert targets_of(epoch(batches)) == list(range(23))
+
+
+@pytest.mark.parametrize("resize", ["antialias", "torch7"])
+@pytest.mark.parametrize("ten_crops", [False, True])
+def test_the_bytes_of_an_image_are_counted_as_the_workers_hand_them_over(
+    samples, resize, ten_crops
+):
+    pipeline = LargeImages(8, resize, ((1.0,) * 3,) * 2, torch.device("cpu"), ten_crops=ten_crops)
+    picture, _ = pipeline.read(samples[0][0], DecodeOptions(), 1, 0)
+    (fields,) = pipeline.prepare(picture)
+    assert fields.nbytes == pipeline.image_bytes

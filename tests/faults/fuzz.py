@@ -30,6 +30,7 @@ import main
 import opts
 from datasets.download import unpack
 from datasets.file_loader import ImageFileDataset, Unreadable
+from datasets.pipelines import LargeImages
 from errors import CheckpointError, DataError, RunError, UsageError
 from faults import bombs
 from faults.contract import TINY, command, tiny
@@ -227,11 +228,12 @@ def image(draw: random.Random, root: Path) -> Case:
 
 
 def _read_image(path: Path) -> None:
-    dataset = ImageFileDataset([(str(path), 0)], lambda image: image.resize((8, 8)), seed=0)
-    sample = dataset[1, 0]
+    statistics = (0.0,) * 3, (1.0,) * 3
+    pipeline = LargeImages(8, "antialias", statistics, torch.device("cpu"))
+    sample = ImageFileDataset([(str(path), 0)], pipeline)[1, 0]
     if isinstance(sample, Unreadable):
         raise DataError(*sample)
-    assert sample[0].size == (8, 8)
+    assert sample[0][0].shape == (1, 8, 8, 3)
 
 
 def archive(draw: random.Random, root: Path) -> Case:

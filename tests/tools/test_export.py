@@ -214,7 +214,7 @@ def test_onnx_runtime_computes_the_logits_and_the_weights_come_back_exactly(
         images = torch.randn(count, 3, net.opt.imageSize, net.opt.imageSize)
         found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         wanted = net.logits(images)
-        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+        assert (found - wanted).abs().max() <= 3e-6 * wanted.abs().max()
 
     graph = onnx.load(path).graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import opts
 from cli import path_checks
+from cli.config_files import EARLIER_SETTINGS
 from cli.flag_reader import FlagParser
 from cli.flag_types import Flag, Settings, as_text, text
 from errors import CheckpointError, UsageError
@@ -33,7 +34,7 @@ CLASSES = Flag(
     "those in CHECKPOINT, else numbers",
 )
 # Settings of a run that do not change what its network computes, or hold on its machine only.
-RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
+RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "resetClassifier")
 
 
 class WeightsSource(NamedTuple):
@@ -81,7 +82,10 @@ def read(path: Path) -> WeightsSource:
     if metadata:
         return WeightsSource(weights, *_read_metadata(metadata, path))
     directory = run_directory(path)
-    return WeightsSource(weights, *(_read_run_files(directory) if directory else ({}, {})))
+    if directory:
+        return WeightsSource(weights, *_read_run_files(directory))
+    # Weights of Lua are evaluated with Torch7's resize, as with `--testOnly --retrain`.
+    return WeightsSource(weights, {"retrain": str(path)} if path.suffix == ".t7" else {}, {})
 
 
 def _read_checkpoint(path: Path) -> dict | None:
@@ -123,7 +127,7 @@ def _read_run_files(directory: Path) -> tuple[dict, dict]:
         parser.add(raw)  # finds values that main.py would refuse, and names their line
         UsageError.raise_for(parser.problems)
     settings = {name: value for name, value, _ in raw}
-    return settings, read_data_of(directory)
+    return (EARLIER_SETTINGS | settings if raw else {}), read_data_of(directory)
 
 
 def merge_settings(settings: dict[str, str], main_flags: list[str] | tuple) -> Settings:
