@@ -6,6 +6,7 @@ import math
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,21 +55,27 @@ def decode(path: str | Path, options: DecodeOptions = DEFAULTS) -> tuple[Image.I
         DataError: the image exceeds a limit, or its values have no known scale.
         Exception: of any type, on a damaged file.
     """
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):  # reading a pipe could block forever
-        raise ValueError("not a regular file")
+    num_bytes = file_size(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes are checked here, other warnings tell users nothing
         try:
-            return _decode(path, info.st_size, options)
+            return _decode(path, num_bytes, options)
         except DataError:
             raise
         except Exception:
             # Pillow also fails on a text or profile that is damaged or long.
             pixels_only = image_metadata.without_metadata(path)
             if pixels_only:
-                return _decode(io.BytesIO(pixels_only), info.st_size, options)
+                return _decode(io.BytesIO(pixels_only), num_bytes, options)
             raise
+
+
+def file_size(path: str | Path) -> int:
+    """Return the number of bytes of a regular file; raise ValueError if it is something else."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # reading a pipe could block forever
+        raise ValueError("not a regular file")
+    return info.st_size
 
 
 def _decode(
@@ -81,9 +88,7 @@ def _decode(
             raise ValueError(f"not a form of {', '.join(FORMATS)} that Pillow reads") from error
 
     with open_image() as image:
-        _check_size(image.size, options)
-        if math.prod(image.size) * num_bytes > MAX_DECODE_COST and _scans(source) > MAX_SCANS:
-            raise DataError(f"more than {MAX_SCANS} scans", REPLACE)
+        check_limits(image.size, num_bytes, lambda: _read(source), options)
         raw = bit_depth.prepare(image)
         image.info.pop("xmp", None)  # not about pixels, but Pillow reads it in a TIFF
         image.load()
@@ -101,6 +106,22 @@ def _decode(
         return image if image.mode == "RGB" else image.convert("RGB"), remarks  # it would copy
 
 
+def check_limits(
+    size: tuple[int, int], num_bytes: int, read: Callable[[], bytes], options: DecodeOptions
+) -> None:
+    """Raise DataError if to decode an image of (width, height) would take too much.
+
+    Args:
+        num_bytes: of the file.
+        read: returns its contents; called if they matter.
+    """
+    _check_size(size, options)
+    if math.prod(size) * num_bytes > MAX_DECODE_COST:
+        data = read()
+        if data.startswith(image_metadata.JPEG) and data.count(b"\xff\xda") > MAX_SCANS:
+            raise DataError(f"more than {MAX_SCANS} scans", REPLACE)
+
+
 def _check_size(size: tuple[int, int], options: DecodeOptions) -> None:
     pixels, aspect = math.prod(size), max(size) / min(size)
     if pixels > options.max_pixels:
@@ -113,9 +134,8 @@ def _check_size(size: tuple[int, int], options: DecodeOptions) -> None:
     raise DataError(f"{size[0]} x {size[1]} pixels are {limit}", f"remove the file, or {fix}")
 
 
-def _scans(source: str | Path | io.BytesIO) -> int:
-    data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
-    return data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+def _read(source: str | Path | io.BytesIO) -> bytes:
+    return source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
 
 
 def _is_transparent(image: Image.Image) -> bool:

@@ -1,10 +1,14 @@
 """Read the orientation of an image file; leave out what a file holds beside its pixels."""
 
 import struct
+import warnings
+from collections.abc import Iterator
 
 from PIL import Image
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+SCAN, COMMENT = 0xDA, 0xFE  # markers of JPEG's segments
+EXIF = b"Exif\0\0"
 ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,6 +32,33 @@ def find_turn(image: Image.Image) -> Image.Transpose | None:
         return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # Pillow raises any type on damaged EXIF
         return None
+
+
+def parse_turn(exif: bytes) -> Image.Transpose | None:
+    """Return how the EXIF of a JPEG turns it, as `find_turn` does, before it is decoded."""
+    image = Image.new("L", (1, 1))
+    image.info["exif"] = exif
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged EXIF
+        return find_turn(image)
+
+
+def jpeg_segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, start, end) of each segment of a JPEG up to its first scan, or damage.
+
+    The bytes from `start` to `end` are FF, marker, length in two bytes, contents. The last `end`
+    may lie beyond the data.
+    """
+    at, marker = len(JPEG), 0
+    while at + 4 <= len(data) and data[at] == 0xFF and marker != SCAN:
+        marker, length = struct.unpack_from(">xBH", data, at)
+        start, at = at, at + 2 + length
+        yield marker, start, at
+
+
+def is_for_applications(marker: int) -> bool:
+    """Return whether a segment of a JPEG is a comment, or made for some application."""
+    return 0xE0 <= marker <= 0xEF or marker == COMMENT
 
 
 def without_metadata(path: str) -> bytes | None:
@@ -59,15 +90,13 @@ def _png_parts(data: memoryview):
 
 def _jpeg_parts(data: memoryview):
     """Yield the parts of a JPEG but for comments and those of applications."""
-    yield data[:2]
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # to the first scan
-        marker, length = struct.unpack_from(">xBH", data, at)
-        segment = data[at : at + 2 + length]
-        is_for_applications = 0xE0 <= marker <= 0xEF or marker == 0xFE
-        # Adobe's tells how the colours are stored.
-        is_adobe = marker == 0xEE and length >= 14
-        if not is_for_applications or is_adobe or bytes(segment[4:10]) == b"Exif\0\0":
+    rest = len(JPEG)
+    yield data[:rest]
+    for marker, start, end in jpeg_segments(data):
+        if marker == SCAN:
+            break
+        segment, rest = data[start:end], end
+        is_adobe = marker == 0xEE and end - start >= 16  # tells how the colours are stored
+        if not is_for_applications(marker) or is_adobe or segment[4:10] == EXIF:
             yield segment
-        at += 2 + length
-    yield data[at:]
+    yield data[rest:]
