@@ -147,12 +147,22 @@ def scans(size: int, count: int) -> bytes:
     return data[:-2] + last * count + data[-2:]
 
 
+def enlarged(size: int, progressive: bool = False) -> bytes:
+    """Make a JPEG of a few pixels whose header claims more."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG", progressive=progressive)
+    data = file.getvalue()
+    return data.replace(struct.pack(">HH", 16, 16), struct.pack(">HH", size, size), 1)
+
+
 IMAGES = {
     "50,000 x 50,000": lambda: png(50_000, 50_000, 1, 0, 100),
     "12,000 x 10,000": lambda: png(12_000, 10_000, 1, 0, 100),
     "8,192 x 8,192, cut": lambda: png(8192, 8192, 8, 2, 4000)[:-1000],
     "8,192 x 8,192 RGBA, cut": lambda: png(8192, 8192, 8, 6, 4000)[:-1000],
     "scans": lambda: scans(4000, 20_000),
+    "JPEG, 60,000 x 60,000": lambda: enlarged(60_000),
+    "progressive JPEG, 60,000 x 60,000": lambda: enlarged(60_000, progressive=True),
 }
 
 

@@ -7,8 +7,9 @@ import pytest
 import checkpoints
 import opts
 from cli.flag_reader import MAX_CONFIG_BYTES
-from datasets.decode import decode
+from datasets.decode import DEFAULTS, decode
 from datasets.download import unpack
+from datasets.regions import Box, Region, decode_region
 from errors import CheckpointError, DataError, UsageError
 from faults import bombs, fuzz
 from faults.bombs import check_cost
@@ -24,6 +25,11 @@ def parse(path) -> None:
     opts.parse(["--config", str(path)])
 
 
+def read_region(path):
+    """Decode the first pixels of an image, at full scale."""
+    return decode_region(path, DEFAULTS, lambda *size: Region(Box(0, 0, 8, 8)))
+
+
 def cut(make) -> bytes:
     return make()[:MAX_CONFIG_BYTES]
 
@@ -36,6 +42,7 @@ KINDS = {
     "checkpoint": ("weights.pt", bombs.CHECKPOINTS, checkpoints.load_weights, CheckpointError),
     "config": ("c.yaml", CONFIGS, parse, UsageError),
     "image": ("image.jpg", bombs.IMAGES, decode, Exception),
+    "region": ("image.jpg", bombs.IMAGES, read_region, Exception),
     "archive": ("archive.tar.gz", ARCHIVES, partial(unpack, folder=FOLDER), DataError),
 }
 
@@ -62,10 +69,11 @@ def test_a_checkpoint_that_claims_much_ends_the_program_with_4(tmp_path, name, f
 
 
 def test_an_image_of_the_same_kind_that_claims_less_is_read(tmp_path):
-    """Read a PNG of one colour and a JPEG with a few more scans."""
-    for data in (bombs.png(4000, 4000), bombs.scans(4000, 50)):
+    """Read a PNG of one colour, and JPEGs with a few more scans and without most pixels."""
+    for data in (bombs.png(4000, 4000), bombs.scans(4000, 50), bombs.enlarged(4000)):
         (tmp_path / "image.jpg").write_bytes(data)
         assert decode(tmp_path / "image.jpg")[0].size == (4000, 4000)
+        assert read_region(tmp_path / "image.jpg").pixels.shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("name", ["12,000 x 10,000", "scans"])

@@ -17,7 +17,8 @@ import yaml
 from PIL import Image
 
 import checkpoints
-from datasets.decode import decode
+from datasets.decode import DEFAULTS, decode
+from datasets.regions import Box, Region, decode_region
 from faults.contract import outcome, records, refused, saved, tiny, write_files
 from faults.sabotage import at_batch, environment, kill, send, shorten
 from faults.test_faults_data import CIFAR, LARGE, SMALL, WHOLE, folder, md5, rename
@@ -111,6 +112,8 @@ def test_images_of_every_kind_are_read_as_they_are_stored(tmp_path, name, write,
     write(Image.fromarray(pixels).convert(mode), path)
     for _ in range(2):
         assert np.array_equal(np.asarray(decode(path)[0]), pixels)
+        region = decode_region(path, DEFAULTS, lambda *size: Region(Box(0, 0, *size)))
+        assert np.array_equal(region.pixels, pixels)
 
 
 def test_a_picture_that_is_a_program_is_not_run(root, tmp_path):
