@@ -6,6 +6,7 @@ and none clamped: so one 3x4 matrix per image does them all (docs/parity.md, Ima
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -23,7 +24,7 @@ GREY = (0.299, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION)))
 FIRST_DRAW = 50  # the ones before are for the crop
-NUM_COLOUR_DRAWS = 10
+PART_PIXELS = 2**18  # values of a part of a batch on the CPU: a megabyte
 
 
 def colour_draws(draws: np.ndarray) -> Tensor:
@@ -57,9 +58,16 @@ class Normalise:
         self.dtype = dtype
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise a batch."""
+        """Normalise a batch, to channels-last memory."""
         scale, shift = (each.to(self.dtype)[:, None, None] for each in (self.scale, self.shift))
-        return torch.addcmul(shift, images.to(self.dtype), scale)
+        return self._map(images, lambda pixels, _: torch.addcmul(shift, pixels, scale))
+
+    def _map(self, images: Tensor, colours: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Compute `colours(pixels, part)` of all parts of a batch; pixels are of the type."""
+        result = torch.empty_like(images, dtype=self.dtype, memory_format=torch.channels_last)
+        for part in _parts(images):
+            result[part] = colours(images[part].to(self.dtype), part)
+        return result
 
 
 class Augment(Normalise):
@@ -75,54 +83,58 @@ class Augment(Normalise):
         self.components = as_tensor(EIGENVECTORS) * as_tensor(EIGENVALUES)  # (3, 3)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment a batch.
+        """Augment a batch, to channels-last memory.
 
         Args:
-            images: (n, 3, H, W) uint8, or floats from 0 to 255 and beyond.
-            draws: (n, 10) float64, see `colour_draws`.
+            images: (n, 3, H, W) uint8, or floats from 0 to 255 and beyond; overwritten.
+            draws: (n, 10) float64 on the CPU, see `colour_draws`.
         """
-        is_mirrored = draws[:, -1].bool()[:, None, None, None]
-        pixels = torch.where(is_mirrored, images.flip(-1), images).to(self.dtype)
-        matrix, shift = self._matrices(_mean_colour(pixels), draws)
-        matrix, shift = (
-            matrix.to(self.dtype),
-            shift.to(self.dtype)[..., None],
-        )  # (n, 3, 3), (n, 3, 1)
-        # Not matmul: its rounding depends on the number of images, and on a GPU on TF32.
-        pixels = pixels.flatten(2)  # (n, 3, H W)
-        result = torch.addcmul(shift, pixels[:, 0:1], matrix[:, :, 0:1])
-        for channel in (1, 2):
-            source = slice(channel, channel + 1)
-            result.addcmul_(pixels[:, source], matrix[:, :, source])
-        return result.view_as(images)
+        # Known on the CPU, so that nothing waits for a GPU.
+        mirrored = draws[:, -1].nonzero()[:, 0].to(images.device, non_blocking=True)
+        images[mirrored] = images[mirrored].flip(3)
+        draws = draws.to(images.device, non_blocking=True)
+        matrix, shift = self._matrices(_mean_colour(images), draws)
+        matrix, shift = matrix.to(self.dtype), shift.to(self.dtype)[..., None]  # shift: (n, 3, 1)
+
+        def colours(pixels: Tensor, part: slice) -> Tensor:
+            # Not matmul: its rounding depends on the number of images, and on a GPU on TF32.
+            red, green, blue = pixels.flatten(2).split(1, 1)  # (n, 1, H W)
+            by_red, by_green, by_blue = matrix[part].split(1, 2)  # (n, 3, 1)
+            result = torch.addcmul(shift[part], red, by_red)
+            return result.addcmul_(green, by_green).addcmul_(blue, by_blue).view_as(pixels)
+
+        return self._map(images, colours)
 
     def _matrices(self, mean_colour: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Compose all steps: (n, 3, 3) and (n, 3) that map pixels to normalised values."""
-        factors, steps, lighting = draws[:, :3], draws[:, 3:6], draws[:, 6:9]
-        matrix, shift = self.identity.expand(len(draws), 3, 3), torch.zeros_like(factors)
+        factors, steps, lighting = draws[:, :3], draws[:, 3:6].long(), draws[:, 6:9]
+        # Each step maps a colour to own * colour + grey * (its grey) + constant.
+        own = torch.ones_like(factors[:, 0])
+        grey, constant = torch.zeros_like(own), torch.zeros_like(own)
+        mean_grey = (mean_colour * self.grey).sum(1)
         for step in steps.unbind(1):
-            factor = factors.gather(1, step.long()[:, None])  # (n, 1)
-            # Blend with black, with the mean grey of the image, or with the grey of each pixel.
-            other = (1 - factor) * (step == CONTRAST)[:, None]
-            mix = (1 - factor) * (step == SATURATION)[:, None]
-            mean_grey = ((_apply(matrix, mean_colour) + shift) * self.grey).sum(1, keepdim=True)
-            step_matrix = factor[..., None] * self.identity + mix[..., None] * self.grey
-            matrix = _product(step_matrix, matrix)
-            shift = _apply(step_matrix, shift) + other * mean_grey
+            factor = factors.gather(1, step[:, None])[:, 0]
+            rest = 1 - factor  # of black, of the image's mean grey, or of each pixel's grey
+            to_mean = rest * (step == CONTRAST) * ((own + grey) * mean_grey + constant)
+            constant = torch.where(step == SATURATION, constant, factor * constant + to_mean)
+            grey = factor * grey + rest * (step == SATURATION) * (own + grey)
+            own = factor * own
+        matrix = own[:, None, None] * self.identity + grey[:, None, None] * self.grey
         # The components are of colours from 0 to 1.
-        shift = shift + 255 * _apply(self.components, lighting)
+        shift = constant[:, None] + 255 * (self.components * lighting[:, None]).sum(2)
         return matrix * self.scale[:, None], shift * self.scale + self.shift
 
 
-def _mean_colour(pixels: Tensor) -> Tensor:
+def _parts(images: Tensor) -> list[slice]:
+    """Divide a batch into parts that fit the cache of a core; none on a GPU."""
+    size = len(images)
+    if images.device.type == "cpu":
+        size = max(1, PART_PIXELS // images[0].numel())
+    return [slice(first, first + size) for first in range(0, len(images), size)]
+
+
+def _mean_colour(images: Tensor) -> Tensor:
     """Average (n, 3, H, W) over the pixels: (n, 3) float64, however many images there are."""
     # Rows of bytes sum exactly in float32.
-    return pixels.sum(3).double().mean(2) / pixels.shape[3]
-
-
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix * vector[:, None]).sum(2)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return (left[..., None] * right[:, None]).sum(2)
+    sums = [images[part].float().sum(3).double().sum(2) for part in _parts(images)]
+    return torch.cat(sums) / images[0, 0].numel()

@@ -165,7 +165,7 @@ class LargeImages:
         for fields in chunks:
             if self.seed is not None:
                 *fields, draw = fields
-                draws.append(move(draw))
+                draws.append(draw)
             if self.resizes_on_device:
                 packed = Packed(*fields)
                 moved = Packed(*map(move, packed[:-2]), packed.shapes, packed.windows)
