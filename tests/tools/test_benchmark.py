@@ -15,6 +15,7 @@ from engine import cuda_graph
 from helpers.run_main import ROOT
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import cases, measure, peers, results
+from tools.benchmark.turns import take_turns
 
 TINY = "--depth 10 --growthRate 4 --imageSize 8 --batchSize 4 --nGPU 0"
 IMAGENET = "--imageSize 72 --d1 1 --d2 2 --d3 1 --d4 1 --growthRate 4 --batchSize 4"
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def settings(flags: str):
-    _, opt = benchmark.parse(flags.split())
+    _, opt, _ = benchmark.parse(flags.split())
     return opt
 
 
@@ -79,7 +80,7 @@ def test_a_peer_that_lacks_the_network_says_why(peer, flags, why, monkeypatch):
 
 # Cases:
 def names(argv: str, on_cuda: bool = False) -> list[str]:
-    options, opt = benchmark.parse(argv.split())
+    options, opt, _ = benchmark.parse(argv.split())
     found = cases.select_cases(opt, options.only, options.compile, on_cuda)
     return [case.name for case in found]
 
@@ -148,9 +149,8 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, line, capsys, monkeypatch):
 
 
 def test_a_file_is_named_after_network_device_and_torch():
-    opt = settings("--depth 22 --growthRate 12")
-    path = benchmark.csv_path(None, opt, "NVIDIA H200 (MIG)", "2.11.0+cu128")
-    name = r"bench_densenet-BC-L22-k12-b64_nvidia-h200-mig_torch2\.11_\d{6}\.csv"
+    path = benchmark.csv_path(None, "bench_x", "NVIDIA(R) H200 (MIG)", "2.11.0+cu128")
+    name = r"bench_x_nvidia-h200-mig_torch2\.11_\d{6}\.csv"
     assert re.fullmatch(name, path.name)
 
 
@@ -211,16 +211,16 @@ def test_cases_take_turns_in_random_order_and_one_that_fails_drops_out():
                 raise RuntimeError("out of memory\nand more lines")
             calls.append(name)
 
-        return SimpleNamespace(device=CPU, run=run, step_times=[], row={"who": name, "mode": "x"})
+        return SimpleNamespace(take_turn=run, turns=[], row={"who": name, "mode": "x"})
 
     rounds = []
     for _ in range(2):
         calls.clear()
         runners = [fake(name) for name in "abcd"]
-        measure.time_interleaved(runners, 1, 6)
+        take_turns(runners, 1, 6)
         rounds.append("".join(calls))
         assert [each.row.get("note") for each in runners] == [None, "out of memory", None, None]
-        assert [len(each.step_times) for each in runners] == [6, 2, 6, 6]
+        assert [len(each.turns) for each in runners] == [6, 2, 6, 6]
     assert rounds[0] == rounds[1]  # the same every time
     turns = [rounds[0][i : i + 4] for i in (0, 4, 8)] + [rounds[0][i : i + 3] for i in (12, 15)]
     assert [sorted(turn) for turn in turns] == [list("abcd")] * 3 + [list("acd")] * 2

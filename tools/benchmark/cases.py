@@ -74,11 +74,18 @@ def select_cases(opt: Settings, only: str | None, compiled: bool, on_cuda: bool)
         Case(name, precision, memory_format, mode)
         for precision, (name, mode), memory_format in itertools.product(precisions, pairs, FORMATS)
     ]
-    patterns = [f"*{pattern.strip()}*" for pattern in (only or "").split(",")]
-    selected = [
-        case for case in cases if any(fnmatch.fnmatchcase(case.name, each) for each in patterns)
-    ]
+    selected = [case for case in cases if matches(case.name, only)]
     if not selected:
-        what = f"only: {only} matches no case of these flags"
-        raise UsageError(what, f"names are as {cases[0].name}")
+        raise no_match(only, cases[0].name)
     return selected
+
+
+def matches(name: str, only: str | None) -> bool:
+    """Return whether one of the patterns of `--only` is found in a case's name."""
+    patterns = [f"*{pattern.strip()}*" for pattern in (only or "").split(",")]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def no_match(only: str, name: str) -> UsageError:
+    """Return the error that no case has such a name, but `name` is one."""
+    return UsageError(f"only: {only} matches no case of these flags", f"names are as {name}")

@@ -1,15 +1,11 @@
 """Measure the cases of `python -m tools.benchmark`: speed, memory and first step.
 
-All cases train on one batch of random images, from the same weights, with the same optimizer. They
-take turns in random order, so that a change of clock rate or load affects all of them alike.
+All cases train on one batch of random images, from the same weights, with the same optimizer.
 """
 
-import contextlib
 import gc
 import itertools
-import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -31,6 +27,7 @@ from experiment import console
 from experiment.log import RunLog
 from tools.benchmark import peers, results
 from tools.benchmark.cases import COMPILED, PEERS, Case
+from tools.benchmark.turns import error_as_note, quartile_columns, report, take_turns
 
 # Turns that count, warm-up turns before them, and steps of one turn: a GPU should not run dry.
 TURNS, WARM_UP, BURST = {"cpu": 5, "cuda": 30}, {"cpu": 2, "cuda": 10}, {"cpu": 1, "cuda": 5}
@@ -61,14 +58,14 @@ class Runner:
     """Train the network of a case: after `build`, `run()` takes one step in the case's mode.
 
     A step is forward, cross-entropy, backward and the fused SGD update. `row` holds the columns of
-    the case, with a note once an error has stopped it; `step_times` are seconds per step of the
+    the case, with a note once an error has stopped it; `turns` are the seconds per step of the
     counted turns.
     """
 
     def __init__(self, case: Case, opt: Settings, device: torch.device):
         self.case, self.opt, self.device, self.run = case, opt, device, self.step
         self.row: dict[str, object] = case.as_row()
-        self.step_times: list[float] = []
+        self.turns: list[float] = []
 
     def build(self) -> "Runner":
         """Create network, optimizer and batch; raises what `build` raises."""
@@ -107,6 +104,10 @@ class Runner:
             self.step()
         self._optimizer.zero_grad(set_to_none=True)  # so that the graph owns the gradients
         self.run = cuda_graph.capture(self.step, pool)
+
+    def take_turn(self) -> float:
+        """Take the steps of one turn, and return the seconds of each."""
+        return seconds(self.run, self.device, BURST[self.device.type])
 
     def first_steps(self, pool: tuple[int, int] | None) -> None:
         """Build the network, take its first steps and measure their memory.
@@ -176,29 +177,6 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
     return (_now(device) - start) / repeats
 
 
-@contextlib.contextmanager
-def error_as_note(row: dict) -> Iterator[None]:
-    """Write an error, most likely out of memory, into a row: the other cases go on."""
-    try:
-        yield
-    except Exception as error:
-        line = str(error).strip().partition("\n")[0] or type(error).__name__
-        row["note"] = line if len(line) <= 160 else line[:157] + "..."
-        report(f"{row['who']} {row['mode']}: {row['note']}")
-
-
-def time_interleaved(runners: list[Runner], warm_up: int, turns: int) -> None:
-    """Time runners in turns of random order; one that fails takes no more turns."""
-    order, rng = list(runners), random.Random(0)
-    for turn in range(warm_up + turns):
-        rng.shuffle(order)
-        for runner in [runner for runner in order if "note" not in runner.row]:
-            with error_as_note(runner.row):
-                step_s = seconds(runner.run, runner.device, BURST[runner.device.type])
-                if turn >= warm_up:
-                    runner.step_times.append(step_s)
-
-
 def time_beside_trainer(bare: Runner, warm_up: int, turns: int) -> dict[str, object]:
     """Time main.py's trainer in alternating turns with a runner of the same network.
 
@@ -232,9 +210,7 @@ def time_beside_trainer(bare: Runner, warm_up: int, turns: int) -> dict[str, obj
 def speed_columns(batch_size: int, step_times: list[float]) -> dict[str, object]:
     """Return median and quartiles of the images/s of some turns by column."""
     speeds = [batch_size / step_s for step_s in step_times]
-    q1, median, q3 = statistics.quantiles(speeds, n=4, method="inclusive")
-    return {"images_per_s": median, "images_per_s_q1": q1, "images_per_s_q3": q3,
-            "turns": len(speeds)}  # fmt: skip
+    return quartile_columns("images_per_s", speeds) | {"turns": len(speeds)}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -266,10 +242,10 @@ def measure(
                 runners.append(runner)
                 report(f"{runner.case.name}: first step {runner.row['first_step_s']:.1f} s")
         report(f"{len(runners)} cases take {warm_up} + {turns} turns")
-        time_interleaved(runners, warm_up, turns)
+        take_turns(runners, warm_up, turns)
 
         for runner in [runner for runner in runners if "note" not in runner.row]:
-            runner.row |= speed_columns(opt.batchSize, runner.step_times)
+            runner.row |= speed_columns(opt.batchSize, runner.turns)
             if options.trainer and runner.case.trains_as_main:
                 name = runner.case.implementation.replace("level", "trainer")
                 rows.append(runner.case._replace(implementation=name).as_row())
@@ -282,8 +258,3 @@ def measure(
                 row["fraction_of_bound"] = row["images_per_s"] / bound
         results.add_ratios(rows)
         yield rows
-
-
-def report(line: str) -> None:
-    """Print a line about the progress to standard error."""
-    print(line, file=sys.stderr, flush=True)

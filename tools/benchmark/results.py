@@ -29,14 +29,13 @@ COLUMNS = (
     "copy_gb_per_s", "bound_images_per_s", "fraction_of_bound", "note",
     "batch_size", "image_size", "device", "driver", "threads", "torch", "triton", "commit", "date",
 )  # fmt: skip
-# The columns that are printed: text, numbers, text. The file has them all.
+# The columns that are printed. The file has them all.
 PRINTED = (
     "who", "precision", "memory_format", "mode",
     "images_per_s", "images_per_s_q1", "images_per_s_q3", "ratio_level_0",
     "ratio_fastest_eager_peer", "held_mb_per_image", "peak_mb", "first_step_s", "fraction_of_bound",
     "note",
 )  # fmt: skip
-ALIGN = [str.ljust] * 4 + [str.rjust] * 9 + [str.ljust]
 LEGEND = """
 ratio              to images/s of level 0, or of the fastest of torchvision (plain, memory
                    efficient) and timm, in the faster memory format and the same precision
@@ -73,10 +72,10 @@ def add_ratios(rows: list[dict]) -> None:
         row |= {name: row["images_per_s"] / max(found) for name, found in speeds.items() if found}
 
 
-def as_csv(rows: list[dict]) -> bytes:
-    """Write the rows as CSV, or raise ValueError for a column that `COLUMNS` does not list."""
+def as_csv(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> bytes:
+    """Write the rows as CSV, or raise ValueError for a column that `columns` does not list."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, restval=NOT_RUN, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, restval=NOT_RUN, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _text(cell, 5) for name, cell in row.items()})
@@ -88,13 +87,20 @@ def _text(cell: object, digits: int) -> str:
     return f"{float(f'{cell:.{digits}g}'):.12g}" if isinstance(cell, float) else str(cell)
 
 
-def as_table(rows: list[dict]) -> str:
-    """Write the rows as text, and explain the columns."""
-    table = [PRINTED]
-    table += [[_text(row.get(column, NOT_RUN), 3) for column in PRINTED] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["", f"{rows[0]['network']}, batch {rows[0]['batch_size']}"]
-    for cells in table:
-        padded = [pad(*cell) for pad, *cell in zip(ALIGN, cells, widths, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join([*lines, LEGEND])
+def as_table(
+    rows: list[dict], title: str, columns: tuple[str, ...] = PRINTED, legend: str = LEGEND
+) -> str:
+    """Write some columns of the rows as text, numbers to the right, and explain them.
+
+    A column that was measured in no row is left out.
+    """
+    lines = ["", title, *[""] * (len(rows) + 1)]
+    for column in columns:
+        if all(column not in row for row in rows):
+            continue
+        cells = [column, *(_text(row.get(column, NOT_RUN), 3) for row in rows)]
+        is_number = any(isinstance(row.get(column), float) for row in rows)
+        align, width = str.rjust if is_number else str.ljust, max(map(len, cells))
+        for number, cell in enumerate(cells, 2):
+            lines[number] += f"{align(cell, width)}  "
+    return "\n".join([*map(str.rstrip, lines), legend])
