@@ -15,8 +15,6 @@ from helpers.run_main import ROOT
 from tools.results.configs import configs
 from tools.sweep import tasks
 
-# Tools whose flags are main.py's.
-WITH_FLAGS_OF_MAIN = ("describe",)
 # The README's example of mistakes.
 MISTAKEN = "python main.py --dataset cifar --depth 41"
 
@@ -62,7 +60,7 @@ def documented_commands() -> list[str]:
 
 def parser(program: str) -> Callable[[list[str]], object]:
     """Return the parser of the command line of `main.py` or of `tools.NAME`."""
-    if program.removeprefix("tools.") in ("main.py", *WITH_FLAGS_OF_MAIN):
+    if program == "main.py":
         return opts.parse
     module = importlib.import_module(program)
     if hasattr(module, "__path__"):  # a tool of several files

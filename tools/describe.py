@@ -3,23 +3,30 @@
 usage: python -m tools.describe [main.py's flags]
 
 With --batchSize it also predicts the memory of a training step in each precision and, of a
-DenseNet, at each memory level.
+DenseNet, at each memory level. With --imagesPerSecond it says how many cores prepare the images.
 """
 
 import math
 import sys
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import opts
-from cli.flag_types import Settings
+from cli.flag_types import AT_LEAST_1, Flag, Settings, integer
 from datasets.registry import DATASETS
-from errors import UsageError
+from errors import UsageError, printable
 from models.registry import ARCHITECTURES
 from tools import cli
+from tools.benchmark import loader_results
 
 PRECISIONS = ("single", "half", "bf16", "double")
+FLAGS = (
+    Flag("imagesPerSecond", integer, None, "training images a second to count the cores for, by "
+         "the newest measurement of python -m tools.benchmark --loader", "none", range=AT_LEAST_1),
+)  # fmt: skip
+TOOL = cli.Tool(__doc__, FLAGS, main_flags=True)
 
 
 class Layer(NamedTuple):
@@ -141,21 +148,53 @@ def resident_bytes(opt: Settings) -> int | None:
     return count and count * (3 * opt.imageSize**2 + 8)
 
 
+def cores(opt: Settings, rate: int) -> str:
+    """Return a line about the cores whose loader processes prepare `rate` images a second.
+
+    Raises:
+        UsageError: the images are not read from files while training.
+    """
+    if not DATASETS[opt.dataset].is_read_from_disk(opt.imageSize):
+        what = f"imagesPerSecond: {opt.dataset} at {opt.imageSize} pixels stays in memory"
+        raise UsageError(what, "leave it out")
+    kind = f"{opt.resize} to {opt.imageSize} pixels"
+    found = loader_results.find_newest(cli.ROOT / "results", opt.resize, opt.imageSize)
+    if found is None:
+        size = "" if opt.imageSize == 224 else f" --imageSize {opt.imageSize}"
+        command = f"python -m tools.benchmark --loader DIR{size}"
+        return f"cores          {kind} is not measured yet; on your images: {command}"
+    path, row = found
+    speed = float(row["images_per_cpu_s"])
+    return (
+        f"cores          {loader_results.num_cores(rate, speed)} for {rate:,} images/s, {kind}: "
+        f"{speed:,.0f} per second and core on {row['device']} ({printable(path.name)})"
+    )
+
+
+def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
+    """Return the values of the tool's flags, and the settings; or raise UsageError."""
+    command = TOOL.parse(argv)
+    return command.options, opts.parse(command.main_flags)
+
+
 def run(argv: list[str]) -> None:
     """Print the counts of the network that the flags describe."""
-    opt = opts.parse(argv)
+    options, opt = parse(argv)
     num_classes = opt.nClasses or DATASETS[opt.dataset].num_classes
     if num_classes is None:
         raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")
     opt = opt.replace(nClasses=num_classes)
+    about_cores = options.imagesPerSecond and cores(opt, options.imagesPerSecond)
     print("\n".join(counts(opt)))
     if "batchSize" in opt.given:
         print()
         for line in memory(opt):  # takes seconds
             print(line, flush=True)
+    if about_cores:
+        print(f"\n{about_cores}")
 
 
-main = partial(cli.Tool(__doc__, main_flags=True).run, run)
+main = partial(TOOL.run, run)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

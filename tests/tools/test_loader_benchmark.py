@@ -12,6 +12,7 @@ from PIL import Image
 import datasets.factory
 import opts
 from helpers.run_main import ROOT
+from tools import describe
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import loader_driver, loader_peers, loader_results, photographs
 
@@ -219,6 +220,50 @@ def test_a_speed_is_divided_by_that_of_the_same_split_part_and_if_there_is_one_r
 @pytest.mark.parametrize("rate, speed, cores", [(1000, 500.0, 2), (1001, 500.0, 3), (1, 500.0, 1)])
 def test_cores_are_rounded_up(rate, speed, cores):
     assert loader_results.num_cores(rate, speed) == cores
+
+
+# tools.describe:
+def results_csv(path: Path, date: str, *rows: tuple) -> None:
+    """Write a file as the benchmark does."""
+    names = ("who", "split", "resize", "part", "image_size", "images_per_cpu_s")
+    fixed = {"device": "Some CPU, 2 cores", "date": date}
+    columns = loader_results.COLUMNS
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, columns, restval="not run")
+        writer.writeheader()
+        writer.writerows(dict(zip(names, row, strict=True)) | fixed for row in rows)
+
+
+def test_describe_counts_the_cores_by_the_newest_measurement(tmp_path, monkeypatch, capsys):
+    def described(*flags: str) -> str:
+        assert describe.main(["--dataset", "imagenet", "--imagesPerSecond", "2000", *flags]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    monkeypatch.setattr(describe.cli, "ROOT", tmp_path)
+    unmeasured = "cores          antialias to 224 pixels is not measured yet; on your images: "
+    assert described() == unmeasured + "python -m tools.benchmark --loader DIR"
+    (tmp_path / "results").mkdir()
+    assert described().startswith(unmeasured)
+
+    training = ("this", "training", "antialias", "workers", 224)
+    results_csv(tmp_path / "results/loader_b.csv", "2026-12-02", (*training, 400))
+    results_csv(tmp_path / "results/loader_c.csv", "2026-12-01", (*training, 100))
+    results_csv(tmp_path / "results/loader_a.csv", "2026-12-03",
+                ("timm", *training[1:], 50), ("against", *training[1:], 50),
+                ("this", "evaluation", *training[2:], 50), (*training[:3], "whole", 224, 50),
+                (*training[:4], 96, 50), ("this", "training", "torch7", "workers", 224, 300),
+                )  # fmt: skip
+    wanted = "{} for 2,000 images/s, {} to 224 pixels: {} per second and core on Some CPU, 2 cores"
+    cores = "cores          " + wanted
+    assert described() == cores.format(5, "antialias", 400) + " (loader_b.csv)"
+    assert described("--resize", "torch7") == cores.format(7, "torch7", 300) + " (loader_a.csv)"
+    assert described("--imageSize", "448").endswith("--loader DIR --imageSize 448")
+
+
+def test_describe_refuses_to_count_cores_for_data_that_stays_in_memory(capsys):
+    assert describe.main(["--imagesPerSecond", "2000"]) == 2
+    line = "error: imagesPerSecond: cifar10 at 32 pixels stays in memory; fix: leave it out\n"
+    assert capsys.readouterr().err == line
 
 
 # Photographs:

@@ -131,7 +131,11 @@ def one_thread() -> Iterator[None]:
 
 
 def make_runners(
-    options: SimpleNamespace, opt: Settings, argv: list[str], paths: list[str], other: Checkout
+    options: SimpleNamespace,
+    opt: Settings,
+    argv: list[str],
+    paths: list[str],
+    other: Checkout | None,
 ) -> list[Runner]:
     """Make what `--only` selects; a library that is missing leaves a note in its row.
 
