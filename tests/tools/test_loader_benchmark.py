@@ -274,7 +274,6 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def test_photographs_are_the_same_each_time_and_a_dataset_to_train_on(tmp_path, capsys):
-    pytest.importorskip("skimage")
     for name, more in (("a", ()), ("b", ()), ("c", ("--seed", "1"))):
         assert photographs.main([str(tmp_path / name), "--count", "40", *more]) == 0
     first, again, other = (digests(tmp_path / name) for name in "abc")
@@ -293,7 +292,6 @@ def test_photographs_are_the_same_each_time_and_a_dataset_to_train_on(tmp_path, 
 
 
 def test_photographs_can_be_as_large_as_a_cameras(tmp_path):
-    pytest.importorskip("skimage")
     (first, *_) = photographs.cut(1, (4000, 3000), 0)
     (tmp_path / "one.jpg").write_bytes(first[1])
     assert Image.open(tmp_path / "one.jpg").size == (4000, 3000)
