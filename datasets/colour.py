@@ -107,18 +107,11 @@ class Augment(Normalise):
 
     def _matrices(self, mean_colour: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Compose all steps: (n, 3, 3) and (n, 3) that map pixels to normalised values."""
-        factors, steps, lighting = draws[:, :3], draws[:, 3:6].long(), draws[:, 6:9]
-        # Each step maps a colour to own * colour + grey * (its grey) + constant.
-        own = torch.ones_like(factors[:, 0])
-        grey, constant = torch.zeros_like(own), torch.zeros_like(own)
-        mean_grey = (mean_colour * self.grey).sum(1)
-        for step in steps.unbind(1):
-            factor = factors.gather(1, step[:, None])[:, 0]
-            rest = 1 - factor  # of black, of the image's mean grey, or of each pixel's grey
-            to_mean = rest * (step == CONTRAST) * ((own + grey) * mean_grey + constant)
-            constant = torch.where(step == SATURATION, constant, factor * constant + to_mean)
-            grey = factor * grey + rest * (step == SATURATION) * (own + grey)
-            own = factor * own
+        (brightness, contrast, saturation), lighting = draws[:, :3].T, draws[:, 6:9]
+        # Parity: they come in the random order of `draws`. It has no effect, since nothing is
+        # clamped: brightness scales any constant, and saturation keeps what is grey.
+        own, mean_grey = brightness * contrast * saturation, (mean_colour * self.grey).sum(1)
+        grey, constant = brightness * contrast - own, brightness * (1 - contrast) * mean_grey
         matrix = own[:, None, None] * self.identity + grey[:, None, None] * self.grey
         # The components are of colours from 0 to 1.
         shift = constant[:, None] + 255 * (self.components * lighting[:, None]).sum(2)

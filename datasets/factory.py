@@ -108,8 +108,6 @@ def create(
     loaders = _LoaderFactory(opt, device, dtype, process, statistics, unreadable)
     metadata = {"mean": list(mean), "std": list(std)} | split | fingerprints
     parts = loaders.make_all(train, test, kept, held_out)
-    if isinstance(parts[0], FileLoader) and opt.augment:
-        metadata["draws"] = DRAWS
     sizes = (part.sampler.num_images if part else None for part in parts)
     metadata |= {"classes": classes} | dict(zip(("train", "val", "test"), sizes, strict=True))
     return DataSplits(*parts, classes, metadata)
@@ -300,6 +298,8 @@ def _index_files(
     _check_classes(opt, index.classes)
     fingerprints = {"training_set": hash_files(index.train, root / "train")}
     fingerprints["test_set"] = hash_files(index.val, root / "val")
+    if opt.augment:
+        fingerprints["draws"] = DRAWS
     return index.train, index.val, index.classes, fingerprints
 
 

@@ -32,9 +32,9 @@ def antialias(pixels: np.ndarray, extent: tuple[float, float], cut: Cut, size: i
     # Only with its stride in this order does torch see that a single image is channels-last.
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     if extent != pixels.shape[:2]:
-        scales = [side / of for side, of in zip(cut.scaled, extent, strict=True)]
-        # Not F.interpolate: from factors it computes the size, and rounding may lose a pixel.
-        image = torch.ops.aten._upsample_bicubic2d_aa(image, cut.scaled, False, *scales)
+        # From factors F.interpolate computes the size, and must not round it down by a pixel.
+        scales = [(side + 1e-6) / of for side, of in zip(cut.scaled, extent, strict=True)]
+        image = F.interpolate(image, scale_factor=scales, mode="bicubic", antialias=True)
     elif extent != cut.scaled:
         image = F.interpolate(image, cut.scaled, mode="bicubic", antialias=True)
     image = image[0].permute(1, 2, 0)
