@@ -14,6 +14,7 @@ import yaml
 import checkpoints
 from faults.contract import TINY, command, outcome, records, refused, saved, status, tiny
 from faults.sabotage import at_batch, fail, forget_position, forget_rng, kill_after, no_fsync, send
+from fileio import tensor_files
 from helpers.run_main import run
 from helpers.sample_data import write_folder
 
@@ -267,3 +268,24 @@ def test_resume_auto_may_start_afresh_and_says_so(tmp_path):
     result = run(tiny(nEpochs=1, resume="auto", save=tmp_path / "run"))
     assert result.code == 0
     assert f"note: nothing to resume in {tmp_path / 'run'}: starting afresh" in result.err
+
+
+def test_a_run_of_an_earlier_loader_goes_on_with_its_resize_and_a_note(photographs, tmp_path):
+    shape = {"d1": 1, "d2": 1, "d3": 1, "d4": 1, "growthRate": 2, "initChannels": 4}
+    data = {"dataset": "folder", "data": photographs, "imageSize": 72, "batchSize": 4}
+    argv = command(**shape | data, nThreads=0, nEpochs=1, save=tmp_path)
+    assert run(argv, stopped(2)).code == 75
+    note = "the run began with an earlier loader: from here on crops and colours are drawn anew"
+    assert note not in run(command(resume=tmp_path), stopped(1)).err
+    (path, *_) = checkpoints.list_checkpoints(tmp_path)
+    state = checkpoints.load(path)
+    del state["settings"]["resize"], state["data"]["draws"]
+    # Lua's weights have another default now, and did not then.
+    state["settings"]["retrain"] = "lua.t7"
+    path.write_bytes(tensor_files.to_bytes(state | {"format": checkpoints.FORMAT}))
+    config = tmp_path / "config.yaml"
+    lines = config.read_text().replace("resize: antialias\n", "")
+    config.write_text(lines.replace("retrain: none", "retrain: lua.t7"))
+    result = run(command(resume=tmp_path))
+    assert result.code == 0 and note in result.err and "override" not in result.err
+    assert "resize: antialias" in config.read_text()
