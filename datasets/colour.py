@@ -6,7 +6,6 @@ and none clamped: so one 3x4 matrix per image does them all (docs/parity.md, Ima
 
 import itertools
 import math
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -24,7 +23,7 @@ GREY = (0.299, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION)))
 FIRST_DRAW = 50  # the ones before are for the crop
-PART_PIXELS = 2**18  # values of a part of a batch on the CPU: a megabyte
+PART_VALUES = 2**18  # values of a part of a batch on the CPU: a megabyte
 
 
 def colour_draws(draws: np.ndarray) -> Tensor:
@@ -57,17 +56,26 @@ class Normalise:
         self.scale, self.shift = 1 / std, -mean / std  # (3,)
         self.dtype = dtype
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Normalise a batch, to channels-last memory."""
-        scale, shift = (each.to(self.dtype)[:, None, None] for each in (self.scale, self.shift))
-        return self._map(images, lambda pixels, _: torch.addcmul(shift, pixels, scale))
+    def __call__(self, images: Tensor, *draws: Tensor) -> Tensor:
+        """Compute a batch, in channels-last memory.
 
-    def _map(self, images: Tensor, colours: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Compute `colours(pixels, part)` of all parts of a batch; pixels are of the type."""
+        Args:
+            images: (n, 3, H, W) uint8, or floats from 0 to 255 and beyond, in any memory format.
+            draws: of `Augment`: (n, 10) float64 on the CPU, see `colour_draws`.
+        """
         result = torch.empty_like(images, dtype=self.dtype, memory_format=torch.channels_last)
-        for part in _parts(images):
-            result[part] = colours(images[part].to(self.dtype), part)
+        size = len(images)
+        if images.device.type == "cpu":  # parts that fit the cache of a core
+            size = max(1, PART_VALUES // images[0].numel())
+        for part in zip(*(each.split(size) for each in (result, images, *draws)), strict=True):
+            target, source, *drawn = part
+            pixels = source.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+            target.copy_(self._compute(pixels, *drawn))
         return result
+
+    def _compute(self, pixels: Tensor) -> Tensor:
+        scale, shift = (each.to(self.dtype)[:, None, None] for each in (self.scale, self.shift))
+        return torch.addcmul(shift, pixels, scale)
 
 
 class Augment(Normalise):
@@ -82,28 +90,19 @@ class Augment(Normalise):
         self.grey, self.identity = as_tensor(GREY), torch.eye(3, out=as_tensor(()))
         self.components = as_tensor(EIGENVECTORS) * as_tensor(EIGENVALUES)  # (3, 3)
 
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment a batch, to channels-last memory.
-
-        Args:
-            images: (n, 3, H, W) uint8, or floats from 0 to 255 and beyond; overwritten.
-            draws: (n, 10) float64 on the CPU, see `colour_draws`.
-        """
+    def _compute(self, pixels: Tensor, draws: Tensor) -> Tensor:
         # Known on the CPU, so that nothing waits for a GPU.
-        mirrored = draws[:, -1].nonzero()[:, 0].to(images.device, non_blocking=True)
-        images[mirrored] = images[mirrored].flip(3)
-        draws = draws.to(images.device, non_blocking=True)
-        matrix, shift = self._matrices(_mean_colour(images), draws)
-        matrix, shift = matrix.to(self.dtype), shift.to(self.dtype)[..., None]  # shift: (n, 3, 1)
-
-        def colours(pixels: Tensor, part: slice) -> Tensor:
-            # Not matmul: its rounding depends on the number of images, and on a GPU on TF32.
-            red, green, blue = pixels.flatten(2).split(1, 1)  # (n, 1, H W)
-            by_red, by_green, by_blue = matrix[part].split(1, 2)  # (n, 3, 1)
-            result = torch.addcmul(shift[part], red, by_red)
-            return result.addcmul_(green, by_green).addcmul_(blue, by_blue).view_as(pixels)
-
-        return self._map(images, colours)
+        mirrored = draws[:, -1].nonzero()[:, 0].to(pixels.device, non_blocking=True)
+        pixels[mirrored] = pixels[mirrored].flip(3)
+        draws = draws.to(pixels.device, non_blocking=True)
+        # Rows of bytes sum exactly in float32, and every row in one order.
+        mean_colour = pixels.sum(3).double().sum(2) / pixels[0, 0].numel()  # (n, 3)
+        matrix, shift = (each.to(self.dtype) for each in self._matrices(mean_colour, draws))
+        # Not matmul: its rounding depends on the number of images, and on a GPU on TF32.
+        red, green, blue = pixels.flatten(2).split(1, 1)  # (n, 1, H W)
+        by_red, by_green, by_blue = matrix.split(1, 2)  # (n, 3, 1)
+        result = torch.addcmul(shift[..., None], red, by_red)
+        return result.addcmul_(green, by_green).addcmul_(blue, by_blue).view_as(pixels)
 
     def _matrices(self, mean_colour: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Compose all steps: (n, 3, 3) and (n, 3) that map pixels to normalised values."""
@@ -116,18 +115,3 @@ class Augment(Normalise):
         # The components are of colours from 0 to 1.
         shift = constant[:, None] + 255 * (self.components * lighting[:, None]).sum(2)
         return matrix * self.scale[:, None], shift * self.scale + self.shift
-
-
-def _parts(images: Tensor) -> list[slice]:
-    """Divide a batch into parts that fit the cache of a core; none on a GPU."""
-    size = len(images)
-    if images.device.type == "cpu":
-        size = max(1, PART_PIXELS // images[0].numel())
-    return [slice(first, first + size) for first in range(0, len(images), size)]
-
-
-def _mean_colour(images: Tensor) -> Tensor:
-    """Average (n, 3, H, W) over the pixels: (n, 3) float64, however many images there are."""
-    # Rows of bytes sum exactly in float32.
-    sums = [images[part].float().sum(3).double().sum(2) for part in _parts(images)]
-    return torch.cat(sums) / images[0, 0].numel()

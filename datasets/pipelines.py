@@ -172,7 +172,7 @@ class LargeImages:
                 images.append(torch7(moved, self.size))
             else:
                 images.append(move(fields[0]))
-        batch = torch.cat(images)
+        batch = images[0] if len(images) == 1 else torch.cat(images)
         if self.resize == "antialias":
-            batch = batch.permute(0, 3, 1, 2).contiguous()
+            batch = batch.permute(0, 3, 1, 2)
         return self._augment(batch, *([torch.cat(draws)] if draws else []))
