@@ -23,6 +23,7 @@ GREY = (0.299, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION)))
 FIRST_DRAW = 50  # the ones before are for the crop
+CONTIGUOUS = torch.contiguous_format
 PART_VALUES = 2**18  # values of a part of a batch on the CPU: a megabyte
 
 
@@ -67,15 +68,21 @@ class Normalise:
         size = len(images)
         if images.device.type == "cpu":  # parts that fit the cache of a core
             size = max(1, PART_VALUES // images[0].numel())
+        # Memory that is had anew for each part would cost more time than computing.
+        pixels, colours = (
+            torch.empty_like(images[:size], dtype=self.dtype, memory_format=CONTIGUOUS)
+            for _ in range(2)
+        )
         for part in zip(*(each.split(size) for each in (result, images, *draws)), strict=True):
             target, source, *drawn = part
-            pixels = source.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
-            target.copy_(self._compute(pixels, *drawn))
+            used = slice(len(source))
+            self._compute(pixels[used].copy_(source), colours[used], *drawn)
+            target.copy_(colours[used])
         return result
 
-    def _compute(self, pixels: Tensor) -> Tensor:
+    def _compute(self, pixels: Tensor, out: Tensor) -> None:
         scale, shift = (each.to(self.dtype)[:, None, None] for each in (self.scale, self.shift))
-        return torch.addcmul(shift, pixels, scale)
+        torch.addcmul(shift, pixels, scale, out=out)
 
 
 class Augment(Normalise):
@@ -90,7 +97,7 @@ class Augment(Normalise):
         self.grey, self.identity = as_tensor(GREY), torch.eye(3, out=as_tensor(()))
         self.components = as_tensor(EIGENVECTORS) * as_tensor(EIGENVALUES)  # (3, 3)
 
-    def _compute(self, pixels: Tensor, draws: Tensor) -> Tensor:
+    def _compute(self, pixels: Tensor, out: Tensor, draws: Tensor) -> None:
         # Known on the CPU, so that nothing waits for a GPU.
         mirrored = draws[:, -1].nonzero()[:, 0].to(pixels.device, non_blocking=True)
         pixels[mirrored] = pixels[mirrored].flip(3)
@@ -101,8 +108,8 @@ class Augment(Normalise):
         # Not matmul: its rounding depends on the number of images, and on a GPU on TF32.
         red, green, blue = pixels.flatten(2).split(1, 1)  # (n, 1, H W)
         by_red, by_green, by_blue = matrix.split(1, 2)  # (n, 3, 1)
-        result = torch.addcmul(shift[..., None], red, by_red)
-        return result.addcmul_(green, by_green).addcmul_(blue, by_blue).view_as(pixels)
+        out = torch.addcmul(shift[..., None], red, by_red, out=out.flatten(2))
+        out.addcmul_(green, by_green).addcmul_(blue, by_blue)
 
     def _matrices(self, mean_colour: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Compose all steps: (n, 3, 3) and (n, 3) that map pixels to normalised values."""
