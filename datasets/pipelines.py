@@ -143,7 +143,7 @@ class LargeImages:
         return Picture(pixels, extent, cut, draws), remarks
 
     def prepare(self, picture: Picture) -> Fields:
-        """Cut and resize an image, unless the device does; select the draws of its colours."""
+        """Cut and resize an image, unless the device does; pass on its draws."""
         pixels, extent, cut, draws = picture
         if self.resize == "antialias":
             fields = (antialias(pixels, extent, cut, self.size),)
@@ -151,7 +151,7 @@ class LargeImages:
             fields = pack(pixels, cut, self.size)
             if not self.resizes_on_device:
                 fields = (torch7(fields, self.size),)
-        return fields if draws is None else (*fields, colour_draws(draws))
+        return fields if draws is None else (*fields, torch.from_numpy(draws))
 
     def _cut(self, width: int, height: int, draws: np.ndarray | None) -> cuts.Cut:
         if draws is None:
@@ -175,4 +175,4 @@ class LargeImages:
         batch = images[0] if len(images) == 1 else torch.cat(images)
         if self.resize == "antialias":
             batch = batch.permute(0, 3, 1, 2)
-        return self._augment(batch, *([torch.cat(draws)] if draws else []))
+        return self._augment(batch, *([colour_draws(torch.cat(draws).numpy())] if draws else []))
