@@ -208,7 +208,7 @@ def apply_defaults(given: dict[str, object]) -> Settings:
     default("augment", dataset.augment)
     default("validSize", dataset.valid_size)
     default("dropRate", 0.0 if opt.augment else 0.2)
-    is_of_lua = opt.retrain.endswith(".t7") and dataset.is_read_from_disk(opt.imageSize)
+    is_of_lua = ".t7:" in f"{opt.retrain}:" and dataset.is_read_from_disk(opt.imageSize)
     default("resize", "torch7" if is_of_lua else "antialias")
     if opt.lrShape == "multistep":
         default("milestones", default_milestones(opt.nEpochs, opt.imagenetShape, opt.netType))

@@ -19,7 +19,6 @@ from datasets.memory_loader import (
     ImageTensors,
     MemoryLoader,
     channel_statistics,
-    normalise_pixels,
 )
 from datasets.pipelines import LargeImages, Pipeline, SmallImages
 from datasets.registry import DATASETS, Statistics
@@ -233,12 +232,7 @@ class _LoaderFactory:
                 seed=opt.manualSeed if training and opt.augment else None,
                 ten_crops=opt.tenCrop and not training,
             )
-        mean, std = torch.tensor(self.statistics, dtype=self.dtype, device=self.device)
-
-        def normalise(pixels: Tensor) -> Tensor:
-            return normalise_pixels(pixels, mean, std).permute(0, 3, 1, 2)
-
-        return SmallImages(opt.imageSize, normalise, self.dtype)
+        return SmallImages(opt.imageSize, self.statistics, self.dtype)
 
 
 # Training set, test set, classes, fingerprints.

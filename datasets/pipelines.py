@@ -1,6 +1,5 @@
 """Prepare images in loader processes, and finish batches of them on the training device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol
@@ -14,12 +13,13 @@ from datasets import cuts
 from datasets.colour import Augment, Normalise, colour_draws
 from datasets.decode import DecodeOptions, decode
 from datasets.draws import uniforms
+from datasets.memory_loader import normalise_pixels
 from datasets.regions import Region, decode_region
 from datasets.registry import Statistics
 from datasets.resize import NUM_TAPS, Packed, antialias, pack, torch7
 
 # A validation image is decoded at a reduced scale if that is at least four times as large as what
-# it is resized to: then pixels differ by a tenth of a grey level in the mean (docs/parity.md).
+# it is resized to: then pixels differ by 0.2 of a grey level in the mean (docs/parity.md).
 EVALUATION_MARGIN = 4
 # What crosses to the main process of one image: tensors that are concatenated.
 Fields = tuple[Tensor, ...]
@@ -47,8 +47,8 @@ class SmallImages:
     """Resize and crop images up to 64 pixels with Pillow."""
 
     size: int  # height and width in pixels
-    normalise: Callable[[Tensor], Tensor] | None = None  # (n, H, W, 3) -> (n, 3, H, W)
-    dtype: torch.dtype = torch.float32  # that it returns
+    statistics: Statistics | None = None  # of pixels from 0 to 255; None leaves them as they are
+    dtype: torch.dtype = torch.float32  # of the batches
 
     @property
     def image_bytes(self) -> int:
@@ -70,9 +70,12 @@ class SmallImages:
         return (torch.from_numpy(np.array(picture))[None],)
 
     def finish(self, chunks: list[Fields], device: torch.device) -> Tensor:
-        """Join and normalise the images of a batch."""
+        """Join the images of a batch, (n, size, size, 3), or normalise them, (n, 3, size, size)."""
         images = torch.cat([images.to(device, non_blocking=True) for (images,) in chunks])
-        return self.normalise(images) if self.normalise else images
+        if self.statistics is None:
+            return images
+        mean, std = torch.tensor(self.statistics, dtype=self.dtype, device=device)
+        return normalise_pixels(images, mean, std).permute(0, 3, 1, 2)
 
 
 class Picture(NamedTuple):
