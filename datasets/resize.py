@@ -37,11 +37,14 @@ def antialias(pixels: np.ndarray, extent: tuple[float, float], cut: Cut, size: i
         image = F.interpolate(image, scale_factor=scales, mode="bicubic", antialias=True)
     elif extent != cut.scaled:
         image = F.interpolate(image, cut.scaled, mode="bicubic", antialias=True)
+    else:
+        image = image.clone()  # the caller's pixels are valid for this call only
     image = image[0].permute(1, 2, 0)
     crops = [image[top : top + size, left : left + size] for top, left, _ in cut.windows]
     are_mirrored = (window.is_mirrored for window in cut.windows)
     flipped = zip(crops, are_mirrored, strict=True)
-    return torch.stack([crop.flip(1) if is_mirrored else crop for crop, is_mirrored in flipped])
+    crops = [crop.flip(1) if is_mirrored else crop for crop, is_mirrored in flipped]
+    return torch.stack(crops) if len(crops) > 1 else crops[0][None]
 
 
 class Taps(NamedTuple):
