@@ -250,8 +250,6 @@ def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
          "testOnly without weights would test random ones", "add --resume DIR or --retrain FILE"),
         (opt.tenCrop and (not opt.imagenetShape or dataset.is_generated),
          f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops", "leave it out"),
-        (opt.resize == "torch7" and not dataset.is_read_from_disk(opt.imageSize),
-         f"resize torch7 has no effect on {opt.dataset} at {opt.imageSize} pixels", "leave it out"),
         # first epoch
         (opt.epochNumber != 1 and opt.resume not in ("none", "auto"),
          f"epochNumber {opt.epochNumber} together with resume, which knows the epoch",
@@ -306,7 +304,10 @@ def notes(opt: Settings, given: dict[str, object]) -> list[str]:
     late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
     noted = [name for name in network.unused_flags if given.get(name, False) is not False]
     renamed = [name for name in ("shareGradInput", "optnet") if given.get(name)]
+    unresized = "resize" in given and not DATASETS[opt.dataset].is_read_from_disk(opt.imageSize)
+    where = f"{opt.dataset} at {opt.imageSize} pixels"
     return [
+        *([f"resize has no effect on {where}"] if unresized and opt.resize == "torch7" else []),
         *(f"{name} has no effect here" for name in IGNORED_FLAGS if name in given),
         *(f"{name} has no effect on a {opt.netType}" for name in noted),
         *(f"{name} is optMemory {opt.optMemory} here" for name in renamed if network.uses(name)),

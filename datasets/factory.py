@@ -292,8 +292,7 @@ def _index_files(
     _check_classes(opt, index.classes)
     fingerprints = {"training_set": hash_files(index.train, root / "train")}
     fingerprints["test_set"] = hash_files(index.val, root / "val")
-    if opt.augment:
-        fingerprints["draws"] = DRAWS
+    fingerprints["draws"] = DRAWS
     return index.train, index.val, index.classes, fingerprints
 
 

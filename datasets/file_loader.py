@@ -161,10 +161,11 @@ class FileLoader:
         self.pipeline, self.device = pipeline, device
         self._keys = _EpochKeys()
         warnings.filterwarnings("ignore", "This DataLoader will create")  # we say so ourselves
-        batch_bytes = max(1, pipeline.image_bytes * sampler.largest_batch)
+        batch_bytes = pipeline.typical_bytes * sampler.largest_batch
         self._num_chunks, prefetch = 1, None  # of a full batch
         if num_workers:
-            self._num_chunks = min(-(-batch_bytes // CHUNK_BYTES), sampler.largest_batch)
+            num_chunks = min(-(-batch_bytes // CHUNK_BYTES), sampler.largest_batch)
+            self._num_chunks = max(1, num_chunks)
             chunk_bytes = -(-sampler.largest_batch // self._num_chunks) * pipeline.image_bytes
             num_workers, prefetch = shared_memory.fit_in_flight(
                 num_workers,

@@ -29,7 +29,8 @@ class Pipeline(Protocol):
     """Read and prepare images in loader processes, and finish batches on the training device."""
 
     size: int  # height and width of the network's input in pixels
-    image_bytes: int  # of an image that cross to the main process
+    image_bytes: int  # of an image that cross to the main process, at most
+    typical_bytes: int  # and mostly
     dtype: torch.dtype  # of the batches
 
     def read(self, path: str, options: DecodeOptions, epoch: int, index: int) -> tuple:
@@ -54,6 +55,11 @@ class SmallImages:
     def image_bytes(self) -> int:
         """Return how many bytes of an image cross to the main process."""
         return 3 * self.size**2
+
+    @property
+    def typical_bytes(self) -> int:
+        """Return the same."""
+        return self.image_bytes
 
     def read(self, path: str, options: DecodeOptions, *_: int) -> tuple[Image.Image, list[str]]:
         """Decode an image."""
@@ -115,12 +121,17 @@ class LargeImages:
         self._finish_args = statistics, device, dtype
         # Torch7's resize makes floats, four times as many bytes as a crop: they stay on the device.
         self.resizes_on_device = resize == "torch7" and device.type != "cpu"
-        window_bytes = 3 * size**2
         if self.resizes_on_device:
-            self.image_bytes = window_bytes * NUM_TAPS**2
+            # What it may read: four rows, four columns and their taps for each of the result, which
+            # for ten crops is a whole picture of up to 2 to 1. Narrower ones take more.
+            short = round(size * cuts.RESIZE) if ten_crops else size
+            area, sides = (2 * short**2, 3 * short) if ten_crops else (short**2, 2 * short)
+            self.image_bytes = 3 * NUM_TAPS**2 * area + 8 * NUM_TAPS * sides
         else:
-            num_windows = 10 if ten_crops else 1
-            self.image_bytes = num_windows * window_bytes * (4 if resize == "torch7" else 1)
+            bytes_per_value = 4 if resize == "torch7" else 1
+            self.image_bytes = (10 if ten_crops else 1) * 3 * size**2 * bytes_per_value
+        # Few crops are as large as Torch7's resize may read.
+        self.typical_bytes = self.image_bytes // (8 if self.resizes_on_device else 1)
 
     @cached_property
     def _augment(self) -> Normalise:

@@ -305,7 +305,8 @@ def restore(trainer, state: dict, metadata: dict, warn: Warn, override: bool = F
     for change in changes:
         warn(f"override: {change}")
     _check_shapes(trainer.model, state)
-    if "draws" in metadata and "draws" not in state["data"]:
+    was_augmented = state["settings"]["augment"] and "draws" not in state["data"]
+    if "draws" in metadata and was_augmented:
         warn("the run began with an earlier loader: from here on crops and colours are drawn anew")
     if _changed_entries(metadata, state) & DECIDE_BATCHES:
         state = _rewind_to_epoch_start(state, warn)

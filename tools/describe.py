@@ -167,7 +167,8 @@ def cores(opt: Settings, rate: int) -> str:
     speed = float(row["images_per_cpu_s"])
     return (
         f"cores          {loader_results.num_cores(rate, speed)} for {rate:,} images/s, {kind}: "
-        f"{speed:,.0f} per second and core on {row['device']} ({printable(path.name)})"
+        f"{speed:,.0f} per second and core on {row['device']}, from {row['source']} "
+        f"({printable(path.name)})"
     )
 
 

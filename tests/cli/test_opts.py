@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -594,3 +595,22 @@ def test_no_command_line_and_no_config_file_escapes_the_parser(tmp_path):
             assert error.problems and all(what and fix for what, fix in error.problems)
             ends["refused"] += 1
     assert min(ends["read"], ends["refused"]) > 100 and ends["help"] > 0
+
+
+def test_a_config_for_files_with_torch7s_resize_also_measures_a_gpu_on_synthetic_images():
+    config = f"--config {Path(opts.__file__).parent / 'configs/imagenet/densenet-121-k32.yaml'}"
+    assert parse(f"{config} --data DIR").resize == "torch7"
+    opt = parse(f"{config} --dataset synthetic --imageSize 224")
+    assert "resize has no effect on synthetic at 224 pixels" in opt.notes
+    assert not any("resize" in note for note in parse(f"{config} --data DIR").notes)
+
+
+@pytest.mark.parametrize(("flags", "resize"), [
+    ("--dataset folder --retrain lua.t7", "torch7"), ("--dataset folder", "antialias"),
+    ("--dataset folder --retrain lua.t7:model", "torch7"), ("--retrain lua.t7", "antialias"),
+    ("--dataset folder --retrain weights.pt", "antialias"),
+    ("--dataset folder --imageSize 32 --retrain lua.t7", "antialias"),
+    ("--dataset folder --retrain lua.t7 --resize antialias", "antialias"),
+])  # fmt: skip
+def test_weights_of_lua_are_given_the_images_that_lua_gave_them(flags, resize):
+    assert parse(flags).resize == resize

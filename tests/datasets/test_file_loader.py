@@ -41,7 +41,7 @@ class Pipeline:
     """Hand over what `transform` makes of an image."""
 
     transform: Callable[[Image.Image], torch.Tensor] = to_pixels
-    image_bytes = 3 * 12 * 12 * 4
+    image_bytes = typical_bytes = 3 * 12 * 12 * 4
     size, dtype = 12, torch.float64
 
     def read(self, path, options, epoch, index):

@@ -194,7 +194,9 @@ def run_loader(options: SimpleNamespace, opt: Settings, main_flags: list[str]) -
 
     with loaders.one_thread():
         constants = constant_columns(opt, torch.device("cpu"))
-        path = csv_path(options.csv, "loader", constants["device"], constants["torch"])
+        folder = re.sub(r"[^\w.]+", "-", Path(options.loader).resolve().name)
+        prefix = f"loader_{folder}-{opt.imageSize}px"
+        path = csv_path(options.csv, prefix, constants["device"], constants["torch"])
         constants = {name: constants[name] for name in loader_results.COLUMNS if name in constants}
         measured = loaders.measure(options, opt, main_flags)
     rows = [{"note": "none"} | row | constants for row in measured]

@@ -5,6 +5,7 @@ A row is a way of preparing images on one thread, for training or evaluation, in
 normalised float batch, on the CPU. Loads no torch.
 """
 
+import contextlib
 import csv
 import math
 import statistics
@@ -32,7 +33,7 @@ SHARES = {
 COLUMNS = (
     "who", "version", "split", "resize", "part",
     *(f"{speed}{end}" for speed in SPEEDS for end in ("", "_q1", "_q3")), "turns",
-    *REFERENCES, *SHARES, "note", "images",
+    *REFERENCES, *SHARES, "note", "images", "source",
     "batch_size", "image_size", "device", "driver", "threads", "torch", "triton", "commit", "date",
 )  # fmt: skip
 PRINTED = (
@@ -40,9 +41,10 @@ PRINTED = (
     "images_per_cpu_s_q3", "images_per_s", *REFERENCES, *SHARES, "note",
 )  # fmt: skip
 LEGEND = """
-part               workers: file to the bytes that a loader process hands over for a GPU;
-                   whole: to the normalised float batch, on the CPU
-images_per_cpu_s   images per second of processor time, which other load hardly disturbs
+part               workers: file to what a loader process hands over for a GPU, without the handing
+                   over (with torch7 crops, which the GPU resizes; colours included where a library
+                   changes them there); whole: to the normalised float batch, on the CPU
+images_per_cpu_s   images per second of processor time, which other load disturbs by a tenth or so
 ratio              to images_per_cpu_s of another, of the same split and part
 share              of the processor time of the whole: decoding; crop, resize and what else
                    workers do; the rest, which a GPU does where there is one"""
@@ -76,7 +78,8 @@ def as_rows(fixed: dict, turns: list[dict[str, tuple[float, float]]], num_images
 def add_ratios(rows: list[dict]) -> None:
     """Divide the images per processor second of each row by those of the others.
 
-    Of another with several kinds of resize it is the same kind, or else the fastest.
+    Of another with several kinds of resize it is the same kind, or else the fastest. What leaves
+    the resize to a GPU is divided by its like only.
     """
     measured = [row for row in rows if SPEEDS[0] in row]
     for row in measured:
@@ -84,8 +87,14 @@ def add_ratios(rows: list[dict]) -> None:
         for column, who in REFERENCES.items():
             found = [each for each in alike if each["who"] == who]
             same = [each for each in found if each["resize"] == row["resize"]]
-            if found:
-                row[column] = row[SPEEDS[0]] / max(each[SPEEDS[0]] for each in same or found)
+            # Workers leave Torch7's resize to the GPU: others do more.
+            alike_in_work = same or (found if not _leaves_resize(row) else [])
+            if alike_in_work:
+                row[column] = row[SPEEDS[0]] / max(each[SPEEDS[0]] for each in alike_in_work)
+
+
+def _leaves_resize(row: dict) -> bool:
+    return row["resize"] == "torch7" and row["part"] == "workers"
 
 
 def num_cores(rate: float, images_per_cpu_s: float) -> int:
@@ -104,7 +113,7 @@ def core_lines(rows: list[dict], rates: list[int]) -> list[str]:
 
 
 def _is_workers_for_training(row: dict) -> bool:
-    return (row["who"], row["split"], row.get("part")) == (OURS, "training", "workers")
+    return (row.get("who"), row.get("split"), row.get("part")) == (OURS, "training", "workers")
 
 
 def find_newest(directory: Path, resize: str, image_size: int) -> tuple[Path, dict] | None:
@@ -115,8 +124,9 @@ def find_newest(directory: Path, resize: str, image_size: int) -> tuple[Path, di
     wanted = {"resize": resize, "image_size": str(image_size)}
     found = []
     for path in sorted(directory.glob("loader_*.csv")):
-        with path.open(newline="") as lines:
-            for row in csv.DictReader(lines):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not a file of the benchmark
+            for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
                 if _is_workers_for_training(row) and wanted.items() <= row.items():
+                    float(row[SPEEDS[0]])  # else it was not measured
                     found.append((row["date"], path, row))
     return max(found, key=lambda each: each[:2])[1:] if found else None

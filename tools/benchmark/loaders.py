@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,10 @@ from types import SimpleNamespace
 import torch
 
 from cli.flag_types import Settings
+from datasets.decode import DecodeOptions
 from datasets.file_list import find_image_files
+from datasets.file_loader import Unreadable, read_or_explain
+from datasets.regions import Box, Region, decode_region
 from errors import DataError, UsageError
 from tools import cli
 from tools.benchmark import loader_driver, loader_peers, loader_results, machine
@@ -107,6 +111,23 @@ def find_images(directory: Path, count: int) -> list[str]:
     return [os.path.abspath(paths[number * len(paths) // count]) for number in range(count)]
 
 
+def describe_images(directory: Path, paths: list[str], opt: Settings) -> str:
+    """Name the images and their median size; raise DataError for one that cannot be read."""
+    options = DecodeOptions(opt.exifRotate, opt.maxPixels, opt.maxAspect, opt.whiteLevel)
+    sizes = []
+
+    def whole(width: int, height: int) -> Region:
+        sizes.append((width, height))
+        return Region(Box(0, 0, width, height))
+
+    for path in paths:
+        found = read_or_explain(decode_region, path, options, whole)
+        if isinstance(found, Unreadable):
+            raise DataError(f"cannot read image {found.reason}", found.fix)
+    width, height = (statistics.median_low(sides) for sides in zip(*sizes, strict=True))
+    return f"{directory.resolve().name}, median {width} x {height}"
+
+
 @contextlib.contextmanager
 def linked_folder(paths: list[str]) -> Iterator[str]:
     """Make a dataset of two classes, in which both splits hold links to all the files."""
@@ -174,6 +195,7 @@ def measure(options: SimpleNamespace, opt: Settings, main_flags: list[str]) -> l
         RunError: the images, the flags or the other checkout are not usable.
     """
     paths = find_images(Path(options.loader), options.images or IMAGES)
+    source = describe_images(Path(options.loader), paths, opt)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(linked_folder(paths))
         argv = ["--dataset=folder", f"--data={folder}", "--nThreads=0", *main_flags]
@@ -190,4 +212,4 @@ def measure(options: SimpleNamespace, opt: Settings, main_flags: list[str]) -> l
     for runner in runners:
         rows += loader_results.as_rows(runner.row, runner.turns, len(paths))
     loader_results.add_ratios(rows)
-    return [row | {"images": len(paths)} for row in rows]
+    return [row | {"images": len(paths), "source": source} for row in rows]

@@ -30,7 +30,7 @@ VALIDATION = 5  # of so many rounds over the pictures, one is for validation
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[0-9]{2,4}x[0-9]{2,4}", text):
+    if not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", text):
         raise ValueError
     width, height = map(int, text.split("x"))
     return width, height

@@ -103,6 +103,8 @@ def load(
     if not settings and not main_flags:
         fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
         raise UsageError(f"{path} holds weights but does not describe their network", fix)
+    if not settings:  # a file of Lua is evaluated with Torch7's resize, as `--retrain` does
+        main_flags = [f"--retrain={path}", *main_flags]
     opt = sources.merge_settings(settings, main_flags)
     num_classes = _count_classes(weights, opt.nClasses)
     if classes:

@@ -34,7 +34,7 @@ CLASSES = Flag(
     "those in CHECKPOINT, else numbers",
 )
 # Settings of a run that do not change what its network computes, or hold on its machine only.
-RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "resetClassifier")
+RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
 
 
 class WeightsSource(NamedTuple):
@@ -82,10 +82,7 @@ def read(path: Path) -> WeightsSource:
     if metadata:
         return WeightsSource(weights, *_read_metadata(metadata, path))
     directory = run_directory(path)
-    if directory:
-        return WeightsSource(weights, *_read_run_files(directory))
-    # Weights of Lua are evaluated with Torch7's resize, as with `--testOnly --retrain`.
-    return WeightsSource(weights, {"retrain": str(path)} if path.suffix == ".t7" else {}, {})
+    return WeightsSource(weights, *(_read_run_files(directory) if directory else ({}, {})))
 
 
 def _read_checkpoint(path: Path) -> dict | None:
