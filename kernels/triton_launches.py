@@ -29,7 +29,6 @@ class Variant:
     constants: tuple[tuple[str, object], ...]
     warps: int
     stages: int
-    dependent: bool = False  # a programmatic dependent launch
 
     def compiled(self, architecture: int, registers: int | None = None, **changed: object):
         """Compile for a GPU of compute capability architecture / 10.

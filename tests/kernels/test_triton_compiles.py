@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from kernels import tiling
 from kernels.dropout import DropoutSpec
 from kernels.feature_maps import FeatureMaps, NormParams
 
@@ -18,10 +16,10 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the kernels of this process are interpreted", allow_module_level=True)
 from kernels import triton_ops  # noqa: E402
+from kernels.triton_launches import Variant, recorded  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHARED_BYTES = 99 * 1024  # of one program on 8.6 and 8.9; 8.0 and 9.0 allow more
-TYPES = {F32: "*fp32", F16: "*fp16", BF16: "*bf16", torch.int32: "*i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -59,61 +57,17 @@ LAYERS = {
 
 
 # Launches:
-@dataclass(frozen=True)
-class Launch:
-    """Describe a kernel launch of triton_ops: parameter types, constants, threads, stages."""
-
-    kernel: object
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    warps: int
-    stages: int
-
-    def compiled(self, architecture: int, registers: int | None = None, **changed: object):
-        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
-        source = triton.compiler.ASTSource(
-            fn=self.kernel,
-            signature=dict(self.signature),
-            constexprs=dict(self.constants) | changed,
-        )
-        target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-        return triton.compile(source, target=target, options=options)
-
-
-def record(kernel, grid: tuple[int, ...], tile: tiling.Tile, **arguments: object) -> Launch:
-    """Record the kernel that Triton would compile for a launch; none is specialised on values."""
-    arguments |= tile.sizes
-    assert arguments.keys() == set(kernel.arg_names), kernel.__name__
-    signature, constants = {}, {}
-    for parameter in kernel.params:
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        assert parameter.do_not_specialize and parameter.do_not_specialize_on_alignment
-        if isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-    items = tuple(signature.items()), tuple(constants.items())
-    return Launch(kernel, *items, tile.warps, tile.stages)
-
-
 @pytest.fixture
-def launches(monkeypatch, tmp_path_factory) -> Iterator[Callable[[Layer], list[Launch]]]:
-    """Return a function: the launches of a layer, each once."""
+def launches(monkeypatch, tmp_path_factory) -> Iterator[Callable[[Layer], list[Variant]]]:
+    """Return a function: what Triton compiles for a layer, each once."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
-    found: set[Launch] = set()
-    monkeypatch.setattr(
-        triton_ops, "_launch", lambda *given, **named: found.add(record(*given, **named))
-    )
 
-    def launches_of(layer: Layer) -> list[Launch]:
+    def launches_of(layer: Layer) -> list[Variant]:
         torch.backends.cuda.matmul.allow_tf32 = layer.tf32
-        found.clear()
-        run(layer)
-        return sorted(found, key=lambda launch: (launch.kernel.__name__, str(launch.constants)))
+        with recorded() as found:
+            run(layer)
+        variants = {launch.variant for launch in found}
+        return sorted(variants, key=lambda each: (each.kernel.__name__, str(each.constants)))
 
     before = torch.backends.cuda.matmul.allow_tf32
     yield launches_of
@@ -188,7 +142,7 @@ def test_every_kernel_of_a_layer_fits_the_gpu(launches, tmp_path, layer, archite
     assert used >= {"copy_with_stats", "conv3x3", "conv3x3_backward", "reduce_partials"}
 
 
-def conv1x1_of(found: list[Launch]) -> Launch:
+def conv1x1_of(found: list[Variant]) -> Variant:
     return next(launch for launch in found if launch.kernel.__name__ == "conv1x1")
 
 

@@ -2,6 +2,7 @@
 
 usage: python -m tools.benchmark [--flag value ...]
        python -m tools.benchmark --loader DIR [--flag value ...]
+       python -m tools.benchmark --static [--flag value ...]
 
 Every memory level and kernel backend, torchvision's DenseNet (plain, memory efficient, compiled)
 and timm's train the same network on the same batch in one process. Of main.py's flags those of the
@@ -13,6 +14,10 @@ With --loader, this project's loader, torchvision's, timm's and NVIDIA DALI's (w
 installed) prepare the same image files in turns on one thread of the CPU, for training and for
 evaluation. The images per second of processor time tell how many cores a GPU needs. Of main.py's
 flags those of images count. `python -m tools.benchmark.photographs DIR` makes photographs.
+
+With --static nothing is run and no GPU is needed: what the Triton kernels of a training step at
+memory level 2 are compiled to is counted, for four kinds of GPU, and its time modelled. Of
+main.py's flags those of the network and the batch count; without any, five steps are modelled.
 """
 
 import datetime
@@ -44,7 +49,7 @@ from datasets import registry
 from errors import UsageError, printable
 from fileio import atomic
 from tools import cli
-from tools.benchmark import machine, results
+from tools.benchmark import machine, results, static
 from tools.benchmark.cases import PRECISIONS, select_cases
 
 FLAGS = (
@@ -66,6 +71,8 @@ FLAGS = (
          "the directory", "256", range=Range(low=2)),
     Flag("imagesPerSecond", integers, None, "with --loader: rates to print the cores for",
          "1000,5000", range=AT_LEAST_1),
+    Flag("static", boolean, False, "model training steps from their machine code, without a GPU, "
+         "in place of measuring them", const="true"),
     Flag("csv", pathname, None, "new file to write the rows to, or none",
          "in results/, named after network or loader, device, torch and month"),
 )  # fmt: skip
@@ -77,14 +84,17 @@ RATES = [1000, 5000]  # training images per second, of one GPU or of several
 TOOL = cli.Tool(__doc__, FLAGS, main_flags=True)
 
 
-def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings, list[str]]:
+def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings | list[Settings], list[str]]:
     """Read the tool's flags, and the settings of what to compare, or raise UsageError.
 
     Returns:
-        The tool's flags, all settings of main.py, and those of its flags that were given.
+        The tool's flags, all settings of main.py (with `--static` those of each network), and
+        those of its flags that were given.
     """
     command = TOOL.parse(argv)
     options, main_flags = command.options, command.main_flags
+    if options.static:
+        return options, static.parse(options, main_flags), main_flags
     if options.loader:
         opt = opts.parse(["--dataset=folder", *main_flags])
         UsageError.raise_for(broken(loader_rules(options, opt)))
@@ -155,6 +165,9 @@ def run(argv: list[str]) -> None:
     if options.loader:
         run_loader(options, opt, main_flags)
         return
+    if options.static:
+        run_static(options, opt)
+        return
 
     import engine.device
     import kernels.backend
@@ -206,6 +219,22 @@ def run_loader(options: SimpleNamespace, opt: Settings, main_flags: list[str]) -
     title += f", batch {opt.batchSize}, one thread"
     print(results.as_table(rows, title, loader_results.PRINTED, loader_results.LEGEND))
     print("\n".join(["", *loader_results.core_lines(rows, options.imagesPerSecond or RATES)]))
+    _say_written(path)
+
+
+def run_static(options: SimpleNamespace, networks: list[Settings]) -> None:
+    """Model steps on each kind of GPU; write a CSV file, and print their kernels and a summary."""
+    columns = static.software_columns()
+    names = {network_name(opt) for opt in networks}
+    name = names.pop() if len(networks) == 1 else "networks"
+    if len(networks) == 1:
+        name += f"-b{networks[0].batchSize}-{static.precision(networks[0])}"
+    device = f"triton{columns['triton']}"
+    path = csv_path(options.csv, f"static_{name}", device, columns["torch"])
+    rows = [row | columns for row in static.model(networks, static.ARCHITECTURES_MODELLED)]
+    if path:
+        atomic.atomic_write(path, results.as_csv(rows, static.COLUMNS))
+    print(static.as_tables(rows))
     _say_written(path)
 
 

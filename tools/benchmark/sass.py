@@ -6,12 +6,20 @@ Code is cut into basic blocks: a block is entered at its first instruction and l
 import ast
 import re
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 _LINE = re.compile(r'//## File "(?P<file>.*?)", line (?P<line>\d+)')
 _LABEL = re.compile(r"(\.L_x_\d+):")
-_TEXT = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<op>[A-Z][\w.]*)\s*(?P<rest>.*?)\s*(?:[&?]\w+.*)?;")
+# Such as `/*0090*/ @!P0 IADD3 R1, R2, 0x1, RZ &wr=0x1 ;`: what follows & and ? is about timing.
+_TEXT = re.compile(
+    r"/\*[0-9a-f]+\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?"
+    r"(?P<op>[A-Z][\w.]*)\s*(?P<rest>.*?)\s*(?:[&?]\w+.*)?;"
+)
+_NO_TARGET = re.compile(
+    r"U?(ST|RED|BAR|BRA|EXIT|DEPBAR|LDGSTS|LDGDEPBAR|BSSY|BSYNC|NOP|WARP|MEMBAR|FENCE|CALL|RET|CCTL"
+    r"|ERRBAR|NANOSLEEP|BREAK|TCBAR|TCHMMA|TCCP|BPT|TMA|BLK)"
+)
 _REGISTER = re.compile(r"\bU?R\d+\b|\bU?P\d\b")
 MATRIX_INSTRUCTIONS = {"mma": r"[HIDQ]MMA", "wgmma": r"[HIQ]GMMA", "tcgen05": r"UTC\w*MMA"}
 WAITS = ("SYNCS.PHASECHK", "UTCATOMSWS", "NANOSLEEP")  # loops around them end at once, in a model
@@ -40,16 +48,15 @@ class Instruction:
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Return the registers and predicates that it may use; of a vector the first."""
-        sources = self.operands[_num_targets(self) :]
+        sources = self.operands[num_targets(self) :]
         found = _REGISTER.findall(" ".join(sources))
         return (*found, self.guard.lstrip("!")) if self.guard else tuple(found)
 
 
-def _num_targets(instruction: Instruction) -> int:
+def num_targets(instruction: Instruction) -> int:
     """Count the operands that are written: they come first."""
     name, operands = instruction.name, instruction.operands
-    if re.match(r"U?(ST|RED|BAR|BRA|EXIT|DEPBAR|LDGSTS|LDGDEPBAR|BSSY|BSYNC|NOP|WARP|MEMBAR|FENCE|"
-                r"CALL|RET|CCTL|ERRBAR|NANOSLEEP|BREAK|TCBAR|TCHMMA|TCCP|BPT|TMA|BLK)", name):  # fmt: skip
+    if _NO_TARGET.match(name):
         return 0
     count = 0
     for operand in operands:
@@ -74,7 +81,7 @@ def _writes(instruction: Instruction) -> list[str]:
     if instruction.name in ("R2P", "UR2P"):
         return [f"P{i}" for i in range(7)]
     found: list[str] = []
-    for operand in operands[: _num_targets(instruction)]:
+    for operand in operands[: num_targets(instruction)]:
         match = re.fullmatch(r"(U?R)(\d+)", operand)
         if match:
             start = int(match[2])
@@ -161,7 +168,7 @@ class Code:
                     stack += self.predecessors[number]
         return sorted(bodies.values(), key=len)
 
-    @lru_cache(maxsize=None)  # noqa: B019
+    @cache  # noqa: B019
     def reachable(self, start: int | None) -> frozenset[int]:
         """Return the blocks that may come from `start` on, without going back."""
         found, stack = set(), [] if start is None else [start]
@@ -261,7 +268,7 @@ def _operands(text: str) -> list[str]:
     return [part.replace(".reuse", "").strip() for part in parts]
 
 
-@lru_cache(maxsize=None)
+@cache
 def functions(file: str) -> list[tuple[int, int, str]]:
     """Return (first line, last line, name) of each function of a source file."""
     if not Path(file).is_file():

@@ -7,10 +7,11 @@ A value is an unsigned 32-bit number (an int, or an array with one for each warp
 import re
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import numpy
 
-from tools.benchmark.sass import Instruction
+from tools.benchmark.sass import Instruction, num_targets
 
 Value = int | bool | numpy.ndarray | None
 MASK = 0xFFFFFFFF
@@ -30,10 +31,8 @@ def evaluate(instruction: Instruction, values: dict[str, Value], constant: Calla
     """
     targets = instruction.writes
     results: tuple = ()
-    try:
+    with suppress(_UnknownError):
         results = _compute(instruction, _Operands(instruction, values, constant))
-    except _UnknownError:
-        pass
     results = (*results, *[None] * len(targets))[: len(targets)]
     if instruction.guard:
         holds = predicate(instruction.guard, values)
@@ -80,14 +79,8 @@ class _Operands:
 
     def __init__(self, instruction: Instruction, values: Mapping[str, Value], constant: Callable):
         self.values, self.constant = values, constant
-        operands = list(instruction.operands)
-        targets = 0
-        wanted = len(instruction.writes)
-        # Targets that are not kept (RZ, PT) come first, too.
-        from tools.benchmark.sass import _num_targets
-
-        targets = max(_num_targets(instruction), 1 if wanted else 0)
-        self.targets, self.texts = operands[:targets], operands[targets:]
+        targets = num_targets(instruction)  # with those that are not kept (RZ, PT)
+        self.targets, self.texts = instruction.operands[:targets], instruction.operands[targets:]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -146,8 +139,7 @@ def _halves(value: Value) -> tuple[Value, Value]:
 
 def _compute(instruction: Instruction, given: _Operands) -> tuple:
     """Return the values of what the instruction writes, in the order of `writes`."""
-    name = instruction.name.removeprefix("U") if instruction.name != "UP2UR" else "UP2UR"
-    compute = _OPERATIONS.get(name)
+    compute = _OPERATIONS.get(instruction.name.removeprefix("U"))
     if compute is None:
         raise _UnknownError
     return compute(instruction.op.split("."), given)
@@ -229,10 +221,7 @@ def _funnel(op: list[str], x: _Operands) -> tuple:
     if not isinstance(shift, int):
         raise _UnknownError
     if "L" in op:
-        if "HI" in op:
-            value = ((high << 32 | low) << shift) >> 32
-        else:
-            value = low << shift
+        value = (high << 32 | low) << shift >> 32 if "HI" in op else low << shift
     elif "HI" in op:
         value = (signed(high) if "S32" in op or "S64" in op else high) >> shift
     else:
@@ -338,6 +327,7 @@ _OPERATIONS: dict[str, Callable[[list[str], _Operands], tuple]] = {
     "S2R": _special, "S2UR": _special, "CS2R": _special, "HFMA2": _half_constant,
     "IADD3": _add, "IADD": _add, "VIADD": _add, "IMAD": _multiply_add, "LEA": _shift_add,
     "SHF": _funnel, "LOP3": _logic, "PLOP3": _predicate_logic, "ISETP": _compare,
-    "SEL": _select, "IMNMX": _extreme, "VIMNMX": _extreme, "VIADDMNMX": _extreme, "IABS": _absolute, "SGXT": _extend,
+    "SEL": _select, "IMNMX": _extreme, "VIMNMX": _extreme, "VIADDMNMX": _extreme,
+    "IABS": _absolute, "SGXT": _extend,
     "VOTE": _vote, "VOTEU": _vote, "ELECT": _success, "SYNCS": _success, "TCATOMSWS": _success,
 }  # fmt: skip

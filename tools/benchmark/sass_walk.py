@@ -154,9 +154,6 @@ def _unknown(code: Code, path: Path, block: Block, away: int, finishing: Mapping
             return [path]
     reach = [code.reachable(None if side == END else side) for side in sides]
     only = [reach[0] - reach[1], reach[1] - reach[0]]
-    if END in sides:  # threads of an inner part alone leave here
-        path.block = block.following
-        return [path]
     names = [{function_of(i) for n in side for i in code.blocks[n].instructions} for side in only]
     for side in (0, 1):
         shares = [finishing[name] for name in names[side] if name in finishing]
@@ -181,7 +178,8 @@ def _longer(code: Code, block: Block, only: list[frozenset[int]]) -> int:
         found = [i for n in side for i in code.blocks[n].instructions]
         rare = any(i.name in ("CALL", "BPT") for i in found)
         sizes.append(-1 if rare else len(found))
-    if min(sizes) >= 0 and any(loop <= side for loop in code.loops for side in only):
+    has_loop = any(loop <= side for loop in code.loops for side in only)
+    if has_loop and (block.target is None or min(sizes) >= 0):
         raise UnknownTripsError(_where(code, block, "whether a loop is entered"))
     return sizes.index(max(sizes))
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ class _Warp:
             self.time += self.pace.barrier
 
 
-@lru_cache(maxsize=None)
+@cache
 def _events(code: Code) -> list[list[_Event]]:
     """Return the instructions of each block that wait or are waited for."""
     loaded = {name for block in code.blocks for instruction in block.instructions

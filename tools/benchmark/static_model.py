@@ -4,22 +4,24 @@ ASSUMPTIONS holds all that is assumed and not counted, in one place; the legend 
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from kernels.triton_launches import Launch
+from kernels.triton_launches import Launch, Variant
 from tools.benchmark import sass
 from tools.benchmark.sass_walk import PARAMETERS_AT, Path, executed, walk
 from tools.benchmark.static_code import Binary
 from tools.benchmark.static_latency import Pace, lone_warp_cycles
+from tools.benchmark.static_step import Step
 
 
 @dataclass(frozen=True)
 class Device:
-    """Describe a GPU: the first four from data sheets, bandwidths of a large copy."""
+    """Describe a GPU. Bandwidths are what a large copy reaches, 84 to 90 % of the data sheet's."""
 
     name: str
     multiprocessors: int
@@ -27,8 +29,8 @@ class Device:
     l2_mb: float
     shared_kb: int  # of a multiprocessor
     warps: int  # of a multiprocessor, at most
-    memory_tb_s: float  # that a large copy reaches
-    l2_tb_s: float  # the same, in L2
+    memory_tb_s: float
+    l2_tb_s: float
 
 
 DEVICES = {
@@ -41,20 +43,52 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Hold what the model assumes."""
+    """Hold what the model assumes. No kernel has a number of its own."""
 
     gap_us: float = 1.3  # between two kernels of a CUDA graph
-    hidden_gap_us: float = 0.8  # of it, by a programmatic dependent launch
+    hidden_gap_us: float = 0.8  # of it, before a programmatic dependent launch (9.0 and later)
     issue_share: float = 0.7  # of 4 instructions a cycle and multiprocessor
-    load_cycles: float = 700  # a load that nothing hides
-    cached_load_cycles: float = 450  # the same, where X and G fit in L2
-    cycles_per_instruction: float = 2.0  # of a lone warp
+    # The next three are what makes the step of commit cd80cb8, bf16, batch 64, take 4.3 ms.
+    load_cycles: float = 450  # from a load, or the end of a group of copies, to its use
+    cycles_per_instruction: float = 2.0  # of a warp that is alone
     barrier_cycles: float = 25
     other_launches: int = 135  # of a step, that are not Triton's
     other_launch_us: float = 1.3  # each, besides the gap and the bytes
 
 
 ASSUMPTIONS = Assumptions()
+STEP, OTHERS = "step", "other launches"  # rows beside those of kernels
+# Of each function `finish_...`, which programs run that come last at a counter: their share of all.
+FINISHING: dict[str, Callable[[Launch], float]] = {}
+
+
+def legend() -> str:
+    """Say what the columns mean, and all that the model assumes."""
+    given = ASSUMPTIONS
+    devices = "\n".join(f"  {key / 10:.1f} {', '.join(f'{k} {v}' for k, v in vars(d).items())}"
+                        for key, d in DEVICES.items())  # fmt: skip
+    return f"""
+A MODEL, NOT A MEASUREMENT: nothing of this has run on a GPU.
+Counted          launches; bytes of all tensors that a launch reads or writes, each element once;
+                 operations of products without padding; instructions that warps issue, in
+                 millions, from machine code walked with the launch's arguments; registers of a
+                 thread, bytes of shared memory and spilled bytes (the most of a kernel's variants);
+                 programs that a multiprocessor holds (the fewest); matrix instructions
+modelled_us      sum over launches of gap + the largest of bytes, issue and latency, + the programs
+                 that come last at a counter; bytes_us, issue_us, latency_us: their sums
+without_pdl      the same if programmatic dependent launches hid nothing: what lies between the two
+                 rests on this assumption alone
+images_per_s     of the step; what the loader must deliver: python -m tools.describe
+                 --imagesPerSecond N says how many cores prepare them
+Assumed          gap {given.gap_us} us, of which a dependent launch hides {given.hidden_gap_us};
+                 issue at {given.issue_share:.0%} of 4 instructions a cycle and multiprocessor;
+                 latency: {given.cycles_per_instruction} cycles an instruction of a lone warp,
+                 {given.load_cycles} from a load to its use, {given.barrier_cycles} a barrier, times
+                 rounds of programs; {given.other_launches} other launches of
+                 {given.other_launch_us} us each, their gaps and bytes;
+                 bytes at the bandwidth of memory, or of L2 where a block's X and G fit
+GPUs assumed (only the H200's bandwidths come from a source, all from data sheets):
+{devices}"""
 
 
 class LaunchCounts:
@@ -66,8 +100,10 @@ class LaunchCounts:
     @cached_property
     def paths(self) -> list[Path]:
         """Return the ways of all warps through the code."""
-        constants = parameter_words(self.launch, PARAMETERS_AT[self.architecture])
-        return walk(self.binary.code, self.launch.grid, self.launch.variant.warps, constants.get)
+        launch = self.launch
+        words = parameter_words(launch, PARAMETERS_AT[self.architecture])
+        finishing = {name: share(launch) for name, share in FINISHING.items()}
+        return walk(self.binary.code, launch.grid, launch.variant.warps, words.get, finishing)
 
     @property
     def programs(self) -> int:
@@ -77,8 +113,8 @@ class LaunchCounts:
     @cached_property
     def instructions(self) -> float:
         """Return the instructions that all warps issue."""
-        blocks = self.binary.code.blocks
-        return sum(n * len(blocks[number].instructions) for number, n in executed(self.paths).items())
+        blocks, warps = self.binary.code.blocks, executed(self.paths)
+        return sum(count * len(blocks[number].instructions) for number, count in warps.items())
 
     @cached_property
     def bytes(self) -> int:
@@ -96,10 +132,17 @@ class LaunchCounts:
         return {
             kind
             for kind, pattern in sass.MATRIX_INSTRUCTIONS.items()
-            for block in self.binary.code.blocks
-            for instruction in block.instructions
-            if sass.re.fullmatch(pattern, instruction.name)
+            if any(re.fullmatch(pattern, each.name) for each in self._all_instructions)
         }
+
+    @property
+    def is_dependent(self) -> bool:
+        """Return whether it may start before the kernel before it ends: its code waits for that."""
+        return any(each.name == "ACQBULK" for each in self._all_instructions)
+
+    @property
+    def _all_instructions(self) -> Iterator[sass.Instruction]:
+        return (each for block in self.binary.code.blocks for each in block.instructions)
 
     @cached_property
     def resident(self) -> int:
@@ -124,6 +167,55 @@ def parameter_words(launch: Launch, start: int) -> dict[int, int]:
             words[offset] = value & 0xFFFFFFFF
         offset += size
     return words
+
+
+def _as_row(kernel: str, times: Sequence["LaunchTime"]) -> dict[str, object]:
+    """Sum up launches in a row of static.COLUMNS."""
+    counts = [time.counts for time in times]
+    kinds = set().union(*(each.matrix_instructions for each in counts))
+    return {
+        "kernel": kernel,
+        "launches": len(times),
+        "mbytes": sum(each.bytes for each in counts) / 1e6,
+        "gflop": sum(flop(each.launch) for each in counts) / 1e9,
+        "instructions_m": sum(each.instructions for each in counts) / 1e6,
+        "registers": max(each.binary.registers for each in counts),
+        "shared_bytes": max(each.binary.shared_bytes for each in counts),
+        "spilled_bytes": max(each.binary.spilled_bytes for each in counts),
+        "resident_programs": min(each.resident for each in counts),
+        "matrix": "+".join(sorted(kinds)) or "none",
+        "bytes_us": sum(time.bytes_us for time in times),
+        "issue_us": sum(time.issue_us for time in times),
+        "latency_us": sum(time.latency_us for time in times),
+        "modelled_us": sum(time.us() for time in times),
+        "modelled_us_without_pdl": sum(time.us(with_pdl=False) for time in times),
+    }
+
+
+def step_rows(
+    step: Step, binaries: Mapping[tuple[Variant, int], Binary], architecture: int, batch_size: int
+) -> list[dict[str, object]]:
+    """Return a row for each kernel of a step, its other launches, and the whole.
+
+    Raises:
+        UnknownTripsError: the trips of a loop cannot be known.
+    """
+    counts = [LaunchCounts(launch, binaries[launch.variant, architecture], architecture)
+              for launch in step.launches]  # fmt: skip
+    times = model_launches(counts, architecture)
+    groups: dict[str, list[LaunchTime]] = {}
+    for time in times:
+        groups.setdefault(time.counts.launch.name, []).append(time)
+    rows = [_as_row(name, group) for name, group in groups.items()]
+    rows.sort(key=lambda row: -row["modelled_us"])
+    others = other_us(step.other_bytes, architecture)
+    both = ("modelled_us", "modelled_us_without_pdl")
+    rows.append({"kernel": OTHERS, "launches": ASSUMPTIONS.other_launches,
+                 "mbytes": step.other_bytes / 1e6, **dict.fromkeys(both, others)})  # fmt: skip
+    whole = _as_row(STEP, times)
+    whole |= {name: whole[name] + others for name in both}
+    rows = [*rows, {**whole, "images_per_s": batch_size / whole["modelled_us"] * 1e6}]
+    return [row | {"gpu": DEVICES[architecture].name} for row in rows]
 
 
 def flop(launch: Launch) -> int:
@@ -159,8 +251,8 @@ class LaunchTime:
 
     @cached_property
     def _cycles(self) -> list[float]:
-        load = ASSUMPTIONS.cached_load_cycles if self.fits_l2 else ASSUMPTIONS.load_cycles
-        pace = Pace(ASSUMPTIONS.cycles_per_instruction, load, ASSUMPTIONS.barrier_cycles)
+        given = ASSUMPTIONS
+        pace = Pace(given.cycles_per_instruction, given.load_cycles, given.barrier_cycles)
         code = self.counts.binary.code
         return [lone_warp_cycles(code, path.trace, pace) for path in self.counts.paths]
 
@@ -181,11 +273,6 @@ class LaunchTime:
         last = max((cycles for path, cycles in paths if path.finishes), default=usual)
         return max(0.0, last - usual) / (self.device.clock_ghz * 1e3)
 
-    @property
-    def is_dependent(self) -> bool:
-        """Return whether it may start before the kernel before it ends."""
-        return self.counts.launch.variant.dependent and self.counts.architecture >= 90
-
     def us(self, with_pdl: bool = True) -> float:
         """Return the sum.
 
@@ -193,7 +280,7 @@ class LaunchTime:
             with_pdl: let programmatic dependent launches hide a part of the gap.
         """
         gap = ASSUMPTIONS.gap_us
-        if with_pdl and self.is_dependent:
+        if with_pdl and self.counts.is_dependent:
             gap -= ASSUMPTIONS.hidden_gap_us
         return gap + max(self.bytes_us, self.issue_us, self.latency_us) + self.tail_us
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import models.factory
 from cli.flag_types import Settings
 from engine.precision import autocast
-from kernels import triton_ops
+from kernels import triton_ops  # noqa: TID251
 from kernels.backend import Backend
 from kernels.triton_launches import Launch, recorded
 
@@ -66,8 +66,8 @@ class _ByteCounter(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         """Run an operation and count the tensors that it reads and writes."""
         out = op(*args, **(kwargs or {}))
-        name = op.overloadpacket.__name__
-        if not (op.is_view or name.startswith(("empty", "new_empty", "detach"))):
+        moves = op.namespace == "aten" and not op.is_view
+        if moves and not op.overloadpacket.__name__.startswith(("empty", "new_empty", "detach")):
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return out
