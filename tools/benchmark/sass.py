@@ -50,6 +50,8 @@ class Instruction:
         """Return the registers and predicates that it may use; of a vector the first."""
         sources = self.operands[num_targets(self) :]
         found = _REGISTER.findall(" ".join(sources))
+        if self.name == "P2R":
+            found += masked_predicates(self.operands[-1])
         return (*found, self.guard.lstrip("!")) if self.guard else tuple(found)
 
 
@@ -76,10 +78,15 @@ def num_targets(instruction: Instruction) -> int:
     return count
 
 
+def masked_predicates(mask: str) -> list[str]:
+    """List the predicates that a mask such as 0x7f selects."""
+    return [f"P{index}" for index in range(7) if int(mask, 16) >> index & 1]
+
+
 def _writes(instruction: Instruction) -> list[str]:
     op, operands = instruction.op, instruction.operands
-    if instruction.name in ("R2P", "UR2P"):
-        return [f"P{i}" for i in range(7)]
+    if instruction.name == "R2P":
+        return masked_predicates(operands[-1])
     found: list[str] = []
     for operand in operands[: num_targets(instruction)]:
         match = re.fullmatch(r"(U?R)(\d+)", operand)

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import numpy
 
-from tools.benchmark.sass import Instruction, num_targets
+from tools.benchmark.sass import Instruction, masked_predicates, num_targets
 
 Value = int | bool | numpy.ndarray | None
 MASK = 0xFFFFFFFF
@@ -308,6 +308,26 @@ def _extend(op: list[str], x: _Operands) -> tuple:
     return (value,)
 
 
+def _pack_predicates(op: list[str], x: _Operands) -> tuple:
+    """Write the predicates of a mask in the bits of a number: P2R, and .B1 in its second byte."""
+    shift = 8 * int(op[1][1]) if len(op) > 1 else 0
+    mask = int(x.texts[2], 16) << shift
+    value = x.number(1) & ~mask
+    for name in masked_predicates(x.texts[2]):
+        bit = predicate(name, x.values)
+        if bit is None:
+            raise _UnknownError
+        value = value | (bit * 1) << (int(name[1]) + shift)
+    return (value,)
+
+
+def _unpack_predicates(op: list[str], x: _Operands) -> tuple:
+    """Set the predicates of a mask to bits of a number: R2P."""
+    text, byte = re.fullmatch(r"(\w+)(?:\.B(\d))?", x.texts[0]).groups()
+    value = x._read(text) >> 8 * int(byte or 0)
+    return tuple((value >> int(name[1]) & 1) != 0 for name in masked_predicates(x.texts[1]))
+
+
 def _vote(op: list[str], x: _Operands) -> tuple:
     """Take the first thread's vote for the warp's."""
     if not re.fullmatch(r"U?P\d", x.targets[0]):
@@ -328,6 +348,6 @@ _OPERATIONS: dict[str, Callable[[list[str], _Operands], tuple]] = {
     "IADD3": _add, "IADD": _add, "VIADD": _add, "IMAD": _multiply_add, "LEA": _shift_add,
     "SHF": _funnel, "LOP3": _logic, "PLOP3": _predicate_logic, "ISETP": _compare,
     "SEL": _select, "IMNMX": _extreme, "VIMNMX": _extreme, "VIADDMNMX": _extreme,
-    "IABS": _absolute, "SGXT": _extend,
+    "P2R": _pack_predicates, "R2P": _unpack_predicates, "IABS": _absolute, "SGXT": _extend,
     "VOTE": _vote, "VOTEU": _vote, "ELECT": _success, "SYNCS": _success, "TCATOMSWS": _success,
 }  # fmt: skip
