@@ -98,6 +98,24 @@ def finishing(value, partial, n, m, BLOCK: tl.constexpr):
 
 
 @kernel
+def finishing_groups(value, partial, n, m, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(partial + (1 + tl.program_id(0)) * BLOCK + lane, tl.load(value + lane))
+    if tl.atomic_add(partial + tl.program_id(0) // 4, 1.0) == 3:
+        finish_sum(value, partial, n, lane, BLOCK)
+        if tl.atomic_add(partial + m, 1.0) == 1:
+            finish_all(value, partial, m, lane, BLOCK)
+
+
+@triton.jit
+def finish_all(value, partial, n, lane, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(n):
+        total = total * 0.25 + tl.load(value + i * 64 + lane)
+    tl.store(partial + lane, total)
+
+
+@kernel
 def unknown(value, partial, n, m, BLOCK: tl.constexpr):
     lane, total = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
     for i in range(n, tl.load(value + m).to(tl.int32)):
@@ -156,6 +174,13 @@ def test_the_work_of_the_last_program_is_counted_for_it_alone(architecture):
     assert count("LDG", given, architecture, {"finish_sum": 1 / 8}) == 8 + 20
     with pytest.raises(UnknownTripsError, match=r"finishing.*the programs that run finish_sum"):
         count("LDG", given, architecture)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_the_work_of_the_last_programs_of_groups_is_counted_for_them_alone(architecture):
+    shares = {"finish_sum": 2 / 8, "finish_all": 1 / 8}  # 8 programs, in 2 groups
+    given = launch(finishing_groups, 8, 20, 9)
+    assert count("LDG", given, architecture, shares) == 8 + 2 * 20 + 9
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])

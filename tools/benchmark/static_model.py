@@ -297,7 +297,7 @@ def model_launches(counts: Sequence[LaunchCounts], architecture: int) -> list[La
                 rows = given.get("num_rows")
                 largest[rows] = max(largest.get(rows, 0), size)
     limit = DEVICES[architecture].l2_mb * 1e6
-    return [LaunchTime(each, 2 * largest[each.launch.arguments["num_rows"]] <= limit)
+    return [LaunchTime(each, 2 * largest.get(each.launch.arguments.get("num_rows"), 0) <= limit)
             for each in counts]  # fmt: skip
 
 
