@@ -255,7 +255,7 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
     shard = BatchShard(world, device) if world.size > 1 else None
     model = models.factory.create(opt, len(data.classes), ops, shard)
     log = RunLog(directory.path if directory else None)
-    capturer = cuda_graph.make_capturer(opt.cudaGraph, device, data.is_resident)
+    capturer = cuda_graph.make_capturer(opt.cudaGraph, device)
     return train.Trainer(opt, model, device, log, world, shard, capturer)
 
 

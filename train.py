@@ -71,12 +71,14 @@ class Trainer:
         lr = torch.tensor(opt.LR, device=device) if lr_on_device else opt.LR
         self.optimizer = optimizer.create(opt, self.model, lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode.scales_loss)
+        self.scaler.scale(torch.zeros((), device=device))  # it makes its state, outside of a step
         self._reducer = GradientReducer(list(model.parameters()), self.world)
         self._guard = NonFiniteGuard(device)
         if not self.scaler.is_enabled():
             # Fused SGD skips its update if found_inf is 1. GradScaler sets it; without one we do.
             self.optimizer.found_inf = self._guard.found_inf
-        self._runner = StepRunner(self.world, shard, capturer, log.warn_once)
+        reset = partial(optimizer.reset_step, self.optimizer, self.scaler)
+        self._runner = StepRunner(self.world, shard, capturer, log.warn_once, reset)
 
         self.metadata, self.results = Metadata({}, {}, []), Results()  # main.py sets metadata
         # Steps done: `step` in the epoch, `global_step` in the run.

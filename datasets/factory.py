@@ -44,11 +44,6 @@ class DataSplits:
     classes: list[str]
     metadata: dict  # classes, counts, statistics, split, fingerprints: a resumed run compares them
 
-    @property
-    def is_resident(self) -> bool:
-        """Return whether all images are on the training device."""
-        return isinstance(self.train, MemoryLoader)
-
 
 def create(
     opt: SimpleNamespace,

@@ -64,11 +64,9 @@ class PeerMonitor:
         try:
             yield
         except RuntimeError as error:
-            # A signal handler raises, at any line, when a loader process dies.
-            is_loader_error = str(error).startswith("DataLoader worker")
             # A step that cannot be captured runs eagerly, see engine/cuda_graph.py.
             is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-            if is_loader_error or is_capturing or isinstance(error, torch.OutOfMemoryError):
+            if is_loader_error(error) or is_capturing or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise self._find_failure(error) from error
 
@@ -203,6 +201,11 @@ class PeerMonitor:
         timer = threading.Timer(ABORT_GRACE_S, abort)
         timer.daemon = True
         timer.start()
+
+
+def is_loader_error(error: Exception) -> bool:
+    """Return whether a loader process has died: a signal handler raises that at any line."""
+    return str(error).startswith("DataLoader worker")
 
 
 def first_line(error: RuntimeError | None) -> str:

@@ -46,6 +46,15 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
+def reset_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Drop what a step leaves in Python, or has left where an error has ended it."""
+    optimizer.zero_grad(set_to_none=True)
+    if scaler.is_enabled():
+        scaler._per_optimizer_states.clear()  # else a second `step` before `update` is an error
+        for name in ("grad_scale", "found_inf"):  # lent by the scaler; it would multiply the scales
+            vars(optimizer).pop(name, None)
+
+
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Return the momentum of each parameter by its name; {} without momentum."""
     return {

@@ -1,7 +1,11 @@
 """Test captured steps: a replay of the captured operations trains as eager steps do."""
 
+import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +15,16 @@ import engine.optimizer
 import models.factory
 import opts
 import train
+from datasets.batch_sampler import BatchSampler
 from datasets.factory import DataSplits
 from distributed.launcher import ProcessInfo
+from distributed.world import World
 from engine import cuda_graph
-from errors import NonFiniteError, UsageError
+from engine.memory import MemoryTracker
+from errors import NonFiniteError, PeerError, UsageError
 from experiment.log import RunLog
 from faults.contract import OF_CLOCKS
-from helpers.sample_data import create_data
+from helpers.sample_data import create_data, write_folder
 
 CPU = torch.device("cpu")
 FLAGS = (
@@ -31,15 +38,21 @@ class Recording(TorchDispatchMode):
 
     A replay runs the same operations on the same tensors and puts each result where the first run
     had put it. A number that Python computes in every step would stay what it was.
+
+    Args:
+        refused: name of an operation that cannot be captured, and the error that says so.
     """
 
-    def __init__(self):
+    def __init__(self, refused: tuple[str, Exception] = ("", KeyError())):
         super().__init__()
-        self.calls = []
+        self.calls, self.refused = [], refused
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
+        name, error = self.refused
+        if operation._opname == name:
+            raise error
         results = operation(*args, **(kwargs or {}))
         self.calls.append((operation, args, kwargs or {}, results))
         return results
@@ -58,23 +71,31 @@ def _tensors(results) -> list[torch.Tensor]:
 
 
 class Capturer:
-    """Stand in for cuda_graph.capture on the CPU."""
+    """Stand in for cuda_graph.Capturer on the CPU; `refused` as in Recording."""
 
-    def __init__(self):
+    def __init__(self, *refused):
         # Gives the tensors that a step changes: recording does a step, which is undone.
         self.state: Callable[[], list[torch.Tensor]] = list
-        self.replays = 0
+        self.replays = self.in_memory = 0
+        self.refused = refused
 
-    def __call__(self, fn: Callable[[], None]) -> Callable[[], None]:
-        recording = Recording()
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        self.in_memory += 1
+        yield
+
+    def capture(self, fn: Callable[[], None]) -> Callable[[], None]:
+        recording = Recording(*self.refused)
         before = [(tensor, tensor.clone()) for tensor in self.state()]
         rng = torch.get_rng_state()
-        with recording:
-            fn()
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-        torch.set_rng_state(rng)
+        try:
+            with recording:
+                fn()
+        finally:
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
+            torch.set_rng_state(rng)
 
         def replay() -> None:
             self.replays += 1
@@ -84,16 +105,26 @@ class Capturer:
         return replay
 
 
-def eagerly(fn: Callable[[], None]) -> Callable[[], None]:
-    """Return a capturer that does not capture."""
-    return fn
+class Eagerly:
+    """Capture nothing: a replay is the step."""
+
+    memory = nullcontext
+
+    def capture(self, fn: Callable[[], None]) -> Callable[[], None]:
+        return fn
+
+
+eagerly = Eagerly()
 
 
 def build(line: str, capturer, data=None) -> tuple[train.Trainer, DataSplits]:
     """Make a trainer of a network that a line describes, and its data."""
-    network = "" if "--netType" in line else DENSENET
-    opt = opts.parse(f"{FLAGS} {network} {line}".split())
-    data = data or create_data(opt)
+    words = f"{FLAGS} {'' if '--netType' in line or '--d1' in line else DENSENET} {line}".split()
+    flags = dict(zip(words[::2], words[1::2], strict=True))  # the last one of a name counts
+    if flags["--dataset"] == "folder":
+        del flags["--nImages"]
+    opt = opts.parse([word for flag in flags.items() for word in flag])
+    data = data or create_data(opt, warn=lambda _: None)
     model = models.factory.create(opt, len(data.classes))
     trainer = train.Trainer(opt, model, CPU, RunLog(None), capturer=capturer)
     if isinstance(capturer, Capturer):
@@ -103,7 +134,12 @@ def build(line: str, capturer, data=None) -> tuple[train.Trainer, DataSplits]:
             *vars(trainer._guard).values(),
             *_tensors([group["lr"] for group in trainer.optimizer.param_groups]),
             *(metrics._totals for metrics in (trainer.metrics, trainer._eval_metrics)),
-            *(graphed._batch_start for graphed in trainer._runner._graphed_steps.values()),
+            *_tensors([*vars(trainer.scaler).values()]),
+            *(
+                graphed.batches._batch_start
+                for graphed in trainer._runner._graphed_steps.values()
+                if isinstance(graphed.batches, cuda_graph.ResidentBatches)
+            ),
         ]
     return trainer, data
 
@@ -144,6 +180,61 @@ def test_replayed_steps_train_as_eager_steps_do(line):
     assert equal(replayed, epochs(*build(line, eagerly)))
 
 
+FILES = (
+    "--dataset folder --data {} --imageSize 72 --d1 1 --d2 1 --d3 1 --d4 1 --initChannels 4 "
+    "--growthRate 2 --nThreads 0"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """Write 15 + 11 images, and one more each that is unreadable; return the flags of a run."""
+    root = tmp_path_factory.mktemp("folder")
+    counts = {"train": {"cat": 7, "dog": 8}, "val": {"cat": 5, "dog": 6}}
+    write_folder(root, counts, size=80)
+    for split in counts:
+        (root / split / "dog" / "bad.png").write_bytes(b"no picture")
+    return f"{FILES.format(root)} --onBadImage skip"
+
+
+def full_batches(loader, num_epochs: int) -> int:
+    """Count the batches in which no image is missing."""
+    sizes = [len(targets) for k in range(num_epochs) for _, targets in loader.batches(k + 1)]
+    assert sizes.count(4) < len(sizes)
+    return sizes.count(4)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--precision bf16 --optMemory 3 --dropRate 0.2", "--precision half"]
+)
+def test_replayed_steps_over_files_train_as_eager_steps_do(folder, line):
+    capturer = Capturer()
+    trainer, data = build(f"{folder} {line}", capturer)
+    replayed = epochs(trainer, data, count=3)
+    expected = full_batches(data.train, 3) + full_batches(data.val, 3)
+    assert capturer.replays == expected - 2 * cuda_graph.WARMUP_STEPS > 0
+    assert equal(replayed, epochs(*build(f"{folder} {line}", eagerly), count=3))
+    assert not equal(replayed, epochs(*build(f"{folder} {line} --manualSeed 1", eagerly), count=3))
+
+
+def test_replayed_ten_crops_are_evaluated_as_eager_ones(folder):
+    # Batches of one image: 11 of 12 are read.
+    capturer = Capturer()
+    replayed = epochs(*build(f"{folder} --tenCrop true", capturer), count=1)
+    assert capturer.replays == 11 - cuda_graph.WARMUP_STEPS
+    assert equal(replayed, epochs(*build(f"{folder} --tenCrop true", eagerly), count=1))
+
+
+def test_a_buffer_that_is_not_filled_anew_would_train_on_one_batch(folder, monkeypatch):
+    # The twin of the two above.
+    def fill(buffer, *batch):
+        buffer._batch = buffer._batch or tuple(tensor.clone() for tensor in batch)
+
+    wanted = epochs(*build(folder, eagerly))
+    monkeypatch.setattr(cuda_graph.BatchBuffer, "fill", fill)
+    assert not equal(epochs(*build(folder, Capturer())), wanted)
+
+
 def test_a_rate_that_python_keeps_would_be_replayed_as_it_was(monkeypatch):
     # The twin: what a recording cannot see change, or another seed, trains otherwise.
     line = "--lrShape cosine"
@@ -158,10 +249,13 @@ def test_a_rate_that_python_keeps_would_be_replayed_as_it_was(monkeypatch):
     assert not equal(epochs(trainer, data), wanted)
 
 
-def test_an_epoch_is_continued_in_the_middle():
-    whole, data = build("", Capturer())
+@pytest.mark.parametrize("source", ["memory", "files"])
+def test_an_epoch_is_continued_in_the_middle(source, folder):
+    line, batch = ("", 4) if source == "memory" else (folder, 2)
+    build_again = partial(build, f"{line} --batchSize {batch}")
+    whole, data = build_again(Capturer())
     wanted = epochs(whole, data, count=1)
-    first, _ = build("", Capturer(), data)
+    first, _ = build_again(Capturer(), data)
 
     def stop() -> None:
         if first.step == 5:
@@ -169,7 +263,7 @@ def test_an_epoch_is_continued_in_the_middle():
 
     with pytest.raises(KeyboardInterrupt):
         first.train(data.train, stop)
-    second, _ = build("", Capturer(), data)
+    second, _ = build_again(Capturer(), data)
     second.load_state_dict(first.state_dict())
     assert second.step == 5
     assert equal(epochs(second, data, count=1), wanted)
@@ -185,12 +279,9 @@ def test_a_process_replays_its_own_images(split, steps):
             return torch.cat(
                 [images for images, _ in itertools.islice(batches.batches(2, 1), steps)]
             )
-        seen = []
-        step = cuda_graph.GraphedStep(batches, lambda *batch: seen.append(batch), eagerly, None)
-        step.seek(epoch=2, step=1)
-        for _ in range(steps):
-            step()
-        return torch.cat([images for images, _ in seen])
+        resident = cuda_graph.ResidentBatches(batches)
+        resident.seek(epoch=2, step=1)
+        return torch.cat([resident.next()[0] for _ in range(steps)])
 
     for rank in range(2):
         found = images_of(rank, replay=True)
@@ -198,13 +289,127 @@ def test_a_process_replays_its_own_images(split, steps):
         assert not torch.equal(found, images_of(1 - rank, replay=False))
 
 
-def test_a_step_that_cannot_be_captured_runs_eagerly_with_one_warning(capsys):
-    def refuse(fn):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+class TritonError(Exception):
+    """Stand for errors of Triton, which have no class in common."""
 
-    assert equal(epochs(*build("", refuse)), epochs(*build("", eagerly)))
-    line = "note: a step cannot be captured as a CUDA graph: operation not permitted when stream"
+
+# Operations of a step in half precision: of its batch, forward, backward, update, metrics.
+STAGES = ["index", "convolution", "convolution_backward", "where", "_fused_sgd_",
+          "_amp_foreach_non_finite_check_and_unscale_", "_amp_update_scale_", "topk"]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("error", [RuntimeError("not permitted\nand more"), TritonError()])
+def test_a_step_whose_capture_breaks_off_runs_eagerly_with_one_note(stage, error, capsys):
+    capturer = Capturer((stage, error))
+    trainer, data = build("--precision half", capturer)
+    found = epochs(trainer, data)
+    assert capturer.replays == 0
+    reason = "not permitted" if isinstance(error, RuntimeError) else "TritonError"
+    line = f"note: a step cannot be captured as a CUDA graph: {reason}; it runs eagerly; "
     assert capsys.readouterr().err.count(line) == 1
+    assert equal(found, epochs(*build("--precision half", eagerly)))
+
+
+@pytest.mark.parametrize("stage", ["_fused_sgd_", "_amp_update_scale_"])
+def test_what_a_broken_capture_leaves_in_python_would_spoil_the_next_step(stage, monkeypatch):
+    # The twin: after the update the scaler refuses a second one, before it squares its scale.
+    monkeypatch.setattr(engine.optimizer, "reset_step", lambda *_: None)
+    run = partial(epochs, *build("--precision half", Capturer((stage, TritonError()))))
+    if stage == "_amp_update_scale_":
+        with pytest.raises(RuntimeError, match="already been called"):
+            run()
+    else:
+        assert not equal(run(), epochs(*build("--precision half", eagerly)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        PeerError("process 1 is lost", "run it again"),
+    ],
+)
+def test_an_error_that_ends_a_run_ends_it_in_a_capture_as_well(error):
+    trainer, data = build("", Capturer(("convolution", error)))
+    with pytest.raises(type(error)):
+        trainer.train(data.train, lambda: None)
+
+
+def test_smaller_batches_and_later_warm_ups_share_the_memory_of_graphs(folder):
+    for line, smaller in (("", [1, 0]), (folder, None)):
+        capturer = Capturer()
+        trainer, data = build(line, capturer)
+        if smaller is None:
+            smaller = [len(s.sampler) - full_batches(s, 1) for s in (data.train, data.val)]
+        epochs(trainer, data)
+        eager = 2 * sum(smaller) + 2 * cuda_graph.WARMUP_STEPS
+        assert capturer.in_memory == eager, line
+
+
+def test_a_pool_in_which_a_capture_has_failed_is_not_used_again():
+    capturer = Capturer(("convolution", TritonError()))
+    epochs(*build("", capturer))
+    assert capturer.in_memory == cuda_graph.WARMUP_STEPS
+
+
+@pytest.mark.parametrize("precision", ["single", "half", "bf16"])
+@pytest.mark.parametrize("level", [0, 2, 4])
+def test_no_tensor_but_the_gradients_outlives_a_step(precision, level):
+    """Test it from the first step on: a replay overwrites what is made in its memory."""
+    trainer, data = build(f"--precision {precision} --optMemory {level} --dropRate 0.1", None)
+    batch = next(iter(data.train.batches(1)))
+    for mode, step in (("train", trainer._train_step), ("eval", trainer._eval_step)):
+        getattr(trainer.model, mode)()
+        with torch.set_grad_enabled(mode == "train"), MemoryTracker(CPU) as tracker:
+            step(*batch)
+        gc.collect()
+        owned = [*trainer.model.state_dict().values(), *batch]
+        owned += [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        known = {tensor.untyped_storage()._cdata for tensor in owned}
+        known |= {state["momentum_buffer"].untyped_storage()._cdata
+                  for state in trainer.optimizer.state.values()}  # fmt: skip
+        known |= {tensor.untyped_storage()._cdata for holder in (
+            trainer._guard, trainer.metrics, trainer._eval_metrics, trainer.scaler)
+            for tensor in vars(holder).values() if isinstance(tensor, torch.Tensor)}  # fmt: skip
+        assert set(tracker.alive) <= known
+
+
+class TwoRanks(World):
+    """Stand for two processes, of which the other one has batches of given sizes."""
+
+    def __init__(self, rank: int, others: list[int]):
+        super().__init__(ProcessInfo(rank, 2))
+        self._others = iter(others)
+
+    def all_gather_int(self, value: int) -> list[int]:
+        return [value, next(self._others)] if self.rank == 0 else [next(self._others), value]
+
+
+def test_all_processes_replay_a_step_over_files_or_none_does():
+    sizes = [[4, 4]] * 6 + [[3, 4], [4, 3], [4, 4], [0, 4], [4, 4], [2, 1]]
+    replayed = []
+    for rank in range(2):
+        own, others = ([each[r] for each in sizes] for r in (rank, 1 - rank))
+        capturer = Capturer()
+        runner = cuda_graph.StepRunner(TwoRanks(rank, others), None, capturer, pytest.fail)
+        loader = SimpleNamespace(
+            sampler=BatchSampler(torch.arange(8 * 12), 8, process=ProcessInfo(rank, 2)),
+            batches=lambda epoch, start, own=own: (
+                (torch.ones(n, 3), torch.ones(n, dtype=torch.int64)) for n in own
+            ),
+        )
+        modes, total = [], torch.zeros(())
+
+        def step(images, targets, total=total):
+            total += images.sum()
+
+        for stats in runner.run(step, loader, epoch=1):
+            modes.append(capturer.replays)
+            assert stats.num_images == sum(sizes[len(modes) - 1])
+        replayed.append([after - before for before, after in itertools.pairwise([0, *modes])])
+    assert replayed[0] == replayed[1] == [0, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 0]
 
 
 def test_a_loss_that_is_not_finite_is_reported_at_its_step_in_a_replay():
@@ -219,13 +424,20 @@ def test_a_loss_that_is_not_finite_is_reported_at_its_step_in_a_replay():
     assert "epoch 1, step 8" in error.value.report()
 
 
-@pytest.mark.parametrize(
-    ("device", "resident", "why"),
-    [("cpu", True, "no CUDA device"), ("cuda", False, "images above 64 pixels")],
-)
-def test_a_graph_requested_where_there_can_be_none_is_an_error(device, resident, why):
+def test_a_graph_requested_where_there_can_be_none_is_an_error():
     with pytest.raises(UsageError) as error:
-        cuda_graph.make_capturer("true", torch.device(device), resident)
-    assert why in error.value.report() and "; fix: use --cudaGraph auto" in error.value.report()
+        cuda_graph.make_capturer("true", CPU)
+    line = "error: cudaGraph: there is no CUDA device; fix: use --cudaGraph auto"
+    assert error.value.report() == line
     for requested in ("auto", "false"):
-        assert cuda_graph.make_capturer(requested, torch.device(device), resident) is None
+        assert cuda_graph.make_capturer(requested, CPU) is None
+
+
+def test_graphs_are_captured_for_files_and_for_images_in_memory_alike(monkeypatch):
+    """Test with a pretended device; test_gpu.py has the real one."""
+    for name in ("Stream", "current_stream", "set_stream", "MemPool"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(wait_stream=print))
+    for requested in ("auto", "true"):
+        capturer = cuda_graph.make_capturer(requested, torch.device("cuda"))
+        assert isinstance(capturer, cuda_graph.Capturer)
+    assert cuda_graph.make_capturer("false", torch.device("cuda")) is None

@@ -176,7 +176,7 @@ def run(argv: list[str]) -> None:
 
     # Find every usage error before measuring.
     device = engine.device.select(opt.nGPU)
-    cuda_graph.make_capturer(opt.cudaGraph, device, resident=True)  # sets a stream to capture on
+    cuda_graph.make_capturer(opt.cudaGraph, device)  # sets a stream to capture on
     kernels.backend.select(opt.kernels, device, "single")
     if opt.tf32 and device.type == "cpu":
         raise UsageError("tf32 has no effect on the CPU", "leave it out")
