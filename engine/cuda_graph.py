@@ -41,18 +41,22 @@ class Capturer:
     """
 
     def __init__(self):
-        self._pool, self._has_graph = torch.cuda.MemPool(), False
+        self._has_graph = False
+        # Other allocators, which PYTORCH_ALLOC_CONF may choose, lend graphs' memory to nobody.
+        is_native = torch.cuda.get_allocator_backend() == "native"
+        self._pool = torch.cuda.MemPool() if is_native else None
 
     def capture(self, fn: Callable[[], None]) -> Callable[[], None]:
         """Return the replay of what `fn` does; see the function of this name."""
-        replay = capture(fn, self._pool.id)
+        replay = capture(fn, self._pool and self._pool.id)
         self._has_graph = True
         return replay
 
     @contextmanager
     def memory(self) -> Iterator[None]:
         """Let an eager step allocate in the graphs' memory, once there is a graph."""
-        if not self._has_graph:  # before: a capture gives back what the warm-up has reserved
+        # Before, steps leave nothing reserved: a capture first gives back what is cached.
+        if not self._has_graph or self._pool is None:
             yield
             return
         # The pool serves this thread alone, so backward must run in it too.

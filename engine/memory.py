@@ -7,7 +7,10 @@ thus counted by its own code, in seconds and on any machine.
 Counted is what torch.cuda.max_memory_allocated counts: weights, momentum, gradients, the batch, all
 that lives between forward and backward, and cuBLAS's workspace. Left out, on a GPU: the CUDA
 context and code, gaps between the allocator's blocks, cuDNN's trials of algorithms, and the buffers
-in which several processes average gradients. A captured step has the same peak, and keeps it.
+in which several processes average gradients.
+
+A captured step has the same peak and keeps that memory. Smaller batches and evaluation use it too
+(engine/cuda_graph.py); a loader of files cannot, so what it needs for a batch is added.
 """
 
 import itertools
@@ -30,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 import engine.device
 import models.factory
 from cli.flag_types import Settings
+from datasets.registry import DATASETS
 from distributed.world import World
 from engine import optimizer
 from engine.precision import PRECISIONS, autocast
@@ -43,6 +47,9 @@ BLOCK_BYTES = 512  # the CUDA allocator rounds up to multiples of it
 # The workspace of a cuBLAS handle, from PyTorch's CublasHandlePool.cpp: before Hopper, and since.
 # The forward and the backward thread have a handle each.
 CUBLAS_BYTES = {False: (2 * 4096 + 8 * 16) * 1024, True: 8 * 4096 * 1024}
+# What datasets.pipelines needs on a GPU to finish a batch of files, in such batches: the result,
+# the values before and after the colours change, half of them twice to mirror it; bytes and all.
+LOADER_BATCHES = 4.5
 # Parts of the messages of errors that mean: no memory left.
 OUT_OF_MEMORY_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -68,7 +75,7 @@ class MemoryEstimate:
         self._peak_cache: dict[tuple[int, int], int] = {}
 
     def peak_bytes(self, level: int | None = None, batch: int | None = None) -> int:
-        """Return the most memory in use at any moment of a step.
+        """Return the most memory that a run holds at any moment of its steps.
 
         Seeds torch's generators as models.factory.create does.
 
@@ -80,9 +87,21 @@ class MemoryEstimate:
             level, batch = key
             local_batch = -(-batch // self.opt.replicas)  # of one of several processes
             opt = self.opt.replace(optMemory=level, batchSize=local_batch)
-            simulated = _simulate(opt, self.num_classes, self.device, self.ops)
-            self._peak_cache[key] = simulated + workspace_bytes(self.device)
+            peak = _simulate(opt, self.num_classes, self.device, self.ops)
+            if opt.replicas > 1:  # evaluation does not divide its batches
+                opt = opt.replace(batchSize=batch)
+                evaluation = _simulate(opt, self.num_classes, self.device, self.ops, training=False)
+                peak = max(peak, evaluation)
+            self._peak_cache[key] = peak + self._loader_bytes(opt) + workspace_bytes(self.device)
         return self._peak_cache[key]
+
+    def _loader_bytes(self, opt: Settings) -> int:
+        """Return what finishing a batch needs beside the memory that a captured step keeps."""
+        is_captured = self.device.type == "cuda" and opt.cudaGraph != "false"
+        if not is_captured or not DATASETS[opt.dataset].is_read_from_disk(opt.imageSize):
+            return 0
+        values = opt.batchSize * 3 * opt.imageSize**2
+        return round(LOADER_BATCHES * values * PRECISIONS[opt.precision].dtype.itemsize)
 
     def best_fit(self, limit_bytes: float) -> tuple[int | None, int]:
         """Return a level and the largest batch that fits there.
@@ -206,11 +225,17 @@ def _mb(size: float) -> str:
     return f"{math.ceil(size / 1e6):,} MB"
 
 
-def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops: Backend) -> int:
-    """Return the most bytes in use during forward and backward of one step."""
+def _simulate(
+    opt: SimpleNamespace,
+    num_classes: int,
+    device: torch.device,
+    ops: Backend,
+    training: bool = True,
+) -> int:
+    """Return the most bytes in use during forward and backward, or evaluation, of one step."""
     dtype = PRECISIONS[opt.precision].dtype
     with torch.device("meta"):
-        model = models.factory.create(opt, num_classes, ops).to(dtype)
+        model = models.factory.create(opt, num_classes, ops).to(dtype).train(training)
     tracker = MemoryTracker(device)
     # Fake CPU tensors for a GPU as well: autograd switches to the device, which must exist.
     with _tiling_for(device), FakeTensorMode(), tracker:
@@ -220,13 +245,16 @@ def _simulate(opt: SimpleNamespace, num_classes: int, device: torch.device, ops:
         }
         # Held during the whole step. The update itself works in place and allocates nothing.
         parameters = [tensor for tensor in state.values() if tensor.requires_grad]
-        momentum = [optimizer.initial_state(opt, parameter) for parameter in parameters]
+        held = [optimizer.initial_state(opt, parameter) for parameter in parameters]
         images = _empty((opt.batchSize, 3, opt.imageSize, opt.imageSize), dtype)
         targets = torch.empty(opt.batchSize, dtype=torch.int64)
-        with autocast(torch.device("cpu"), opt.precision):
+        if not training:
+            held += [torch.empty_like(parameter) for parameter in parameters]  # the last gradients
+        with torch.set_grad_enabled(training), autocast(torch.device("cpu"), opt.precision):
             loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
-        loss.backward()
-        del momentum
+        if training:
+            loss.backward()
+        del held
     return tracker.peak
 
 

@@ -10,7 +10,10 @@ import engine.memory
 import models.factory
 import opts
 import train
-from engine.memory import TOLERANCE, MemoryEstimate, memory_errors
+from datasets import colour
+from datasets.pipelines import LargeImages
+from engine.memory import TOLERANCE, MemoryEstimate, MemoryTracker, memory_errors
+from engine.precision import PRECISIONS
 from errors import OutOfMemoryError
 from experiment.log import RunLog
 from helpers.sample_data import create_data
@@ -46,15 +49,21 @@ def estimate(
 
 
 @cache
-def measured(network: str, level: int, precision: str) -> int:
-    """Return the peak bytes of PyTorch's allocator while a network was made and trained."""
+def measured(network: str, level: int, precision: str, replicas: int = 1) -> int:
+    """Return the peak bytes of PyTorch's allocator while a network was made, trained and tested.
+
+    Args:
+        replicas: train on so small a part of a batch.
+    """
     opt = settings(NETWORKS[network], level, precision)
-    opt.nImages = 2 * opt.batchSize
-    data = create_data(opt)
+    share = opt.batchSize // replicas
+    part = create_data(opt.replace(batchSize=share, nImages=2 * share))
+    whole = create_data(opt.replace(nImages=5 * opt.batchSize))  # a fifth of them for the test
     activities = [ProfilerActivity.CPU]
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         trainer = train.Trainer(opt, models.factory.create(opt, NUM_CLASSES), CPU, RunLog(None))
-        trainer.train(data.train, lambda: None)
+        trainer.train(part.train, lambda: None)
+        trainer.evaluate(whole.val, lambda: None)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -100,13 +109,49 @@ def test_weights_momentum_and_gradients_are_counted():
     assert predicted - without == pytest.approx(weights, rel=0.05)
 
 
-def test_each_of_several_processes_needs_what_its_part_of_the_batch_does():
-    whole = estimate(SMALL.replace("--batchSize 4", "--batchSize 16"))
-    one = whole.peak_bytes()
+def shared(flags: str, replicas: int, level: int = 2) -> MemoryEstimate:
+    """Estimate the memory of each of several processes."""
+    opt = settings(flags, level).replace(replicas=replicas)
+    return MemoryEstimate(opt, NUM_CLASSES, CPU, REFERENCE)
+
+
+def test_each_of_several_processes_trains_on_its_part_of_the_batch():
+    whole = estimate(NETWORKS["bottleneck"], level=0)
     before = reference._tiles
-    parts = MemoryEstimate(whole.opt.replace(replicas=4), NUM_CLASSES, CPU, REFERENCE)
-    assert parts.peak_bytes() == estimate(SMALL).peak_bytes() < one
+    part = shared(NETWORKS["bottleneck"], 2, level=0).peak_bytes()
+    assert part == whole.peak_bytes(batch=8) < whole.peak_bytes()
     assert reference._tiles is before
+
+
+def test_each_of_many_processes_evaluates_whole_batches_which_may_need_more():
+    peak = measured("bottleneck", 2, "single", replicas=8)
+    predicted = shared(NETWORKS["bottleneck"], 8).peak_bytes()
+    assert predicted / TOLERANCE <= peak <= predicted * TOLERANCE
+    training = estimate(NETWORKS["bottleneck"])
+    assert training.peak_bytes(batch=2) * TOLERANCE < peak < training.peak_bytes() / TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["single", "double", "bf16"])
+def test_a_captured_step_over_files_leaves_the_loader_memory_of_its_own(precision, monkeypatch):
+    flags = "--dataset folder --imageSize 72 --d1 1 --d2 1 --d3 1 --d4 1 --growthRate 4"
+    text = f"{flags} --batchSize 8 --nGPU 0 --precision {precision}"
+
+    def peak(more: str, device: torch.device = GPU) -> int:
+        opt = opts.parse(f"{text} {more}".split())
+        return MemoryEstimate(opt, NUM_CLASSES, device, REFERENCE).peak_bytes()
+
+    eager = peak("--cudaGraph false")
+    reserved = peak("") - eager
+    assert peak("", CPU) == peak("--cudaGraph false", CPU)
+    # Finish a batch as on a GPU: in one part. Half of the images are mirrored.
+    monkeypatch.setattr(colour, "PART_VALUES", 2**40)
+    dtype = PRECISIONS[precision].dtype
+    pipeline = LargeImages(72, "antialias", ([120.0] * 3, [60.0] * 3), CPU, dtype, seed=1)
+    draws = torch.rand(8, 64, dtype=torch.float64)
+    pixels = torch.zeros(8, 72, 72, 3, dtype=torch.uint8)
+    with MemoryTracker(CPU) as tracker:
+        pipeline.finish([(pixels.clone(), draws)], CPU)
+    assert tracker.peak == pytest.approx(reserved, rel=0.15)
 
 
 # On a GPU, unseen:
