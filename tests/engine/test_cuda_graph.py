@@ -128,20 +128,21 @@ def build(line: str, capturer, data=None) -> tuple[train.Trainer, DataSplits]:
     model = models.factory.create(opt, len(data.classes))
     trainer = train.Trainer(opt, model, CPU, RunLog(None), capturer=capturer)
     if isinstance(capturer, Capturer):
-        capturer.state = lambda: [
-            *trainer.model.state_dict().values(),
-            *(state["momentum_buffer"] for state in trainer.optimizer.state.values()),
-            *vars(trainer._guard).values(),
-            *_tensors([group["lr"] for group in trainer.optimizer.param_groups]),
-            *(metrics._totals for metrics in (trainer.metrics, trainer._eval_metrics)),
-            *_tensors([*vars(trainer.scaler).values()]),
-            *(
-                graphed.batches._batch_start
-                for graphed in trainer._runner._graphed_steps.values()
-                if isinstance(graphed.batches, cuda_graph.ResidentBatches)
-            ),
-        ]
+        capturer.state = partial(held_between_steps, trainer)
     return trainer, data
+
+
+def held_between_steps(trainer: train.Trainer) -> list[torch.Tensor]:
+    """List the tensors that a step may change, but for its gradients."""
+    holders = [trainer._guard, trainer.metrics, trainer._eval_metrics, trainer.scaler]
+    for graphed in trainer._runner._graphed_steps.values():
+        holders.append(graphed.batches)
+    return [
+        *trainer.model.state_dict().values(),
+        *(state["momentum_buffer"] for state in trainer.optimizer.state.values()),
+        *_tensors([group["lr"] for group in trainer.optimizer.param_groups]),
+        *_tensors([value for holder in holders for value in vars(holder).values()]),
+    ]
 
 
 def epochs(trainer: train.Trainer, data: DataSplits, count: int = 2) -> dict:
@@ -362,17 +363,12 @@ def test_no_tensor_but_the_gradients_outlives_a_step(precision, level):
     batch = next(iter(data.train.batches(1)))
     for mode, step in (("train", trainer._train_step), ("eval", trainer._eval_step)):
         getattr(trainer.model, mode)()
+        owned = held_between_steps(trainer)
         with torch.set_grad_enabled(mode == "train"), MemoryTracker(CPU) as tracker:
             step(*batch)
         gc.collect()
-        owned = [*trainer.model.state_dict().values(), *batch]
-        owned += [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        known = {tensor.untyped_storage()._cdata for tensor in owned}
-        known |= {state["momentum_buffer"].untyped_storage()._cdata
-                  for state in trainer.optimizer.state.values()}  # fmt: skip
-        known |= {tensor.untyped_storage()._cdata for holder in (
-            trainer._guard, trainer.metrics, trainer._eval_metrics, trainer.scaler)
-            for tensor in vars(holder).values() if isinstance(tensor, torch.Tensor)}  # fmt: skip
+        owned += [parameter.grad for parameter in trainer.model.parameters()]
+        known = {tensor.untyped_storage()._cdata for tensor in (*owned, *batch)}
         assert set(tracker.alive) <= known
 
 

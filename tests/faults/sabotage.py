@@ -43,6 +43,7 @@ HOOKS = {
     "count a batch": ("engine.metrics", "Metrics.add"),
     "sum the gradients": ("engine.gradients", "GradientReducer.reduce"),
     "choose eager or captured steps": ("engine.cuda_graph", "make_capturer"),
+    "divide a batch among processes": ("distributed.world", "BatchShard.set_sizes"),
     "save the end of an epoch": ("checkpoints", "CheckpointSaver.on_epoch_end"),
     "compute a loss": ("torch.nn.functional", "cross_entropy"),
     "compute the gradients": ("torch", "Tensor.backward"),

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -170,16 +171,31 @@ def test_a_loader_process_that_is_killed_is_named_and_no_peer_is(root, rank):
 
 def record_steps_but(rank: int) -> None:
     """Pretend to capture CUDA graphs; in one process the capture fails."""
+    sizes = [None]
 
-    def capturer(*_):
-        def capture(run_step):
+    class Capturer:
+        memory = nullcontext
+
+        def capture(self, run_step):
             if os.environ["RANK"] == str(rank):
                 raise RuntimeError("operation not permitted when stream is capturing")
-            return run_step
+            captured = sizes[0]
 
-        return capture
+            def replay() -> None:
+                assert sizes[0] == captured  # which a graph has as numbers
+                run_step()
 
-    replace("choose eager or captured steps", lambda _: capturer)
+            return replay
+
+    def remembering(set_sizes):
+        def set_and_remember(self, found):
+            sizes[0] = found
+            set_sizes(self, found)
+
+        return set_and_remember
+
+    replace("choose eager or captured steps", lambda _: lambda *_: Capturer())
+    replace("divide a batch among processes", remembering)
 
 
 @pytest.mark.parametrize("rank", BOTH)
@@ -189,6 +205,19 @@ def test_a_process_that_cannot_record_its_steps_trains_with_the_others(undisturb
     assert codes(results) == [0, 0], results
     assert ("it runs eagerly" in results[0].err) == (rank == 0)
     assert outcome(tmp_path) == undisturbed(2)
+
+
+def test_processes_that_record_steps_over_files_train_as_those_that_do_not(root, tmp_path):
+    (root / "train" / "dog" / "bad.png").write_bytes(b"no picture")
+    flags = {"batchSize": 4, "nEpochs": 6, "nGPU": 0, "onBadImage": "skip", "dropRate": 0.2}
+    found = []
+    for name, sabotage in (("eager", int), ("recorded", partial(record_steps_but, 2))):
+        argv = folder(root, **flags, save=tmp_path / name)
+        results = call(argv, 2, dict.fromkeys(BOTH, sabotage))
+        assert codes(results) == [0, 0], results
+        assert "it runs eagerly" not in results[0].err
+        found.append(outcome(tmp_path / name))
+    assert found[0] == found[1]
 
 
 def test_restarted_processes_connect_through_the_launchers_store(undisturbed, tmp_path):
