@@ -1,5 +1,7 @@
 """Test with a CUDA device: precisions, backends, graphs, memory, resuming (`make gpu`)."""
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -18,10 +20,12 @@ import kernels.backend
 import models.factory
 import opts
 import train
+from engine import cuda_graph
 from engine.gradients import GradientReducer
 from engine.memory import MemoryEstimate
 from experiment.log import RunLog
 from helpers.run_main import ROOT
+from helpers.sample_data import write_folder
 from helpers.tiny_networks import (
     FORMS,
     Results,
@@ -175,6 +179,86 @@ def test_a_run_of_captured_steps_ends_in_the_weights_of_an_eager_one(flags, tmp_
     assert log(tmp_path / "true") == log(tmp_path / "false")
     run(f"{line} --manualSeed 1 --cudaGraph true --save {tmp_path / 'other'}")
     assert log(tmp_path / "other") != log(tmp_path / "true")
+
+
+def test_captured_steps_over_files_end_in_the_weights_of_eager_ones(tmp_path):
+    # 30 training images, of which one cannot be read; loader processes, and ten crops.
+    write_folder(tmp_path, {"train": {"a": 15, "b": 14}, "val": {"a": 4, "b": 3}}, size=80)
+    (tmp_path / "train" / "b" / "bad.png").write_bytes(b"no picture")
+    line = (
+        f"--dataset folder --data {tmp_path} --imageSize 72 --d1 1 --d2 1 --d3 1 --d4 1 --nGPU 1 "
+        "--growthRate 8 --batchSize 4 --nThreads 2 --tenCrop true --onBadImage skip --nEpochs 3 "
+        "--dropRate 0.2 --cudnn deterministic"
+    )
+    for graph in ("true", "false"):
+        done = run(f"{line} --cudaGraph {graph} --save {tmp_path / graph}")
+        assert "it runs eagerly" not in done.stderr
+    assert have_equal_weights(tmp_path / "true", tmp_path / "false")
+    assert log(tmp_path / "true") == log(tmp_path / "false")
+
+
+@pytest.fixture
+def capturer():
+    """Return what captures steps, on a stream of its own; go back to the former one."""
+    before = torch.cuda.current_stream()
+    yield cuda_graph.make_capturer("true", torch.device("cuda", 0))
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(before)
+
+
+def trained(line: str, capturer, epochs: int = 2) -> train.Trainer:
+    """Train and evaluate some epochs in this process."""
+    opt, device = opts.parse(line.split()), torch.device("cuda", 0)
+    data = datasets.factory.create(opt, device, print)
+    ops = kernels.backend.select("auto", device, opt.precision)[0]
+    model = models.factory.create(opt, len(data.classes), ops)
+    trainer = train.Trainer(opt, model, device, RunLog(None), capturer=capturer)
+    for _ in range(epochs):
+        results = [trainer.train(data.train, lambda: None)]
+        results.append(trainer.evaluate(data.val, lambda: None))
+        trainer.finish_epoch(*results)
+    return trainer
+
+
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_the_smaller_last_batch_of_an_epoch_reserves_no_memory_of_its_own(
+    shares_memory, capturer, monkeypatch
+):
+    if not shares_memory:  # the twin
+        monkeypatch.setattr(cuda_graph.Capturer, "memory", lambda _: contextlib.nullcontext())
+    line = "--dataset synthetic --imageSize 32 --batchSize 256 --depth 40 --growthRate 12 --nGPU 1"
+    reserved = []
+    for images in (5 * 256, 5 * 256 + 192):  # the last batch needs three quarters of the memory
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        trained(f"{line} --nImages {images}", capturer)
+        reserved.append(torch.cuda.max_memory_reserved() - before)
+        capturer.__init__()  # a pool of its own for each run
+    assert (reserved[1] < 1.2 * reserved[0]) == shares_memory, reserved
+
+
+@pytest.mark.parametrize("stage", ["step", "update"])
+def test_a_run_in_half_precision_goes_on_where_a_capture_breaks_off(stage, capturer, monkeypatch):
+    class TritonError(Exception):
+        pass
+
+    wrapped = torch.amp.GradScaler if stage == "update" else torch.optim.SGD
+    do = getattr(wrapped, stage)
+
+    def break_off(self, *args, **kwargs):
+        if torch.cuda.is_current_stream_capturing():
+            raise TritonError("out of resources")
+        return do(self, *args, **kwargs)
+
+    line = f"{SMALL} --nImages 500 --precision half --cudnn default --dropRate 0.2"
+    eager = trained(line, None)
+    monkeypatch.setattr(wrapped, stage, break_off)
+    found = trained(line, capturer)
+    assert found.scaler.get_scale() == eager.scaler.get_scale()
+    for one, two in zip(found.model.parameters(), eager.model.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
