@@ -13,7 +13,7 @@ It runs in the graphs' memory, or the device would hold the peak of both.
 """
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -28,6 +28,9 @@ from distributed.world import BatchShard, World
 from errors import RunError, UsageError
 
 WARMUP_STEPS = 3  # eager steps before capture: libraries choose algorithms, allocate and compile
+# Steps over files that wait for the device. A replay is one launch, so that the host could queue
+# dozens of them, whose batches would fill the host's pinned memory.
+MAX_QUEUED_STEPS = 2
 
 _failed_captures: list[torch.cuda.CUDAGraph] = []  # kept alive, see `capture`
 Batch = tuple[Tensor, Tensor]  # images, targets
@@ -138,6 +141,7 @@ class BatchBuffer:
 
     def __init__(self):
         self._batch: Batch | None = None
+        self._ends: deque[torch.cuda.Event] = deque()  # of steps that the device may not have done
 
     def fill(self, *batch: Tensor) -> None:
         """Copy a batch into the buffer, after the steps that still read it."""
@@ -149,6 +153,14 @@ class BatchBuffer:
     def next(self) -> Batch:
         """Return the batch."""
         return self._batch
+
+    def run(self, step: Callable[[], None]) -> None:
+        """Run a step on the batch; then wait until the device has few steps left to do."""
+        step()
+        if self._batch[1].is_cuda:
+            self._ends.append(torch.cuda.current_stream().record_event())
+            if len(self._ends) > MAX_QUEUED_STEPS:
+                self._ends.popleft().synchronize()
 
 
 class GraphedStep:
@@ -266,7 +278,7 @@ class StepRunner:
                 graphed = self._graphed_step(step, loader, BatchBuffer)
                 graphed.batches.fill(*batch)
                 del batch  # the loader makes the next one in its memory
-                yield sizes, graphed
+                yield sizes, partial(graphed.batches.run, graphed)
             else:
                 yield sizes, partial(self._run_eagerly, partial(step, *batch))
 

@@ -372,6 +372,25 @@ def test_no_tensor_but_the_gradients_outlives_a_step(precision, level):
         assert set(tracker.alive) <= known
 
 
+def test_the_host_queues_no_more_than_two_replays_over_files(monkeypatch):
+    """Test with a pretended device, on which steps end only when somebody waits for them."""
+    queued = []
+
+    def record_event():
+        queued.append(SimpleNamespace(synchronize=lambda: queued.pop(0)))
+        return queued[-1]
+
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=record_event)
+    )
+    buffer, lengths = cuda_graph.BatchBuffer(), []
+    buffer._batch = (None, SimpleNamespace(is_cuda=True))
+    for _ in range(5):
+        buffer.run(lambda: None)
+        lengths.append(len(queued))
+    assert lengths == [1, 2, 2, 2, 2]
+
+
 class TwoRanks(World):
     """Stand for two processes, of which the other one has batches of given sizes."""
 
