@@ -58,7 +58,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("kernels", text, "auto", "what runs optMemory 2 to 4; auto: triton on CUDA, or torch",
              choices=("auto", "triton", "torch")),
         Flag("cudaGraph", text, "auto",
-             "one CUDA graph per training step; auto: on a GPU where every batch has one shape",
+             "one CUDA graph per step of training and evaluation; auto: on a GPU",
              choices=("auto", "true", "false")),
         Flag("timeout", number, 50.0, "seconds to wait for other processes", range=POSITIVE),
         Flag("config", pathname, "none", "YAML file of flags; the command line wins over it"),
