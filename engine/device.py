@@ -9,6 +9,7 @@ import torch
 
 from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from errors import UsageError
+from kernels.precision import set_tf32
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -39,12 +40,13 @@ def select(num_gpus: int | None, process: ProcessInfo = SINGLE_PROCESS) -> torch
 def configure(cudnn: str, tf32: bool) -> None:
     """Apply `--cudnn` and `--tf32` to the whole process, and let it keep freed memory."""
     _keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    set_tf32(tf32)
     torch.backends.cudnn.benchmark = cudnn == "fastest"
     if cudnn == "deterministic":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)
+        # Else PyTorch fills whatever it allocates with NaN: as many launches again in a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _keep_freed_memory() -> None:

@@ -31,7 +31,9 @@ def _restored(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     torch.use_deterministic_algorithms(False)
     matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
@@ -98,6 +100,8 @@ def test_cudnn_and_tf32_set_speed_repeatability_and_products(cudnn, benchmark, d
         assert torch.backends.cudnn.allow_tf32 is tf32
     assert torch.backends.cudnn.benchmark is benchmark
     assert torch.are_deterministic_algorithms_enabled() is deterministic
+    # PyTorch would fill each of a step's hundreds of allocations by a launch of its own.
+    assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
     # cuBLAS repeats its results only with a workspace of fixed size.
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
 
