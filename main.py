@@ -70,7 +70,7 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
     from engine.memory import decide_level, memory_errors
     from experiment import console, resume
 
-    ops = select_kernels(opt, device)
+    ops = select_kernels(opt, device, world)
     # Rank 0 locks the run directory and sends the other ranks what they need from it.
     lock = RunDirectory(Path(opt.save)) if world.is_rank0 else contextlib.nullcontext()
     with lock as directory, translate_worker_errors():
@@ -175,7 +175,7 @@ def evaluate(opt: Settings, world, device) -> int:
 
     # Read the checkpoint, or the weights of --retrain.
     world.monitor.set_abort_handler(partial(lifecycle.abort, world, None))
-    ops = select_kernels(opt, device)
+    ops = select_kernels(opt, device, world)
     state = world.broadcast_result(
         lambda: resume.find_checkpoint(opt, console.warn),
         tensor_files.to_bytes,
@@ -207,12 +207,12 @@ def evaluate(opt: Settings, world, device) -> int:
     return 0
 
 
-def select_kernels(opt: Settings, device):
-    """Select the implementation of dense blocks for the device."""
-    import kernels.backend
+def select_kernels(opt: Settings, device, world):
+    """Select the implementation of dense blocks, the same in every process."""
+    from engine.backend_choice import select_backend
     from experiment import console
 
-    ops, warning = kernels.backend.select(opt.kernels, device, opt.precision)
+    ops, warning = select_backend(opt, device, world)
     if warning:
         console.warn(warning)
     return ops

@@ -1,4 +1,4 @@
-"""Choose the implementation of the dense block's operations: plain PyTorch or Triton."""
+"""List the implementations of the dense block's operations: plain PyTorch and Triton."""
 
 import importlib.util
 import os
@@ -10,9 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from errors import UsageError
 from kernels import reference
-from kernels.feature_maps import FeatureMaps
 
 MIN_CAPABILITY = (8, 0)  # of a GPU: bf16 and asynchronous copies
 
@@ -42,41 +40,21 @@ class Backend:
 REFERENCE = Backend.from_module(reference)
 
 
-def select(requested: str, device: torch.device, precision: str) -> tuple[Backend, str | None]:
-    """Return the backend for `--kernels`, and a warning if a GPU will run without Triton.
+def load_triton() -> Backend:
+    """Import Triton, and return the backend that uses it."""
+    from kernels import triton_ops  # noqa: TID251
 
-    Raises:
-        UsageError: Triton is requested by name and cannot be used.
-    """
-    if requested == "torch":
-        return REFERENCE, None
-    reason = _missing_requirement(device, precision) or _compile_error(device)
-    if reason is None:
-        from kernels import triton_ops  # noqa: TID251
-
-        return Backend.from_module(triton_ops), None
-    if requested == "triton":
-        raise UsageError(f"kernels triton: {reason}", "use --kernels auto")
-    return REFERENCE, f"kernels: plain PyTorch, since {reason}" if device.type == "cuda" else None
+    return Backend.from_module(triton_ops)
 
 
-def _compile_error(device: torch.device) -> str | None:
-    """Compile and run one kernel; return why that fails, or None."""
-    try:  # no compiler, no matching driver, a broken installation raise all kinds of errors
-        from kernels import triton_ops  # noqa: TID251
+def triton_version() -> str:
+    """Import Triton, and return its version."""
+    import triton  # noqa: TID251
 
-        value = torch.zeros(1, 1, 1, 1, device=device)
-        triton_ops.copy_with_stats(
-            value, FeatureMaps(torch.empty_like(value), *torch.zeros(3, 1, device=device))
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception as error:
-        return f"Triton does not work here: {str(error).partition(chr(10))[0]}"
-    return None
+    return triton.__version__
 
 
-def _missing_requirement(device: torch.device, precision: str) -> str | None:
+def missing_requirement(device: torch.device, precision: str) -> str | None:
     """Check installation, precision and device; return why Triton cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

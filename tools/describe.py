@@ -105,7 +105,7 @@ def memory(opt: Settings) -> Iterator[str]:
         UsageError: the GPU or the kernels that the settings ask for are missing.
     """
     import engine.device
-    import kernels.backend
+    from engine.backend_choice import select_backend
     from engine.memory import MemoryEstimate
 
     device = engine.device.select(opt.nGPU)
@@ -113,8 +113,8 @@ def memory(opt: Settings) -> Iterator[str]:
     backend = "torch" if opt.kernels == "torch" else "auto"
     estimates = {}
     for precision in PRECISIONS:
-        ops, _ = kernels.backend.select(backend, device, precision)
-        changed = opt.replace(precision=precision)
+        changed = opt.replace(precision=precision, kernels=backend)
+        ops, _ = select_backend(changed, device)
         estimates[precision] = MemoryEstimate(changed, opt.nClasses, device, ops)
 
     where = engine.device.describe(device)

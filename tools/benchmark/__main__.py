@@ -170,14 +170,14 @@ def run(argv: list[str]) -> None:
         return
 
     import engine.device
-    import kernels.backend
     from engine import cuda_graph
+    from engine.backend_choice import select_backend
     from tools.benchmark.measure import measure
 
     # Find every usage error before measuring.
     device = engine.device.select(opt.nGPU)
     cuda_graph.make_capturer(opt.cudaGraph, device)  # sets a stream to capture on
-    kernels.backend.select(opt.kernels, device, "single")
+    select_backend(opt.replace(precision="single"), device)
     if opt.tf32 and device.type == "cpu":
         raise UsageError("tf32 has no effect on the CPU", "leave it out")
     cases = select_cases(opt, options.only, options.compile, device.type == "cuda")

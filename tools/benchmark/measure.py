@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import datasets.factory
 import engine.device
-import kernels.backend
 import models.factory
 import train
 from cli.flag_types import Settings
 from engine import cuda_graph, optimizer
+from engine.backend_choice import select_backend
 from engine.memory import MemoryTracker
 from engine.precision import autocast
 from experiment import console
@@ -48,8 +48,9 @@ def build(case: Case, opt: Settings, device: torch.device) -> nn.Module:
         network = peers.create(case.implementation, opt)
     else:
         level, _, backend = case.implementation.removeprefix("level-").partition("-")
-        ops, _ = kernels.backend.select(backend or "torch", device, case.main_precision)
-        network = models.factory.create(opt.replace(optMemory=int(level)), opt.nClasses, ops)
+        opt = opt.replace(optMemory=int(level), precision=case.main_precision)
+        ops, _ = select_backend(opt.replace(kernels=backend or "torch"), device)
+        network = models.factory.create(opt, opt.nClasses, ops)
     network.load_state_dict(reference.state_dict())  # strict: the same parameters, name by name
     return network.to(device, memory_format=MEMORY_FORMATS[case.memory_format]).train()
 

@@ -158,15 +158,15 @@ def _build(opt: Settings, num_classes: int, weights: dict) -> tuple:
     import torch
 
     import engine.device
-    import kernels.backend
     import models.factory
     import models.state_dicts
+    from engine.backend_choice import select_backend
     from engine.precision import PRECISIONS
     from experiment import console
 
     device = engine.device.select(opt.nGPU)
     engine.device.configure(opt.cudnn, opt.tf32)
-    ops, _ = kernels.backend.select(opt.kernels, device, opt.precision)
+    ops, _ = select_backend(opt, device)
     model = models.factory.create(opt, num_classes, ops).eval()
     dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
