@@ -15,6 +15,8 @@ A captured step has the same peak and keeps that memory. Smaller batches and eva
 
 import itertools
 import math
+import os
+import re
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -218,7 +220,9 @@ def workspace_bytes(device: torch.device) -> int:
     """Return what cuBLAS allocates for itself on a GPU; 0 where the GPU does not exist."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
-    return 2 * CUBLAS_BYTES[torch.cuda.get_device_capability(device) >= (9, 0)]
+    config = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    chosen = sum(int(kib) * int(count) * 1024 for kib, count in config)  # as PyTorch reads it
+    return 2 * (chosen or CUBLAS_BYTES[torch.cuda.get_device_capability(device) >= (9, 0)])
 
 
 def _mb(size: float) -> str:

@@ -3,6 +3,7 @@
 `--record FILE` writes what the long tests measure into a file.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,13 @@ import pytest
 import torch
 
 from faults.results import record
+from kernels.precision import set_tf32
 
 torch.set_num_threads(1)
+# As main.py does by default; by PyTorch's, cuDNN computes single precision with 10 bits.
+set_tf32(False)
+# cuBLAS reads it once, before its first product; deterministic tests cannot do without.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser):

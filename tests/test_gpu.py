@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 
 import datasets.factory
-import kernels.backend
 import models.factory
 import opts
 import train
 from engine import cuda_graph
+from engine.backend_choice import select_backend
 from engine.gradients import GradientReducer
 from engine.memory import MemoryEstimate
+from engine.self_check import measure_differences
 from experiment.log import RunLog
 from helpers.run_main import ROOT
 from helpers.sample_data import write_folder
@@ -35,7 +36,7 @@ from helpers.tiny_networks import (
     relative_differences,
     results,
 )
-from kernels.backend import REFERENCE
+from kernels.backend import REFERENCE, load_triton, missing_requirement
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,8 +114,9 @@ def test_a_checkpoint_of_the_gpu_is_evaluated_on_the_cpu(tmp_path):
 
 # Levels, backends and graphs:
 def backends() -> list:
-    """List the backends that run on this machine."""
-    return [REFERENCE, kernels.backend.select("auto", torch.device("cuda", 0), "single")[0]]
+    """List the backends that this machine has; a Triton that fails fails the tests."""
+    device = torch.device("cuda", 0)
+    return [REFERENCE] + [load_triton()] * (missing_requirement(device, "single") is None)
 
 
 def step(level: int, form: str, ops=REFERENCE, low=None, seed: int = 5) -> Results:
@@ -133,13 +135,22 @@ def step(level: int, form: str, ops=REFERENCE, low=None, seed: int = 5) -> Resul
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_level_and_backend_computes_what_level_0_computes(level, form):
+    def errors(got: Results) -> tuple[float, float, float]:
+        """Return the largest error in forward, and the largest and the mean one in backward."""
+        found = relative_differences(got, want)
+        gradients = torch.stack([found.pop(name) for name in [*found] if "gradient" in name])
+        return max(found.values()).item(), gradients.max().item(), gradients.mean().item()
+
     want = step(0, form)
     for ops in backends():
-        differences = relative_differences(step(level, form, ops), want)
-        assert max(differences.values()) < 1e-3, ops.name  # 1e-4 where sums are well conditioned
-        assert torch.stack([*differences.values()]).mean() < 1e-4, ops.name
+        forward, largest, mean = errors(step(level, form, ops))
+        # Noise of 1e-6 after each module of level 0 in float64 changes the results of forward by at
+        # most 7e-7. It makes ReLU pass another gradient in every third network of some forms, which
+        # changes gradients by up to 5e-2, and by 3e-3 in the mean.
+        assert forward < 1e-4 and largest < 0.2 and mean < 0.01, ops.name
     if "dropout" in form:
-        assert max(relative_differences(step(level, form, seed=6), want).values()) > 0.05
+        forward, _, mean = errors(step(level, form, seed=6))
+        assert forward > 1e-3 and mean > 0.05
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
@@ -159,6 +170,22 @@ def test_the_same_step_gives_the_same_bits(ops):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("flags", ["", "--bottleneck false --dropRate 0.2", "--growthRate 32"])
+@pytest.mark.parametrize("precision", ["single", "bf16", "half"])
+def test_the_self_check_passes_and_leaves_no_trace(precision, flags, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    opt = opts.parse(f"{COMMON} --depth 13 {flags} --precision {precision}".split())
+    device = torch.device("cuda", 0)
+    assert select_backend(opt.replace(kernels="triton"), device) == (load_triton(), None)
+    before = torch.cuda.memory_allocated(device), torch.cuda.get_rng_state(device)
+    differences = measure_differences(opt, device, load_triton())
+    assert torch.cuda.memory_allocated(device) == before[0]
+    assert torch.equal(torch.cuda.get_rng_state(device), before[1])
+    # The bounds are not so wide that they hold whatever is measured.
+    assert all(each.size < each.bound / 2 for each in differences)
+    assert max(each.bound for each in differences if not each.is_gradient) < 0.1
 
 
 CAPTURED = [
@@ -210,7 +237,7 @@ def trained(line: str, capturer, epochs: int = 2) -> train.Trainer:
     """Train and evaluate some epochs in this process."""
     opt, device = opts.parse(line.split()), torch.device("cuda", 0)
     data = datasets.factory.create(opt, device, print)
-    ops = kernels.backend.select("auto", device, opt.precision)[0]
+    ops, _ = select_backend(opt, device)
     model = models.factory.create(opt, len(data.classes), ops)
     trainer = train.Trainer(opt, model, device, RunLog(None), capturer=capturer)
     for _ in range(epochs):
@@ -284,7 +311,7 @@ def test_memory_is_what_was_estimated(level, precision):
     line = "--depth 40 --growthRate 12 --batchSize 64 --dataset synthetic"
     opt = opts.parse([*line.split(), "--optMemory", str(level), "--precision", precision])
     device = torch.device("cuda", 0)
-    ops = kernels.backend.select("auto", device, precision)[0]
+    ops, _ = select_backend(opt, device)
     measured = peak_of_a_run(opt, ops, device)
     estimate = MemoryEstimate(opt, 10, device, ops)
     assert measured == pytest.approx(estimate.peak_bytes(), rel=0.15)
@@ -293,6 +320,8 @@ def test_memory_is_what_was_estimated(level, precision):
 
 def peak_of_a_run(opt, ops, device: torch.device) -> int:
     """Measure the allocator's peak over three eager steps, in bytes."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # of the tests before: the run allocates them anew
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     trainer = train.Trainer(opt, models.factory.create(opt, 10, ops), device, RunLog(None))

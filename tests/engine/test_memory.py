@@ -165,6 +165,18 @@ def test_on_a_gpu_a_batch_is_one_tile():
     assert on_gpu != on_cpu
 
 
+@pytest.mark.parametrize(
+    ("config", "mib"), [(None, 32), (":4096:8", 32), (":16:8", 1 / 8), (":4096:2:16:8", 8 + 1 / 8)]
+)
+def test_the_workspace_that_the_environment_gives_cublas_is_counted(monkeypatch, config, mib):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if config:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
+    assert engine.memory.workspace_bytes(torch.device("cuda")) == 2 * mib * 2**20
+
+
 @pytest.mark.parametrize(("precision", "size"), [("single", 4), ("bf16", 2)])
 def test_triton_needs_little_besides_the_buffers(precision, size):
     module = pytest.importorskip("kernels.triton_ops", reason="Triton is not installed")

@@ -42,7 +42,9 @@ ratio              to images/s of level 0, or of the fastest of torchvision (pla
 held_mb_per_image  held for backward, without parameters and input, in eager modes
 peak_mb            of the GPU's allocator
 fraction_of_bound  of the images/s of the dense blocks alone, if each feature map moved once at copy
-                   bandwidth"""
+                   bandwidth
+level-N-triton     in mode eager measures Python, which launches hundreds of kernels; only mode
+                   graph measures the kernels"""
 
 
 def block_traffic(opt: Settings) -> int:
