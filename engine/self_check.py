@@ -10,9 +10,10 @@ is right, by
 
 where `unit` is the relative error of a factor of a product. It allows for other places of rounding,
 and for tensor cores that cut factors off. KINK allows for values so near to 0 that rounding decides
-whether ReLU passes their gradient, all of it or nothing: in trials with two implementations in
-plain PyTorch, single precision had differences of up to 0.02 in 2 of 9 large networks. A result
-that is wrong in a tap, a tile or a term differs by more, and so do all that are computed from it.
+whether ReLU passes their gradient, all of it or nothing: two implementations in plain PyTorch
+(levels 0 and 4, single precision, 19 images of 30 x 30) differed by more than 0.001 in 6 of 9
+networks, and by up to 0.02. A result that is wrong in a tap, a tile or a term differs by more, and
+so does what is computed from it.
 """
 
 import math
