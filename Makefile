@@ -3,15 +3,28 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed-dev
+PYTORCH = -r requirements.txt
+# Another version, as in `make test TORCH=2.14.1 TORCHVISION=0.29.1`, has an environment of its own.
+ifdef TORCH
+override VENV = .venv-torch$(TORCH)
+PYTORCH = torch==$(TORCH) torchvision$(TORCHVISION:%===%)
+else ifdef TORCHVISION
+$(error TORCHVISION without TORCH; fix: add TORCH=VERSION)
+endif
+# `make test RUN=python` takes the active environment as it is, and installs nothing.
+ifeq ($(origin RUN),command line)
+INSTALLED =
+endif
 JPEG = "CIFAR-10 images re-encoded as JPEG"
 
 .PHONY: quickstart test check gpu soak report clean
 
-quickstart: $(VENV)/.installed  ## train on handwritten digits: no download, ends with the test error
+quickstart: $(INSTALLED:%-dev=%)  ## train on handwritten digits: no download, ends with the test error
 	$(RUN) main.py --config configs/quickstart.yaml --resume auto
 
 # A file's tests in one process, so that what they share is made once.
-test: $(VENV)/.installed-dev  ## the whole suite on two cores: no network, no GPU
+test: $(INSTALLED)  ## the whole suite on two cores: no network, no GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev  ## lint, format, imports that point down
@@ -19,14 +32,14 @@ check: $(VENV)/.installed-dev  ## lint, format, imports that point down
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 
-gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
+gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -q -m gpu
 
-soak: $(VENV)/.installed-dev  ## the long fault tests, about half an hour; RECORD=FILE keeps figures
+soak: $(INSTALLED)  ## the long fault tests, about half an hour; RECORD=FILE keeps figures
 	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record=$(RECORD))
 
 # Figure 5 is drawn from its numbers: the weights that they are of are too large to keep here.
-report: $(VENV)/.installed-dev  ## draw the figures and write RESULTS.md from the runs in results/runs
+report: $(INSTALLED)  ## draw the figures and write RESULTS.md from the runs in results/runs
 	$(RUN) -m tools.figures results/runs --weights results/figures/figure5.csv --note $(JPEG)
 	$(RUN) -m tools.report results/runs --output RESULTS.md
 
@@ -38,10 +51,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11, 4) and 'error: Python 3.11.4 or later is needed; fix: make PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
-	$(RUN) -m pip install -q -r requirements.txt
+$(VENV)/.installed: requirements.txt requirements-base.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q $(PYTORCH) -r requirements-base.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-tools.txt requirements-dev.txt | $(VENV)/bin/python
-	$(RUN) -m pip install -q -r requirements-dev.txt
+$(VENV)/.installed-dev: $(wildcard requirements*.txt) | $(VENV)/bin/python
+	$(RUN) -m pip install -q $(PYTORCH) -r requirements-dev.txt
 	touch $@ $(VENV)/.installed

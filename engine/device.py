@@ -18,7 +18,7 @@ def select(num_gpus: int | None, process: ProcessInfo = SINGLE_PROCESS) -> torch
     """Return this process's device for `--nGPU`: None prefers a GPU, 0 takes the CPU.
 
     Raises:
-        UsageError: there are fewer GPUs than requested.
+        UsageError: there are fewer GPUs than requested, or they cannot be used.
     """
     present = torch.cuda.device_count()
     if num_gpus is None:
@@ -32,9 +32,21 @@ def select(num_gpus: int | None, process: ProcessInfo = SINGLE_PROCESS) -> torch
         what = f"{process.local_size} processes on this machine but {found}"
         fix = f"torchrun --nproc-per-node {present}, or " if present else ""
         raise UsageError(what, f"{fix}--nGPU 0 for CPUs")
+    _start_cuda()
     if process.has_launcher:
         torch.cuda.set_device(process.local_rank)
     return torch.device("cuda", process.local_rank)
+
+
+def _start_cuda() -> None:
+    """Initialise CUDA; raise UsageError if that fails."""
+    # The driver may be older than the CUDA that PyTorch is built for.
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        what = f"the GPU cannot be used: {str(error).partition(chr(10))[0].rstrip('.')}"
+        fix = f"install a driver for CUDA {torch.version.cuda} (README.md), or use --nGPU 0"
+        raise UsageError(what, fix) from error
 
 
 def configure(cudnn: str, tf32: bool) -> None:

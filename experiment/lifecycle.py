@@ -5,6 +5,7 @@ Functions import torch where they need it, so that a mistyped flag is reported a
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,33 @@ from types import SimpleNamespace
 
 from distributed import launcher
 from distributed.signals import kill_children
-from errors import Preempted, RunError
+from errors import Preempted, RunError, UsageError
 from experiment.directory import RunDirectory, write_outcome_for_lost_rank
+
+MIN_TORCH = (2, 11)  # the oldest version that the tests have run on
+
+
+def check_torch() -> None:
+    """Raise UsageError if PyTorch is missing or too old."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UsageError("PyTorch is not installed", "pip install -r requirements.txt") from error
+    # Only these: 2.11.0a0 is the name that some vendors give to their build of 2.11.
+    release = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if tuple(map(int, release.groups())) < MIN_TORCH:
+        what = f"PyTorch {torch.__version__} is older than {'.'.join(map(str, MIN_TORCH))}"
+        raise UsageError(what, "pip install -r requirements.txt")
 
 
 def spawn_processes(opt: SimpleNamespace, fn: Callable[[], int]) -> int:
     """Run `--nGPU N` processes on this machine, one for each GPU; return the exit code."""
+    check_torch()
     import engine.device
 
-    engine.device.select(opt.nGPU)  # raises if there are fewer
+    engine.device.select(opt.nGPU)  # raises if there are fewer, or none can be used
     return launcher.spawn(opt.nGPU, fn)
 
 
@@ -28,6 +47,7 @@ def init_processes(opt: SimpleNamespace, process: launcher.ProcessInfo):
     """Connect to the other processes, if any; return the `World` and this one's device."""
     if process.has_launcher:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
+    check_torch()
 
     import engine.device
     from distributed import rendezvous

@@ -26,7 +26,7 @@ def cpus_for_gpus() -> None:
 
     peer_monitor.MISSING_RANKS_TIMEOUT_S, peer_monitor.HEARTBEAT_S = 0.5, 0.1
     peer_monitor.RECORD_TIMEOUT_S = peer_monitor.ABORT_GRACE_S = LONG_S
-    torch.cuda.device_count = lambda: 2
+    torch.cuda.device_count, torch.cuda.init = lambda: 2, lambda: None
     select = engine.device.select
     engine.device.select = lambda *args: select(*args) and torch.device("cpu")
     torch.cuda.set_device = lambda number: None

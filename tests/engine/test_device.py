@@ -20,9 +20,29 @@ def present(monkeypatch):
     def present(count: int) -> list[int]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
         return current
 
     return present
+
+
+@pytest.mark.parametrize("process", [SINGLE_PROCESS, ProcessInfo(1, 2, 1, 2, True)])
+def test_a_driver_that_is_too_old_for_pytorch_is_answered_with_the_cuda_it_needs(
+    present, process, monkeypatch
+):
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver is too old (found version 12080).\nAs it happens")
+
+    present(2)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    engine.device.select(0, process)  # the CPU needs no driver
+    with pytest.raises(UsageError) as error:
+        engine.device.select(None, process)
+    assert error.value.report() == (
+        "error: the GPU cannot be used: The NVIDIA driver is too old (found version 12080); "
+        "fix: install a driver for CUDA 13.0 (README.md), or use --nGPU 0"
+    )
 
 
 @pytest.fixture

@@ -224,6 +224,28 @@ def test_errors_that_need_no_torch_are_reported_without_it():
     assert ended.stdout.splitlines()[-1] == f"{list(ANSWERS.values())} set()", ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("torch", "line"),
+    [
+        ("raise ModuleNotFoundError(name='torch')", "PyTorch is not installed"),
+        ("__version__ = '2.9.1+cu128'", "PyTorch 2.9.1+cu128 is older than 2.11"),
+        ("__version__ = '1.13.0'", "PyTorch 1.13.0 is older than 2.11"),
+        ("__version__ = '2.11.0a0+nv26.01'", None),
+        ("__version__ = '3.0'", None),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--nGPU=2"]])
+def test_a_missing_or_old_pytorch_is_answered_with_what_installs_one(torch, line, flags, tmp_path):
+    use = "def __getattr__(name):\n    raise SystemExit('it is used')\n"
+    (tmp_path / "torch.py").write_text(f"{torch}\n{use}")
+    argv = [sys.executable, "main.py", *tiny(save=tmp_path / "run"), *flags]
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    want = f"error: {line}; fix: pip install -r requirements.txt" if line else "it is used"
+    assert (done.returncode, done.stderr) == (2 if line else 1, want + "\n")
+
+
 def bug() -> None:
     import datasets.factory
 
