@@ -16,9 +16,10 @@ endif
 ifeq ($(origin RUN),command line)
 INSTALLED =
 endif
+OUT ?= results
 JPEG = "CIFAR-10 images re-encoded as JPEG"
 
-.PHONY: quickstart test check gpu soak report clean
+.PHONY: quickstart test check gpu gpu-report soak report clean
 
 quickstart: $(INSTALLED:%-dev=%)  ## train on handwritten digits: no download, ends with the test error
 	$(RUN) main.py --config configs/quickstart.yaml --resume auto
@@ -34,6 +35,10 @@ check: $(VENV)/.installed-dev  ## lint, format, imports that point down
 
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -q -m gpu
+
+# On a machine where an environment with all that the tests need is active: RUN=python.
+gpu-report: $(INSTALLED)  ## measure on a GPU what is claimed, in nine minutes; OUT=DIR is written
+	$(RUN) -m tools.gpu_report --output "$(OUT)"
 
 soak: $(INSTALLED)  ## the long fault tests, about half an hour; RECORD=FILE keeps figures
 	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record=$(RECORD))

@@ -54,8 +54,8 @@ from tools.benchmark.cases import PRECISIONS, select_cases
 
 FLAGS = (
     Flag("only", text, None, "cases to measure: patterns with commas between, each to be found in "
-         "IMPLEMENTATION/PRECISION/FORMAT/MODE, e.g. level-2,torchvision/bf16*eager; with "
-         "--loader in WHO/SPLIT/RESIZE, e.g. this,against/training", "all"),
+         "/IMPLEMENTATION/PRECISION/FORMAT/MODE/, e.g. level-2,torchvision/bf16*eager; with "
+         "--loader in /WHO/SPLIT/RESIZE/, e.g. this,against/training", "all"),
     Flag("turns", integer, None, "turns of each case that count: one step on the CPU, five "
          "on CUDA; with --loader all images once", "30 on CUDA, else 5", range=Range(low=2)),
     Flag("warmUp", integer, None, "turns before them that do not",

@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the name that `--only` is matched with."""
+        """Return the name that messages show."""
         return "/".join(self)
 
     def as_row(self) -> dict[str, object]:
@@ -81,9 +81,9 @@ def select_cases(opt: Settings, only: str | None, compiled: bool, on_cuda: bool)
 
 
 def matches(name: str, only: str | None) -> bool:
-    """Return whether one of the patterns of `--only` is found in a case's name."""
+    """Return whether one of the patterns of `--only` is found in /NAME/, of a case."""
     patterns = [f"*{pattern.strip()}*" for pattern in (only or "").split(",")]
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(f"/{name}/", pattern) for pattern in patterns)
 
 
 def no_match(only: str, name: str) -> UsageError:
