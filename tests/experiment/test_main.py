@@ -246,6 +246,22 @@ def test_a_missing_or_old_pytorch_is_answered_with_what_installs_one(torch, line
     assert (done.returncode, done.stderr) == (2 if line else 1, want + "\n")
 
 
+def old_driver() -> None:
+    """Let two GPUs be found whose driver refuses this PyTorch."""
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver is too old.\nUpdate it")
+
+    torch.cuda.device_count, torch.cuda.init = lambda: 2, init
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_a_gpu_that_cannot_be_used_ends_the_run_before_it_starts(num_gpus, tmp_path):
+    result = run(tiny(nGPU=num_gpus, save=tmp_path / "run"), old_driver)
+    refused(result, 2, r"the GPU cannot be used: .* too old; fix: install .*, or use --nGPU 0")
+    assert not (tmp_path / "run").exists()
+
+
 def bug() -> None:
     import datasets.factory
 

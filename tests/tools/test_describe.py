@@ -102,3 +102,13 @@ def test_describe_counts_the_data_that_stays_on_the_device(flags, wanted):
         splits = (data.train, data.val)
         wanted = sum(t.nbytes for split in splits for t in vars(split.images).values())
     assert describe.resident_bytes(opt) == wanted
+
+
+def test_a_gpu_that_cannot_be_used_is_one_line(monkeypatch, capsys):
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver is too old")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert describe.main([*TINY.split()[:-2], "--batchSize", "8"]) == 2
+    assert capsys.readouterr().err.startswith("error: the GPU cannot be used: The NVIDIA driver")
