@@ -3,7 +3,6 @@
 import csv
 import os
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import pytest
 from torch.autograd import DeviceType
 
 import opts
+from engine.self_check import Difference
 from helpers.run_main import is_alive, wait_until
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark.cases import select_cases
@@ -283,15 +283,13 @@ def test_the_kernels_of_a_profile_are_summed_up_per_step():
 def test_the_differences_before_an_error_are_kept(tmp_path, monkeypatch):
     seen = []
 
-    def measure(opt, device, ops) -> list[SimpleNamespace]:
+    def measure(opt, device, ops) -> list[Difference]:
         seen.append((opt.growthRate, opt.precision, opt.tf32, opt.bottleneck))
         if opt.precision == "half":
             raise RuntimeError("no such instruction")
-        return [SimpleNamespace(name="output", size=0.25, bound=0.5, explained=0.1)]
+        return [Difference("output", size=0.25, explained=0.1, unit=0.0125)]
 
-    fake = SimpleNamespace(measure_differences=measure)
-    monkeypatch.setitem(sys.modules, "engine.self_check", fake)
-    monkeypatch.setattr("engine.self_check", fake, raising=False)
+    monkeypatch.setattr(differences.self_check, "measure_differences", measure)
     path = tmp_path / "self-check.csv"
     with pytest.raises(RuntimeError):
         differences.write(path)
@@ -308,9 +306,7 @@ def test_the_model_is_of_the_same_networks_and_runs_without_a_gpu(tmp_path, monk
         assert architecture >= 80
         return {"conv1x1": 2.5, "step": 4.0}
 
-    fake = SimpleNamespace(kernel_us=kernel_us)
-    monkeypatch.setitem(sys.modules, "tools.benchmark.static", fake)
-    monkeypatch.setattr("tools.benchmark.static", fake, raising=False)
+    monkeypatch.setattr(model.static, "kernel_us", kernel_us)
     model.write(tmp_path / "model.csv")
     assert asked == [
         (100, 64, 32, 10, "bf16"), (100, 512, 32, 10, "bf16"), (121, 256, 224, 1000, "bf16"),

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 import engine.device
+from engine import self_check
 from fileio import atomic
-from kernels.backend import Backend
+from kernels.backend import load_triton
 from tools.benchmark import results
 from tools.gpu_report import steps
 from tools.gpu_report.table import CHECKED
@@ -17,11 +18,7 @@ COLUMNS = ("settings", "name", "size", "bound", "explained")
 
 def write(path: Path) -> None:
     """Check each of the settings, and write one row for each result; those before an error stay."""
-    from engine import self_check
-    from kernels import triton_ops  # noqa: TID251
-
-    device, rows = torch.device("cuda", 0), []
-    ops = Backend.from_module(triton_ops)
+    device, rows, ops = torch.device("cuda", 0), [], load_triton()
     for settings, flags in CHECKED.items():
         opt = steps.settings(flags)
         engine.device.configure(opt.cudnn, opt.tf32)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fileio import atomic
-from tools.benchmark import results
+from tools.benchmark import results, static
 from tools.gpu_report import steps
 
 COLUMNS = ("network", "what", "us")
@@ -15,8 +15,6 @@ H200 = (9, 0)  # compute capability of the GPU that the goals are about
 
 def write(path: Path) -> None:
     """Write the kernels of each network for this GPU, or without one for an H200."""
-    from tools.benchmark import static
-
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else H200
     rows: list[dict[str, object]] = []
     for name, network in steps.NETWORKS.items():
