@@ -11,6 +11,7 @@ import torch
 
 from kernels.dropout import DropoutSpec
 from kernels.feature_maps import FeatureMaps, NormParams
+from kernels.precision import allows_tf32, set_tf32
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -63,15 +64,15 @@ def launches(monkeypatch, tmp_path_factory) -> Iterator[Callable[[Layer], list[V
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
     def launches_of(layer: Layer) -> list[Variant]:
-        torch.backends.cuda.matmul.allow_tf32 = layer.tf32
+        set_tf32(layer.tf32)
         with recorded() as found:
             run(layer)
         variants = {launch.variant for launch in found}
         return sorted(variants, key=lambda each: (each.kernel.__name__, str(each.constants)))
 
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = allows_tf32()
     yield launches_of
-    torch.backends.cuda.matmul.allow_tf32 = before
+    set_tf32(before)
 
 
 def run(layer: Layer) -> None:

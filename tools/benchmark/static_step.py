@@ -15,6 +15,7 @@ from cli.flag_types import Settings
 from engine.precision import autocast
 from kernels import triton_ops  # noqa: TID251
 from kernels.backend import Backend
+from kernels.precision import allows_tf32, set_tf32
 from kernels.triton_launches import Launch, recorded
 
 
@@ -33,8 +34,8 @@ def record_step(opt: Settings) -> Step:
             opt.replace(optMemory=2), opt.nClasses, Backend.from_module(triton_ops)
         )
     counter = _ByteCounter()
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = opt.tf32
+    before = allows_tf32()
+    set_tf32(opt.tf32)
     try:
         with FakeTensorMode(), counter, recorded() as launches:
             state = {
@@ -49,7 +50,7 @@ def record_step(opt: Settings) -> Step:
                 loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
             loss.backward()
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        set_tf32(before)
     return Step(launches, counter.bytes)
 
 
