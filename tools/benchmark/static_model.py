@@ -48,7 +48,8 @@ class Assumptions:
     gap_us: float = 1.3  # between two kernels of a CUDA graph
     hidden_gap_us: float = 0.8  # of it, before a programmatic dependent launch (9.0 and later)
     issue_share: float = 0.7  # of 4 instructions a cycle and multiprocessor
-    # The next three are what makes the step of commit cd80cb8, bf16, batch 64, take 4.3 ms.
+    # The next three were chosen with a review's times of five steps of commit cd80cb8 in view. It
+    # has 700 cycles for loads of maps outside of L2; here all have the same.
     load_cycles: float = 450  # from a load, or the end of a group of copies, to its use
     cycles_per_instruction: float = 2.0  # of a warp that is alone
     barrier_cycles: float = 25
@@ -87,7 +88,7 @@ Assumed          gap {given.gap_us} us, of which a dependent launch hides {given
                  rounds of programs; {given.other_launches} other launches of
                  {given.other_launch_us} us each, their gaps and bytes;
                  bytes at the bandwidth of memory, or of L2 where a block's X and G fit
-GPUs assumed (only the H200's bandwidths come from a source, all from data sheets):
+GPUs assumed (bandwidths: the H200's are of a source, others from memory of data sheets):
 {devices}"""
 
 
