@@ -42,16 +42,29 @@ class FeatureMaps:
 
 
 @dataclass(frozen=True)
-class NormParams:
-    """Hold the parameters of a batch norm: weight (gamma) and bias (beta), (C,) each."""
+class Norm:
+    """Hold a batch norm: its parameters, and its affine function once it knows the statistics.
 
-    weight: Tensor
-    bias: Tensor
+    The normalised value is value * scale + shift.
+    """
 
-    def affine(self, x: FeatureMaps) -> tuple[Tensor, Tensor]:
-        """Return (scale, shift), (C,) each: the normalised value is value * scale + shift."""
-        scale = self.weight * x.rstd
-        return scale, torch.addcmul(self.bias, x.mean, scale, value=-1)
+    weight: Tensor  # (C,), gamma
+    bias: Tensor  # (C,), beta
+    scale: Tensor  # (C,), weight * rstd
+    shift: Tensor  # (C,), bias - mean * scale
+
+    def update(self, x: FeatureMaps) -> None:
+        """Compute `scale` and `shift` for the statistics of the maps that it reads."""
+        torch.mul(self.weight, x.rstd, out=self.scale)
+        torch.addcmul(self.bias, x.mean, self.scale, value=-1, out=self.shift)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Name the batch norm that reads an operation's target next, and all the maps it reads."""
+
+    norm: Norm
+    source: FeatureMaps  # its last channels are the target; the others' statistics are known
 
 
 def nchw(x: Tensor) -> Tensor:

@@ -16,34 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dropout import DropoutSpec
-from kernels.feature_maps import FeatureMaps, NormParams, nchw, nhwc
+from kernels.feature_maps import FeatureMaps, Norm, Reader, nchw, nhwc
 
 TILE_BYTES = 8_000_000  # that an operation reads at a time on the CPU: half of a usual cache
 VECTOR_CHANNELS = 64  # PyTorch's batch norm is slow with fewer channels
 
 
-def copy_with_stats(value: Tensor, target: FeatureMaps) -> None:
-    """Copy value, (N, H, W, C), to target.value; compute the target's statistics."""
+def copy_with_stats(value: Tensor, target: FeatureMaps, reader: Reader | None) -> None:
+    """Copy value, (N, H, W, C), to target.value; compute the target's statistics.
+
+    Also computes scale and shift of the norm that reads the target next, unless `reader` is None.
+    """
     tile_stats = []
     for tile in _tiles(value):
         target.value[tile] = value[tile]
         tile_stats.append(_grouped_stats(target.value[tile]))
-    _reduce_stats(tile_stats, target)
+    _reduce_stats(tile_stats, target, reader)
 
 
 def conv(
-    source: FeatureMaps, norm: NormParams, weight: Tensor, target: FeatureMaps,
-    dropout: DropoutSpec | None,
+    source: FeatureMaps, norm: Norm, weight: Tensor, target: FeatureMaps,
+    dropout: DropoutSpec | None, reader: Reader | None,
 ) -> None:  # fmt: skip
     """Write dropout(conv2d(Z, weight)), padded to keep H and W, to target.value, (N, H, W, F).
 
-    `weight` is (F, C, 1, 1) or (F, C, 3, 3). Computes statistics unless `target.var` is None.
+    `weight` is (F, C, 1, 1) or (F, C, 3, 3). Computes statistics unless `target.var` is None, and
+    then also scale and shift of the norm that reads the target next, unless `reader` is None.
     """
-    affine = norm.affine(source)
     weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
     tile_stats = []
     for tile in _tiles(source.value):
-        z = _affine(source.value[tile], *affine).relu_()
+        z = _affine(source.value[tile], norm.scale, norm.shift).relu_()
         out = nhwc(F.conv2d(nchw(z), weight, padding=weight.shape[-1] // 2))
         if dropout:
             out.mul_(dropout.mask(out, tile.start))
@@ -51,27 +54,26 @@ def conv(
         if target.var is not None:
             tile_stats.append(_grouped_stats(out))
     if tile_stats:
-        _reduce_stats(tile_stats, target)
+        _reduce_stats(tile_stats, target, reader)
 
 
 conv1x1 = conv3x3 = conv  # two names: other backends have a kernel for each
 
 
-def norm_relu_avg_pool(source: FeatureMaps, norm: NormParams, window: tuple[int, int]) -> Tensor:
+def norm_relu_avg_pool(source: FeatureMaps, norm: Norm, window: tuple[int, int]) -> Tensor:
     """Return avg_pool2d(Z, window): (N, H // h, W // w, C)."""
-    affine = norm.affine(source)
     height, width = source.value.shape[1:3]
     pooled = source.value.new_empty(
         len(source.value), height // window[0], width // window[1], source.value.shape[3]
     )
     for tile in _tiles(source.value):
-        z = _affine(source.value[tile], *affine).relu_()
+        z = _affine(source.value[tile], norm.scale, norm.shift).relu_()
         pooled[tile] = nhwc(F.avg_pool2d(nchw(z), window))
     return pooled
 
 
 def conv_backward(
-    target: FeatureMaps, source: FeatureMaps, norm: NormParams, weight: Tensor,
+    target: FeatureMaps, source: FeatureMaps, norm: Norm, weight: Tensor,
     dropout: DropoutSpec | None, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dweight, dgamma, dbeta) of `conv`, from the target's complete gradient.
@@ -79,7 +81,7 @@ def conv_backward(
     Adds to the source's corrections and to `source.grad`, which it overwrites if `overwrite`. The
     backward of every operation that reads the target must have run.
     """
-    scale, shift = norm.affine(source)
+    scale, shift = norm.scale, norm.shift
     dweight = torch.zeros_like(weight, dtype=scale.dtype)
     weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
     padding = weight.shape[-1] // 2
@@ -103,20 +105,20 @@ def conv_backward(
         dz = _relu_backward(nhwc(grads[0]), z)
         sums.add(dz, torch.mul(dz, value, out=z))
         _scale_into(source.grad[tile], dz, scale, overwrite)
-    return dweight, *sums.finish(norm, scale)
+    return dweight, *sums.finish(scale)
 
 
 conv1x1_backward = conv3x3_backward = conv_backward
 
 
 def norm_relu_avg_pool_backward(
-    grad: Tensor, source: FeatureMaps, norm: NormParams, window: tuple[int, int]
+    grad: Tensor, source: FeatureMaps, norm: Norm, window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Return (dgamma, dbeta) from `grad`, (N, H // h, W // w, C), of the pooled maps.
 
     Overwrites `source.grad` and adds to the source's corrections.
     """
-    scale, shift = norm.affine(source)
+    scale, shift = norm.scale, norm.shift
     sums = _NormGradSums(source)
     for tile in _tiles(source.value):
         value = _compact(source.value[tile], scale)
@@ -127,7 +129,7 @@ def norm_relu_avg_pool_backward(
         dz = _relu_backward(nhwc(dz), z)
         sums.add(dz, torch.mul(dz, value, out=z))
         _scale_into(source.grad[tile], dz, scale, overwrite=True)
-    return sums.finish(norm, scale)
+    return sums.finish(scale)
 
 
 def complete_gradient(x: FeatureMaps) -> Tensor:
@@ -150,7 +152,7 @@ class _NormGradSums:
         self.dz += _channel_sum(dz)
         self.dz_value += _channel_sum(dz_value)
 
-    def finish(self, norm: NormParams, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return (dgamma, dbeta); add scale / M times each to the source's corrections."""
         source = self.source
         dweight = source.rstd * (self.dz_value - source.mean * self.dz)
@@ -238,7 +240,9 @@ def _grouped_stats(value: Tensor) -> tuple[Tensor, Tensor, int]:
     return mean.view(groups, channels), var.view(groups, channels), count
 
 
-def _reduce_stats(tile_stats: list[tuple[Tensor, Tensor, int]], target: FeatureMaps) -> None:
+def _reduce_stats(
+    tile_stats: list[tuple[Tensor, Tensor, int]], target: FeatureMaps, reader: Reader | None
+) -> None:
     """Combine the statistics of all groups of all tiles by the law of total variance."""
     # E[x^2] - E[x]^2 would lose all digits where a mean is far from 0.
     fractions = [count / target.num_pixels for *_, count in tile_stats]
@@ -252,3 +256,5 @@ def _reduce_stats(tile_stats: list[tuple[Tensor, Tensor, int]], target: FeatureM
     target.mean.copy_(mean)
     target.var.copy_(var)
     target.rstd.copy_((var + target.eps).rsqrt_())
+    if reader is not None:
+        reader.norm.update(reader.source)

@@ -1,25 +1,38 @@
 """Run the backward operations: a program handles one split (block of rows) of a channel block.
 
 It recomputes Z, computes dz, the gradient of the norm's output, adds scale * dz to `grad`, and
-stores its sums over rows: dbeta, dgamma and dweight. `reduce_partials` adds these partial sums in
-a fixed order, as reduce_stats does. kernels/triton_common.py explains the parameters.
+sums over rows: dbeta, dgamma and dweight. kernels/triton_common.py explains the parameters,
+kernels/triton_reduce.py how the programs of a launch combine their sums.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.triton_common import (
-    affine,
     apply_dropout,
     dot,
     kernel,
+    load_channels,
     load_weight,
     normalise,
     relu,
-    shifted_mask,
+    taps_in_image,
     tile_mask,
     tile_pointers,
+    wait_for_previous_kernel,
 )
+from kernels.triton_reduce import reduce_norm_grads, reduce_weight_grad, store_row
+
+
+@triton.jit
+def corrections(mean, rstd, mean_correction, var_correction, c, inside):
+    """Return (factor, offset), (CHANNELS,): the corrections of a gradient are x * factor + offset.
+
+    They are mean_correction + (x - mean) * rstd * var_correction: see kernels/feature_maps.py.
+    """
+    factor = tl.load(rstd + c, inside, 0.0) * tl.load(var_correction + c, inside, 0.0)
+    offset = tl.load(mean_correction + c, inside, 0.0) - tl.load(mean + c, inside, 0.0) * factor
+    return factor, offset
 
 
 @kernel
@@ -28,6 +41,7 @@ def complete_gradient(
     seed, layer_id, first_row, threshold, keep_scale,
     target, target_stride, num_rows, channels, columns,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute mask * (grad - mean_correction - (value - mean) * rstd * var_correction), (M, C).
 
@@ -35,17 +49,15 @@ def complete_gradient(
     Program (i, j) computes row block i, channel block j. The target has `columns` >= C columns and
     becomes 0 from C on: conv3x3_backward reads whole tiles without a mask.
     """
+    wait_for_previous_kernel(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = tile_mask(rows < num_rows, c < channels, VECTOR)
     out = tl.load(tile_pointers(grad, rows, grad_stride, c, VECTOR), mask, 0.0).to(tl.float32)
     if mean is not None:
         x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-        # Compute both corrections as one affine function of x.
-        inside = c < channels
-        factor = tl.load(rstd + c, inside, 0.0) * tl.load(var_correction + c, inside, 0.0)
-        offset = tl.load(mean_correction + c, inside, 0.0)
-        out -= normalise(x, factor, offset - tl.load(mean + c, inside, 0.0) * factor)
+        factor, offset = corrections(mean, rstd, mean_correction, var_correction, c, c < channels)
+        out -= normalise(x, factor, offset)
     if seed is not None:
         out = apply_dropout(
             out, rows, c, channels, seed, layer_id, first_row, threshold, keep_scale
@@ -57,13 +69,13 @@ def complete_gradient(
 
 @triton.jit
 def add_gradient(
-    dz, x, normed, norm_mean, scale, grad, grad_stride, rows, c, mask, inside,
+    dz, x, normed, centre, scale, grad, grad_stride, rows, c, mask,
     OVERWRITE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Mask dz by the ReLU, and add scale * dz to `grad`, or overwrite it if OVERWRITE.
 
-    Returns sums over the tile's rows, (CHANNELS,) each: dbeta, of dz, and dgamma / rstd, of
-    dz * (x - mean).
+    Returns (ROWS, CHANNELS) each: dz, and dz * (x - mean), whose sums over rows are dbeta and
+    dgamma / rstd; `centre` is the mean, (CHANNELS,).
     """
     dz = tl.where(normed <= 0, 0.0, dz)
     pointers = tile_pointers(grad, rows, grad_stride, c, VECTOR)
@@ -72,67 +84,115 @@ def add_gradient(
         out += tl.load(pointers, mask, 0.0).to(tl.float32)
     tl.store(pointers, out.to(grad.dtype.element_ty), mask)
     # Subtract the mean before the sum: sum(dz * x) - mean * sum(dz) would lose digits.
-    centred = x.to(tl.float32) - tl.load(norm_mean + c, inside, 0.0)[None, :]
-    return tl.sum(dz, 0), tl.sum(dz * centred, 0)
+    return dz, dz * (x.to(tl.float32) - centre[None, :])
 
 
 @triton.jit
-def store_sums(partial, split, dbeta, dgamma, c, channels):
-    """Store the sums of one program, (CHANNELS,) each, in partial, (splits, 2, C)."""
-    tl.store(partial + (2 * split) * channels + c, dbeta, c < channels)
-    tl.store(partial + (2 * split + 1) * channels + c, dgamma, c < channels)
+def complete(grad, x, factor, offset, mask):
+    """Return a gradient (ROWS, CHANNELS) of x less its corrections, and 0 outside of the mask."""
+    return tl.where(mask, grad.to(tl.float32) - normalise(x, factor, offset), 0.0).to(grad.dtype)
+
+
+@triton.jit
+def fold_rows(x):
+    """Add up rows 8 apart of (ROWS, CHANNELS): (ROWS // 16, 8, CHANNELS).
+
+    In the layout of a product's result a thread has both rows, so that it needs no other thread.
+    """
+    return tl.sum(tl.reshape(x, [x.shape[0] // 16, 2, 8, x.shape[1]]), 1)
+
+
+@triton.jit
+def conv1x1_grads(
+    d, d_stride, output, output_stride, output_mean, output_rstd, output_mean_correction,
+    output_var_correction, value, value_stride, grad, grad_stride,
+    norm_mean, norm_scale, norm_shift, weight, weight_f, c, channels, f, out_channels, first, last,
+    OVERWRITE: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr, NORM_VECTOR: tl.constexpr,
+    TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr, WEIGHT_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Handle rows [first, last); return dbeta and dgamma / rstd, (C,), and dW^T, (C, F)."""
+    scale = load_channels(norm_scale, c, channels, NORM_VECTOR)
+    shift = load_channels(norm_shift, c, channels, NORM_VECTOR)
+    centre = load_channels(norm_mean, c, channels, NORM_VECTOR)
+    w = load_weight(
+        weight, f * weight_f, f < out_channels, c, c < channels, WEIGHT_C, WEIGHT_VECTOR
+    ).to(value.dtype.element_ty)
+    if output is not None:
+        factor, offset = corrections(
+            output_mean, output_rstd, output_mean_correction, output_var_correction,
+            f, f < out_channels,
+        )  # fmt: skip
+    # Keep the sums over the rows in registers until the last tile.
+    dbeta = tl.zeros([ROWS // 16, 8, c.shape[0]], tl.float32)
+    dgamma = tl.zeros([ROWS // 16, 8, c.shape[0]], tl.float32)
+    dw = tl.zeros([c.shape[0], f.shape[0]], tl.float32)
+    for start in range(first, last, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        # For rows beyond the split d is 0: they add nothing to any sum.
+        d_mask = tile_mask(rows < last, f < out_channels, TARGET_VECTOR)
+        upstream = tl.load(tile_pointers(d, rows, d_stride, f, TARGET_VECTOR), d_mask, 0.0)
+        if output is not None:
+            y = tl.load(tile_pointers(output, rows, output_stride, f, TARGET_VECTOR), d_mask, 0.0)
+            upstream = complete(upstream, y, factor, offset, d_mask)
+        mask = tile_mask(rows < last, c < channels, VECTOR)
+        x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
+        normed = normalise(x, scale, shift)
+        # Load d and x once for both products.
+        dw = dot(tl.trans(relu(normed).to(x.dtype)), upstream, dw, PRECISION)
+        dz = dot(upstream, tl.trans(w), tl.zeros([ROWS, c.shape[0]], tl.float32), PRECISION)
+        terms = add_gradient(
+            dz, x, normed, centre, scale, grad, grad_stride, rows, c, mask, OVERWRITE, VECTOR
+        )
+        dbeta += fold_rows(terms[0])
+        dgamma += fold_rows(terms[1])
+    return tl.sum(tl.sum(dbeta, 0), 0), tl.sum(tl.sum(dgamma, 0), 0), dw
 
 
 @kernel
 def conv1x1_backward(
-    d, d_stride, value, value_stride, grad, grad_stride,
-    norm_mean, norm_rstd, norm_weight, norm_bias,
-    weight, weight_f, weight_y, weight_x, partial, weight_partials, dweight_size,
-    height, width, num_rows, channels, out_channels, first_out_channel, rows_per_split, first_split,
-    OVERWRITE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
-    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    d, d_stride, output, output_stride, output_mean, output_rstd, output_mean_correction,
+    output_var_correction, value, value_stride, grad, grad_stride,
+    norm_mean, norm_rstd, norm_scale, norm_shift, weight, weight_f, weight_y, weight_x,
+    partial, counters, num_splits, num_groups, group_bits,
+    mean_correction, var_correction, dbeta, dgamma, weight_partials, dweight,
+    num_rows, channels, out_channels, first_out_channel, rows_per_split,
+    OVERWRITE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr, SUM_ROWS: tl.constexpr, VECTOR: tl.constexpr,
+    NORM_VECTOR: tl.constexpr, TARGET_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute dz = d W and dW = d^T Z of conv1x1 from its complete output gradient `d`, (M, F).
+    """Compute dz = d W and dW = d^T Z of conv1x1 from its output gradient `d`, (M, F).
 
-    Program (i, j) handles channel block i of split j, `rows_per_split` rows. To keep d and W in
-    registers, a launch takes OUT_CHANNELS of the F output channels, from `first_out_channel` on.
-    Further launches add to `grad`, and store their sums from `first_split` on.
+    With `output`, the maps that conv1x1 wrote, `d` lacks the corrections of the norm that reads
+    them. Program (i, j) handles channel block i of split j, `rows_per_split` rows. To keep d and W
+    in registers, a launch takes OUT_CHANNELS of the F output channels, from `first_out_channel` on.
+    Further launches add to `grad`, dbeta and dgamma.
     """
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    split = tl.program_id(1)
+    wait_for_previous_kernel(PDL)
+    block, split = tl.program_id(0), tl.program_id(1)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     f = first_out_channel + tl.arange(0, OUT_CHANNELS)
     last = tl.minimum((split + 1) * rows_per_split, num_rows)
-    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
-    w = load_weight(
-        weight, f * weight_f, f < out_channels, c, c < channels, WEIGHT_C, WEIGHT_VECTOR
-    ).to(value.dtype.element_ty)
-    # Keep the sums over the split's rows in registers until its last tile.
-    dbeta, dgamma = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
-    dw = tl.zeros([CHANNELS, OUT_CHANNELS], tl.float32)
-    for start in range(split * rows_per_split, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        # For rows beyond the split load d = 0: they add nothing to any sum.
-        d_mask = tile_mask(rows < last, f < out_channels, TARGET_VECTOR)
-        upstream = tl.load(tile_pointers(d, rows, d_stride, f, TARGET_VECTOR), d_mask, 0.0)
-        mask = tile_mask(rows < last, c < channels, VECTOR)
-        x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-        normed = normalise(x, scale, shift)
-        z = relu(normed).to(x.dtype)
-        # Load d and x once for both products; dw is dW^T, (CHANNELS, OUT_CHANNELS).
-        dw = dot(tl.trans(z), upstream, dw, PRECISION)
-        dz = dot(upstream, tl.trans(w), tl.zeros([ROWS, CHANNELS], tl.float32), PRECISION)
-        sums = add_gradient(
-            dz, x, normed, norm_mean, scale, grad, grad_stride, rows, c, mask, c < channels,
-            OVERWRITE, VECTOR,
-        )  # fmt: skip
-        dbeta += sums[0]
-        dgamma += sums[1]
-    store_sums(partial, first_split + split, dbeta, dgamma, c, channels)
-    # weight_partials[split] has the weight's strides; each launch writes its own output channels.
-    pointers = weight_partials + split.to(tl.int64) * dweight_size
-    pointers += (c * WEIGHT_C)[:, None] + (f * weight_f)[None, :]
-    tl.store(pointers, dw, (c < channels)[:, None] & (f < out_channels)[None, :])
+    dbeta_sum, dgamma_sum, dw = conv1x1_grads(
+        d, d_stride, output, output_stride, output_mean, output_rstd, output_mean_correction,
+        output_var_correction, value, value_stride, grad, grad_stride,
+        norm_mean, norm_scale, norm_shift, weight, weight_f, c, channels, f, out_channels,
+        split * rows_per_split, last, OVERWRITE, ROWS, VECTOR, NORM_VECTOR, TARGET_VECTOR,
+        WEIGHT_C, WEIGHT_VECTOR, PRECISION,
+    )  # fmt: skip
+    store_row(partial, split, dbeta_sum, dgamma_sum, c, channels)
+    reduce_norm_grads(
+        partial, counters + block * (1 + num_groups), split, num_splits, num_groups, group_bits,
+        c, channels, num_rows, norm_rstd, norm_scale,
+        mean_correction, var_correction, dbeta, dgamma, ADD, SUM_ROWS,
+    )  # fmt: skip
+    # The counters of the weight's gradient follow those of the norm's.
+    reduce_weight_grad(
+        dw, weight_partials, counters + (tl.num_programs(0) + block) * (1 + num_groups),
+        split, num_splits, num_groups, group_bits, dweight,
+        c, channels, f * weight_f, f < out_channels, WEIGHT_C,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -141,187 +201,164 @@ def tap_columns(group, OUT_CHANNELS: tl.constexpr, TAPS: tl.constexpr):
 
     With few output channels a product is too narrow; three taps side by side widen it. They take
     the space of four, as the width of a tile is a power of two. Returns each column's output
-    channel, its dy and dx in -1..1, and whether it belongs to a tap.
+    channel, its tap 3 * (dy + 1) + dx + 1, and whether it belongs to a tap.
     """
     column = tl.arange(0, OUT_CHANNELS if TAPS == 1 else 4 * OUT_CHANNELS)
     tap = group * TAPS + column // OUT_CHANNELS
-    return column % OUT_CHANNELS, tap // 3 - 1, tap % 3 - 1, column // OUT_CHANNELS < TAPS
+    return column % OUT_CHANNELS, tap, column // OUT_CHANNELS < TAPS
 
 
 @triton.jit
-def load_shifted(d, f, dy, dx, real, rows, inside, height, width, OUT_CHANNELS: tl.constexpr):
+def load_shifted(d, f, tap, real, rows, taps, WIDTH: tl.constexpr, OUT_CHANNELS: tl.constexpr):
     """Load d of the output pixel that read each row through each column's tap: (rows, columns).
 
-    Output pixel p reads input pixel p + (dy, dx): input pixel r was read by r - (dy, dx). `d` has
-    exactly OUT_CHANNELS columns, which are 0 from F on: see `complete_gradient`.
+    Output pixel p reads input pixel p + (dy, dx): input pixel r was read by r - (dy, dx), whose
+    place in `taps`, of `taps_in_image`, is 8 - tap. `d` has exactly OUT_CHANNELS columns, which are
+    0 from F on: see `complete_gradient`.
     """
-    in_image = shifted_mask(
-        rows[:, None], inside[:, None], -dy[None, :], -dx[None, :], height, width
-    )
-    mask = tl.max_constancy(in_image & real[None, :], [1, OUT_CHANNELS])
-    offset = f - (dy * width + dx) * OUT_CHANNELS
+    bit = tl.where(real, 1 << (8 - tap), 0)
+    mask = tl.max_constancy((taps[:, None] & bit[None, :]) != 0, [1, OUT_CHANNELS])
+    offset = f - ((tap // 3 - 1) * WIDTH + tap % 3 - 1) * OUT_CHANNELS
     pointers = d + (rows.to(tl.int64) * OUT_CHANNELS)[:, None] + offset[None, :]
     return tl.load(tl.multiple_of(pointers, [1, 16]), mask, 0.0)
 
 
 @kernel
 def conv3x3_backward(
-    d, value, value_stride, grad, grad_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
-    weight, weight_f, weight_y, weight_x, partial,
-    height, width, num_rows, channels, out_channels,
+    d, z, value, value_stride, grad, grad_stride, norm_mean, norm_rstd, norm_scale, norm_shift,
+    weight, weight_f, weight_y, weight_x,
+    partial, counters, num_splits, num_groups, group_bits,
+    mean_correction, var_correction, dbeta, dgamma,
+    num_rows, channels, out_channels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     OVERWRITE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr, VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
-    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, SUM_ROWS: tl.constexpr, VECTOR: tl.constexpr, NORM_VECTOR: tl.constexpr,
+    WEIGHT_C: tl.constexpr, WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute dz of conv3x3: the sum over taps of shifted(d) W[:, :, dy + 1, dx + 1].
 
-    `d` is the complete gradient of the output, (M, OUT_CHANNELS), 0 from column F on. A program
-    computes a (ROWS, CHANNELS) tile of dz; consecutive programs share their rows.
+    `d` is the complete gradient of the output, (M, OUT_CHANNELS), 0 from column F on. Program
+    (i, j) computes a (ROWS, CHANNELS) tile of dz, of row block i and channel block j. It also
+    writes Z to `z`, a contiguous (M, C), unless that is None.
     """
-    blocks = tl.cdiv(channels, CHANNELS)
-    split = tl.program_id(0) // blocks
-    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    wait_for_previous_kernel(PDL)
+    split, block = tl.program_id(0), tl.program_id(1)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     rows = split * ROWS + tl.arange(0, ROWS)
     dz = tl.zeros([ROWS, CHANNELS], tl.float32)
+    taps = taps_in_image(rows, rows < num_rows, HEIGHT, WIDTH)
     # Multiply TAPS taps at a time.
     for group in range(9 // TAPS):
-        f, dy, dx, real = tap_columns(group, OUT_CHANNELS, TAPS)
-        shifted = load_shifted(
-            d, f, dy, dx, real, rows, rows < num_rows, height, width, OUT_CHANNELS
-        )
-        columns = f * weight_f + (dy + 1) * weight_y + (dx + 1) * weight_x
+        f, tap, real = tap_columns(group, OUT_CHANNELS, TAPS)
+        shifted = load_shifted(d, f, tap, real, rows, taps, WIDTH, OUT_CHANNELS)
+        columns = f * weight_f + tap // 3 * weight_y + tap % 3 * weight_x
         used = real & (f < out_channels)
         w = load_weight(weight, columns, used, c, c < channels, WEIGHT_C, WEIGHT_VECTOR)
         dz = dot(shifted, tl.trans(w.to(shifted.dtype)), dz, PRECISION)
     # Load x only now: earlier it would occupy registers during the products.
     mask = tile_mask(rows < num_rows, c < channels, VECTOR)
     x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
-    dbeta, dgamma = add_gradient(
-        dz, x, normalise(x, scale, shift), norm_mean, scale, grad, grad_stride, rows, c, mask,
-        c < channels, OVERWRITE, VECTOR,
+    scale = load_channels(norm_scale, c, channels, NORM_VECTOR)
+    normed = normalise(x, scale, load_channels(norm_shift, c, channels, NORM_VECTOR))
+    if z is not None:
+        tl.store(tile_pointers(z, rows, channels, c, VECTOR), relu(normed).to(x.dtype), mask)
+    dz, dz_centred = add_gradient(
+        dz, x, normed, load_channels(norm_mean, c, channels, NORM_VECTOR), scale,
+        grad, grad_stride, rows, c, mask, OVERWRITE, VECTOR,
     )  # fmt: skip
-    store_sums(partial, split, dbeta, dgamma, c, channels)
+    store_row(partial, split, tl.sum(dz, 0), tl.sum(dz_centred, 0), c, channels)
+    reduce_norm_grads(
+        partial, counters + block * (1 + num_groups),
+        split, num_splits, num_groups, group_bits, c, channels, num_rows,
+        norm_rstd, norm_scale, mean_correction, var_correction, dbeta, dgamma, False, SUM_ROWS,
+    )  # fmt: skip
 
 
 @kernel
 def conv3x3_weight_backward(
-    d, value, value_stride, norm_mean, norm_rstd, norm_weight, norm_bias,
-    weight, weight_f, weight_y, weight_x, weight_partials, dweight_size,
-    height, width, num_rows, channels, out_channels, rows_per_split,
+    d, value, value_stride, norm_scale, norm_shift, weight, weight_f, weight_y, weight_x,
+    weight_partials, counters, num_splits, num_groups, group_bits, dweight,
+    num_rows, channels, out_channels, rows_per_split, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, TAPS: tl.constexpr,
-    VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
-    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, NORM_VECTOR: tl.constexpr, WEIGHT_C: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute dW[:, :, dy + 1, dx + 1] = shifted(d)^T Z of conv3x3; `d` as in conv3x3_backward.
 
     Program (i, j) sums TAPS taps of one channel block over split j, `rows_per_split` rows, into
     weight_partials[j], which has the weight's strides.
     """
+    wait_for_previous_kernel(PDL)
     groups: tl.constexpr = 9 // TAPS
     c = tl.program_id(0) // groups * CHANNELS + tl.arange(0, CHANNELS)
-    f, dy, dx, real = tap_columns(tl.program_id(0) % groups, OUT_CHANNELS, TAPS)
+    f, tap, real = tap_columns(tl.program_id(0) % groups, OUT_CHANNELS, TAPS)
     split = tl.program_id(1)
     last = tl.minimum((split + 1) * rows_per_split, num_rows)
-    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
+    if norm_scale is not None:
+        scale = load_channels(norm_scale, c, channels, NORM_VECTOR)
+        shift = load_channels(norm_shift, c, channels, NORM_VECTOR)
     dw = tl.zeros([CHANNELS, OUT_CHANNELS if TAPS == 1 else 4 * OUT_CHANNELS], tl.float32)
     for start in range(split * rows_per_split, last, ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = tile_mask(rows < last, c < channels, VECTOR)
-        x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
-        z = relu(normalise(x, scale, shift)).to(x.dtype)
+        z = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
+        if norm_scale is not None:
+            z = relu(normalise(z, scale, shift)).to(z.dtype)
         # d is 0 for rows beyond the split and for pixels outside the image.
-        shifted = load_shifted(d, f, dy, dx, real, rows, rows < last, height, width, OUT_CHANNELS)
+        taps = taps_in_image(rows, rows < last, HEIGHT, WIDTH)
+        shifted = load_shifted(d, f, tap, real, rows, taps, WIDTH, OUT_CHANNELS)
         dw = dot(tl.trans(z), shifted, dw, PRECISION)
-    pointers = weight_partials + split.to(tl.int64) * dweight_size
-    columns = f * weight_f + (dy + 1) * weight_y + (dx + 1) * weight_x
-    pointers += (c * WEIGHT_C)[:, None] + columns[None, :]
-    tl.store(pointers, dw, (c < channels)[:, None] & (real & (f < out_channels))[None, :])
+    columns = f * weight_f + tap // 3 * weight_y + tap % 3 * weight_x
+    reduce_weight_grad(
+        dw, weight_partials, counters + tl.program_id(0) * (1 + num_groups),
+        split, num_splits, num_groups, group_bits, dweight,
+        c, channels, columns, real & (f < out_channels), WEIGHT_C,
+    )  # fmt: skip
 
 
 @kernel
 def norm_relu_avg_pool_backward(
-    out_grad, value, value_stride, grad, grad_stride,
-    norm_mean, norm_rstd, norm_weight, norm_bias, partial,
-    height, width, window_h, window_w, num_rows, channels, rows_per_split,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    out_grad, value, value_stride, grad, grad_stride, norm_mean, norm_rstd, norm_scale, norm_shift,
+    partial, counters, num_splits, num_groups, group_bits,
+    mean_correction, var_correction, dbeta, dgamma,
+    num_rows, channels, rows_per_split, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    SUM_ROWS: tl.constexpr, VECTOR: tl.constexpr, NORM_VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute dz of norm_relu_avg_pool: out_grad of the pixel's window / area, 0 without a window.
 
     Program (i, j) handles channel block i of split j, `rows_per_split` rows of the input.
     """
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    split = tl.program_id(1)
+    wait_for_previous_kernel(PDL)
+    block, split = tl.program_id(0), tl.program_id(1)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
     last = tl.minimum((split + 1) * rows_per_split, num_rows)
-    scale, shift = affine(norm_mean, norm_rstd, norm_weight, norm_bias, c, c < channels)
-    dbeta, dgamma = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    scale = load_channels(norm_scale, c, channels, NORM_VECTOR)
+    shift = load_channels(norm_shift, c, channels, NORM_VECTOR)
+    centre = load_channels(norm_mean, c, channels, NORM_VECTOR)
+    out_h: tl.constexpr = HEIGHT // WINDOW_H
+    out_w: tl.constexpr = WIDTH // WINDOW_W
+    dbeta_rows = tl.zeros([ROWS, CHANNELS], tl.float32)
+    dgamma_rows = tl.zeros([ROWS, CHANNELS], tl.float32)
     for start in range(split * rows_per_split, last, ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = tile_mask(rows < last, c < channels, VECTOR)
         x = tl.load(tile_pointers(value, rows, value_stride, c, VECTOR), mask, 0.0)
         # Find the row of out_grad that belongs to each pixel's window.
-        out_h, out_w = height // window_h, width // window_w
-        y, left = rows // width % height // window_h, rows % width // window_w
-        window = (rows // (height * width) * out_h + y) * out_w + left
+        y, left = rows // WIDTH % HEIGHT // WINDOW_H, rows % WIDTH // WINDOW_W
+        window = (rows // (HEIGHT * WIDTH) * out_h + y) * out_w + left
         d_mask = tile_mask((rows < last) & (y < out_h) & (left < out_w), c < channels, GRAD_VECTOR)
         d = tl.load(tile_pointers(out_grad, window, channels, c, GRAD_VECTOR), d_mask, 0.0)
-        dz = d.to(tl.float32) * (1.0 / (window_h * window_w))
-        sums = add_gradient(
-            dz, x, normalise(x, scale, shift), norm_mean, scale, grad, grad_stride, rows, c, mask,
-            c < channels, True, VECTOR,
+        dz = d.to(tl.float32) * (1.0 / (WINDOW_H * WINDOW_W))
+        terms = add_gradient(
+            dz, x, normalise(x, scale, shift), centre, scale,
+            grad, grad_stride, rows, c, mask, True, VECTOR,
         )  # fmt: skip
-        dbeta += sums[0]
-        dgamma += sums[1]
-    store_sums(partial, split, dbeta, dgamma, c, channels)
-
-
-@kernel
-def reduce_partials(
-    partial, num_splits, norm_rstd, norm_weight, mean_correction, var_correction,
-    dbeta, dgamma, num_rows, channels,
-    weight_partials, num_weight_partials, dweight, dweight_size,
-    NORM_SPLITS: tl.constexpr, NORM_CHANNELS: tl.constexpr,
-    SPLITS: tl.constexpr, ELEMENTS: tl.constexpr,
-):  # fmt: skip
-    """Add the partial sums of all programs: dbeta and dgamma, (C,), and dweight.
-
-    The first programs handle NORM_CHANNELS channels each, and add to the input's corrections
-    (kernels/feature_maps.py); the others handle ELEMENTS elements of the weight each. One launch
-    does both, since a launch costs more than these sums.
-    """
-    blocks = tl.cdiv(channels, NORM_CHANNELS)
-    block = tl.program_id(0)
-    if block < blocks:
-        c = block * NORM_CHANNELS + tl.arange(0, NORM_CHANNELS)
-        inside = c < channels
-        sums, stride = partial + c, 2 * channels
-        total_beta = sum_partials(sums, num_splits, stride, inside, NORM_SPLITS)
-        rstd = tl.load(norm_rstd + c, inside, 0.0)
-        total_gamma = sum_partials(sums + channels, num_splits, stride, inside, NORM_SPLITS) * rstd
-        tl.store(dbeta + c, total_beta, inside)
-        tl.store(dgamma + c, total_gamma, inside)
-        scale = tl.load(norm_weight + c, inside, 0.0).to(tl.float32) * rstd / num_rows
-        add_to(mean_correction + c, scale * total_beta, inside)
-        add_to(var_correction + c, scale * total_gamma, inside)
-    elif weight_partials is not None:
-        i = (block - blocks) * ELEMENTS + tl.arange(0, ELEMENTS)
-        elements = weight_partials + i
-        total = sum_partials(elements, num_weight_partials, dweight_size, i < dweight_size, SPLITS)
-        tl.store(dweight + i, total, i < dweight_size)
-
-
-@triton.jit
-def sum_partials(pointers, num_splits, stride, inside, SPLITS: tl.constexpr):
-    """Sum each column of a matrix, whose rows are `stride` apart, in a fixed order."""
-    total = tl.zeros(pointers.shape, tl.float32)
-    for first in range(0, num_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        rows = pointers[None, :] + (split.to(tl.int64) * stride)[:, None]
-        total += tl.sum(tl.load(rows, (split < num_splits)[:, None] & inside[None, :], 0.0), 0)
-    return total
-
-
-@triton.jit
-def add_to(pointers, x, inside):
-    """Add x to values in memory that no other program writes."""
-    tl.store(pointers, tl.load(pointers, inside, 0.0) + x, inside)
+        dbeta_rows += terms[0]
+        dgamma_rows += terms[1]
+    store_row(partial, split, tl.sum(dbeta_rows, 0), tl.sum(dgamma_rows, 0), c, channels)
+    reduce_norm_grads(
+        partial, counters + block * (1 + num_groups),
+        split, num_splits, num_groups, group_bits, c, channels, num_rows,
+        norm_rstd, norm_scale, mean_correction, var_correction, dbeta, dgamma, False, SUM_ROWS,
+    )  # fmt: skip

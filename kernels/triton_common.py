@@ -8,7 +8,9 @@ strides in elements:
     value, value_stride        input maps (M, C), and their row stride
     grad, grad_stride          gradient of value, accumulated in backward, and its row stride
     target, target_stride      output, such as (M, F) of a convolution, and its row stride
-    norm_mean, norm_rstd, ...  (C,): mean, rstd = 1 / sqrt(var + eps), weight and bias of the norm
+    norm_scale, norm_shift     (C,), float32: norm(value) = value * scale + shift; None: value is Z
+    norm_mean, norm_rstd       (C,), float32: the statistics mean and rstd = 1 / sqrt(var + eps)
+    NORM_VECTOR                channels of these vectors that a thread may load at once
     weight, weight_f, _y, _x   convolution weight (F, C, h, w), and its strides along F, h and w
     WEIGHT_C, WEIGHT_VECTOR    its stride along C; input channels that a thread may load at once
     seed, layer_id             of the dropout mask: see DropoutSpec; seed is None without dropout
@@ -17,7 +19,10 @@ strides in elements:
     num_rows, channels, out_channels  M, C and F: pixels, input and output channels
     rows, c, f                 indices of a tile along M, C and F
     inside                     mask of the indices that exist: rows < M, or c < C
-    split, partial             index of a block of rows; (splits, ...) float32 results to combine
+    split, partial             index of a block of rows; (splits, ...) float32 results to combine:
+                               see kernels/triton_reduce.py
+    HEIGHT, WIDTH              size of an image: constants, since a division by one is cheap
+    PDL                        programmatic dependent launch: see `wait_for_previous_kernel`
     ROWS, CHANNELS, OUT_CHANNELS  tile sizes along M, C and F: see kernels/tiling.py
     VECTOR, TARGET_VECTOR      channels that a thread loads or stores at once: of value,
                                grad; of target and, in backward, d
@@ -30,6 +35,7 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import interpreter
 
 
@@ -63,6 +69,18 @@ def kernel(function: Callable) -> Callable:
 
 
 @triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Begin a kernel: wait until all that earlier kernels wrote is visible.
+
+    With PDL (compute capability 9.0 and later) this kernel was started while the previous one still
+    ran, and the next one may start now: it waits here in turn, which hides the gap between them.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
 def tile_pointers(pointer, rows, stride, columns, VECTOR: tl.constexpr):
     """Return pointers to a (rows, columns) tile whose groups of VECTOR columns must be aligned."""
     # 64 bits: rows * stride exceeds an int32 in large batches.
@@ -78,11 +96,10 @@ def tile_mask(rows, columns, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def affine(mean, rstd, weight, bias, c, inside):
-    """Return (scale, shift): norm(value) = value * scale + shift; both 0 where not `inside`."""
-    scale = tl.load(weight + c, inside, 0.0).to(tl.float32) * tl.load(rstd + c, inside, 0.0)
-    shift = tl.load(bias + c, inside, 0.0).to(tl.float32)
-    return scale, shift - tl.load(mean + c, inside, 0.0) * scale
+def load_channels(pointer, c, channels, NORM_VECTOR: tl.constexpr):
+    """Load float32 values of channels c, and 0 from `channels` on."""
+    pointers = tl.multiple_of(pointer + c, [4 * NORM_VECTOR])
+    return tl.load(pointers, tl.max_constancy(c < channels, [NORM_VECTOR]), 0.0)
 
 
 @triton.jit
@@ -93,8 +110,8 @@ def normalise(value, scale, shift):
 
 @triton.jit
 def relu(x):
-    """Return max(x, 0), and NaN for NaN, where tl.maximum would return 0."""
-    return tl.where(x < 0, 0.0, x)
+    """Return max(x, 0), and NaN for NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -137,8 +154,12 @@ def apply_dropout(x, rows, columns, num_columns, seed, layer_id, first_row, thre
 
 
 @triton.jit
-def shifted_mask(rows, inside, dy, dx, height, width):
-    """Return `inside`, but False where the pixel at offset (dy, dx) is outside the row's image."""
-    y = rows // width % height + dy
-    x = rows % width + dx
-    return inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+def taps_in_image(rows, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Return nine bits for each row `inside`, one for each tap of a 3x3 filter, and 0 for others.
+
+    Bit 3 * (dy + 1) + dx + 1 tells whether the pixel at offset (dy, dx) is in the row's image.
+    """
+    y, x = rows // WIDTH % HEIGHT, rows % WIDTH
+    columns = tl.where(x > 0, 0o111, 0) | 0o222 | tl.where(x < WIDTH - 1, 0o444, 0)
+    lines = tl.where(y > 0, 0o007, 0) | 0o070 | tl.where(y < HEIGHT - 1, 0o700, 0)
+    return tl.where(inside, columns & lines, 0)

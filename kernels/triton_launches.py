@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_ops
-from kernels.tiling import Tile
+from kernels import tiling, triton_arguments, triton_ops
+from kernels.tiling import Gpu, Tile
 
 TYPES = {
     torch.float32: "*fp32",
@@ -61,9 +61,17 @@ class Launch:
         return self.variant.kernel.__name__
 
 
-def as_launch(kernel, grid: tuple[int, ...], tile: Tile, **arguments: object) -> Launch:
-    """Describe a launch as `triton_ops._launch` would make it; none is specialised on values."""
+def as_launch(
+    kernel, grid: tuple[int, ...], tile: Tile, early: bool = False, **arguments
+) -> Launch:
+    """Describe a launch as `triton_ops._launch` would make it; none is specialised on values.
+
+    Args:
+        early: the kernel may be started before the one before it ends.
+    """
     arguments |= tile.sizes
+    if "PDL" in kernel.arg_names:
+        arguments["PDL"] = early
     assert arguments.keys() == set(kernel.arg_names), kernel.__name__
     signature, constants = {}, {}
     for parameter in kernel.params:
@@ -82,10 +90,10 @@ def as_launch(kernel, grid: tuple[int, ...], tile: Tile, **arguments: object) ->
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collect all launches inside the `with` block, in order; run none.
+def recorded(gpu: Gpu) -> Iterator[list[Launch]]:
+    """Collect all launches on a GPU inside the `with` block, in order; run none.
 
-    Tensors have no memory (meta or fake), and stand for those of a GPU.
+    Tensors have no memory (meta or fake), and stand for those of the GPU.
     """
     found: list[Launch] = []
 
@@ -93,11 +101,12 @@ def recorded() -> Iterator[list[Launch]]:
         return triton_precision(x.to("meta"))
 
     def launch(*given: object, **named: object) -> None:
-        found.append(as_launch(*given, **named))
+        found.append(as_launch(*given, early=gpu.launches_early, **named))
 
-    triton_precision = triton_ops._precision  # a fake tensor of a GPU is one of the CPU
+    triton_precision = triton_arguments._precision  # a fake tensor of a GPU is one of the CPU
     with (
         mock.patch.object(triton_ops, "_launch", launch),
-        mock.patch.object(triton_ops, "_precision", precision),
+        mock.patch.object(triton_arguments, "_precision", precision),
+        mock.patch.object(tiling, "gpu_of", lambda device: gpu),
     ):
         yield found

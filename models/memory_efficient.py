@@ -37,8 +37,7 @@ computed for all parameters, also for those with requires_grad=False.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +45,16 @@ from torch.autograd.function import once_differentiable
 
 from distributed.world import BatchShard
 from kernels.backend import Backend
-from kernels.feature_maps import FeatureMaps, NormParams, nchw, nhwc
+from kernels.feature_maps import FeatureMaps, Norm, Reader, nchw, nhwc
 from models.dense_block import DenseBlock
+from models.norm_conv import (
+    NormConv,
+    NormConvGrads,
+    affine_views,
+    new_affines,
+    running_affines,
+    split_parameters,
+)
 from models.sync_batchnorm import BatchNorm, all_reduce_corrections, all_reduce_stats
 
 MEMORY_EFFICIENT_LEVELS = (2, 3, 4)
@@ -79,29 +86,6 @@ class _BlockSpec:
     def new_buffer(self, channels: int, x: Tensor) -> Tensor:
         """Allocate (N, H, W, channels) uninitialised; N, H, W and the device are those of x."""
         return x.new_empty((*x.shape[:3], channels), dtype=self.dtype)
-
-
-class _NormConv(NamedTuple):
-    """Hold the parameters of a batch norm and of the convolution after it, or their gradients.
-
-    A layer has one of these or, with a bottleneck, two; the epilogue has one.
-    """
-
-    norm_weight: Tensor  # (C,)
-    norm_bias: Tensor  # (C,)
-    conv_weight: Tensor | None  # (F, C, h, w); None for pooling
-
-    @property
-    def norm(self) -> NormParams:
-        """Return the batch norm's parameters as the backend takes them."""
-        return NormParams(self.norm_weight, self.norm_bias)
-
-
-def _split(block: DenseBlock, parameters: Sequence[Tensor | None]) -> list[list[_NormConv]]:
-    """Group parameters into a `_NormConv` list for each layer, and a last one for the epilogue."""
-    units = [_NormConv(*parameters[i : i + 3]) for i in range(0, len(parameters), 3)]
-    size = 2 if block.width else 1
-    return [units[i : i + size] for i in range(0, len(units), size)]
 
 
 def can_run(block: DenseBlock, reader: nn.Module) -> bool:
@@ -173,7 +157,6 @@ class _DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec: _BlockSpec, x: Tensor, seed: Tensor | None, *parameters: Tensor | None):
         block = spec.block
-        *layers, (epilogue,) = _split(block, parameters)
         source = nhwc(x)
 
         # Statistics mean, rstd = 1 / sqrt(var + eps) and var: (3, C) of X, C = out_channels, and
@@ -181,31 +164,34 @@ class _DenseBlockFunction(torch.autograd.Function):
         stats_dtype = torch.promote_types(spec.dtype, torch.float32)
         stats = x.new_empty(3, block.out_channels, dtype=stats_dtype)
         bottleneck_stats = x.new_empty(len(block), 3, block.width, dtype=stats_dtype)
+        affines = new_affines(parameters, stats)
+        units = split_parameters(block, parameters, affine_views(affines, parameters))
 
         # The buffer X, (N, H, W, C); the block's input is its first channels.
         features = FeatureMaps(spec.new_buffer(block.out_channels, source), *stats, eps=spec.eps)
         block_input = features.channels(0, block.channels)
-        spec.ops.copy_with_stats(source, block_input)
-        all_reduce_stats(spec.shard, block_input)
+        reader = Reader(units[0][0].norm, block_input)
+        spec.ops.copy_with_stats(source, block_input, reader)
+        _sync_stats(spec, block_input, reader)
 
         # Each layer adds k channels. Buffers for bottleneck maps, (N, H, W, width): at level 2 one
         # for each layer, at levels 3 and 4 one that all layers share.
         bottleneck_buffers, bottleneck = [], None
-        for i, layer in enumerate(layers):
+        for i, (layer, (reader_unit, *_)) in enumerate(pairwise(units)):
             if block.width:
                 if spec.level == 2 or i == 0:
                     bottleneck_buffers.append(spec.new_buffer(block.width, source))
                 bottleneck = FeatureMaps(bottleneck_buffers[-1], *bottleneck_stats[i], eps=spec.eps)
-            _layer_forward(spec, i, layer, features, bottleneck, seed)
+            _layer_forward(spec, i, layer, features, bottleneck, seed, reader_unit.norm)
 
         # The epilogue reads all C channels; out is (N, H', W', C').
-        out = _epilogue_forward(spec, epilogue, features)
+        out = _epilogue_forward(spec, units[-1][0], features)
 
         # Save the maps that the memory level keeps, the statistics and the parameters.
         saved = [x] if spec.level == 4 else [features.value]
         saved += bottleneck_buffers if spec.level == 2 else []
         ctx.spec, ctx.num_saved = spec, len(saved)
-        ctx.save_for_backward(*saved, stats, bottleneck_stats, seed, *parameters)
+        ctx.save_for_backward(*saved, stats, bottleneck_stats, affines, seed, *parameters)
         ctx.mark_non_differentiable(stats, bottleneck_stats)
         return nchw(out), stats, bottleneck_stats
 
@@ -217,8 +203,9 @@ class _DenseBlockFunction(torch.autograd.Function):
         spec: _BlockSpec = ctx.spec
         block, saved = spec.block, ctx.saved_tensors
         (kept, *bottleneck_buffers), rest = saved[: ctx.num_saved], saved[ctx.num_saved :]
-        stats, bottleneck_stats, seed, *parameters = rest
-        *layers, (epilogue,) = _split(block, parameters)
+        stats, bottleneck_stats, affines, seed, *parameters = rest
+        views = affine_views(affines, parameters)
+        *layers, (epilogue,) = split_parameters(block, parameters, views)
 
         # The buffer X, (N, H, W, C). Without var, the backend does not compute statistics again.
         features = FeatureMaps(kept, *stats[:2], eps=spec.eps)
@@ -270,27 +257,40 @@ class _DenseBlockFunction(torch.autograd.Function):
 
 
 def _layer_forward(
-    spec: _BlockSpec, i: int, layer: list[_NormConv], features: FeatureMaps,
-    bottleneck: FeatureMaps | None, seed: Tensor | None,
+    spec: _BlockSpec, i: int, layer: list[NormConv], features: FeatureMaps,
+    bottleneck: FeatureMaps | None, seed: Tensor | None, next_norm: Norm | None = None,
 ) -> None:  # fmt: skip
-    """Run layer i: read channels [0, C_i) of the buffer and write channels [C_i, C_i + k)."""
+    """Run layer i: read channels [0, C_i) of the buffer and write channels [C_i, C_i + k).
+
+    Args:
+        next_norm: the norm after the layer; None if statistics and affine functions are known.
+    """
     ops, first, last = spec.ops, layer[0], layer[-1]
     start, end = spec.block.layer_offset(i), spec.block.layer_offset(i + 1)
     source, new = features.channels(0, start), features.channels(start, end)
     dropout1, dropout2 = spec.block.dropouts(seed, i) or (None, None)
+    reader = next_norm and Reader(next_norm, features.channels(0, end))
     if bottleneck is None:
-        ops.conv3x3(source, last.norm, last.conv_weight, new, dropout1)
+        ops.conv3x3(source, last.norm, last.conv_weight, new, dropout1, reader)
     else:
-        ops.conv1x1(source, first.norm, first.conv_weight, bottleneck, dropout1)
-        all_reduce_stats(spec.shard, bottleneck)
-        ops.conv3x3(bottleneck, last.norm, last.conv_weight, new, dropout2)
-    all_reduce_stats(spec.shard, new)
+        inner_reader = next_norm and Reader(last.norm, bottleneck)
+        ops.conv1x1(source, first.norm, first.conv_weight, bottleneck, dropout1, inner_reader)
+        _sync_stats(spec, bottleneck, inner_reader)
+        ops.conv3x3(bottleneck, last.norm, last.conv_weight, new, dropout2, reader)
+    _sync_stats(spec, new, reader)
+
+
+def _sync_stats(spec: _BlockSpec, target: FeatureMaps, reader: Reader | None) -> None:
+    """Use the statistics of all processes in place of those that an operation has written."""
+    if spec.shard is not None and reader is not None:
+        all_reduce_stats(spec.shard, target)
+        reader.norm.update(reader.source)
 
 
 def _layer_backward(
-    spec: _BlockSpec, i: int, layer: list[_NormConv], features: FeatureMaps,
+    spec: _BlockSpec, i: int, layer: list[NormConv], features: FeatureMaps,
     bottleneck: FeatureMaps | None, seed: Tensor | None,
-) -> list[_NormConv]:  # fmt: skip
+) -> list[NormConvGrads]:  # fmt: skip
     """Add layer i's input gradient to channels [0, C_i) of G; return its parameters' gradients."""
     ops, first, last = spec.ops, layer[0], layer[-1]
     start, end = spec.block.layer_offset(i), spec.block.layer_offset(i + 1)
@@ -303,11 +303,11 @@ def _layer_backward(
         dconv, dweight, dbias = ops.conv3x3_backward(
             new, source, last.norm, last.conv_weight, dropout1, overwrite=False
         )
-        return [_NormConv(dweight, dbias, dconv)]
+        return [NormConvGrads(dweight, dbias, dconv)]
 
     # Levels 3 and 4: recompute the bottleneck maps, (N, H, W, width).
     if spec.level > 2:
-        ops.conv1x1(source, first.norm, first.conv_weight, bottleneck, dropout1)
+        ops.conv1x1(source, first.norm, first.conv_weight, bottleneck, dropout1, None)
 
     # Only this convolution reads the maps, so it overwrites the layers' shared gradient buffer.
     dconv2, dweight2, dbias2 = ops.conv3x3_backward(
@@ -317,30 +317,31 @@ def _layer_backward(
     dconv1, dweight1, dbias1 = ops.conv1x1_backward(
         bottleneck, source, first.norm, first.conv_weight, dropout1, overwrite=False
     )
-    return [_NormConv(dweight1, dbias1, dconv1), _NormConv(dweight2, dbias2, dconv2)]
+    grads1 = NormConvGrads(dweight1, dbias1, dconv1)
+    return [grads1, NormConvGrads(dweight2, dbias2, dconv2)]
 
 
-def _epilogue_forward(spec: _BlockSpec, epilogue: _NormConv, features: FeatureMaps) -> Tensor:
+def _epilogue_forward(spec: _BlockSpec, epilogue: NormConv, features: FeatureMaps) -> Tensor:
     """Run the epilogue on all C channels; return its output, (N, H', W', C')."""
     if spec.window:
         return spec.ops.norm_relu_avg_pool(features, epilogue.norm, spec.window)
     out = features.value.new_empty((*features.value.shape[:3], epilogue.conv_weight.shape[0]))
-    spec.ops.conv1x1(features, epilogue.norm, epilogue.conv_weight, FeatureMaps(out), None)
+    spec.ops.conv1x1(features, epilogue.norm, epilogue.conv_weight, FeatureMaps(out), None, None)
     return out
 
 
 def _epilogue_backward(
-    spec: _BlockSpec, epilogue: _NormConv, features: FeatureMaps, grad: Tensor
-) -> _NormConv:
+    spec: _BlockSpec, epilogue: NormConv, features: FeatureMaps, grad: Tensor
+) -> NormConvGrads:
     """Write G, (N, H, W, C), from `grad`, (N, H', W', C'); return the parameters' gradients."""
     if spec.window:
         dnorm = spec.ops.norm_relu_avg_pool_backward(grad, features, epilogue.norm, spec.window)
-        return _NormConv(*dnorm, None)
+        return NormConvGrads(*dnorm, None)
     target = FeatureMaps(grad, grad=grad)  # value is not read: no batch norm follows
     dconv, dweight, dbias = spec.ops.conv1x1_backward(
         target, features, epilogue.norm, epilogue.conv_weight, None, overwrite=True
     )
-    return _NormConv(dweight, dbias, dconv)
+    return NormConvGrads(dweight, dbias, dconv)
 
 
 def _evaluate(
@@ -348,17 +349,13 @@ def _evaluate(
 ) -> Tensor:
     """Run x, (N, H, W, C_0), with running statistics; return the output, (N, H', W', C')."""
     block = spec.block
-    *layers, (epilogue,) = _split(block, parameters)
-    stats = iter([(norm.running_mean, (norm.running_var + norm.eps).rsqrt()) for norm in norms])
-    value = spec.new_buffer(block.out_channels, x)
-    value[..., : block.channels] = x
-    bottleneck_buffer, bottleneck = spec.new_buffer(block.width, x), None
+    *layers, (epilogue,) = split_parameters(block, parameters, running_affines(norms))
+    features = FeatureMaps(spec.new_buffer(block.out_channels, x))
+    features.value[..., : block.channels] = x
+    bottleneck = FeatureMaps(spec.new_buffer(block.width, x)) if block.width else None
     for i, layer in enumerate(layers):
-        features = FeatureMaps(value, *next(stats))  # each reader has running statistics of its own
-        if block.width:
-            bottleneck = FeatureMaps(bottleneck_buffer, *next(stats))
         _layer_forward(spec, i, layer, features, bottleneck, None)
-    return _epilogue_forward(spec, epilogue, FeatureMaps(value, *next(stats)))
+    return _epilogue_forward(spec, epilogue, features)
 
 
 @torch.no_grad()
@@ -374,7 +371,6 @@ def _update_running_statistics(
             stats_of_norms.append(bottleneck_stats[i])
     stats_of_norms.append(stats)
 
-    # torch._foreach_* launch few kernels for the hundreds of short vectors of a deep network.
     unbiased = count / (count - 1)
     momentum = norms[0].momentum
     for buffer, row, factor in (("running_mean", 0, 1.0), ("running_var", 2, unbiased)):

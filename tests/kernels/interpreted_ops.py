@@ -15,7 +15,7 @@ from helpers.tiny_networks import Results, mean_error, network, one_step, pictur
 from kernels import reference, tiling, triton_ops
 from kernels.backend import REFERENCE, Backend
 from kernels.dropout import DropoutSpec
-from kernels.feature_maps import FeatureMaps, NormParams
+from kernels.feature_maps import FeatureMaps, Norm, Reader
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 
@@ -82,12 +82,14 @@ class Operands:
     """Hold the operands of operations: whole buffers, of which they use some channels.
 
     Args:
+        after: the batch norm that reads the target next, and the channels before it.
         outside: maps of another module: the block's input, or the gradient of its pooled output.
     """
 
     source: FeatureMaps
     target: FeatureMaps
-    norm: NormParams
+    norm: Norm
+    after: Norm
     weight: Tensor
     outside: Tensor
 
@@ -120,9 +122,18 @@ def draw(case: Case, operation: str) -> Operands:
         outside, weight = (x.to(memory_format=torch.channels_last) for x in (outside, weight))
     gamma = torch.randn(channels)
     gamma[3::5] = 0  # as training may leave it
-    bn = NormParams(gamma, torch.rand(channels))
     source, target = features(case, channels), features(case, written, start=2)
-    return Operands(source, target, bn, weight, outside.permute(0, 2, 3, 1))
+    bn = norm(gamma, torch.rand(channels), source.channels(0, channels))
+    read = 2 + written  # the norm after the target reads all channels up to the guards
+    after = Norm(torch.randn(read), torch.rand(read), *torch.full((2, read), GUARD_VALUE))
+    return Operands(source, target, bn, after, weight, outside.permute(0, 2, 3, 1))
+
+
+def norm(gamma: Tensor, beta: Tensor, source: FeatureMaps) -> Norm:
+    """Make a batch norm that knows the statistics of what it reads."""
+    made = Norm(gamma, beta, torch.empty_like(gamma), torch.empty_like(gamma))
+    made.update(source)
+    return made
 
 
 def run(ops, operation: str, case: Case, x: Operands) -> Results:
@@ -130,9 +141,12 @@ def run(ops, operation: str, case: Case, x: Operands) -> Results:
     function = getattr(ops, operation)
     source = x.source.channels(0, case.sizes[3])
     target = x.target.channels(2, x.target.value.shape[3] - GUARD)
+    reader = Reader(x.after, x.target.channels(0, 2 + target.value.shape[3]))
     out = None
     if operation == "copy_with_stats":
-        function(x.outside, target)
+        # As the block's input, it is all that its reader reads.
+        own = Norm(*(tensor[2:] for tensor in vars(x.after).values()))
+        function(x.outside, target, Reader(own, target))
     elif operation == "norm_relu_avg_pool":
         out = function(source, x.norm, case.window)
     elif operation == "norm_relu_avg_pool_backward":
@@ -142,7 +156,7 @@ def run(ops, operation: str, case: Case, x: Operands) -> Results:
         assert out.is_contiguous()
     elif operation in ("conv1x1", "conv3x3"):
         target.var = target.var if case.normed else None
-        function(source, x.norm, x.weight, target, case.dropout)
+        function(source, x.norm, x.weight, target, case.dropout, reader if case.normed else None)
     else:
         if not case.normed:  # the caller's gradient, in any layout, must stay as it is
             layout = torch.channels_last if case.channels_last else torch.contiguous_format
@@ -194,10 +208,7 @@ def error(got: Results, want: Results) -> float:
 def test_an_operation_equals_the_reference(monkeypatch, operation, case):
     case = CASES[case]
     if case.small_programs:
-        sizes = {"NORM_SPLITS": 2, "NORM_CHANNELS": 16, "SPLITS": 1, "ELEMENTS": 64}
-        monkeypatch.setattr(tiling, "BACKWARD_PROGRAMS", 4)
-        monkeypatch.setattr(tiling, "REDUCE_PARTIALS", tiling.Tile(sizes))
-        monkeypatch.setattr(tiling, "REDUCE_STATS", tiling.Tile({"SPLITS": 2, "CHANNELS": 8}))
+        monkeypatch.setattr(tiling, "gpu_of", lambda device: tiling.Gpu((8, 0), 2))
     got = run(triton_ops, operation, case, draw(case, operation))
     exact = mapped(draw(case, operation), Tensor.double)
     assert error(got, run(reference, operation, case, exact)) < TOLERANCES[case.dtype]
@@ -210,7 +221,7 @@ def test_an_operation_equals_the_reference(monkeypatch, operation, case):
 def test_copy_rounds_first_and_takes_the_statistics_of_the_rounded_values():
     values = torch.randn(2, 3, 4, 5)
     target = FeatureMaps(torch.empty(2, 3, 4, 5, dtype=F16), *torch.empty(3, 5), eps=EPS)
-    triton_ops.copy_with_stats(values, target)
+    triton_ops.copy_with_stats(values, target, None)
     assert torch.equal(target.value, values.half())
     flat, unrounded = target.value.double().view(-1, 5), values.double().view(-1, 5)
     assert (target.mean - flat.mean(0)).abs().max() < 1e-7
@@ -220,7 +231,7 @@ def test_copy_rounds_first_and_takes_the_statistics_of_the_rounded_values():
 def test_the_variance_is_right_where_the_mean_is_far_from_0():
     values = torch.randn(4, 9, 11, 3) * 0.1 + 1000
     target = FeatureMaps(torch.empty_like(values), *torch.empty(3, 3), eps=EPS)
-    triton_ops.copy_with_stats(values, target)
+    triton_ops.copy_with_stats(values, target, None)
     flat = values.view(-1, 3)
     want = flat.double().var(0, unbiased=False)
     assert (target.var / want - 1).abs().max() < 1e-3
@@ -236,7 +247,7 @@ def test_dropout_drops_the_same_values_as_the_reference(seed, layer_id, offset):
     x = draw(USUAL, "conv1x1")
     dropout = DropoutSpec(0.4, torch.tensor([seed], dtype=torch.int32), layer_id, offset)
     target = x.target.channels(2, 50)
-    triton_ops.conv1x1(x.source.channels(0, 24), x.norm, x.weight, target, dropout)
+    triton_ops.conv1x1(x.source.channels(0, 24), x.norm, x.weight, target, dropout, None)
     kept = target.value != 0
     assert torch.equal(kept, dropout.mask(target.value) != 0)
     for change in ({"layer_id": layer_id + 2}, {"sample_offset": offset + 1}):

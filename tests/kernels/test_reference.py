@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dropout import DropoutSpec
-from kernels.feature_maps import FeatureMaps, NormParams
+from kernels.feature_maps import FeatureMaps, Norm, Reader
 
 IMAGES, HEIGHT, WIDTH, CHANNELS, FEATURES, EPS = 5, 7, 5, 6, 4, 1e-3
 TILES = {"one tile": 5, "ragged tiles": 2, "tiles of one image": 1}  # images in a tile
@@ -90,20 +91,32 @@ def finished_target(normed: bool = True) -> tuple[FeatureMaps, Tensor]:
     return features, features.grad - features.mean_correction - normalised * features.var_correction
 
 
-def norm(channels: int = CHANNELS) -> NormParams:
-    weight = torch.rand(channels, dtype=torch.float64) + 0.5
-    weight[1::3] *= -1  # training may make gamma negative, or 0
-    weight[2] = 0
-    return NormParams(weight, draw(channels))
+class Parameters(NamedTuple):
+    weight: Tensor
+    bias: Tensor
 
 
-def definition(value: Tensor, bn: NormParams) -> Tensor:
+def norm(source: FeatureMaps, given: Parameters | None = None) -> Norm:
+    """Make a batch norm that knows the statistics of the maps that it reads."""
+    channels = len(source.mean)
+    weight, bias = given or (torch.rand(channels, dtype=torch.float64) + 0.5, draw(channels))
+    if given is None:
+        weight[1::3] *= -1  # training may make gamma negative, or 0
+        weight[2] = 0
+    made = Norm(weight, bias, *source.mean.new_empty(2, channels))
+    made.update(source)
+    return made
+
+
+def definition(value: Tensor, bn: Norm | Parameters) -> Tensor:
     """Compute Z, (N, C, H, W), by PyTorch's own batch normalisation."""
     nchw = value.permute(0, 3, 1, 2)
     return F.relu(F.batch_norm(nchw, None, None, bn.weight, bn.bias, True, 0.0, EPS))
 
 
-def convolved(value: Tensor, bn: NormParams, weight: Tensor, dropout: DropoutSpec | None) -> Tensor:
+def convolved(
+    value: Tensor, bn: Norm | Parameters, weight: Tensor, dropout: DropoutSpec | None
+) -> Tensor:
     """Compute (N, H, W, F) by either convolution."""
     out = F.conv2d(definition(value, bn), weight, padding=weight.shape[-1] // 2)
     out = out.permute(0, 2, 3, 1)
@@ -135,7 +148,7 @@ DROPOUTS = pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["whole", "dr
 def test_copy_writes_the_values_and_their_statistics_and_nothing_else():
     buffer, target = new_target(CHANNELS)
     values = draw(IMAGES, HEIGHT, WIDTH, CHANNELS)
-    reference.copy_with_stats(values, target)
+    reference.copy_with_stats(values, target, None)
     assert torch.equal(target.value, values)
     assert_stats(target, values)
     assert guards_are_whole(buffer)
@@ -146,10 +159,11 @@ def test_copy_writes_the_values_and_their_statistics_and_nothing_else():
 @SIDES
 @DROPOUTS
 def test_conv_writes_its_definition_and_nothing_else(side, dropout):
-    source, bn, weight = source_maps(), norm(), draw(FEATURES, CHANNELS, side, side)
+    source, weight = source_maps(), draw(FEATURES, CHANNELS, side, side)
+    bn = norm(source)
     before = source.value.clone()
     buffer, target = new_target(FEATURES)
-    reference.conv(source, bn, weight, target, dropout)
+    reference.conv(source, bn, weight, target, dropout, None)
     want = convolved(source.value, bn, weight, dropout)
     torch.testing.assert_close(target.value, want, rtol=1e-12, atol=1e-12)
     assert_stats(target, want)
@@ -160,15 +174,31 @@ def test_conv_writes_its_definition_and_nothing_else(side, dropout):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_conv_computes_statistics_only_where_the_target_asks_for_them(known):
-    source, bn, weight = source_maps(), norm(), draw(FEATURES, CHANNELS, 1, 1)
+    source, weight = source_maps(), draw(FEATURES, CHANNELS, 1, 1)
+    bn = norm(source)
     _, target = new_target(FEATURES)
     target.var = None
     target.mean, target.rstd = draw(2, FEATURES) if known else (None, None)  # as in evaluation
     before = copy.deepcopy((target.mean, target.rstd))
-    reference.conv(source, bn, weight, target, None)
+    reference.conv(source, bn, weight, target, None, None)
     torch.testing.assert_close(target.value, convolved(source.value, bn, weight, None))
     torch.testing.assert_close((target.mean, target.rstd), before, rtol=0, atol=0)
     assert target.var is None
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_conv_writes_the_affine_function_of_the_norm_that_reads_its_output_next(side):
+    source, weight = source_maps(), draw(FEATURES, CHANNELS, side, side)
+    buffer = replace(source_maps(), value=draw(IMAGES, HEIGHT, WIDTH, CHANNELS))
+    new = buffer.channels(CHANNELS - FEATURES, CHANNELS)
+    after = norm(buffer)
+    stale = after.scale.clone()
+    reference.conv(source, norm(source), weight, new, None, Reader(after, buffer))
+    want = F.batch_norm(buffer.value.permute(0, 3, 1, 2), buffer.mean, buffer.rstd**-2 - EPS,
+                        after.weight, after.bias, eps=EPS)  # fmt: skip
+    assert_near((buffer.value * after.scale + after.shift).permute(0, 3, 1, 2), want)
+    assert_stats(new, new.value)
+    assert not torch.equal(after.scale, stale)
 
 
 WINDOWS = pytest.mark.parametrize("window", [(2, 2), (HEIGHT, WIDTH), (3, 2), (1, 1)])
@@ -176,7 +206,8 @@ WINDOWS = pytest.mark.parametrize("window", [(2, 2), (HEIGHT, WIDTH), (3, 2), (1
 
 @WINDOWS
 def test_pool_averages_whole_windows(window):
-    source, bn = source_maps(), norm()
+    source = source_maps()
+    bn = norm(source)
     got = reference.norm_relu_avg_pool(source, bn, window)
     want = F.avg_pool2d(definition(source.value, bn), window).permute(0, 2, 3, 1)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -191,7 +222,8 @@ def test_pool_averages_whole_windows(window):
 @DROPOUTS
 @pytest.mark.parametrize(("overwrite", "normed"), [(True, True), (False, True), (True, False)])
 def test_the_backward_of_conv_equals_autograd(side, dropout, overwrite, normed):
-    source, bn, weight = source_maps(), norm(), draw(FEATURES, CHANNELS, side, side)
+    source, weight = source_maps(), draw(FEATURES, CHANNELS, side, side)
+    bn = norm(source)
     buffer, source.grad = guarded(torch.full_like(source.grad, math.nan if overwrite else 1.0))
     target, upstream = finished_target(normed)
     operands = target, bn.weight, bn.bias, weight, source.value
@@ -200,7 +232,7 @@ def test_the_backward_of_conv_equals_autograd(side, dropout, overwrite, normed):
     assert guards_are_whole(buffer)
 
     value, w, gamma, beta = leaves(source.value, weight, bn.weight, bn.bias)
-    out = convolved(value, NormParams(gamma, beta), w, dropout)
+    out = convolved(value, Parameters(gamma, beta), w, dropout)
     wants = torch.autograd.grad(out, (w, gamma, beta, value), upstream, retain_graph=True)
     for name, found, want in zip(("weight", "gamma", "beta"), got, wants, strict=False):
         assert_near(found, want, name)
@@ -212,19 +244,20 @@ def test_the_backward_of_conv_equals_autograd(side, dropout, overwrite, normed):
     # The twin: without completing the target's gradient, or with the mask of another layer.
     others = [torch.autograd.grad(out, w, target.grad)[0]] if normed else []
     if dropout:
-        wrong = convolved(value, NormParams(gamma, beta), w, OTHER_DROPOUT)
+        wrong = convolved(value, Parameters(gamma, beta), w, OTHER_DROPOUT)
         others.append(torch.autograd.grad(wrong, w, upstream)[0])
     assert all((got[0] - other).abs().max() > 0.1 for other in others)
 
 
 @WINDOWS
 def test_the_backward_of_pool_equals_autograd(window):
-    source, bn = source_maps(), norm()
+    source = source_maps()
+    bn = norm(source)
     upstream = draw(IMAGES, HEIGHT // window[0], WIDTH // window[1], CHANNELS)
     got = reference.norm_relu_avg_pool_backward(upstream, source, bn, window)
 
     value, gamma, beta = leaves(source.value, bn.weight, bn.bias)
-    out = F.avg_pool2d(definition(value, NormParams(gamma, beta)), window).permute(0, 2, 3, 1)
+    out = F.avg_pool2d(definition(value, Parameters(gamma, beta)), window).permute(0, 2, 3, 1)
     *wants, dvalue = torch.autograd.grad(out, (gamma, beta, value), upstream)
     for found, want in zip(got, wants, strict=True):
         assert_near(found, want)
@@ -234,13 +267,14 @@ def test_the_backward_of_pool_equals_autograd(window):
 
 def test_two_convolutions_and_a_pool_that_read_the_same_maps_add_up():
     # The pool reads them all; the convolutions, in the order of backward, only the first channels.
-    source, norms = source_maps(), (norm(), norm(), norm(CHANNELS - 2))
+    source = source_maps()
+    part = source.channels(0, CHANNELS - 2)
+    norms = norm(source), norm(source), norm(part)
     weights = draw(FEATURES, CHANNELS, 1, 1), draw(FEATURES, CHANNELS - 2, 3, 3)
     targets = finished_target(), finished_target()
     upstream = draw(IMAGES, HEIGHT // 2, WIDTH // 2, CHANNELS)
     reference.norm_relu_avg_pool_backward(upstream, source, norms[0], (2, 2))
     reference.conv_backward(targets[0][0], source, norms[1], weights[0], None, False)
-    part = source.channels(0, CHANNELS - 2)
     reference.conv_backward(targets[1][0], part, norms[2], weights[1], None, False)
 
     (value,) = leaves(source.value)
@@ -261,7 +295,7 @@ def test_two_convolutions_and_a_pool_that_read_the_same_maps_add_up():
 def test_moments_of_far_means_keep_their_digits_in_single_precision(mean):
     values = (mean + draw(IMAGES, HEIGHT, WIDTH, CHANNELS)).float()
     _, target = new_target(CHANNELS, torch.float32)
-    reference.copy_with_stats(values, target)
+    reference.copy_with_stats(values, target, None)
     assert_stats(target, values, 1e-4)
     # The textbook's difference of squares has no digit left there.
     flat = values.reshape(-1, CHANNELS)
@@ -275,14 +309,14 @@ def test_sums_over_half_precision_maps_are_made_in_single_precision(dtype):
     # 4,096 ones and more: adding one to 256 changes nothing in bf16.
     values = (1 + draw(64, 16, 8, 3) / 4).to(dtype)
     target = FeatureMaps(torch.empty_like(values), *torch.empty(3, 3).unbind(), eps=EPS)
-    reference.copy_with_stats(values, target)
+    reference.copy_with_stats(values, target, None)
     assert_stats(target, values, 1e-5)
     assert target.mean.dtype == torch.float32
 
     # A large beta: relu passes every value, so that dbeta counts them.
-    bn = NormParams(torch.ones(3), torch.full((3,), 100.0))
     source = replace(target, grad=torch.empty_like(values), mean_correction=torch.zeros(3))
     source.var_correction = torch.zeros(3)
+    bn = norm(source, Parameters(torch.ones(3), torch.full((3,), 100.0)))
     upstream = torch.ones(64, 8, 4, 3, dtype=dtype)
     _, dbeta = reference.norm_relu_avg_pool_backward(upstream, source, bn, (2, 2))
     torch.testing.assert_close(dbeta, torch.full((3,), 64 * 8 * 4.0), rtol=1e-5, atol=0)
@@ -294,10 +328,11 @@ def test_sums_over_half_precision_maps_are_made_in_single_precision(dtype):
     [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)],
 )
 def test_lower_precisions_are_as_near_as_their_digits_allow(side, dtype, tolerance):
-    def run(source: FeatureMaps, target: FeatureMaps, bn: NormParams, w: Tensor) -> list[Tensor]:
+    def run(source: FeatureMaps, target: FeatureMaps, w: Tensor) -> list[Tensor]:
+        bn = norm(source, Parameters(*(x.to(w.dtype) for x in drawn)))
         written = new_target(FEATURES, source.value.dtype)[1]
         grads = reference.conv_backward(target, source, bn, w, None, True)
-        reference.conv(source, bn, w, written, None)
+        reference.conv(source, bn, w, written, None, None)
         return [written.value, reference.complete_gradient(source), written.mean, *grads]
 
     def lowered(x: FeatureMaps) -> FeatureMaps:
@@ -306,14 +341,15 @@ def test_lower_precisions_are_as_near_as_their_digits_allow(side, dtype, toleran
         changed = {name: getattr(x, name).float() for name in wide}
         return replace(x, value=x.value.to(dtype), grad=x.grad.to(dtype), **changed)
 
-    source, bn, weight = source_maps(), norm(), draw(FEATURES, CHANNELS, side, side)
+    source, weight = source_maps(), draw(FEATURES, CHANNELS, side, side)
+    bn = norm(source)
     source.value.copy_(source.value.to(dtype))  # so that only the arithmetic rounds
     flat = source.value.reshape(-1, CHANNELS)
     source.mean, source.rstd = flat.mean(0), (flat.var(0, unbiased=False) + EPS).rsqrt()
     target, _ = finished_target()
-    low_norm = NormParams(bn.weight.float(), bn.bias.float())
-    got = run(lowered(source), lowered(target), low_norm, weight.float())
-    want = run(source, target, bn, weight)
+    drawn = Parameters(bn.weight, bn.bias)
+    got = run(lowered(source), lowered(target), weight.float())
+    want = run(source, target, weight)
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
     assert tolerance / 1000 < max(errors) < tolerance
     assert [x.dtype for x in got] == [dtype] * 2 + [torch.float32] * 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.run_main import ROOT
-from kernels.feature_maps import FeatureMaps, NormParams
+from kernels.feature_maps import FeatureMaps, Norm, Reader
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from kernels import triton_ops
@@ -41,15 +41,15 @@ def test_tensors_without_memory_have_results_without_a_launch(kind):
         return FeatureMaps(value, *empty(3, channels), grad, *empty(2, channels))
 
     with FakeTensorMode() if kind == "fake" else nullcontext():
-        source, target, bn = features(27), features(15), NormParams(*empty(2, 27))
+        source, target, bn = features(27), features(15), Norm(*empty(4, 27))
         for side, operation in ((1, "conv1x1"), (3, "conv3x3")):
             weight = empty(15, 27, side, side)
-            getattr(triton_ops, operation)(source, bn, weight, target, None)
+            getattr(triton_ops, operation)(source, bn, weight, target, None, None)
             backward = getattr(triton_ops, f"{operation}_backward")
             grads = backward(target, source, bn, weight, None, True)
             assert [x.shape for x in grads] == [weight.shape, bn.weight.shape, bn.bias.shape]
             assert {(x.dtype, x.device.type) for x in grads} == {(torch.float32, device)}
-        triton_ops.copy_with_stats(source.value, source)
+        triton_ops.copy_with_stats(source.value, source, Reader(bn, source))
         pooled = triton_ops.norm_relu_avg_pool(source, bn, (2, 3))
         assert (pooled.shape, pooled.dtype) == ((2, 2, 2, 27), torch.float16)
         assert len(triton_ops.norm_relu_avg_pool_backward(pooled, source, bn, (2, 3))) == 2

@@ -334,9 +334,9 @@ def test_memory_grows_linearly_with_depth_from_level_2_on(level):
 def test_above_level_2_all_layers_share_the_memory_of_their_bottlenecks(level, count):
     written = set()
 
-    def conv1x1(source, norm, weight, target, dropout):
+    def conv1x1(source, norm, weight, target, dropout, reader):
         written.add(target.value.data_ptr())
-        REFERENCE.conv1x1(source, norm, weight, target, dropout)
+        REFERENCE.conv1x1(source, norm, weight, target, dropout, reader)
 
     model, images = network(level, "one block"), pictures()[0]
     epilogue = memory_efficient.BlockEpilogue(model.features.norm5, window=(13, 10))

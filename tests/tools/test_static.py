@@ -17,7 +17,7 @@ if triton.knobs.runtime.interpret:
 import triton.language as tl  # noqa: E402
 
 from kernels import triton_launches  # noqa: E402
-from kernels.tiling import Tile  # noqa: E402
+from kernels.tiling import Gpu, Tile  # noqa: E402
 from kernels.triton_common import kernel  # noqa: E402
 from tools import describe  # noqa: E402
 from tools.benchmark import sass, static, static_code, static_model, static_step  # noqa: E402
@@ -251,7 +251,7 @@ def test_the_programs_that_a_multiprocessor_holds_by_hand():
 def test_the_products_of_the_forward_pass_are_those_of_the_layers():
     opt = opts.parse(["--dataset=synthetic", "--depth=16", "--batchSize=8", "--precision=bf16"])
     opt = opt.replace(nClasses=10)
-    step = static_step.record_step(opt)
+    step = static_step.record_step(opt, Gpu((9, 0), 132))
     forward = [each for each in step.launches if "backward" not in each.name]
     layers = describe.list_layers(describe.build(opt), opt.imageSize)
     macs = sum(layer.macs for layer in layers if "denselayer" in layer.name)
@@ -288,8 +288,8 @@ def test_a_run_prints_and_writes_every_kernel_and_calls_it_a_model(tmp_path, mon
     # A few launches, for one architecture, are compiled in a moment.
     record, whole = static_step.record_step, []
 
-    def record_some(opt) -> static_step.Step:
-        whole.append(record(opt))
+    def record_some(opt, gpu) -> static_step.Step:
+        whole.append(record(opt, gpu))
         return static_step.Step(whole[0].launches[:5], whole[0].other_bytes)
 
     monkeypatch.setattr(static_step, "record_step", record_some)

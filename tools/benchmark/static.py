@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
@@ -83,19 +84,24 @@ def model(networks: Sequence[Settings], architectures: Iterable[int]) -> list[di
     """
     from tools.benchmark import static_code, static_model, static_step
 
-    steps = []
-    for opt in networks:
-        report(f"recording {network_name(opt)}, {precision(opt)}, batch {opt.batchSize}")
-        steps.append(static_step.record_step(opt))
-    variants = dict.fromkeys(launch.variant for step in steps for launch in step.launches)
-    binaries = static_code.compile_all(variants, architectures, report)
+    steps = {}
+    for opt, architecture in itertools.product(networks, architectures):
+        name = f"{network_name(opt)}, {precision(opt)}, batch {opt.batchSize}"
+        report(f"recording {name} for {architecture / 10}")
+        gpu = static_model.DEVICES[architecture].as_gpu(architecture)
+        steps[name, architecture] = (opt, static_step.record_step(opt, gpu))
+    wanted = dict.fromkeys(
+        (launch.variant, architecture)
+        for (_, architecture), (_, step) in steps.items()
+        for launch in step.launches
+    )
+    binaries = static_code.compile_all([*wanted], report)
     rows = []
-    for opt, step in zip(networks, steps, strict=True):
-        for architecture in architectures:
-            report(f"counting {network_name(opt)} for {architecture / 10}")
-            columns = network_columns(opt) | {"architecture": f"{architecture / 10:.1f}"}
-            modelled = static_model.step_rows(step, binaries, architecture, opt.batchSize)
-            rows += [dict.fromkeys(COLUMNS, "none") | columns | row for row in modelled]
+    for (name, architecture), (opt, step) in steps.items():
+        report(f"counting {name} for {architecture / 10}")
+        columns = network_columns(opt) | {"architecture": f"{architecture / 10:.1f}"}
+        modelled = static_model.step_rows(step, binaries, architecture, opt.batchSize)
+        rows += [dict.fromkeys(COLUMNS, "none") | columns | row for row in modelled]
     return rows
 
 

@@ -4,7 +4,7 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -14,6 +14,7 @@ from kernels.triton_launches import Variant
 from tools.benchmark import sass
 
 WORKERS = 2
+_ATOMIC = r"tt.atomic_\w+ [^%]*"
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,8 @@ class Binary:
     stores: frozenset[str]  # parameters that are written
 
 
-def compile_all(
-    variants: Iterable[Variant], architectures: Iterable[int], report
-) -> dict[tuple[Variant, int], Binary]:
-    """Compile each variant for each architecture (80: compute capability 8.0); call `report`."""
-    wanted = [(variant, architecture) for architecture in architectures for variant in variants]
+def compile_all(wanted: Sequence[tuple[Variant, int]], report) -> dict[tuple[Variant, int], Binary]:
+    """Compile variants for architectures (80: compute capability 8.0); call `report`."""
     found = {}
     # A new process, since a fork of one that has threads may hang.
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
@@ -83,20 +81,25 @@ def _tool(name: str, *arguments: object) -> str:
 def _accesses(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
     """Return the parameters through which a kernel reads, and those through which it writes."""
     header = next(line for line in ttir.splitlines() if "tt.func public" in line)
-    parameters = set(re.findall(r"%(\w+): !tt.ptr", header))
-    # Where each value comes from: its operation's first operand, or what a loop starts with.
-    origins = dict(re.findall(r"%([\w#]+)(?::\d+)? = [\w.]+ (?:\w+, )*%([\w#]+)", ttir))
-    for carried in re.findall(r"iter_args\((.*?)\) ->", ttir):
-        origins |= dict(re.findall(r"%(\w+) = %([\w#]+)", carried))
-
-    def parameter(name: str) -> str | None:
-        seen = set()
-        while name not in parameters and name in origins and name not in seen:
-            seen.add(name)
-            name = origins[name]
-        return name if name in parameters else None
-
-    loads = {parameter(name) for name in re.findall(r"tt.load %([\w#]+)", ttir)}
-    stores = {parameter(name) for name in re.findall(r"tt.store %([\w#]+)", ttir)}
-    atomic = {parameter(name) for name in re.findall(r"tt.atomic_\w+ [^%]*%([\w#]+)", ttir)}
-    return frozenset(loads | atomic - {None}), frozenset(stores | atomic - {None})
+    # The parameter that each value comes from: its operation's first operand, or what a loop starts
+    # with. Regions that follow one another may use a name anew, so go line by line.
+    origins = {name: name for name in re.findall(r"%(\w+): !tt.ptr", header)}
+    loads, stores = set(), set()
+    for line in ttir.splitlines():
+        for accesses, operation in (
+            (loads, "tt.load "),
+            (stores, "tt.store "),
+            (loads, _ATOMIC),
+            (stores, _ATOMIC),
+        ):
+            accesses.update(
+                origins.get(name) for name in re.findall(rf"{operation}%([\w#]+)", line)
+            )
+        for carried in re.findall(r"iter_args\((.*?)\) ->", line):
+            for name, start in re.findall(r"%(\w+) = %([\w#]+)", carried):
+                origins[name] = origins.get(start)
+        if found := re.match(r"\s*%([\w#]+)(?::\d+)? = [\w.]+ (?:\w+, )*%([\w#]+)", line):
+            origins[found[1]] = origins.get(found[2])
+    if None in loads | stores:
+        raise ValueError(f"an access of unknown origin: {header.strip()}")
+    return frozenset(loads), frozenset(stores)

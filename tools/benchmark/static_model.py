@@ -11,6 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from kernels.tiling import Gpu
 from kernels.triton_launches import Launch, Variant
 from tools.benchmark import sass
 from tools.benchmark.sass_walk import PARAMETERS_AT, Path, executed, walk
@@ -31,6 +32,10 @@ class Device:
     warps: int  # of a multiprocessor, at most
     memory_tb_s: float
     l2_tb_s: float
+
+    def as_gpu(self, architecture: int) -> Gpu:
+        """Return what the choice of launches depends on."""
+        return Gpu(divmod(architecture, 10), self.multiprocessors)
 
 
 DEVICES = {
@@ -61,6 +66,11 @@ ASSUMPTIONS = Assumptions()
 STEP, OTHERS = "step", "other launches"  # rows beside those of kernels
 # Of each function `finish_...`, which programs run that come last at a counter: their share of all.
 FINISHING: dict[str, Callable[[Launch], float]] = {}
+for _what in ("stats", "norm_grads", "weight_grad"):
+    FINISHING[f"finish_{_what}"] = lambda launch: 1 / launch.arguments["num_splits"]
+    FINISHING[f"finish_group_{_what}"] = lambda launch: (
+        launch.arguments["num_groups"] / launch.arguments["num_splits"]
+    )
 
 
 def legend() -> str:
@@ -103,7 +113,8 @@ class LaunchCounts:
         """Return the ways of all warps through the code."""
         launch = self.launch
         words = parameter_words(launch, PARAMETERS_AT[self.architecture])
-        finishing = {name: share(launch) for name, share in FINISHING.items()}
+        combines = "num_splits" in launch.arguments
+        finishing = {name: share(launch) for name, share in FINISHING.items() if combines}
         return walk(self.binary.code, launch.grid, launch.variant.warps, words.get, finishing)
 
     @property
@@ -122,7 +133,7 @@ class LaunchCounts:
         """Return the bytes of all tensors read, and of all written: each element once."""
         total = 0
         for names in (self.binary.loads, self.binary.stores):
-            for name in names:
+            for name in names - {"counters"}:  # of which a launch uses few
                 x = self.launch.arguments[name]
                 total += x.numel() * x.element_size()
         return total

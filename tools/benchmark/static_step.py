@@ -16,6 +16,7 @@ from engine.precision import autocast
 from kernels import triton_ops  # noqa: TID251
 from kernels.backend import Backend
 from kernels.precision import allows_tf32, set_tf32
+from kernels.tiling import Gpu
 from kernels.triton_launches import Launch, recorded
 
 
@@ -27,8 +28,8 @@ class Step:
     other_bytes: int  # that PyTorch's own operations read and write
 
 
-def record_step(opt: Settings) -> Step:
-    """Run forward and backward of the network at memory level 2; collect what it would launch."""
+def record_step(opt: Settings, gpu: Gpu) -> Step:
+    """Run forward and backward of the network at memory level 2; collect what a GPU would run."""
     with torch.device("meta"):
         model = models.factory.create(
             opt.replace(optMemory=2), opt.nClasses, Backend.from_module(triton_ops)
@@ -37,7 +38,7 @@ def record_step(opt: Settings) -> Step:
     before = allows_tf32()
     set_tf32(opt.tf32)
     try:
-        with FakeTensorMode(), counter, recorded() as launches:
+        with FakeTensorMode(), counter, recorded(gpu) as launches:
             state = {
                 name: _empty(tensor).requires_grad_(tensor.requires_grad)
                 for name, tensor in model.state_dict(keep_vars=True).items()
