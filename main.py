@@ -210,11 +210,13 @@ def evaluate(opt: Settings, world, device) -> int:
 def select_kernels(opt: Settings, device, world):
     """Select the implementation of dense blocks, the same in every process."""
     from engine.backend_choice import select_backend
+    from engine.precision import cpu_note
     from experiment import console
 
     ops, warning = select_backend(opt, device, world)
-    if warning:
-        console.warn(warning)
+    for note in (warning, cpu_note(device, opt.precision)):
+        if note:
+            console.warn(note)
     return ops
 
 

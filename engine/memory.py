@@ -271,18 +271,19 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _tiling_for(device: torch.device) -> Iterator[None]:
     """Make kernels.reference cut fake CPU tensors into the tiles it would use on `device`.
 
-    On a GPU a batch is one tile. On the CPU two tiles stand for all: each next one takes the place
-    of the one before.
+    On a GPU a batch is one tile, in the dtype of the maps. On the CPU two tiles stand for all: each
+    next one takes the place of the one before.
     """
-    tiles = reference._tiles
+    tiles, compute_dtype = reference._tiles, reference._compute_dtype
     if device.type == "cuda":
         reference._tiles = lambda value: [slice(0, len(value))]
+        reference._compute_dtype = lambda value: value.dtype
     else:
         reference._tiles = lambda value: itertools.islice(tiles(value), 2)
     try:
         yield
     finally:
-        reference._tiles = tiles
+        reference._tiles, reference._compute_dtype = tiles, compute_dtype
 
 
 class MemoryTracker(TorchDispatchMode):

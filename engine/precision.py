@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import cpu
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -27,3 +29,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Return the context of a forward pass in a precision of `--precision`."""
     dtype = PRECISIONS[precision].autocast
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def cpu_note(device: torch.device, precision: str) -> str | None:
+    """Return a note if a run on this CPU would be faster in single precision, else None."""
+    dtype = PRECISIONS[precision].autocast
+    if device.type != "cpu" or dtype is None or cpu.computes_in(dtype):
+        return None
+    return (
+        f"precision {precision}: this CPU has no instructions for {str(dtype).partition('.')[2]}, "
+        "so it saves memory but no time; --precision single is faster"
+    )

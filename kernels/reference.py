@@ -7,6 +7,7 @@ once for all later batch norms; backward defers their terms (see kernels/feature
 
 On the CPU an operation works on tiles of whole images, small enough that what one PyTorch call
 writes is still in the cache when the next one reads it. On CUDA one tile is the whole batch.
+Maps of 16 bits are computed in float32, tile by tile, where the CPU lacks instructions for them.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.dropout import DropoutSpec
 from kernels.feature_maps import FeatureMaps, Norm, Reader, nchw, nhwc
 
@@ -43,14 +45,18 @@ def conv(
     `weight` is (F, C, 1, 1) or (F, C, 3, 3). Computes statistics unless `target.var` is None, and
     then also scale and shift of the norm that reads the target next, unless `reader` is None.
     """
-    weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
+    dtype = _compute_dtype(source.value)
+    weight = weight.to(dtype, memory_format=torch.channels_last)
     tile_stats = []
     for tile in _tiles(source.value):
-        z = _affine(source.value[tile], norm.scale, norm.shift).relu_()
-        out = nhwc(F.conv2d(nchw(z), weight, padding=weight.shape[-1] // 2))
+        z = _affine(source.value[tile].to(dtype), norm.scale, norm.shift).relu_()
+        if weight.shape[-1] == 1:  # a product of matrices, which convolutions reorder first
+            out = F.linear(z, weight.flatten(1))
+        else:
+            out = nhwc(F.conv2d(nchw(z), weight, padding=1))
         if dropout:
             out.mul_(dropout.mask(out, tile.start))
-        target.value[tile] = out
+        target.value[tile] = out = out.to(target.value.dtype)
         if target.var is not None:
             tile_stats.append(_grouped_stats(out))
     if tile_stats:
@@ -83,26 +89,21 @@ def conv_backward(
     """
     scale, shift = norm.scale, norm.shift
     dweight = torch.zeros_like(weight, dtype=scale.dtype)
-    weight = weight.to(source.value.dtype, memory_format=torch.channels_last)
-    padding = weight.shape[-1] // 2
+    dtype = _compute_dtype(source.value)
+    weight = weight.to(dtype, memory_format=torch.channels_last)
     sums = _NormGradSums(source)
     for tile in _tiles(source.value):
         # The gradient of the convolution's output, before dropout.
         upstream = _complete_tile(target, tile)
         if dropout:
             upstream.mul_(dropout.mask(upstream, tile.start))
-        # Recompute Z, then the gradients of weight and Z: two calls are faster than one.
-        value = _compact(source.value[tile], scale)
+        # Recompute Z, then the gradients of weight and Z.
+        value = _compact(source.value[tile].to(dtype), scale)
         z = _affine(value, scale, shift).relu_()
-        for output_mask in ((False, True, False), (True, False, False)):
-            grads = torch.ops.aten.convolution_backward(
-                nchw(upstream), nchw(z), weight, None,
-                (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, output_mask,
-            )  # fmt: skip
-            if grads[1] is not None:
-                dweight += grads[1]
+        tile_dweight, dz = _conv_grads(upstream, z, weight)
+        dweight += tile_dweight
         # Through ReLU and norm to the source; z's memory is free for the product.
-        dz = _relu_backward(nhwc(grads[0]), z)
+        dz = _relu_backward(dz, z)
         sums.add(dz, torch.mul(dz, value, out=z))
         _scale_into(source.grad[tile], dz, scale, overwrite)
     return dweight, *sums.finish(scale)
@@ -130,6 +131,18 @@ def norm_relu_avg_pool_backward(
         sums.add(dz, torch.mul(dz, value, out=z))
         _scale_into(source.grad[tile], dz, scale, overwrite=True)
     return sums.finish(scale)
+
+
+def _conv_grads(upstream: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight and z, (n, H, W, C), from that of the convolution's output."""
+    if weight.shape[-1] == 1:
+        dweight = upstream.flatten(0, 2).t() @ z.flatten(0, 2)
+        return dweight.view(weight.shape), upstream @ weight.flatten(1)
+    args = nchw(upstream), nchw(z), weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1
+    # Two calls are faster than one.
+    dweight = torch.ops.aten.convolution_backward(*args, (False, True, False))[1]
+    dz = torch.ops.aten.convolution_backward(*args, (True, False, False))[0]
+    return dweight, nhwc(dz)
 
 
 def complete_gradient(x: FeatureMaps) -> Tensor:
@@ -164,17 +177,25 @@ class _NormGradSums:
 def _complete_tile(x: FeatureMaps, tile: slice) -> Tensor:
     """Return the complete gradient of a tile, in new memory."""
     if x.mean is None:  # no norm reads these maps
-        return x.grad[tile].clone()
+        return x.grad[tile].to(_compute_dtype(x.grad), copy=True)
     # Compute both corrections as one affine function of the value.
     scale = -x.rstd * x.var_correction
     shift = -x.mean_correction - x.mean * scale
-    return _affine(x.value[tile], scale, shift).add_(_compact(x.grad[tile], scale))
+    dtype = _compute_dtype(x.value)
+    completed = _affine(x.value[tile].to(dtype), scale, shift)
+    return completed.add_(_compact(x.grad[tile].to(dtype), scale))
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: that of the maps, or float32."""
+    return value.dtype if value.is_cuda or cpu.computes_in(value.dtype) else torch.float32
 
 
 def _tiles(value: Tensor) -> Iterator[slice]:
     """Cut a batch into slices of as equal a size as possible."""
     images = len(value)
-    count = 1 if value.is_cuda else -(-value.numel() * value.element_size() // TILE_BYTES)
+    size = value.numel() * _compute_dtype(value).itemsize
+    count = 1 if value.is_cuda else -(-size // TILE_BYTES)
     size = max(1, -(-images // max(1, count)))
     for start in range(0, images, size):
         yield slice(start, min(start + size, images))
@@ -231,13 +252,10 @@ def _grouped_stats(value: Tensor) -> tuple[Tensor, Tensor, int]:
     max_groups = max(1, VECTOR_CHANNELS // channels)
     groups = max(d for d in range(1, min(max_groups, width) + 1) if width % d == 0)
     wide = torch.promote_types(value.dtype, torch.float32)
-    mean, var = (value.new_zeros(groups * channels, dtype=wide) for _ in range(2))
     rows = value.reshape(-1, groups * channels)
-    torch.batch_norm_update_stats(rows, mean, var, 1.0)
-    count = len(rows)
-    # PyTorch's running variance is unbiased.
-    var = var * ((count - 1) / count) if count > 1 else torch.zeros_like(var)
-    return mean.view(groups, channels), var.view(groups, channels), count
+    running = rows.new_zeros(2, groups * channels, dtype=wide)  # of no use but for their dtype
+    mean, var = torch.batch_norm_update_stats(rows, *running, 0.0)
+    return mean.view(groups, channels), var.view(groups, channels), len(rows)
 
 
 def _reduce_stats(

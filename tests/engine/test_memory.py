@@ -17,7 +17,7 @@ from engine.precision import PRECISIONS
 from errors import OutOfMemoryError
 from experiment.log import RunLog
 from helpers.sample_data import create_data
-from kernels import reference
+from kernels import cpu, reference
 from kernels.backend import REFERENCE, Backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -175,6 +175,17 @@ def test_the_workspace_that_the_environment_gives_cublas_is_counted(monkeypatch,
     if config:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
     assert engine.memory.workspace_bytes(torch.device("cuda")) == 2 * mib * 2**20
+
+
+def test_what_the_cpu_computes_in_does_not_change_what_a_gpu_needs(monkeypatch):
+    flags = SMALL
+
+    def peaks(has_bf16: bool) -> list[int]:
+        monkeypatch.setattr(cpu, "computes_in", lambda dtype: has_bf16)
+        return [estimate(flags, 2, "bf16", device=device).peak_bytes() for device in (GPU, CPU)]
+
+    (on_gpu, on_cpu), (on_gpu_2, on_cpu_2) = peaks(True), peaks(False)
+    assert on_gpu == on_gpu_2 and on_cpu < on_cpu_2
 
 
 @pytest.mark.parametrize(("precision", "size"), [("single", 4), ("bf16", 2)])

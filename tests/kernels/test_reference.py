@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import reference
+from kernels import cpu, reference
 from kernels.dropout import DropoutSpec
 from kernels.feature_maps import FeatureMaps, Norm, Reader
 
@@ -322,12 +323,30 @@ def test_sums_over_half_precision_maps_are_made_in_single_precision(dtype):
     torch.testing.assert_close(dbeta, torch.full((3,), 64 * 8 * 4.0), rtol=1e-5, atol=0)
 
 
+class Products(TorchDispatchMode):
+    """Collect the dtypes of matrix products and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._schema.name in {f"aten::{n}" for n in ("mm", "convolution", "convolution_backward")}:
+            self.dtypes.add(args[0].dtype)
+        return op(*args, **(kwargs or {}))
+
+
 @SIDES
+@pytest.mark.parametrize("instructions", [True, False])  # whether the CPU has them for the dtype
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)],
 )
-def test_lower_precisions_are_as_near_as_their_digits_allow(side, dtype, tolerance):
+def test_lower_precisions_are_as_near_as_their_digits_allow(
+    monkeypatch, side, instructions, dtype, tolerance
+):
+    monkeypatch.setattr(cpu, "computes_in", lambda dtype: instructions or dtype.itemsize > 2)
+
     def run(source: FeatureMaps, target: FeatureMaps, w: Tensor) -> list[Tensor]:
         bn = norm(source, Parameters(*(x.to(w.dtype) for x in drawn)))
         written = new_target(FEATURES, source.value.dtype)[1]
@@ -348,7 +367,9 @@ def test_lower_precisions_are_as_near_as_their_digits_allow(side, dtype, toleran
     source.mean, source.rstd = flat.mean(0), (flat.var(0, unbiased=False) + EPS).rsqrt()
     target, _ = finished_target()
     drawn = Parameters(bn.weight, bn.bias)
-    got = run(lowered(source), lowered(target), weight.float())
+    with Products() as products:
+        got = run(lowered(source), lowered(target), weight.float())
+    assert products.dtypes == {dtype if instructions else torch.float32}
     want = run(source, target, weight)
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
     assert tolerance / 1000 < max(errors) < tolerance
