@@ -274,7 +274,10 @@ def _tiling_for(device: torch.device) -> Iterator[None]:
     On a GPU a batch is one tile, in the dtype of the maps. On the CPU two tiles stand for all: each
     next one takes the place of the one before.
     """
-    tiles, compute_dtype = reference._tiles, reference._compute_dtype
+    replaced = ("_tiles", "_compute_dtype", "_sums_directly")
+    functions = {name: getattr(reference, name) for name in replaced}
+    tiles = reference._tiles
+    reference._sums_directly = lambda *_: True  # fake tensors have no values to choose by
     if device.type == "cuda":
         reference._tiles = lambda value: [slice(0, len(value))]
         reference._compute_dtype = lambda value: value.dtype
@@ -283,7 +286,8 @@ def _tiling_for(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        reference._tiles, reference._compute_dtype = tiles, compute_dtype
+        for name, function in functions.items():
+            setattr(reference, name, function)
 
 
 class MemoryTracker(TorchDispatchMode):

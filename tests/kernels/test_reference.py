@@ -97,13 +97,13 @@ class Parameters(NamedTuple):
     bias: Tensor
 
 
-def norm(source: FeatureMaps, given: Parameters | None = None) -> Norm:
+def norm(source: FeatureMaps, given: Parameters | None = None, gamma: float = 0.0) -> Norm:
     """Make a batch norm that knows the statistics of the maps that it reads."""
     channels = len(source.mean)
     weight, bias = given or (torch.rand(channels, dtype=torch.float64) + 0.5, draw(channels))
     if given is None:
         weight[1::3] *= -1  # training may make gamma negative, or 0
-        weight[2] = 0
+        weight[2] = gamma
     made = Norm(weight, bias, *source.mean.new_empty(2, channels))
     made.update(source)
     return made
@@ -221,10 +221,11 @@ def test_pool_averages_whole_windows(window):
 # Backward:
 @SIDES
 @DROPOUTS
+@pytest.mark.parametrize("gamma", [0.0, 1.0])  # gamma is divided by where it is not small
 @pytest.mark.parametrize(("overwrite", "normed"), [(True, True), (False, True), (True, False)])
-def test_the_backward_of_conv_equals_autograd(side, dropout, overwrite, normed):
+def test_the_backward_of_conv_equals_autograd(side, dropout, gamma, overwrite, normed):
     source, weight = source_maps(), draw(FEATURES, CHANNELS, side, side)
-    bn = norm(source)
+    bn = norm(source, gamma=gamma)
     buffer, source.grad = guarded(torch.full_like(source.grad, math.nan if overwrite else 1.0))
     target, upstream = finished_target(normed)
     operands = target, bn.weight, bn.bias, weight, source.value
@@ -248,6 +249,28 @@ def test_the_backward_of_conv_equals_autograd(side, dropout, overwrite, normed):
         wrong = convolved(value, Parameters(gamma, beta), w, OTHER_DROPOUT)
         others.append(torch.autograd.grad(wrong, w, upstream)[0])
     assert all((got[0] - other).abs().max() > 0.1 for other in others)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.03, 1e-6, 0.0])
+def test_a_small_gamma_costs_its_gradient_at_most_two_digits(monkeypatch, gamma):
+    def dgamma(lower) -> Tensor:
+        x = replace(source, **{n: lower(v) for n, v in vars(source).items() if n != "eps"})
+        out = FeatureMaps(lower(upstream), grad=lower(upstream))
+        bn = norm(x, Parameters(lower(drawn.weight), lower(drawn.bias)))
+        return reference.conv_backward(out, x, bn, lower(weight), None, True)[1].double()
+
+    source, weight = source_maps(), draw(FEATURES, CHANNELS, 3, 3)
+    drawn = norm(source, gamma=gamma)
+    drawn.bias[2] = 1.0  # relu passes the channel, whatever gamma is
+    upstream = draw(IMAGES, HEIGHT, WIDTH, FEATURES)
+    want = dgamma(Tensor.double)
+
+    def error() -> float:
+        return ((dgamma(Tensor.float) - want).norm() / want.norm()).item()
+
+    assert error() < 3e-5
+    monkeypatch.setattr(reference, "_sums_directly", lambda *_: False)  # the twin
+    assert (error() < 3e-5) == (gamma > 1e-2)
 
 
 @WINDOWS
