@@ -99,10 +99,9 @@ def conv1x1_backward(dtype: torch.dtype, out_channels: int, gpu: Gpu) -> Tile:
     """Return the tile of the backward of the 1x1 convolution."""
     # In float32 a product is three of TF32, whose registers leave room for fewer channels.
     block = min(_next_power_of_2(out_channels), 64 if dtype == torch.float32 else 128)
-    large = block <= 64 and dtype != torch.float32 and gpu.capability[0] == 9
-    sizes = {"ROWS": 64 if large else 32, "CHANNELS": 64, "OUT_CHANNELS": block}
-    sums = {"SUM_ROWS": 16}
-    return Tile(sizes | sums, warps=4 if large else 8)
+    on_hopper = dtype != torch.float32 and gpu.capability[0] == 9
+    sizes = {"ROWS": 64 if on_hopper else 32, "CHANNELS": 64, "OUT_CHANNELS": block}
+    return Tile(sizes | {"SUM_ROWS": 16}, warps=4 if on_hopper and block <= 64 else 8)
 
 
 def conv3x3_backward(dtype: torch.dtype, num_rows: int, out_channels: int, gpu: Gpu) -> Tile:

@@ -194,10 +194,10 @@ def test_triton_needs_little_besides_the_buffers(precision, size):
     flags = "--depth 16 --batchSize 64"
     fused = estimate(flags, 2, precision, GPU, Backend.from_module(module))
     peaks = {level: fused.peak_bytes(level) for level in (2, 3)}
-    # The buffer of the first block and its gradient, twice the bottleneck channels of a layer,
-    # for each of 64 * 32 * 32 pixels.
-    least = 64 * 32 * 32 * size * (2 * 48 + 2 * 48)
-    assert least < peaks[3] < 1.6 * least < estimate(flags, 3, precision, GPU).peak_bytes()
+    # The buffer of the first block and its gradient; the bottleneck maps of a layer, their gradient
+    # and what the ReLU makes of them; for each of 64 * 32 * 32 pixels.
+    least = 64 * 32 * 32 * size * (2 * 48 + 3 * 48)
+    assert least < peaks[3] < 1.4 * least < estimate(flags, 3, precision, GPU).peak_bytes()
     assert peaks[3] < peaks[2]
 
 
