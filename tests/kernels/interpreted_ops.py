@@ -37,7 +37,7 @@ class Case:
         overwrite: backward overwrites the gradient of the source instead of adding to it.
         normed: a batch normalisation reads the target, so that it has statistics and corrections.
         channels_last: the memory layout of weights and of tensors from outside the dense block.
-        small_programs: loop in each kernel: few programs with several tiles, and small reductions.
+        small_programs: loop in each kernel: few programs with several tiles, in one group.
     """
 
     sizes: tuple[int, ...]
@@ -61,6 +61,8 @@ CASES = {
     "no norm reads, dropout": replace(USUAL, normed=False, dropout=DROPOUT),
     "several tiles": replace(LARGE, dropout=DROPOUT),
     "several tiles, bfloat16": replace(LARGE, dtype=BF16, overwrite=False),
+    "several groups of splits": replace(LARGE, dropout=DROPOUT, small_programs=False),
+    "several groups, k = 12, bfloat16": Case((3, 9, 11, 36, 48, 12), window=(2, 3), dtype=BF16),
     "one channel of one image": Case((1, 4, 3, 1, 4, 1), window=(3, 2), overwrite=False),
     "one pixel": Case((3, 1, 1, 6, 16, 4), window=(1, 1), dropout=DROPOUT, channels_last=False),
 }
@@ -92,6 +94,16 @@ class Operands:
     after: Norm
     weight: Tensor
     outside: Tensor
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch) -> Iterator[None]:
+    """Fill new memory with NaN, so that a test shows what is read before it is written."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def features(case: Case, channels: int, start: int = 0) -> FeatureMaps:
