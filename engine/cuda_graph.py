@@ -227,6 +227,7 @@ class StepRunner:
     ):
         self._world, self._shard, self._capturer, self._warn = world, shard, capturer, warn
         self._reset, self._can_capture = reset, capturer is not None
+        self._has_captured_training = False
         self._graphed_steps: dict[tuple, GraphedStep] = {}
         self._warmup_steps: Counter[str] = Counter()  # by the name of the step's function
 
@@ -290,9 +291,11 @@ class StepRunner:
         return self._graphed_steps[key]
 
     def _run_eagerly(self, fn: Callable[[], None]) -> None:
-        # A pool in which a capture has failed takes no more.
+        # A pool in which a capture has failed takes no more. Nor does it take training's warm-up
+        # where evaluation was captured first, as after a resume: what later steps keep is made
+        # then, and libraries get ready on the thread that will run backward in the capture.
         memory: AbstractContextManager = nullcontext()
-        if self._can_capture:
+        if self._can_capture and (self._has_captured_training or not torch.is_grad_enabled()):
             memory = self._capturer.memory()
         with memory:
             fn()
@@ -305,7 +308,9 @@ class StepRunner:
             return None
         self._reset()  # so that the graph owns the gradients
         try:
-            return self._capturer.capture(fn)
+            replay = self._capturer.capture(fn)
+            self._has_captured_training |= torch.is_grad_enabled()
+            return replay
         except Exception as error:  # Triton's are of any type
             if isinstance(error, RunError | torch.OutOfMemoryError) or is_loader_error(error):
                 raise

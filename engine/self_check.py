@@ -12,8 +12,8 @@ where `unit` is the relative error of a factor of a product. It allows for other
 and for tensor cores that cut factors off. KINK allows for values so near to 0 that rounding decides
 whether ReLU passes their gradient, all of it or nothing: two implementations in plain PyTorch
 (levels 0 and 4, single precision, 19 images of 30 x 30) differed by more than 0.001 in 6 of 9
-networks, and by up to 0.02. A result that is wrong in a tap, a tile or a term differs by more, and
-so does what is computed from it.
+networks, and by up to 0.02. So a gradient that is wrong by less than KINK, where forward shows
+nothing, passes; a difference counts if all seeds show it.
 """
 
 import math
@@ -30,13 +30,13 @@ from kernels.backend import REFERENCE, Backend
 from kernels.precision import allows_tf32
 from models.densenet import DenseNet
 
-KINK = 0.1
+KINK, KINK_IN_SINGLE = 0.1, 0.03
 # Images, and their height and width: on a GPU the blocks have rows for large and for small tiles,
 # and a rest. The interpreter takes seconds.
-SIZES = {"cuda": (22, 30), "cpu": (2, 6)}
+SIZES = {"cuda": (24, 30), "cpu": (2, 6)}
 STAGES = (2, 1)  # layers of each block: two read the same channels, and both kinds of epilogue run
 LEVEL = 4  # of memory: recomputes in backward, and so runs all that levels 2 and 3 run
-SEEDS = (1608, 6993)  # a difference counts if both show it: a kink may show once
+SEEDS = (1608, 6993, 2017)  # a difference counts if all show it: a kink may show in one
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Difference:
     def bound(self) -> float:
         """Return the largest size that is allowed."""
         if self.is_gradient:
-            return 2 * self.explained + KINK
+            kink = KINK_IN_SINGLE if self.unit < 2.0**-20 else KINK
+            return 2 * self.explained + kink
         return 4 * self.explained + 8 * self.unit
 
     @property

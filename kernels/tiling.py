@@ -73,7 +73,9 @@ def _fits_large_tiles(dtype: torch.dtype, gpu: Gpu) -> bool:
 
 def conv1x1(dtype: torch.dtype, num_rows: int, out_channels: int, gpu: Gpu) -> Tile:
     """Return the tile of the 1x1 convolution."""
-    block = min(_next_power_of_2(out_channels), 128)
+    # Without registers for more, from 10.0 on, three products of TF32 for each would spill.
+    few_registers = dtype == torch.float32 and gpu.capability >= (10, 0)
+    block = min(_next_power_of_2(out_channels), 64 if few_registers else 128)
     rows = 128 if block == 128 and dtype != torch.float32 else _rows(dtype, num_rows, gpu)
     sizes = {"ROWS": rows, "CHANNELS": 32, "OUT_CHANNELS": block, "STATS_ROWS": 1024 // block}
     few_warps = block <= 64 and _fits_large_tiles(dtype, gpu) and _fills(num_rows, rows, gpu)
@@ -101,7 +103,9 @@ def conv1x1_backward(dtype: torch.dtype, out_channels: int, gpu: Gpu) -> Tile:
     block = min(_next_power_of_2(out_channels), 64 if dtype == torch.float32 else 128)
     on_hopper = dtype != torch.float32 and gpu.capability[0] == 9
     sizes = {"ROWS": 64 if on_hopper else 32, "CHANNELS": 64, "OUT_CHANNELS": block}
-    return Tile(sizes | {"SUM_ROWS": 16}, warps=4 if on_hopper and block <= 64 else 8)
+    few_warps = on_hopper and block <= 64
+    stages = 1 if block == 128 and gpu.capability >= (12, 0) else 2
+    return Tile(sizes | {"SUM_ROWS": 16}, warps=4 if few_warps else 8, stages=stages)
 
 
 def conv3x3_backward(dtype: torch.dtype, num_rows: int, out_channels: int, gpu: Gpu) -> Tile:

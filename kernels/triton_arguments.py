@@ -28,7 +28,9 @@ def image_args(value: Tensor) -> dict:
     return {"HEIGHT": value.shape[1], "WIDTH": value.shape[2]}
 
 
-def stats_args(target: FeatureMaps, reader: Reader | None, splits: Splits, channels: int) -> dict:
+def stats_args(
+    target: FeatureMaps, reader: Reader | None, splits: Splits, blocks: int, channels: int
+) -> dict:
     """Return where a kernel writes statistics, and the affine function of the norm after it."""
     args = {
         "num_splits": splits.count,
@@ -44,7 +46,7 @@ def stats_args(target: FeatureMaps, reader: Reader | None, splits: Splits, chann
     if target.var is None:  # nobody needs statistics
         return args
     args["partial"] = _new_partial(target.value, splits, 2, channels)
-    args["counters"] = _counters(target.value)
+    args["counters"] = _counters(target.value, splits, blocks)
     if reader is not None:
         own = slice(len(reader.norm.weight) - channels, None)  # the others are known
         for field in ("weight", "bias", "scale", "shift"):
@@ -52,7 +54,7 @@ def stats_args(target: FeatureMaps, reader: Reader | None, splits: Splits, chann
     return args
 
 
-def norm_grad_args(source: FeatureMaps, norm: Norm, splits: Splits) -> dict:
+def norm_grad_args(source: FeatureMaps, norm: Norm, splits: Splits, blocks: int) -> dict:
     """Return what a kernel needs for the gradients of the source and of the norm's parameters."""
     return {
         "grad": source.grad,
@@ -60,7 +62,7 @@ def norm_grad_args(source: FeatureMaps, norm: Norm, splits: Splits) -> dict:
         "norm_mean": source.mean,
         "norm_rstd": source.rstd,
         "partial": _new_partial(source.value, splits, 2, len(norm.weight)),
-        "counters": _counters(source.value),
+        "counters": _counters(source.value, splits, blocks),
         "num_splits": splits.count,
         "num_groups": splits.num_groups,
         "group_bits": splits.group_bits,
@@ -84,7 +86,7 @@ def weight_grad_args(weight: Tensor, splits: Splits, blocks: int, tile_size: int
     assert dweight.stride() == weight.stride(), "a weight has gaps in memory"
     return {
         "weight_partials": _new_partial(weight, splits, blocks, tile_size),
-        "counters": _counters(weight),
+        "counters": _counters(weight, splits, 2 * blocks),  # conv1x1_backward has two sets
         "num_splits": splits.count,
         "num_groups": splits.num_groups,
         "group_bits": splits.group_bits,
@@ -136,11 +138,13 @@ def _new_partial(like: Tensor, splits: Splits, *shape: int) -> Tensor:
     return like.new_empty((splits.num_partials, *shape), dtype=torch.float32)
 
 
-def _counters(like: Tensor) -> Tensor:
-    """Return counters of arrived programs, all 0, for a launch on the device of a tensor.
+def _counters(like: Tensor, splits: Splits, blocks: int) -> Tensor:
+    """Return counters of arrived programs, all 0, for `blocks` programs of each split.
 
-    Launches of one stream run one after the other, so that all may use the same.
+    Launches of one stream run one after the other, so that all may use the same. They are made by
+    a run's first training step, which allocates outside of the graphs' memory.
     """
+    assert blocks * (1 + splits.num_groups) <= NUM_COUNTERS, "a launch has too many programs"
     if not has_memory(like):
         return like.new_empty(NUM_COUNTERS, dtype=torch.int32)
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0

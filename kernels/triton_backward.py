@@ -284,8 +284,7 @@ def conv3x3_weight_backward(
 ):  # fmt: skip
     """Compute dW[:, :, dy + 1, dx + 1] = shifted(d)^T Z of conv3x3; `d` as in conv3x3_backward.
 
-    Program (i, j) sums TAPS taps of one channel block over split j, `rows_per_split` rows, into
-    weight_partials[j], which has the weight's strides.
+    Program (i, j) sums TAPS taps of one channel block over split j, `rows_per_split` rows.
     """
     wait_for_previous_kernel(PDL)
     groups: tl.constexpr = 9 // TAPS

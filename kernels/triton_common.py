@@ -2,8 +2,8 @@
 
 A kernel sees feature maps (N, H, W, C) as a matrix of M = N * H * W rows (pixels), each with C
 contiguous channels. Z = relu(norm(value)), (M, C), is the input of every convolution and pooling:
-kernels compute Z tile by tile and never write it to memory. Parameters that kernels share, with
-strides in elements:
+kernels compute Z tile by tile, and write only that of a bottleneck to memory, for one layer at a
+time. Parameters that kernels share, with strides in elements:
 
     value, value_stride        input maps (M, C), and their row stride
     grad, grad_stride          gradient of value, accumulated in backward, and its row stride

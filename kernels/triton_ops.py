@@ -42,7 +42,7 @@ def copy_with_stats(value: Tensor, target: FeatureMaps, reader: Reader | None) -
         value=value,
         target=target.value,
         target_stride=row_stride(target.value),
-        **stats_args(target, reader, splits, channels),
+        **stats_args(target, reader, splits, blocks, channels),
         num_rows=target.num_pixels,
         channels=channels,
         VECTOR=tiling.vector_width(value, target.value),
@@ -132,7 +132,7 @@ def _forward(
         **dropout_args(dropout, out),
         target=out,
         target_stride=row_stride(out),
-        **stats_args(target, reader, splits, out_channels),
+        **stats_args(target, reader, splits, blocks, out_channels),
         OUT_BLOCKS=blocks,
         num_known=0 if reader is None else len(reader.norm.weight) - out_channels,
         num_rows=target.num_pixels,
@@ -162,7 +162,7 @@ def conv1x1_backward(
     splits = tiling.persistent(source.num_pixels, tile, blocks, gpu(value))
     tile_size = tile.sizes["CHANNELS"] * tile.sizes["OUT_CHANNELS"]
     dweight_args = weight_grad_args(weight, splits, blocks, tile_size)
-    dnorm_args = norm_grad_args(source, norm, splits)
+    dnorm_args = norm_grad_args(source, norm, splits, blocks)
     # dz is a sum over output channels: the launches after the first add to the source's gradient.
     for block in range(out_blocks):
         _launch(
@@ -202,7 +202,7 @@ def conv3x3_backward(
     _complete_gradient(target, dropout, d)
     z = new_contiguous(value) if _keeps_z(weight) else None
     splits, blocks = tiling.whole_tiles(source.num_pixels, tile), tile.blocks("CHANNELS", channels)
-    dnorm_args = norm_grad_args(source, norm, splits)
+    dnorm_args = norm_grad_args(source, norm, splits, blocks)
     _launch(
         triton_backward.conv3x3_backward,
         (splits.count, blocks),
@@ -255,7 +255,7 @@ def norm_relu_avg_pool_backward(
     grad, tile, channels = grad.contiguous(), tiling.POOL_BACKWARD, source.value.shape[3]
     blocks = tile.blocks("CHANNELS", channels)
     splits = tiling.persistent(source.num_pixels, tile, blocks, gpu(grad))
-    dnorm_args = norm_grad_args(source, norm, splits)
+    dnorm_args = norm_grad_args(source, norm, splits, blocks)
     _launch(
         triton_backward.norm_relu_avg_pool_backward,
         (blocks, splits.count),

@@ -346,20 +346,40 @@ def test_an_error_that_ends_a_run_ends_it_in_a_capture_as_well(error):
 
 
 def test_smaller_batches_and_later_warm_ups_share_the_memory_of_graphs(folder):
-    for line, smaller in (("", [1, 0]), (folder, None)):
+    # The unreadable image of the folder is in a batch before training is captured.
+    for line, smaller, early in (("", [1, 0], 0), (folder, None, 1)):
         capturer = Capturer()
         trainer, data = build(line, capturer)
         if smaller is None:
             smaller = [len(s.sampler) - full_batches(s, 1) for s in (data.train, data.val)]
         epochs(trainer, data)
-        eager = 2 * sum(smaller) + 2 * cuda_graph.WARMUP_STEPS
+        eager = 2 * sum(smaller) - early + cuda_graph.WARMUP_STEPS  # of evaluation
         assert capturer.in_memory == eager, line
+
+
+def test_training_warms_up_outside_of_the_memory_of_a_graph_of_evaluation():
+    # So it is in a run that resumes between the last step of an epoch and its evaluation. What a
+    # first training step makes and keeps must not lie where a replay of evaluation writes.
+    capturer = Capturer()
+    trainer, data = build("", capturer)
+    trainer.evaluate(data.val, lambda: None)
+    evaluated = capturer.in_memory
+    seen = []
+    step = trainer._train_step
+    trainer._train_step = lambda *batch: (seen.append(capturer.in_memory), step(*batch))
+    trainer._train_step.__name__ = "_train_step"
+    trainer.train(data.train, lambda: None)
+    assert seen[: cuda_graph.WARMUP_STEPS] == [evaluated] * cuda_graph.WARMUP_STEPS
+    assert capturer.in_memory > evaluated  # the smaller last batch, after the capture
 
 
 def test_a_pool_in_which_a_capture_has_failed_is_not_used_again():
     capturer = Capturer(("convolution", TritonError()))
-    epochs(*build("", capturer))
-    assert capturer.in_memory == cuda_graph.WARMUP_STEPS
+    trainer, data = build("", capturer)
+    trainer.evaluate(data.val, lambda: None)
+    before = capturer.in_memory
+    epochs(trainer, data)
+    assert capturer.in_memory == before > 0
 
 
 @pytest.mark.parametrize("precision", ["single", "half", "bf16"])

@@ -66,7 +66,7 @@ def test_a_difference_that_one_draw_alone_shows_is_no_fault(monkeypatch):
 
     monkeypatch.setattr(self_check, "measure_differences", measure)
     assert find_fault(settings("single"), CPU, REFERENCE) is None
-    assert found == [*self_check.SEEDS]
+    assert found == [*self_check.SEEDS[:2]]
 
 
 def test_tf32_is_allowed_its_digits():

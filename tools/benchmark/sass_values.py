@@ -146,6 +146,8 @@ def _compute(instruction: Instruction, given: _Operands) -> tuple:
 
 
 def _move(op: list[str], x: _Operands) -> tuple:
+    if match := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", x.texts[0]):  # one to four arguments
+        return tuple(x.constant(int(match[1], 16) + offset) for offset in (0, 4, 8, 12))
     if "64" in op:
         return _halves(x.pair(0))
     return (x.number(0),)
