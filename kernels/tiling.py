@@ -105,7 +105,7 @@ def conv1x1_backward(dtype: torch.dtype, out_channels: int, gpu: Gpu) -> Tile:
     sizes = {"ROWS": 64 if on_hopper else 32, "CHANNELS": 64, "OUT_CHANNELS": block}
     few_warps = on_hopper and block <= 64
     newest = gpu.capability >= (12, 0)
-    stages, sum_rows = 1 if block == 128 and newest else 2, 32 if newest else 16
+    stages, sum_rows = 1 if block == 128 and newest else 2, 64 if newest else 16
     return Tile(sizes | {"SUM_ROWS": sum_rows}, warps=4 if few_warps else 8, stages=stages)
 
 
