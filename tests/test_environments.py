@@ -19,7 +19,7 @@ def make(tmp_path):
         shutil.copy(path, tmp_path)
 
     def lines(*words: str) -> list[str]:
-        run = ["make", "-n", *words]
+        run = ["make", "-n", "--no-print-directory", *words]
         done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
@@ -65,7 +65,7 @@ def test_another_pytorch_has_an_environment_of_its_own(make, target, also):
 
 
 def test_another_torchvision_alone_is_refused(make, tmp_path):
-    run = ["make", "-n", "test", "TORCHVISION=0.29.1"]
+    run = ["make", "-n", "--no-print-directory", "test", "TORCHVISION=0.29.1"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and "TORCHVISION without TORCH; fix: add TORCH=VERSION" in done.stderr
 
