@@ -1,8 +1,9 @@
 """Fix the tile sizes of each Triton kernel; autotuning would make runs differ.
 
 Sizes are powers of two, as Triton requires, and fit the registers and shared memory of compute
-capability 8.0 and later without spilling (tests/kernels/test_triton_compiles.py). They are those
-that need the fewest instructions by `python -m tools.benchmark --static`.
+capability 8.0 and later without spilling (tests/kernels/test_triton_compiles.py). They were chosen
+by the instructions and the times that `python -m tools.benchmark --static` counts and models; none
+has been tried on a GPU.
 """
 
 import functools
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 VECTOR_BYTES = 16  # the widest load of a thread
-TILES_AT_ONCE = 4  # that triton_reduce.sum_tiles loads
+TILES_AT_ONCE = 4  # partial results that triton_reduce.sum_tiles loads
 
 
 @dataclass(frozen=True)

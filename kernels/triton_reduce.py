@@ -6,7 +6,8 @@ rows into another row; the last of these combines the groups. Whichever program 
 the same rows in the same order, so that every run gives the same bits; atomic additions of the
 results would sum in another order each time.
 
-    partial     (num_splits + number of groups, ...), float32: rows of splits, then of groups
+    partial     (rows, ...), float32: rows of splits, then of groups; of a weight's gradient, four
+                are loaded at once, so that rows of zeros fill up the groups to a multiple of four
     counters    (1 + number of groups,), int32, for each column of programs: of the groups that are
                 complete, and of the complete splits of each group. All are 0 between launches.
 """
