@@ -50,10 +50,10 @@ def conv(
     tile_stats = []
     for tile in _tiles(source.value):
         z = _affine(source.value[tile].to(dtype), norm.scale, norm.shift).relu_()
-        if weight.shape[-1] == 1:  # a product of matrices, which convolutions reorder first
+        if _is_matrix(weight):
             out = F.linear(z, weight.flatten(1))
         else:
-            out = nhwc(F.conv2d(nchw(z), weight, padding=1))
+            out = nhwc(F.conv2d(nchw(z), weight, padding=weight.shape[-1] // 2))
         if dropout:
             out.mul_(dropout.mask(out, tile.start))
         target.value[tile] = out = out.to(target.value.dtype)
@@ -139,14 +139,20 @@ def norm_relu_avg_pool_backward(
 
 def _conv_grads(upstream: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of weight and z, (n, H, W, C), from that of the convolution's output."""
-    if weight.shape[-1] == 1:
+    if _is_matrix(weight):
         dweight = upstream.flatten(0, 2).t() @ z.flatten(0, 2)
         return dweight.view(weight.shape), upstream @ weight.flatten(1)
-    args = nchw(upstream), nchw(z), weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1
+    padding = (weight.shape[-1] // 2,) * 2
+    args = nchw(upstream), nchw(z), weight, None, (1, 1), padding, (1, 1), False, (0, 0), 1
     # Two calls are faster than one.
     dweight = torch.ops.aten.convolution_backward(*args, (False, True, False))[1]
     dz = torch.ops.aten.convolution_backward(*args, (True, False, False))[0]
     return dweight, nhwc(dz)
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    """Tell whether to multiply matrices: a 1x1 convolution reorders float32 weights first."""
+    return weight.shape[-1] == 1 and weight.dtype.itemsize > 2
 
 
 def complete_gradient(x: FeatureMaps) -> Tensor:
