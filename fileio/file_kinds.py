@@ -14,7 +14,7 @@ BEGINNINGS = (
      "fetch the file: git lfs pull"),
     (0, rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, not a checkpoint",
      "download the file itself"),
-    (0, rb"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes", RESAVE),
+    (0, rb"MATLAB ", "a file of MATLAB", RESAVE),
     (0, rb"\x93NUMPY", "a NumPy array", RESAVE),
     (0, rb"GGUF", "a GGUF file", RESAVE),
     (4, rb"TFL3", "a TensorFlow Lite file", RESAVE),
@@ -31,7 +31,6 @@ ENTRIES = (
     (r"(.*/)?(archive_format|serialized_exported_program\.json)", "a torch.export archive", SAVE),
     (r"(.*/)?\.data/extern_modules", "a torch.package archive", RESAVE),
     (r".*\.npy", "a NumPy archive (.npz)", RESAVE),
-    (r"model\.weights\.h5", "a Keras file", RESAVE),
 )  # fmt: skip
 
 

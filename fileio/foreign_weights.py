@@ -166,9 +166,6 @@ def _no_weights(state: object) -> CheckpointError:
             if name in PLAIN and isinstance(state[name], dict):
                 values += state[name].values()
     for value in values:
-        if isinstance(value, Record) and re.fullmatch(r"numpy\..*_reconstruct", value.name):
-            fix = "convert them with torch.from_numpy, and save a state dict with torch.save"
-            return CheckpointError("holds NumPy arrays, no tensors", fix)
         if isinstance(value, Record):
             fix = "where it was made, save the weights: torch.save(model.state_dict(), FILE)"
             return CheckpointError(f"holds no state dict, but a pickled {value.name}", fix)

@@ -1,18 +1,23 @@
-"""Read what torch.save pickled as data: no class is looked up, no function is called.
+"""Read what torch.save or Paddle pickled as data: no class is looked up, no function is called.
 
 torch.load(weights_only=True) refuses a file for one object of a class it does not know, such as the
 argparse.Namespace that training scripts save. This interpreter of pickle's opcodes makes a Record
-of such an object, and tensors of torch's plain ones. Quantised and sparse tensors are Records.
+of such an object, and tensors of torch's plain ones and of NumPy's arrays. Quantised and sparse
+tensors are Records. So are read the pickles of arrays that Paddle saves (fileio/pdparams.py).
 """
 
 import io
+import math
 import pickletools
+import re
 from collections.abc import Callable, Iterable
 from typing import IO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from errors import CheckpointError
 from fileio.archive import entries, is_zip
 
 DTYPES = {
@@ -24,6 +29,8 @@ DTYPES = {
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before version 1.6
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
 OF_MARKED = {"TUPLE": tuple, "LIST": list, "FROZENSET": tuple}  # a frozenset hashes, see _dict
+ARRAY = re.compile(r"numpy\._?core\.multiarray\._reconstruct")
+NUMBERS = re.compile("[<>|=]?(f[248]|i[1248]|[ub]1)")  # NumPy's codes of dtypes
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
@@ -40,12 +47,23 @@ class Record(dict):
 
     def __init__(self, name: str):
         self.name = name
+        self.code = ""  # of a NumPy dtype
+        self.tensor: Tensor | None = None  # of a NumPy array
+
+    def build(self, state: object) -> None:
+        """Set the attributes that pickle describes apart from an object's construction."""
+        if self.name == "numpy.dtype":
+            self.code = state[1] + self.code  # the byte order
+        elif ARRAY.fullmatch(self.name):
+            _, shape, dtype, is_fortran, numbers = state
+            self.tensor = _from_array(numbers, dtype, shape, is_fortran)
 
 
 def load(data: bytes) -> object:
-    """Read a file of torch.save, of the present format or that from before version 1.6.
+    """Read a pickled dict, or a file of torch.save in its present format or that before 1.6.
 
     Raises:
+        CheckpointError: Paddle has split large parameters.
         Exception: of some kind, if the file is damaged or of another program.
     """
     return _load_zip(data) if is_zip(data) else _load_old(data)
@@ -72,7 +90,13 @@ def _load_zip(data: bytes) -> object:
 
 def _load_old(data: bytes) -> object:
     file, storages = io.BytesIO(data), {}
-    magic, _, system = (_Machine().run(file) for _ in range(3))
+    magic = _Machine().run(file)
+    if isinstance(magic, dict) and file.tell() == len(data):
+        if "UnpackBigParamInfor@@" in magic:  # Paddle's spelling
+            fix = "in Paddle: paddle.save(paddle.load(FILE), FILE, protocol=4)"
+            raise CheckpointError("holds parameters in parts", fix)
+        return magic
+    _, system = (_Machine().run(file) for _ in range(2))
     if magic != MAGIC_NUMBER or not system["little_endian"]:
         raise ValueError("not of torch.save")
 
@@ -146,7 +170,9 @@ class _Machine:
                 function, *arguments = self._pop_marked()
                 stack.append(_call(function, arguments))
             case "BUILD":
-                stack.pop()  # the attributes of an object
+                state = stack.pop()
+                if isinstance(stack[-1], Record):
+                    stack[-1].build(state)
             case "BINPERSID":
                 stack.append(self.find_storage(*stack.pop()))
             case _:
@@ -206,6 +232,19 @@ class _Machine:
         return items
 
 
+def _from_array(numbers, dtype: Record, shape: tuple, is_fortran: bool) -> Tensor | None:
+    """Return the tensor of a NumPy array; None for numbers that are no weights."""
+    if not NUMBERS.fullmatch(dtype.code):
+        return None
+    if isinstance(numbers, str):  # of Python 2
+        numbers = numbers.encode("latin1")
+    array = np.frombuffer(numbers, dtype.code)
+    if math.prod(shape) != array.size:
+        raise ValueError("an array larger than its data")
+    array = array.reshape(shape, order="F" if is_fortran else "C")
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("a name that is no text")
@@ -218,7 +257,13 @@ def _dict(items: dict | Iterable[tuple] = ()) -> dict:
     A tuple of tuples that repeat one tuple takes exponential time to hash, and no signal ends it.
     """
     pairs = items.items() if isinstance(items, dict) else items
-    return {key: value for key, value in pairs if isinstance(key, str | int | float)}
+    return {key: _unwrapped(value) for key, value in pairs if isinstance(key, str | int | float)}
+
+
+def _unwrapped(value: object) -> object:
+    """Return the tensor of an array, which Paddle may keep in a tuple with its name."""
+    array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
+    return array.tensor if isinstance(array, Record) and array.tensor is not None else value
 
 
 def _call(function: object, arguments: tuple | list) -> object:
@@ -227,8 +272,20 @@ def _call(function: object, arguments: tuple | list) -> object:
     match name:
         case "collections.OrderedDict":
             return _dict(*arguments)
-        case "torch.Size":
+        case "torch.Size" | "builtins.tuple" | "__builtin__.tuple":
             return tuple(*arguments)
+        case "_codecs.encode":  # how protocol 2 holds bytes
+            return arguments[0].encode("latin1")
+        case "builtins.bytes" | "__builtin__.bytes" if not arguments:
+            return b""
+        case "numpy.dtype" | "numpy.core.numeric._frombuffer" | "numpy._core.numeric._frombuffer":
+            record = Record(name)
+            if name == "numpy.dtype":
+                record.code = _text(arguments[0])
+            else:  # of protocol 5
+                numbers, dtype, shape, order = arguments
+                record.tensor = _from_array(numbers, dtype, shape, order == "F")
+            return record
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
             return arguments[0]
         case "torch._tensor._rebuild_from_type_v2":

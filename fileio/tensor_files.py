@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import CheckpointError, DamagedError
-from fileio import file_kinds, inert_pickle, limits, lua_network, safetensors, torch7
+from fileio import file_kinds, hdf5, inert_pickle, limits, lua_network, safetensors, torch7
 from fileio.archive import append_digest, is_zip, verify_archive
 from fileio.atomic import atomic_write
 
@@ -24,6 +24,12 @@ DTYPES = (
 )
 # Limits on reading, several times what a valid checkpoint of the same size takes.
 READ_S, READ_RATE = 2, 2**25  # CPU seconds, plus one second per so many bytes
+# The files of other programs that hold no checkpoint.
+FOREIGN = (
+    (torch7.is_torch7, "a file of Lua Torch"),
+    (safetensors.is_safetensors, "a safetensors file"),
+    (hdf5.is_hdf5, "a file of Keras"),
+)
 OLD_FORMAT = b"\x80\x02"  # a pickle, with which torch.save began before version 1.6
 READ_BYTES = 2**27  # memory, plus twice the size of the file
 
@@ -107,6 +113,8 @@ def read(
 def _parse(path: Path, data: bytes, with_checksums: bool) -> object:
     if safetensors.is_safetensors(data) and not with_checksums:
         return safetensors.from_bytes(data)
+    if hdf5.is_hdf5(data) and not with_checksums:
+        return hdf5.from_bytes(data)
     file_kinds.check(path, data)
     if is_zip(data):
         verify_archive(data, with_checksums)
@@ -126,6 +134,9 @@ def _parse(path: Path, data: bytes, with_checksums: bool) -> object:
 
 def _read_error(path: Path, data: bytes, with_checksums: bool, error: Exception) -> CheckpointError:
     """Turn an error raised while reading into one that names the file and the fix."""
+    kind = next((kind for is_kind, kind in FOREIGN if is_kind(data)), None)
+    if with_checksums and kind:
+        return DamagedError(f"{path} is {kind}, for --retrain only", "use another checkpoint")
     if isinstance(error, file_kinds.OtherKindError):
         return DamagedError(f"{path} is {error.what}", error.fix)
     if isinstance(error, CheckpointError):
@@ -139,11 +150,7 @@ def _read_error(path: Path, data: bytes, with_checksums: bool, error: Exception)
         return CheckpointError(f"{path} takes more memory than there is", fix)
     if isinstance(error, InvalidTensorError):
         return DamagedError(f"{path} holds {error}", "use another checkpoint")
-    is_lua, is_safetensors = torch7.is_torch7(data), safetensors.is_safetensors(data)
-    if with_checksums and (is_lua or is_safetensors):
-        kind = "a file of Lua Torch" if is_lua else "a safetensors file"
-        return DamagedError(f"{path} is {kind}, for --retrain only", "use another checkpoint")
-    if is_zip(data) or is_lua or is_safetensors or path.suffix == safetensors.SUFFIX:
+    if is_zip(data) or kind or path.suffix == safetensors.SUFFIX:
         return DamagedError(f"{path} is damaged ({_first_line(error)})", "use another checkpoint")
     return DamagedError(f"{path} is not a checkpoint", "use another checkpoint")
 
