@@ -74,13 +74,13 @@ def to_bytes(weights: dict[str, Tensor], suffix: str) -> bytes:
     with h5py.File.in_memory() as file:
         if suffix == ".h5":
             file.attrs["keras_version"] = b"3.0.0"  # without it, Keras takes the file for one of 1
-            file.attrs["layer_names"] = [layer.encode() for layer in layers]
+            file.attrs["layer_names"] = list(layers)
         else:
             file.create_group("vars")  # of the model itself, which Keras before 3.6 looks for
         for layer, names in layers.items():
             if suffix == ".h5":
                 group, places = file.create_group(layer), names
-                group.attrs["weight_names"] = [name.encode() for name in names]
+                group.attrs["weight_names"] = names
             else:
                 kinds = {1: "batch_normalization", 2: "dense", 4: "conv2d"}
                 kind = kinds[weights[names[0]].dim()]

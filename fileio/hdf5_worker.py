@@ -1,4 +1,4 @@
-"""Read a file of Keras in a process of its own: libhdf5 hangs on one in a hundred damaged files.
+"""Read a file of Keras in a process of its own: libhdf5 never returns from some damaged ones.
 
 Run by fileio/hdf5.py. The file comes on standard input, its weights leave on standard output in the
 safetensors format; what is wrong with it, and the fix, on standard error. No file can be opened
@@ -95,7 +95,7 @@ def _child(group: h5py.Group, path: str) -> object:
     """Return what lies under a path, without following a link."""
     for name in path.split("/"):
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise CheckpointError(f"holds no {path}, or a link in its place", RESAVE)
+            raise CheckpointError(f"holds no {group.name}/{name}, or a link there", RESAVE)
         group = group[name]
     return group
 
@@ -116,8 +116,9 @@ def main() -> None:
     seconds = READ_S + len(data) // READ_RATE
     try:
         with limits.memory_limit(MEMORY + 6 * len(data)):
-            for name, limit in (("CORE", 0), ("NOFILE", 0), ("CPU", seconds)):
-                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
             with h5py.File.in_memory(data) as file:
                 written = safetensors.numpy.save(Reader(len(data)).read(file))
     except CheckpointError as error:

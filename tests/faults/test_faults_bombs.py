@@ -95,6 +95,12 @@ def test_a_config_without_an_end_ends_the_program_with_2(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_thousand_damaged_files_of_other_programs_execute_nothing_and_are_one_line(tmp_path):
+    """Damage files of nine formats; those without a checksum may read as other finite numbers."""
+    found = fuzz.fuzz_apart("foreign_bytes", tmp_path, seed=1, count=1000)
+    assert found["count"] == 1000 and found["refused"] > 500
+
+
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_mutated_input_is_refused_or_read(tmp_path, kind):
     found = fuzz.fuzz_apart(kind, tmp_path, seed=0, count=30)

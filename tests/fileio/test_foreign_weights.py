@@ -26,7 +26,8 @@ from torchvision.models.densenet import DenseNet
 import checkpoints
 from errors import CheckpointError
 from faults import bombs
-from fileio import inert_pickle
+from fileio import inert_pickle, pdparams
+from helpers.foreign_files import pdparams as pdparams_file
 from helpers.hostile_files import Call, equal, pickles
 
 WEIGHTS = {"features.conv0.weight": torch.ones(2, 3, 3, 3), "classifier.weight": torch.eye(2)}
@@ -249,11 +250,69 @@ def test_weights_beside_objects_of_any_class_are_read(tmp_path, value, protocol,
         assert torch.equal(found[name], weights[name])
 
 
-def test_weights_that_are_numpy_arrays_are_refused_as_such(tmp_path):
-    arrays = {name: tensor.numpy() for name, tensor in WEIGHTS.items()}
-    for state in (arrays, {"args": argparse.Namespace(), "state_dict": arrays}):
-        line = refusal(state, tmp_path)
-        assert "holds NumPy arrays, no tensors; fix: convert them with torch.from_numpy" in line
+_grid = np.arange(24.0).reshape(2, 3, 4)
+ARRAYS = {
+    "plain": _grid, "fortran": np.asfortranarray(_grid), "strided": _grid[:, ::2],
+    "turned": _grid.T, "empty": np.zeros((0, 3)), "scalar": np.array(3.5),
+    **{code: np.ones(3, code) for code in (">f4", ">i2", "f2", "i8", "u1", "i1", "?")},
+}  # fmt: skip
+
+
+def check_arrays(found: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        values = found[name].numpy()
+        assert values.dtype == array.dtype.newbyteorder("=") and found[name].is_contiguous()
+        assert np.array_equal(values, array)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numpy_arrays_are_read_as_weights_in_any_layout(tmp_path, protocol):
+    for zipped in (True, False):
+        options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+        for state in (ARRAYS, {"args": argparse.Namespace(), "state_dict": ARRAYS}):
+            check_arrays(loaded(state, tmp_path, **options)[0])
+    # A file of Paddle, which may keep the name of a parameter beside it, in a state of its own.
+    path = tmp_path / "w.pdparams"
+    tuples = {name: Call(tuple, (f"{name}_0", array)) for name, array in ARRAYS.items()}
+    for state in (ARRAYS, tuples, {"model": tuples, "epoch": 3}):
+        path.write_bytes(pdparams_file(state, protocol))
+        check_arrays(checkpoints.load_weights(path))
+
+
+def test_arrays_as_python_2_pickled_them_are_read(tmp_path):
+    """Write the text of its protocol 2: bytes are the opcode U."""
+    numbers = np.arange(6, dtype="<f4").tobytes()
+    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+             b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R"
+             b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+             b"\x89U\x18" + numbers + b"tb")  # fmt: skip
+    path = tmp_path / "w.pdparams"
+    path.write_bytes(b"\x80\x02}U\x01w" + array + b"s.")
+    (weights,) = checkpoints.load_weights(path).values()
+    assert weights.tolist() == [[0, 1, 2], [3, 4, 5]]
+    # The same numbers do not fill a larger array, nor one of two unknown sizes.
+    for shape in (b"K\x09K\x03\x86", b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff\x86"):
+        path.write_bytes(b"\x80\x02}U\x01w" + array.replace(b"K\x02K\x03\x86", shape) + b"s.")
+        with pytest.raises(CheckpointError, match=r"w\.pdparams is not a checkpoint"):
+            checkpoints.load_weights(path)
+
+
+def test_what_is_written_for_paddle_is_a_pickle_of_arrays(tmp_path):
+    path = tmp_path / "w.pdparams"
+    path.write_bytes(pdparams.to_bytes(WEIGHTS))
+    found = pickle.loads(path.read_bytes())
+    assert all(np.array_equal(found[name], tensor.numpy()) for name, tensor in WEIGHTS.items())
+    assert equal(checkpoints.load_weights(path), WEIGHTS)
+
+
+def test_parameters_that_paddle_has_split_are_refused_with_what_joins_them(tmp_path):
+    path = tmp_path / "w.pdparams"
+    parts = {"w": {"slices": ["w@@.0"], "OriginShape": (3,)}}
+    path.write_bytes(pdparams_file({"w@@.0": np.ones(3), "UnpackBigParamInfor@@": parts}, 2))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load_weights(path)
+    assert "holds parameters in parts; fix: in Paddle: paddle.save(" in caught.value.report()
 
 
 def test_a_pickled_network_is_refused_by_its_class(tmp_path):
@@ -360,7 +419,8 @@ def zipped(name: str, content: bytes) -> bytes:
 
 
 KINDS = {
-    "weights.h5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file, as Keras writes"),
+    "weights.h5": (b"\x89HDF\r\n\x1a\n" + bytes(50), r"damaged \(not readable as HDF5\)"),
+    "w.mat": (b"MATLAB 7.3 MAT-file, Platform: GLNXA64", "a file of MATLAB"),
     "model.onnx": (b"\x08\x08\x12\x07pytorch\x1a", "an ONNX file"),
     "model": (b"\x08\x08\x12\x07pytorch\x1a", "an ONNX file"),
     "saved_model.pb": (b"\x08\x01\x12\xf0", "a SavedModel of TensorFlow"),
@@ -371,7 +431,7 @@ KINDS = {
     "w.pth.gz": (b"\x1f\x8b\x08" + bytes(30), "compressed"),
     "model.pt2": (zipped("archive/archive_format", b"pt2"), "a torch.export archive"),
     "w.zip": (zipped("model.safetensors", bytes(9)), "a zip archive without a state dict"),
-    "model.pkl": (pickle.dumps({"a": 1}), "not a checkpoint"),
+    "model.pkl": (pickle.dumps(["a"]), "not a checkpoint"),
 }
 
 
