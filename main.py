@@ -70,7 +70,6 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
     from engine.memory import decide_level, memory_errors
     from experiment import console, resume
 
-    ops = select_kernels(opt, device, world)
     # Rank 0 locks the run directory and sends the other ranks what they need from it.
     lock = RunDirectory(Path(opt.save)) if world.is_rank0 else contextlib.nullcontext()
     with lock as directory, translate_worker_errors():
@@ -89,7 +88,8 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
         config, settings = opts.as_yaml(opt, exclude=opts.NOT_SAVED), opts.settings(opt)
 
         # Build data, model and trainer.
-        data = create_data(opt, world, device)
+        ops = select_kernels(opt, device, world)
+        data = create_data(opt, world, device, state and state["data"])
         opt, suggestion = decide_level(opt, len(data.classes), device, ops, world, console.warn)
         trainer = create_trainer(opt, data, world, device, ops, directory)
 
@@ -175,14 +175,14 @@ def evaluate(opt: Settings, world, device) -> int:
 
     # Read the checkpoint, or the weights of --retrain.
     world.monitor.set_abort_handler(partial(lifecycle.abort, world, None))
-    ops = select_kernels(opt, device, world)
     state = world.broadcast_result(
         lambda: resume.find_checkpoint(opt, console.warn),
         tensor_files.to_bytes,
         tensor_files.from_bytes,
     )
     if state:
-        resume.check_network(opt, state)
+        opt = resume.match_network(opt, state)
+    ops = select_kernels(opt, device, world)
     weights = state["model"] if state else read_weights(opt, world)
     known = state["data"] if state else read_run_data(opt, world)
     # Build data, model and trainer.

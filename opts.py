@@ -24,6 +24,7 @@ from cli.flag_types import (
     help_text,
     integer,
     integers,
+    interval,
     level,
     number,
     pathname,
@@ -77,6 +78,8 @@ GROUPS: dict[str, list[Flag]] = {
              "64 it has the CIFAR shape and the data stays in memory",
              "32 CIFAR, SVHN, synthetic; 8 digits; else 224", range=Range(8, 4096),
              role="training"),
+        Flag("inputRange", interval, None, "what black and white pixels become, as -1024,1024, in "
+             "place of a mean of 0 and a std of 1", "none", role="training"),
         Flag("nImages", integer, 10000, "training images of the synthetic dataset",
              range=AT_LEAST_1, role="training"),
         Flag("onBadImage", text, "error",
@@ -137,6 +140,10 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("shortcutType", text, None, "residual shortcut where the shape changes: A zeros, B a "
              "convolution; C: a convolution in every block", "A; B ImageNet",
              choices=("A", "B", "C"), role="model"),
+        Flag("nChannels", integer, 3, "channels of the input; with 1 images are read as grey",
+             range=AT_LEAST_1, role="model"),
+        Flag("bnEps", number, 1e-5, "epsilon that batch normalisation adds to variances",
+             range=POSITIVE, role="model"),
         Flag("syncBN", boolean, False, "batch statistics over all GPUs, not of each GPU alone",
              role="training"),
         Flag("retrain", pathname, "none", "weights to start from: a checkpoint of this or another "

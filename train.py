@@ -44,7 +44,7 @@ class Trainer:
 
     Args:
         opt: the settings; reads epochNumber, tenCrop, precision, and the LR and optimizer flags.
-        model: maps (N, 3, H, W) to logits (N, C); moved to `device` and `precision`, channels last.
+        model: maps (N, C, H, W) to logits (N, C); moved to `device` and `precision`, channels last.
         world, shard: all processes, and this one's part of each batch; None: one, or no training.
         capturer: captures steps as CUDA graphs (engine/cuda_graph.py); if None, steps run eagerly.
     """
@@ -94,7 +94,7 @@ class Trainer:
         """Train to the end of the current epoch; return loss, errors (per cent), LR and speed.
 
         Args:
-            loader: `batches(epoch, first_step)` yields images (N, 3, H, W) and targets (N,).
+            loader: `batches(epoch, first_step)` yields images (N, C, H, W) and targets (N,).
             on_step_end: called after each step; may save a checkpoint, or raise to end the run.
 
         Raises:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli.flag_types import Flag, Problem, closest_match, integers, pathname
+from cli.flag_types import Flag, Problem, closest_match, integers, interval, pathname
 
 MAX_CONFIG_BYTES = 2**14  # a config with every flag has a tenth of it
 EXAMPLE = "write one `flag: value` a line"
@@ -144,7 +144,7 @@ class FlagParser:
         flag = self.flags.get(key.value)
         if not flag:  # `add` refuses it; its node may be an alias bomb
             return ""
-        takes_list = flag.type is integers and _is_plain(node, "sequence")
+        takes_list = flag.type in (integers, interval) and _is_plain(node, "sequence")
         scalars = node.value if takes_list else [node]
         if not all(_is_plain(scalar, "scalar") for scalar in scalars):
             raise ValueError(f"{key.value} has no plain value")

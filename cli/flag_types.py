@@ -38,12 +38,20 @@ def _parse_float(text: str) -> float:
     return float(text)
 
 
+def _parse_interval(text: str) -> list[float]:
+    low, high = (_parse_float(part.strip()) for part in text.split(","))
+    if not (low < high and math.isfinite(high - low)):
+        raise ValueError
+    return [low, high]
+
+
 text = FlagType("text", str)
 # A shell leaves `~` as it is in `--data=~/DIR` and in a config file.
 pathname = FlagType("a path", os.path.expanduser)
 integer = FlagType("a whole number", _parse_int)
 integers = FlagType("whole numbers with commas between", _parse_int_list)
 number = FlagType("a number", _parse_float)
+interval = FlagType("two numbers LOW,HIGH, the lower one first", _parse_interval)
 level = FlagType("a level or auto", lambda text: text if text == "auto" else _parse_int(text))
 boolean = FlagType("true or false", {"true": True, "false": False}.__getitem__)
 

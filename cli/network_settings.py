@@ -1,4 +1,4 @@
-"""Resolve and check the flags that describe a network: its depth, stages and widths.
+"""Resolve and check the flags that describe a network: its depth, stages, widths and input.
 
 The functions read the settings, `opt`, as far as they are set at the call. Only `apply_defaults`
 writes into them.
@@ -8,6 +8,7 @@ import math
 from types import SimpleNamespace
 
 from cli.flag_types import Problem, as_text, broken
+from datasets.registry import DATASETS
 from models.registry import ARCHITECTURES
 
 
@@ -94,8 +95,16 @@ def problems(opt: SimpleNamespace) -> list[Problem]:
          f"depth: {opt.depth} is not one of {', '.join(map(str, known))}",
          f"use {closest}, or give d1 to d4" if network.uses("d1") else f"use {closest}"),
     ]
-    return broken(rules) or _width_problems(opt)
+    return [*(broken(rules) or _width_problems(opt)), *channel_problems(opt)]
 # fmt: on
+
+
+def channel_problems(opt: SimpleNamespace) -> list[Problem]:
+    """Refuse a number of channels that the files of a dataset cannot be read with."""
+    if opt.nChannels in (1, 3) or DATASETS[opt.dataset].is_generated:
+        return []
+    what = f"nChannels: images of {opt.dataset} have 3 channels, or 1 in grey, not {opt.nChannels}"
+    return [(what, "use 1 or 3; --dataset synthetic makes any number")]
 
 
 def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:

@@ -2,6 +2,7 @@
 
 fb.resnet.torch's steps, in its order and with its distributions, all of them affine in the colours
 and none clamped: so one 3x4 matrix per image does them all (docs/parity.md, ImageNet augmentation).
+On grey images saturation changes nothing, and lighting, which is of colours, is left out.
 """
 
 import itertools
@@ -46,7 +47,7 @@ def colour_draws(draws: np.ndarray) -> Tensor:
 
 
 class Normalise:
-    """Map (n, 3, H, W) pixels from 0 to 255 to mean 0 and std 1, in the given type.
+    """Map (n, C, H, W) pixels from 0 to 255 to mean 0 and std 1, in the given type.
 
     Args:
         statistics: mean and std per channel, of pixels from 0 to 255.
@@ -54,14 +55,14 @@ class Normalise:
 
     def __init__(self, statistics: Statistics, device: torch.device | str, dtype: torch.dtype):
         mean, std = torch.tensor(statistics, dtype=torch.float64, device=device)
-        self.scale, self.shift = 1 / std, -mean / std  # (3,)
+        self.scale, self.shift = 1 / std, -mean / std  # (C,)
         self.dtype = dtype
 
     def __call__(self, images: Tensor, *draws: Tensor) -> Tensor:
         """Compute a batch, in channels-last memory.
 
         Args:
-            images: (n, 3, H, W) uint8, or floats from 0 to 255 and beyond, in any memory format.
+            images: (n, C, H, W) uint8, or floats from 0 to 255 and beyond, in any memory format.
             draws: of `Augment`: (n, 10) float64 on the CPU, see `colour_draws`.
         """
         result = torch.empty_like(images, dtype=self.dtype, memory_format=torch.channels_last)
@@ -88,14 +89,19 @@ class Normalise:
 class Augment(Normalise):
     """Jitter brightness, contrast and saturation, add lighting noise, mirror, and normalise.
 
+    Images have three channels, or one, which stands for three that are equal.
     Every image is computed alone, bit for bit: a batch may be divided in any way.
     """
 
     def __init__(self, statistics: Statistics, device: torch.device | str, dtype: torch.dtype):
         super().__init__(statistics, device, dtype)
         as_tensor = partial(torch.tensor, dtype=torch.float64, device=device)
-        self.grey, self.identity = as_tensor(GREY), torch.eye(3, out=as_tensor(()))
-        self.components = as_tensor(EIGENVECTORS) * as_tensor(EIGENVALUES)  # (3, 3)
+        is_grey = len(self.scale) == 1
+        self.grey = as_tensor((1.0,) if is_grey else GREY)  # (C,)
+        self.identity = torch.eye(len(self.grey), out=as_tensor(()))
+        self.components = as_tensor(EIGENVECTORS) * as_tensor(EIGENVALUES)  # (C, 3)
+        if is_grey:
+            self.components = torch.zeros_like(self.components[:1])
 
     def _compute(self, pixels: Tensor, out: Tensor, draws: Tensor) -> None:
         # Known on the CPU, so that nothing waits for a GPU.
@@ -103,16 +109,17 @@ class Augment(Normalise):
         pixels[mirrored] = pixels[mirrored].flip(3)
         draws = draws.to(pixels.device, non_blocking=True)
         # Rows of bytes sum exactly in float32, and every row in one order.
-        mean_colour = pixels.sum(3).double().sum(2) / pixels[0, 0].numel()  # (n, 3)
+        mean_colour = pixels.sum(3).double().sum(2) / pixels[0, 0].numel()  # (n, C)
         matrix, shift = (each.to(self.dtype) for each in self._matrices(mean_colour, draws))
         # Not matmul: its rounding depends on the number of images, and on a GPU on TF32.
-        red, green, blue = pixels.flatten(2).split(1, 1)  # (n, 1, H W)
-        by_red, by_green, by_blue = matrix.split(1, 2)  # (n, 3, 1)
-        out = torch.addcmul(shift[..., None], red, by_red, out=out.flatten(2))
-        out.addcmul_(green, by_green).addcmul_(blue, by_blue)
+        # Channel by channel, (n, 1, H W), and what each adds to all, (n, C, 1).
+        first, *others = zip(pixels.flatten(2).split(1, 1), matrix.split(1, 2), strict=True)
+        out = torch.addcmul(shift[..., None], *first, out=out.flatten(2))
+        for channel, factors in others:
+            out.addcmul_(channel, factors)
 
     def _matrices(self, mean_colour: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Compose all steps: (n, 3, 3) and (n, 3) that map pixels to normalised values."""
+        """Compose all steps: (n, C, C) and (n, C) that map pixels to normalised values."""
         (brightness, contrast, saturation), lighting = draws[:, :3].T, draws[:, 6:9]
         # Parity: they come in the random order of `draws`. It has no effect, since nothing is
         # clamped: brightness scales any constant, and saturation keeps what is grey.

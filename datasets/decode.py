@@ -40,13 +40,14 @@ class DecodeOptions:
     max_pixels: int = MAX_PIXELS  # of one image
     max_aspect: float = MAX_ASPECT  # the longer side over the shorter
     white_level: float | None = None  # of more than 8 bits where a file declares none
+    channels: int = 3  # of the result: 3 are RGB, 1 is its grey
 
 
 DEFAULTS = DecodeOptions()
 
 
 def decode(path: str | Path, options: DecodeOptions = DEFAULTS) -> tuple[Image.Image, list[str]]:
-    """Decode an image file of any mode to RGB.
+    """Decode an image file of any mode to RGB, or to its grey.
 
     Returns:
         The image, and what a user should know about it, in sentences that name no file.
@@ -103,7 +104,16 @@ def _decode(
             remarks.append(ROTATED)
         if image.mode == "La":  # Pillow has no conversion to RGB
             image = image.convert("LA")
-        return image if image.mode == "RGB" else image.convert("RGB"), remarks  # it would copy
+        wanted = "L" if options.channels == 1 else "RGB"
+        if image.mode not in ("RGB", wanted):
+            image = image.convert("RGB")
+        return image if image.mode == wanted else image.convert(wanted), remarks  # it would copy
+
+
+def to_grey(pixels: np.ndarray) -> np.ndarray:
+    """Map (h, w, 3) to (h, w, 1) uint8 as `decode` does; what is grey stays as it is."""
+    # (19595 red + 38470 green + 7471 blue + 32768) >> 16
+    return np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
 
 
 def check_limits(

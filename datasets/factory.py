@@ -1,7 +1,7 @@
 """Make the training, validation and test loaders of a run; no other file here reads `opt`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def create(
     Args:
         warn: called with notes for the user.
         dtype: of normalised images.
-        statistics: mean and std that a trained network expects, in place of the data's.
+        statistics: mean and std that a trained network, or a run that is resumed, expects.
         classes: names that it expects, in order; the test set of a folder may lack some of them.
         process: the rank that the batches are for.
         all_gather: exchanges plain values between all ranks; `World.all_gather_json`.
@@ -73,10 +73,9 @@ def create(
     warn = cache(warn)  # each line once, also where it is true of two splits
     _check_workers(opt, process.local_size, warn)
     is_on_disk = dataset.is_read_from_disk(opt.imageSize)
+    statistics = _known_statistics(opt, statistics)
     # A network whose statistics are known is tested without training images.
-    test_only = dataset.is_image_folder and opt.testOnly and (is_on_disk or statistics)
-    if is_on_disk or not statistics:
-        statistics = dataset.statistics_at(opt.imageSize)
+    test_only = dataset.is_image_folder and opt.testOnly and statistics
 
     # List the image files, or read all images into memory.
     if is_on_disk or test_only:
@@ -107,6 +106,17 @@ def create(
     return DataSplits(*parts, classes, metadata)
 
 
+def _known_statistics(opt: SimpleNamespace, known: Statistics | None) -> Statistics | None:
+    """Return the mean and std if they are known before training images are read."""
+    dataset = DATASETS[opt.dataset]
+    if not (opt.testOnly or dataset.is_read_from_disk(opt.imageSize)):
+        known = None  # of all training images, computed again and compared
+    found = expected_statistics(opt, known) or dataset.statistics_at(opt.imageSize, opt.nChannels)
+    if dataset.is_image_folder and opt.testOnly and not found:
+        _check_statistics_can_be_computed(Path(opt.data))
+    return found
+
+
 def _check_contrast(
     opt: SimpleNamespace,
     train: Images,
@@ -117,9 +127,11 @@ def _check_contrast(
     """Return the mean and std, computed if not known; raise DataError if no channel varies."""
     if isinstance(train, ImageTensors):
         return statistics or channel_statistics(train.pixels, kept, warn)
-    from datasets.image_folder import check_files_vary
+    from datasets.image_folder import measure_files
 
-    check_files_vary(train, kept, _decode_options(opt), warn)
+    statistics = measure_files(train, kept, _decode_options(opt), statistics, warn)
+    if opt.nChannels == 1 and opt.augment and not opt.testOnly:
+        warn("grey images: lighting and saturation, which change colours, are left out")
     return statistics
 
 
@@ -154,10 +166,21 @@ def evaluation_loader(
     return loaders.make(samples, torch.arange(len(samples)))
 
 
+def expected_statistics(opt: SimpleNamespace, known: Statistics | None = None) -> Statistics | None:
+    """Return the mean and std of `--inputRange`, or else those known of a network's training."""
+    if opt.inputRange:
+        low, high = opt.inputRange
+        std = 255 / (high - low)
+        return (0 - low * std,) * opt.nChannels, (std,) * opt.nChannels
+    if known and len(known[0]) == opt.nChannels:
+        return known
+    return None
+
+
 def published_statistics(opt: SimpleNamespace) -> Statistics | None:
     """Return the mean and std that all weights share; None if they depend on the run."""
     dataset = DATASETS[opt.dataset]
-    return None if dataset.is_generated else dataset.statistics_at(opt.imageSize)
+    return None if dataset.is_generated else dataset.statistics_at(opt.imageSize, opt.nChannels)
 
 
 @dataclass(frozen=True)
@@ -216,18 +239,18 @@ class _LoaderFactory:
 
     def _pipeline(self, training: bool) -> Pipeline:
         """Return what prepares and finishes the images of a split."""
-        opt, dataset = self.opt, DATASETS[self.opt.dataset]
-        if dataset.is_read_from_disk(opt.imageSize):
+        opt = self.opt
+        if DATASETS[opt.dataset].is_read_from_disk(opt.imageSize):
             return LargeImages(
                 opt.imageSize,
                 opt.resize,
-                dataset.statistics_at(opt.imageSize),
+                self.statistics,
                 self.device,
                 self.dtype,
                 seed=opt.manualSeed if training and opt.augment else None,
                 ten_crops=opt.tenCrop and not training,
             )
-        return SmallImages(opt.imageSize, self.statistics, self.dtype)
+        return SmallImages(opt.imageSize, self.statistics, self.dtype, opt.nChannels)
 
 
 # Training set, test set, classes, fingerprints.
@@ -240,10 +263,8 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
     load = dataset.import_loader()
     if dataset.is_generated:
         classes = opt.nClasses or dataset.num_classes
-        data = load(opt.nImages, classes, opt.imageSize, opt.manualSeed)
+        data = load(opt.nImages, classes, opt.imageSize, opt.manualSeed, opt.nChannels)
     elif dataset.is_image_folder:
-        if opt.testOnly:
-            _check_statistics_can_be_computed(Path(opt.data))
         data = load(
             Path(opt.data), opt.imageSize, opt.nThreads, opt.onBadImage, warn, _decode_options(opt)
         )
@@ -255,6 +276,8 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
             raise DataError(what, "make it readable, or name another --data") from error
     _check_classes(opt, data.classes)
     data.check()
+    if opt.nChannels == 1 < data.train.pixels.shape[3]:
+        data = replace(data, train=data.train.to_grey(), test=data.test.to_grey())
     fingerprints = {"training_set": hash_images(data.train), "test_set": hash_images(data.test)}
     return data.train, data.test, data.classes, fingerprints
 
@@ -264,7 +287,7 @@ def _check_statistics_can_be_computed(root: Path) -> None:
         find_class_directories(root / "train")
     except DataError as error:
         what = "mean and deviation of the images that these weights expect are not known"
-        fix = "name the model file of a run, beside its data.json, or --resume RUN"
+        fix = "name the model file of a run, beside its data.json, --resume RUN or --inputRange"
         what += f", and {root} has no training images to compute them from"
         raise DataError(what, fix) from error
 
@@ -292,7 +315,8 @@ def _index_files(
 
 
 def _decode_options(opt: SimpleNamespace) -> DecodeOptions:
-    return DecodeOptions(opt.exifRotate, opt.maxPixels, opt.maxAspect, opt.whiteLevel)
+    limits = opt.exifRotate, opt.maxPixels, opt.maxAspect, opt.whiteLevel
+    return DecodeOptions(*limits, opt.nChannels)
 
 
 def _check_classes(opt: SimpleNamespace, classes: list[str]) -> None:

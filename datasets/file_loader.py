@@ -199,7 +199,7 @@ class FileLoader:
         """Yield this rank's batches of an epoch from step `start` on.
 
         Yields:
-            images: (n, 3, H, W), or (10 n, 3, H, W) of ten crops each; normalised.
+            images: (n, C, H, W), or (10 n, C, H, W) of ten crops each; normalised.
             targets: (n,) int64. n is 0 if a step has no image for this rank, or all were skipped.
 
         Raises:
@@ -237,8 +237,8 @@ class FileLoader:
             targets.append(labels.to(self.device, non_blocking=True))
         targets = torch.cat(targets)
         if not prepared:
-            size, dtype = self.pipeline.size, self.pipeline.dtype
-            return torch.empty(0, 3, size, size, dtype=dtype, device=self.device), targets
+            shape = (0, self.pipeline.channels, self.pipeline.size, self.pipeline.size)
+            return torch.empty(shape, dtype=self.pipeline.dtype, device=self.device), targets
         images = self.pipeline.finish(prepared, self.device)  # and out of shared memory
         return images.contiguous(memory_format=torch.channels_last), targets
 

@@ -22,10 +22,13 @@ from datasets.file_loader import FileLoader, Unreadable, UnreadableImages, read_
 from datasets.folder_checks import find_class_directories, spelling_fix
 from datasets.memory_loader import ImageTensors, InMemoryDataset, check_channels_vary
 from datasets.pipelines import SmallImages
+from datasets.registry import Statistics
 from errors import CheckpointError, DataError
 
 Warn = Callable[[str], None]
-ENOUGH = 64  # images, spread over a training set, to note a channel that is constant in them
+# Images, spread over a training set: to note a channel that is constant in them, and to measure.
+ENOUGH, MEASURED = 64, 256
+LEVELS = np.arange(256)
 
 
 @dataclass(frozen=True)
@@ -121,34 +124,58 @@ def _index_split(
     return listed
 
 
-def check_files_vary(
-    samples: FileList, kept: torch.Tensor, options: DecodeOptions, warn: Warn
-) -> None:
-    """Look at training files until each channel varies, which is mostly at the first.
+def measure_files(
+    samples: FileList,
+    kept: torch.Tensor,
+    options: DecodeOptions,
+    known: Statistics | None,
+    warn: Warn,
+) -> Statistics:
+    """Look at training files until each channel varies, which is mostly at the first; measure.
 
-    Where some channels do, `ENOUGH` images tell. Images that cannot be read are left to the loader.
+    Where some channels vary, `ENOUGH` images tell. Mean and std that are not known are those of
+    `MEASURED` images as they are stored, in which each image counts alike. Images that cannot be
+    read are left to the loader.
 
     Args:
         kept: which of the images train.
+        known: mean and std per channel, of pixels from 0 to 255; None measures them.
+
+    Returns:
+        The mean and std.
 
     Raises:
-        DataError: all images have one colour.
+        DataError: all images have one colour, or none of those to measure can be read.
     """
-    step, looked_at = -(-len(kept) // ENOUGH), 0
-    low, high = np.full(3, 255), np.zeros(3)
+    enough = ENOUGH if known else MEASURED
+    step, looked_at = -(-len(kept) // enough), 0
+    moments = np.zeros((2, options.channels))  # sums over images of the means of x and x^2
+    low, high = np.full(options.channels, 255), np.zeros(options.channels)
     spread = (number for start in range(step) for number in kept[start::step].tolist())
     for tried, number in enumerate(spread, 1):
         found = read_or_explain(decode, samples[number][0], options)
         if not isinstance(found, Unreadable):
-            lowest, highest = np.transpose(found[0].getextrema())
+            counts = np.reshape(found[0].histogram(), (options.channels, 256))
+            lowest, highest = np.transpose([np.flatnonzero(each)[[0, -1]] for each in counts])
             low, high = np.minimum(low, lowest), np.maximum(high, highest)
+            # Sums of integers are exact, and so the same everywhere.
+            moments += [(counts * LEVELS**power).sum(1) / counts[0].sum() for power in (1, 2)]
             looked_at += 1
         varies = low < high
-        if varies.all() or (tried >= ENOUGH and (varies.any() or not looked_at)):
+        is_enough = tried >= enough and (varies.any() or not looked_at)
+        if is_enough or (known and varies.all()):
             break
     if looked_at:
         shown = "all" if looked_at == len(kept) else f"{looked_at} of"
         check_channels_vary(varies.tolist(), low.tolist(), f"{shown} {len(kept)}", warn)
+    elif not known:
+        what = f"none of {tried} training images can be read to measure them, last {found.reason}"
+        raise DataError(what, found.fix)
+    if known:
+        return known
+    mean, of_squares = moments / looked_at
+    std = np.sqrt(np.maximum(of_squares - mean**2, 0))
+    return mean.tolist(), np.where(std > 0, std, 1).tolist()
 
 
 def _note_unread(unread: Counter[str], warn: Warn) -> None:
@@ -170,14 +197,14 @@ def load_folder(
     def decode_all(samples: FileList) -> ImageTensors:
         batches = FileLoader(
             samples,
-            SmallImages(size),
+            SmallImages(size, channels=options.channels),
             BatchSampler(torch.arange(len(samples)), batch_size=256),
             num_workers=num_workers,
             unreadable=UnreadableImages(on_bad_image, len(samples), warn, noted=noted),
             device=torch.device("cpu"),
             options=options,
         )
-        pixels = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
+        pixels = torch.empty(len(samples), size, size, options.channels, dtype=torch.uint8)
         labels = torch.empty(len(samples), dtype=torch.int64)
         count = 0
         for images, targets in batches.batches(epoch=0):

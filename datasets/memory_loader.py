@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from datasets.batch_sampler import BatchSampler
+from datasets.decode import to_grey
 from datasets.rng import generator
 from errors import DataError
 
@@ -17,7 +18,7 @@ CHANNELS = ("red", "green", "blue")
 class ImageTensors:
     """Hold images and their classes."""
 
-    pixels: Tensor  # (N, H, W, 3) uint8
+    pixels: Tensor  # (N, H, W, C) uint8
     labels: Tensor  # (N,) int64
 
     def __len__(self) -> int:
@@ -26,6 +27,13 @@ class ImageTensors:
     def to(self, device: torch.device) -> "ImageTensors":
         """Copy images and labels to another device."""
         return ImageTensors(self.pixels.to(device), self.labels.to(device))
+
+    def to_grey(self) -> "ImageTensors":
+        """Convert RGB on the CPU to one channel, as image files are."""
+        grey = self.pixels.new_empty(*self.pixels.shape[:3], 1)
+        for target, part in zip(grey.split(1024), self.pixels.split(1024), strict=True):
+            target.copy_(torch.from_numpy(to_grey(part.flatten(0, 1).numpy())).view(target.shape))
+        return ImageTensors(grey, self.labels)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class MemoryLoader:
         """Yield this rank's batches of an epoch from step `start` on.
 
         Yields:
-            images: (n, 3, H, W), normalised, channels last in memory.
+            images: (n, C, H, W), normalised, channels last in memory.
             targets: (n,) int64. n is 0 if a step has no image for this rank.
         """
         plan = self.plan(epoch)
@@ -116,11 +124,11 @@ def crop_and_flip(pixels: Tensor, plan: EpochPlan, mean: Tensor, std: Tensor) ->
     """Normalise, mirror, pad with zeros and crop (paper, section 4.1), in one gather.
 
     Args:
-        pixels: (N, H, W, 3) uint8.
+        pixels: (N, H, W, C) uint8.
         plan: which n images, and how each is augmented.
 
     Returns:
-        (n, H, W, 3) of the type of `mean`.
+        (n, H, W, C) of the type of `mean`.
     """
     # Parity: the zeros come after normalising, so the border has the mean colour, not black.
     height, width = pixels.shape[1:3]
@@ -135,28 +143,27 @@ def crop_and_flip(pixels: Tensor, plan: EpochPlan, mean: Tensor, std: Tensor) ->
         plan.indices[:, None, None],
         rows.clamp(0, height - 1)[:, :, None],
         columns.clamp(0, width - 1)[:, None, :],
-    ]  # (n, H, W, 3)
+    ]  # (n, H, W, C)
     return normalise_pixels(source, mean, std) * inside[..., None]
 
 
 def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Map (..., 3) uint8 pixels to mean 0 and std 1, in the type of `mean`."""
+    """Map (..., C) uint8 pixels to mean 0 and std 1, in the type of `mean`."""
     return (pixels.to(mean.dtype) - mean) / std
 
 
 def channel_statistics(
     pixels: Tensor, indices: Tensor, warn: Callable[[str], None]
 ) -> tuple[list[float], list[float]]:
-    """Compute mean and std per channel, from 0 to 255, of some of (N, H, W, 3) uint8 pixels.
+    """Compute mean and std per channel, from 0 to 255, of some of (N, H, W, C) uint8 pixels.
 
     Raises:
         DataError: all pixels have one colour.
     """
     # Integers sum exactly, so that the result does not depend on the number of threads.
-    total = torch.zeros(3, dtype=torch.int64)
-    sum_of_squares = torch.zeros(3, dtype=torch.int64)
+    total, sum_of_squares = torch.zeros(2, pixels.shape[3], dtype=torch.int64)
     for part in indices.split(1024):  # in parts, because int64 takes eight times the memory
-        values = pixels[part].long().flatten(0, 2)  # (n H W, 3)
+        values = pixels[part].long().flatten(0, 2)  # (n H W, C)
         total += values.sum(dim=0)
         sum_of_squares += values.square().sum(dim=0)
     count = len(indices) * pixels.shape[1] * pixels.shape[2]
@@ -175,8 +182,10 @@ def check_channels_vary(
     Args:
         looked_at: how many training images.
     """
-    constant = [name for name, does in zip(CHANNELS, varies, strict=True) if not does]
-    if len(constant) == len(CHANNELS):
+    numbered = [f"channel {number}" for number in range(len(varies))]
+    names = CHANNELS if len(varies) == len(CHANNELS) else numbered
+    constant = [name for name, does in zip(names, varies, strict=True) if not does]
+    if len(constant) == len(varies):
         shown = ", ".join(f"{value:g}" for value in colour)
         what = f"no channel varies: all pixels of {looked_at} training images are ({shown})"
         raise DataError(what, "look at the files, and at the range of their values")

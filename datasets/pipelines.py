@@ -29,6 +29,7 @@ class Pipeline(Protocol):
     """Read and prepare images in loader processes, and finish batches on the training device."""
 
     size: int  # height and width of the network's input in pixels
+    channels: int  # of it
     image_bytes: int  # of an image that cross to the main process, at most
     typical_bytes: int  # and mostly
     dtype: torch.dtype  # of the batches
@@ -40,7 +41,7 @@ class Pipeline(Protocol):
         """Return what `finish` needs of an image."""
 
     def finish(self, chunks: list[Fields], device: torch.device) -> Tensor:
-        """Return the batch (n, 3, H, W) of some chunks, whose fields are concatenated."""
+        """Return the batch (n, C, H, W) of some chunks, whose fields are concatenated."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class SmallImages:
     size: int  # height and width in pixels
     statistics: Statistics | None = None  # of pixels from 0 to 255; None leaves them as they are
     dtype: torch.dtype = torch.float32  # of the batches
+    channels: int = 3
 
     @property
     def image_bytes(self) -> int:
         """Return how many bytes of an image cross to the main process."""
-        return 3 * self.size**2
+        return self.channels * self.size**2
 
     @property
     def typical_bytes(self) -> int:
@@ -66,17 +68,17 @@ class SmallImages:
         return decode(path, options)
 
     def prepare(self, picture: Image.Image) -> Fields:
-        """Resize the shorter side, then crop the centre: (1, size, size, 3) uint8."""
+        """Resize the shorter side, then crop the centre: (1, size, size, C) uint8."""
         if picture.size != (self.size, self.size):
             scale = self.size / min(picture.size)
             width, height = (max(self.size, round(side * scale)) for side in picture.size)
             left, top = (width - self.size) // 2, (height - self.size) // 2
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
             picture = picture.crop((left, top, left + self.size, top + self.size))
-        return (torch.from_numpy(np.array(picture))[None],)
+        return (torch.from_numpy(np.array(picture)).view(1, self.size, self.size, self.channels),)
 
     def finish(self, chunks: list[Fields], device: torch.device) -> Tensor:
-        """Join the images of a batch, (n, size, size, 3), or normalise them, (n, 3, size, size)."""
+        """Join the images of a batch, (n, size, size, C), or normalise them, (n, C, size, size)."""
         images = torch.cat([images.to(device, non_blocking=True) for (images,) in chunks])
         if self.statistics is None:
             return images
@@ -87,7 +89,7 @@ class SmallImages:
 class Picture(NamedTuple):
     """Hold a decoded image above 64 pixels."""
 
-    pixels: np.ndarray  # (h, w, 3) uint8, the box of the cut; valid until the next is decoded
+    pixels: np.ndarray  # (h, w, C) uint8, the box of the cut; valid until the next is decoded
     extent: tuple[float, float]  # height and width of the box in these pixels
     cut: cuts.Cut
     draws: np.ndarray | None  # (1, 64) uniforms that augment it
@@ -117,6 +119,7 @@ class LargeImages:
         ten_crops: bool = False,
     ):
         self.size, self.resize, self.dtype, self.seed = size, resize, dtype, seed
+        self.channels = len(statistics[0])
         self._crop = cuts.ten_crops if ten_crops else cuts.centre_crop
         self._finish_args = statistics, device, dtype
         # Torch7's resize makes floats, four times as many bytes as a crop: they stay on the device.
@@ -126,10 +129,10 @@ class LargeImages:
             # for ten crops is a whole picture of up to 2 to 1. Narrower ones take more.
             short = round(size * cuts.RESIZE) if ten_crops else size
             area, sides = (2 * short**2, 3 * short) if ten_crops else (short**2, 2 * short)
-            self.image_bytes = 3 * NUM_TAPS**2 * area + 8 * NUM_TAPS * sides
+            self.image_bytes = self.channels * NUM_TAPS**2 * area + 8 * NUM_TAPS * sides
         else:
-            bytes_per_value = 4 if resize == "torch7" else 1
-            self.image_bytes = (10 if ten_crops else 1) * 3 * size**2 * bytes_per_value
+            bytes_per_pixel = self.channels * (4 if resize == "torch7" else 1)
+            self.image_bytes = (10 if ten_crops else 1) * size**2 * bytes_per_pixel
         # Few crops are as large as Torch7's resize may read.
         self.typical_bytes = self.image_bytes // (8 if self.resizes_on_device else 1)
 
@@ -173,7 +176,7 @@ class LargeImages:
         return cuts.random_sized_crop(width, height, self.size, draws[0], self.resize)
 
     def finish(self, chunks: list[Fields], device: torch.device) -> Tensor:
-        """Resize if that is left to do, augment and normalise: (n, 3, size, size)."""
+        """Resize if that is left to do, augment and normalise: (n, C, size, size)."""
         move = partial(Tensor.to, device=device, non_blocking=True)
         images, draws = [], []
         for fields in chunks:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Transpose
 
 from datasets import jpeg
-from datasets.decode import ROTATED, DecodeOptions, check_limits, decode, file_size
+from datasets.decode import ROTATED, DecodeOptions, check_limits, decode, file_size, to_grey
 from datasets.image_metadata import JPEG, parse_turn
 
 MAX_JPEG = 2**26  # bytes of a file that is read as a whole
@@ -46,7 +46,8 @@ class Region(NamedTuple):
 class Decoded(NamedTuple):
     """Hold the pixels of a region."""
 
-    # (h, w, 3) uint8, RGB; valid until the next call in this process, which may overwrite them
+    # (h, w, 3) uint8, RGB, or (h, w, 1), grey; valid until the next call in this process, which may
+    # overwrite them
     pixels: np.ndarray
     extent: tuple[float, float]  # (height, width) of the box in these; at full scale h and w
     remarks: list[str]  # what a user should know about the image, as `decode` returns
@@ -55,7 +56,7 @@ class Decoded(NamedTuple):
 def decode_region(
     path: str | Path, options: DecodeOptions, choose: Callable[[int, int], Region]
 ) -> Decoded:
-    """Decode a region of an image file to RGB, to the same pixels as `decode`.
+    """Decode a region of an image file to the same pixels as `decode`.
 
     Args:
         choose: gets the width and height of the picture, turned if the options say so, and
@@ -77,6 +78,7 @@ def decode_region(
     image, remarks = decode(path, options)
     left, top, width, height = choose(*image.size).box
     pixels = np.array(image.crop((left, top, left + width, top + height)))
+    pixels = pixels.reshape(height, width, options.channels)
     return Decoded(pixels, (float(height), float(width)), remarks)
 
 
@@ -110,7 +112,9 @@ def _decode_jpeg(
     pixels = jpeg.decode_rows(data, header, top + height, scale)[rows, columns][::down, ::right]
     if swaps:
         pixels = pixels.swapaxes(0, 1)
-    if turn is not None:
+    if options.channels == 1:
+        pixels = to_grey(pixels)
+    elif turn is not None:
         pixels = pixels.copy()  # torch takes no negative strides
     return Decoded(pixels, (box.height / scale, box.width / scale), remarks)
 

@@ -44,11 +44,19 @@ class Dataset:
         """Tell whether images of this size are decoded from their files in every epoch."""
         return self.is_image_folder and image_size > SMALL_IMAGE
 
-    def statistics_at(self, image_size: int) -> Statistics | None:
-        """Return constant mean and std; None if the training images determine them."""
+    def statistics_at(self, image_size: int, channels: int = 3) -> Statistics | None:
+        """Return constant mean and std; None if the training images determine them.
+
+        Constants of RGB say nothing of other channels, unless they are the same for all three.
+        """
+        found = self.statistics
         if self.is_read_from_disk(image_size):
-            return tuple(tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return self.statistics
+            of_imagenet = IMAGENET_MEAN, IMAGENET_STD
+            found = tuple(tuple(255 * value for value in values) for values in of_imagenet)
+        if found is None or channels == 3:
+            return found
+        is_of_all = all(len({*values}) == 1 for values in found)
+        return tuple(values[:1] * channels for values in found) if is_of_all else None
 
     def import_loader(self) -> Callable:
         """Import the function that reads the dataset, and with it the libraries it needs."""

@@ -23,11 +23,11 @@ def antialias(pixels: np.ndarray, extent: tuple[float, float], cut: Cut, size: i
     """Resize with anti-aliasing, and cut the windows.
 
     Args:
-        pixels: (h, w, 3) uint8, the box of the cut.
+        pixels: (h, w, C) uint8, the box of the cut.
         extent: height and width of the box in these pixels; see `datasets.regions.Decoded`.
 
     Returns:
-        (windows, size, size, 3) uint8.
+        (windows, size, size, C) uint8.
     """
     # Only with its stride in this order does torch see that a single image is channels-last.
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
@@ -85,7 +85,7 @@ class Packed(NamedTuple):
     row and column of the result.
     """
 
-    pixels: Tensor  # (bytes,) uint8: (h, w, 3) of each picture
+    pixels: Tensor  # (bytes,) uint8: (h, w, C) of each picture
     row_index: Tensor  # (rows, 4) int32: the taps of each picture's resized rows
     row_weights: Tensor  # (rows, 4) float32
     column_index: Tensor
@@ -95,7 +95,7 @@ class Packed(NamedTuple):
 
 
 def pack(pixels: np.ndarray, cut: Cut, size: int) -> Packed:
-    """Pack one picture for `torch7`; `pixels` (h, w, 3) uint8 is the box of the cut."""
+    """Pack one picture for `torch7`; `pixels` (h, w, C) uint8 is the box of the cut."""
     windows = np.array(cut.windows)
     sides, fields = [], []
     for axis in (0, 1):
@@ -124,20 +124,21 @@ def torch7(packed: Packed, size: int) -> Tensor:
         packed: on any device, but `shapes` and `windows` on the CPU.
 
     Returns:
-        (n k, 3, size, size) float32, 0 to 255 and beyond.
+        (n k, C, size, size) float32, 0 to 255 and beyond.
     """
     heights, widths, rows, columns = packed.shapes.T.tolist()
-    sizes = [3 * height * width for height, width in zip(heights, widths, strict=True)]
-    pictures = packed.pixels.float().split(sizes)
+    areas = [height * width for height, width in zip(heights, widths, strict=True)]
+    channels = len(packed.pixels) // sum(areas)
+    pictures = packed.pixels.float().split([channels * area for area in areas])
     row_taps = packed.row_index.split(rows), packed.row_weights.split(rows)
     column_taps = packed.column_index.split(columns), packed.column_weights.split(columns)
     parts = zip(pictures, heights, *row_taps, *column_taps, packed.windows.tolist(), strict=True)
     resized = []
     for picture, height, row_index, row_weights, column_index, column_weights, windows in parts:
         image = _weighted_sums(picture.view(height, -1), row_index, row_weights)
-        image = image.view(len(row_index), -1, 3).transpose(0, 1).flatten(1)  # (w, rows * 3)
+        image = image.view(len(row_index), -1, channels).transpose(0, 1).flatten(1)  # (w, rows * C)
         image = _weighted_sums(image, column_index, column_weights)
-        image = image.view(len(column_index), -1, 3).permute(2, 1, 0)  # (3, rows, columns)
+        image = image.view(len(column_index), -1, channels).permute(2, 1, 0)  # (C, rows, columns)
         for top, left, is_mirrored in windows:
             window = image[:, top : top + size, left : left + size]
             resized.append(window.flip(2) if is_mirrored else window)

@@ -24,7 +24,7 @@ from kernels.backend import REFERENCE, Backend
 from kernels.precision import allows_tf32
 from models.memory_efficient import MEMORY_EFFICIENT_LEVELS
 
-CHECKED_FLAGS = ("precision", "growthRate", "bottleneck", "reduction", "dropRate")
+CHECKED_FLAGS = ("precision", "growthRate", "bottleneck", "reduction", "dropRate", "bnEps")
 
 
 def select_backend(

@@ -102,7 +102,7 @@ class MemoryEstimate:
         is_captured = self.device.type == "cuda" and opt.cudaGraph != "false"
         if not is_captured or not DATASETS[opt.dataset].is_read_from_disk(opt.imageSize):
             return 0
-        values = opt.batchSize * 3 * opt.imageSize**2
+        values = opt.batchSize * opt.nChannels * opt.imageSize**2
         return round(LOADER_BATCHES * values * PRECISIONS[opt.precision].dtype.itemsize)
 
     def best_fit(self, limit_bytes: float) -> tuple[int | None, int]:
@@ -250,7 +250,7 @@ def _simulate(
         # Held during the whole step. The update itself works in place and allocates nothing.
         parameters = [tensor for tensor in state.values() if tensor.requires_grad]
         held = [optimizer.initial_state(opt, parameter) for parameter in parameters]
-        images = _empty((opt.batchSize, 3, opt.imageSize, opt.imageSize), dtype)
+        images = _empty((opt.batchSize, opt.nChannels, opt.imageSize, opt.imageSize), dtype)
         targets = torch.empty(opt.batchSize, dtype=torch.int64)
         if not training:
             held += [torch.empty_like(parameter) for parameter in parameters]  # the last gradients

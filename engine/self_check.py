@@ -29,6 +29,7 @@ from engine.precision import PRECISIONS, autocast
 from kernels.backend import REFERENCE, Backend
 from kernels.precision import allows_tf32
 from models.densenet import DenseNet
+from models.layers import set_eps
 
 KINK, KINK_IN_SINGLE = 0.1, 0.03
 # Images, and their height and width: on a GPU the blocks have rows for large and for small tiles,
@@ -93,7 +94,7 @@ def measure_differences(
     Leaves random generators and settings as they are, and no memory allocated.
 
     Args:
-        opt: reads precision, growthRate, bottleneck, reduction and dropRate.
+        opt: reads precision, growthRate, bottleneck, reduction, dropRate and bnEps.
 
     Raises:
         Exception: whatever Triton's compiler or a launch raises.
@@ -171,6 +172,7 @@ def _network(opt: SimpleNamespace, ops: Backend) -> DenseNet:
     )
     # They would run without Triton, and cuBLAS would keep memory.
     model.features.conv0 = model.classifier = nn.Identity()
+    set_eps(model, opt.bnEps)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.3)

@@ -90,12 +90,14 @@ class RunLog:
             self._tensorboard("add_text", name, f"```\n{text}\n```", 0)
 
     def add_images(self, images: Tensor) -> None:
-        """Write a grid of up to 64 images (N, 3, H, W), as the network sees them."""
+        """Write a grid of up to 64 images (N, C, H, W), as the network sees them."""
         from torchvision.utils import make_grid
 
         if not len(images):  # every image of the first batch was skipped
             return
         shown = images[:64].float().cpu()
+        if shown.shape[1] not in (1, 3):  # nothing says how to show these
+            shown = shown.mean(1, keepdim=True)
         low, high = shown.min(), shown.max()
         grid = make_grid((shown - low) / (high - low).clamp(min=1e-6), nrow=8)
         self._tensorboard("add_image", "augmented training images", grid)

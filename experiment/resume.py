@@ -11,6 +11,7 @@ from torch import nn
 import checkpoints
 import models.state_dicts
 import opts
+from cli import network_settings
 from cli.config_files import EARLIER_SETTINGS
 from cli.flag_types import Settings
 from cli.milestones import default_milestones, describe_rates, follow_length
@@ -36,6 +37,7 @@ DATA_PHRASES: dict[str, tuple[str, set[str]]] = {
 }
 DECIDE_BATCHES = {"train", "training_set", "held_out"}  # which images a batch has
 FIXED_AT_START = ("epochNumber", "retrain", "resetClassifier")  # a resumed run has its own
+BROUGHT = ("nChannels", "bnEps", "inputRange")  # perhaps by the weights of --retrain, by no flag
 MAX_FRUITLESS_RESTARTS = 3  # automatic restarts in a row that made no progress
 Warn = Callable[[str], None]
 
@@ -114,7 +116,8 @@ def _parse_saved_settings(state: dict) -> dict[str, object]:
         known = [flag for flag in flags.values() if flag.name in given]
         read = {flag.name: flag.parse(opts.as_text(given[flag.name])) for flag in known}
         statistics = [*state["data"]["mean"], *state["data"]["std"], read["nEpochs"]]
-        if len(statistics) != 7 or not all(map(math.isfinite, statistics)):
+        count = 2 * read.get("nChannels", flags["nChannels"].default) + 1
+        if len(statistics) != count or not all(map(math.isfinite, statistics)):
             raise ValueError("mean and std")
     except (KeyError, TypeError, ValueError) as error:
         what = f"the checkpoint has invalid settings or statistics: {error.args[0]}"
@@ -172,8 +175,15 @@ def check_progress(directory: RunDirectory, state: dict | None, restarted: bool)
         )
 
 
-def check_network(opt: SimpleNamespace, state: dict) -> None:
-    """Raise CheckpointError when the settings describe another network than the checkpoint's."""
+def match_network(opt: Settings, state: dict) -> Settings:
+    """Return the settings, where not given with those that weights have brought to the checkpoint.
+
+    Raises:
+        CheckpointError: they describe another network than the checkpoint's.
+        UsageError: the dataset given has no images of as many channels.
+    """
+    brought = {name: state["settings"].get(name, opts.FLAGS[name].default) for name in BROUGHT}
+    opt = opt.replace(**{name: brought[name] for name in brought.keys() & opt.defaults})
     differing = opts.differences(opts.settings(opt), state["settings"], "model")
     if differing:
         saved = " ".join(f"{name}={saved}" for name, _, saved in differing)
@@ -182,6 +192,8 @@ def check_network(opt: SimpleNamespace, state: dict) -> None:
             f"checkpoint is a {state['settings']['netType']} with {saved}, settings say {current}",
             "give the same flags, or start another run with another --save",
         )
+    UsageError.raise_for(network_settings.channel_problems(opt))
+    return opt
 
 
 def merge_settings(opt: Settings, state: dict, warn: Warn) -> tuple[Settings, dict, list[str]]:
@@ -196,7 +208,7 @@ def merge_settings(opt: Settings, state: dict, warn: Warn) -> tuple[Settings, di
         CheckpointError: the checkpoint is of another network.
         UsageError: settings that shape training differ, without `--override true`.
     """
-    check_network(opt, state)
+    opt = match_network(opt, state)
     saved = state["settings"]
     # Take over what does not change when a run is resumed.
     for name in FIXED_AT_START:

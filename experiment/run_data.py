@@ -125,7 +125,8 @@ def parse_data(data: object, path: Path) -> dict[str, list]:
         classes, mean, std = (list(data[name]) for name in ("classes", "mean", "std"))
         mean, std = ([float(value) for value in values] for values in (mean, std))
         named = all(isinstance(name, str) for name in classes)
-        if not named or len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)):
+        is_pair = len(mean) == len(std) > 0
+        if not named or not is_pair or not all(map(math.isfinite, mean + std)):
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"{path} holds no classes, means and deviations of a run"

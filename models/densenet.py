@@ -25,6 +25,7 @@ class DenseNet(nn.Module):
         growth_rate: k, channels that each layer adds.
         init_channels: output channels of the first convolution.
         num_classes: number of outputs.
+        in_channels: of the images.
         imagenet_stem: a 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling (paper Table 1) instead
             of a 3x3 convolution.
         bottleneck: put a 1x1 convolution to 4k channels before each 3x3 (DenseNet-B).
@@ -33,7 +34,7 @@ class DenseNet(nn.Module):
         memory_level: 0 to 4, what dense blocks keep for backward, see models/dense_block.py.
         ops: backend (kernels/backend.py) that computes dense blocks at levels 2 to 4.
 
-    Input (N, 3, H, W), output logits (N, num_classes).
+    Input (N, in_channels, H, W), output logits (N, num_classes).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class DenseNet(nn.Module):
         init_channels: int,
         num_classes: int,
         *,
+        in_channels: int = 3,
         imagenet_stem: bool = False,
         bottleneck: bool = True,
         compression: float = 0.5,
@@ -54,9 +56,9 @@ class DenseNet(nn.Module):
         self.memory_level, self.ops = memory_level, ops
         channels = init_channels
         if imagenet_stem:
-            self.features = nn.Sequential(_imagenet_stem(channels))
+            self.features = nn.Sequential(_imagenet_stem(in_channels, channels))
         else:  # Parity: no BN or ReLU, since the first dense layer begins with both.
-            self.features = nn.Sequential(OrderedDict(conv0=make_conv(3, channels, 3)))
+            self.features = nn.Sequential(OrderedDict(conv0=make_conv(in_channels, channels, 3)))
         for i, num_layers in enumerate(stages, start=1):
             block = DenseBlock(
                 num_layers,
@@ -78,13 +80,13 @@ class DenseNet(nn.Module):
         reset_parameters(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, (N, num_classes), of images, (N, 3, H, W)."""
+        """Return the logits, (N, num_classes), of images, (N, in_channels, H, W)."""
         if self.memory_level in memory_efficient.MEMORY_EFFICIENT_LEVELS:
             return self.classifier(self._forward_memory_efficient(images))
         return self.classifier(_relu_mean_pool(self.features(images)))
 
     def _forward_memory_efficient(self, images: Tensor) -> Tensor:
-        """Compute the classifier's input, (N, C), from images, (N, 3, H, W).
+        """Compute the classifier's input, (N, C), from images, (N, in_channels, H, W).
 
         Where possible, runs each block and the module after it in one function, so that level 4
         need not keep the block's output.
@@ -112,9 +114,9 @@ def _relu_mean_pool(features: Tensor) -> Tensor:
     return F.relu(features, inplace=True).mean(dim=(2, 3))
 
 
-def _imagenet_stem(channels: int) -> OrderedDict[str, nn.Module]:
+def _imagenet_stem(in_channels: int, channels: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
-        conv0=make_conv(3, channels, 7, stride=2),
+        conv0=make_conv(in_channels, channels, 7, stride=2),
         norm0=BatchNorm(channels),
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(3, stride=2, padding=1),

@@ -8,6 +8,7 @@ from torch import nn
 from distributed.world import BatchShard
 from kernels.backend import REFERENCE, Backend
 from models.dense_block import DenseBlock, Dropout
+from models.layers import set_eps
 from models.registry import ARCHITECTURES
 from models.sync_batchnorm import BatchNorm
 
@@ -30,6 +31,7 @@ def create(
     if architecture.uses("kernels"):
         arguments["ops"] = ops
     model = architecture.import_network()(num_classes=num_classes, **arguments)
+    set_eps(model, opt.bnEps)
     if shard is not None:
         attach_shard(model, shard, opt.syncBN)
     return model

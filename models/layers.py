@@ -78,6 +78,13 @@ def block_sizes(counts: tuple[int, ...], width: int, bottleneck: bool) -> list[l
     return sizes
 
 
+def set_eps(model: nn.Module, eps: float) -> None:
+    """Set the epsilon of every batch norm."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = eps
+
+
 def reset_parameters(model: nn.Module) -> None:
     """Initialise a network, with its linear layer `classifier`, as Lua does (docs/parity.md)."""
     for module in model.modules():

@@ -73,7 +73,12 @@ class Architecture:
 
 
 # Arguments of the classes -> the settings that they come from.
-_SHARED = {"stages": "stages", "imagenet_stem": "imagenetShape", "bottleneck": "bottleneck"}
+_SHARED = {
+    "stages": "stages",
+    "in_channels": "nChannels",
+    "imagenet_stem": "imagenetShape",
+    "bottleneck": "bottleneck",
+}
 _DENSENET = _SHARED | {
     "growth_rate": "growthRate",
     "init_channels": "initChannels",

@@ -80,13 +80,14 @@ class ResNet(nn.Module):
         stages: blocks per stage, e.g. (18, 18, 18) for the CIFAR networks of 110 layers, or of 164
             with bottleneck.
         num_classes: number of outputs.
+        in_channels: of the images.
         imagenet_stem: a 7x7/2 convolution, BN, ReLU and 3x3/2 max pooling instead of a 3x3
             convolution (with BN and ReLU unless `pre_activation`); stages are four times as wide.
         bottleneck: blocks of three convolutions instead of two.
         shortcut: A, B or C, see models/layers.py.
         pre_activation: BN and ReLU before each convolution instead of after it.
 
-    Input (N, 3, H, W), output logits (N, num_classes).
+    Input (N, in_channels, H, W), output logits (N, num_classes).
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class ResNet(nn.Module):
         stages: tuple[int, ...],
         num_classes: int,
         *,
+        in_channels: int = 3,
         imagenet_stem: bool = False,
         bottleneck: bool = False,
         shortcut: str = "A",
@@ -111,12 +113,13 @@ class ResNet(nn.Module):
 
         # `forward` runs the modules in the order in which they are set here.
         if pre_activation:
-            self.stem = _pre_activated_stem(width, imagenet_stem)
+            self.stem = _pre_activated_stem(in_channels, width, imagenet_stem)
             self.stages = _pre_activated_stages(sizes, NOTHING if imagenet_stem else BOTH, options)
             self.bn = BatchNorm(channels)
             self.relu = nn.ReLU(inplace=True)
         else:
-            self.conv1 = make_conv(3, width, 7, 2) if imagenet_stem else make_conv(3, width, 3)
+            size, stride = (7, 2) if imagenet_stem else (3, 1)
+            self.conv1 = make_conv(in_channels, width, size, stride)
             self.bn1 = BatchNorm(width)
             self.relu = nn.ReLU(inplace=True)
             if imagenet_stem:
@@ -132,7 +135,7 @@ class ResNet(nn.Module):
         return self.fc
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, (N, num_classes), of images, (N, 3, H, W)."""
+        """Return the logits, (N, num_classes), of images, (N, in_channels, H, W)."""
         *body, classifier = self.children()
         features = images
         for module in body:
@@ -144,12 +147,12 @@ class ResNet(nn.Module):
 PreActResNet = partial(ResNet, pre_activation=True)
 
 
-def _pre_activated_stem(width: int, imagenet: bool) -> nn.Module:
+def _pre_activated_stem(in_channels: int, width: int, imagenet: bool) -> nn.Module:
     # Made for ImageNet, too: it draws random numbers, on which a seed's weights depend.
-    small = make_conv(3, width, 3)
+    small = make_conv(in_channels, width, 3)
     if not imagenet:
         return small
-    large, pool = make_conv(3, width, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)
+    large, pool = make_conv(in_channels, width, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)
     return nn.Sequential(large, BatchNorm(width), nn.ReLU(inplace=True), pool)
 
 

@@ -58,7 +58,8 @@ def list_layers(model, image_size: int) -> list[Layer]:
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(partial(record, name))
     with torch.no_grad():
-        model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+        channels = next(model.parameters()).shape[1]  # of the first convolution's input
+        model.eval()(torch.empty(1, channels, image_size, image_size, device="meta"))
     return layers
 
 
@@ -81,8 +82,8 @@ def counts(opt: Settings) -> Iterator[str]:
         form, parts = f"k={opt.growthRate}", "layers per block"
     else:
         form, parts = f"shortcut {opt.shortcutType}", "blocks per stage"
-    size = f"{opt.imageSize} x {opt.imageSize}"
-    yield f"{opt.netType}, L={opt.depth}, {form}, {opt.nClasses} classes, input 3 x {size}"
+    size = f"{opt.nChannels} x {opt.imageSize} x {opt.imageSize}"
+    yield f"{opt.netType}, L={opt.depth}, {form}, {opt.nClasses} classes, input {size}"
     yield f"stages         {', '.join(map(str, opt.stages))} {parts}"
     yield f"parameters     {sum(parameter.numel() for parameter in model.parameters()):,}"
     macs = sum(layer.macs for layer in layers)
@@ -145,7 +146,7 @@ def resident_bytes(opt: Settings) -> int | None:
     count = sum(dataset.num_images or ()) or None
     if dataset.is_generated:
         count = opt.nImages + max(1, opt.nImages // 5)
-    return count and count * (3 * opt.imageSize**2 + 8)
+    return count and count * (opt.nChannels * opt.imageSize**2 + 8)
 
 
 def cores(opt: Settings, rate: int) -> str:

@@ -11,7 +11,7 @@ from cli.flag_types import as_text, pathname
 from errors import UsageError
 from opts import FLAGS
 
-ONE_OF_EACH_TYPE = "depth LR momentum data tf32 lrShape optMemory milestones printConfig"
+ONE_OF_EACH_TYPE = "depth LR momentum data tf32 lrShape optMemory milestones printConfig inputRange"
 # Scalars that YAML's own rules, or Python's, would turn into something else.
 TRICKY = (
     "1e-4 1e4 1E-4 .5 5. 010 0x10 0o10 1_000 12:30 +7 -7 -0.1 yes no on off y true True TRUE false "
@@ -48,6 +48,8 @@ def from_yaml(tmp_path, monkeypatch):
           for line in ("-depth 40 -tf32 false", "--depth 40 --tf32 false", "-depth=40 -tf32=false",
                        "--depth=40 --tf32=false", "--tf32 false -depth=40")),
         ("--data=a=b'\"\u00e9 --depth=3", {"data": "a=b'\"\u00e9", "depth": 3}),
+        ("--inputRange -1024,1024 --depth 3", {"inputRange": [-1024, 1024], "depth": 3}),
+        ("--inputRange=-1e3,-.5 -depth 3", {"inputRange": [-1000, -0.5], "depth": 3}),
         # A flag may stand alone where the table says so.
         ("--printConfig", {"printConfig": True}),
         ("--printConfig --depth 3", {"printConfig": True, "depth": 3}),

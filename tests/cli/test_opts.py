@@ -60,6 +60,7 @@ DEFAULTS = {
     "maxAspect": 100.0, "keep": 2,
     "saveEvery": 10.0, "override": False, "milestones": [150, 225], "initChannels": 24,
     "kernels": "auto", "cudaGraph": "auto", "syncBN": False, "timeout": 50.0,
+    "nChannels": 3, "inputRange": None, "bnEps": 1e-5,
 }  # fmt: skip
 
 
@@ -248,8 +249,13 @@ RANGES = [
     ("of at least 0", "nGPU nThreads validSize d1 d4", "-1 0.5 x"),
     ("of at least 8 and of at most 4096", "imageSize", "0 7 4097"),
     ("of at least 1", "nEpochs epochNumber batchSize nClasses growthRate depth", "0 -1 1.5 nan"),
-    ("of at least 1", "initChannels nImages keep milestones", "0 -1 1.5 inf"),
-    ("above 0", "LR saveEvery timeout", "0 -1 nan inf -inf 1e400"),
+    ("of at least 1", "initChannels nImages nChannels keep milestones", "0 -1 1.5 inf"),
+    ("above 0", "LR saveEvery timeout bnEps", "0 -1 nan inf -inf 1e400"),
+    (
+        "LOW,HIGH, the lower one first",
+        "inputRange",
+        "1 1,0 1,1 0,1,2 nan,1 0,-inf 0,inf -1e308,1e308 a,b , []",
+    ),
     ("of at least 0 and below 1", "momentum dropRate", "1 -0.1 2 nan inf"),
     ("of at least 0", "weightDecay", "-1 -1e-9 nan inf"),
     ("above 0 and of at most 1", "reduction", "0 1.5 -0.5 nan"),
@@ -345,6 +351,8 @@ LEAVE_OUT = "leave it out, or use --netType densenet"
         ("--milestones 200,100", "milestones 200,100 are not in order", "use 100,200"),
         # Images and numbers in a batch
         ("--nImages 5", "nImages has no effect on cifar10", "leave it out or use --dataset syn"),
+        ("--nChannels 4", "nChannels: images of cifar10 have 3 channels, or 1 in grey, not 4",
+         "use 1 or 3; --dataset synthetic makes any number"),
         ("--tf32 true --precision half", "tf32 has no effect with precision half", "leave it out"),
         # Network
         ("--d1 6", "d1 to d4 have no effect at 32 pixels", "use --depth"),
@@ -499,6 +507,7 @@ def test_a_selection_of_settings_leaves_out_those_of_another_kind(select, left_o
         "--dataset imagenet --d1 1 --d2 2 --d3 3 --d4 4 --bottleneck false",
         "--dataset folder --data /a/b --imageSize 32 --nClasses 3 --validSize 5 --onBadImage skip",
         "--dataset synthetic --imageSize 8 --nImages 7 --LR 1e-5 --weightDecay 0 --momentum 0",
+        "--dataset synthetic --nChannels 7 --inputRange -1024,1.5 --bnEps 1.001e-5",
         "--dataset digits --augment true --dropRate 0.123456789012345678",
         "--lrShape cosine --milestones [] --LR 1e16 --saveEvery 0.1 --keep 3 --override true",
         "--milestones 1,2,300 --precision bf16 --cudnn deterministic --debug true",

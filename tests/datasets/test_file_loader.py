@@ -42,7 +42,7 @@ class Pipeline:
 
     transform: Callable[[Image.Image], torch.Tensor] = to_pixels
     image_bytes = typical_bytes = 3 * 12 * 12 * 4
-    size, dtype = 12, torch.float64
+    size, channels, dtype = 12, 3, torch.float64
 
     def read(self, path, options, epoch, index):
         return pipelines.decode(path, options)

@@ -16,7 +16,7 @@ def test_an_entry_names_the_function_that_reads_its_dataset(name):
     parameters = list(inspect.signature(dataset.import_loader()).parameters)
     of_kind = {
         (True, False): ["root", "size", "num_workers", "on_bad_image", "warn", "options"],
-        (False, True): ["num_images", "num_classes", "size", "seed"],
+        (False, True): ["num_images", "num_classes", "size", "seed", "channels"],
         (False, False): ["root"],
     }
     assert parameters == of_kind[dataset.is_image_folder, dataset.is_generated]

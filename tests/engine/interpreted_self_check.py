@@ -35,7 +35,11 @@ def settings(flags: str = "single --depth 10") -> opts.Settings:
 
 @pytest.mark.parametrize(
     "flags",
-    ["single --depth 10", "half --bottleneck false --dropRate 0.2 --depth 13", "bf16 --depth 10"],
+    [
+        "single --depth 10",
+        "half --bottleneck false --dropRate 0.2 --depth 13",
+        "bf16 --depth 10 --bnEps 1e-3",
+    ],
 )
 def test_sound_kernels_are_chosen_and_leave_no_trace(flags):
     settings_before = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()

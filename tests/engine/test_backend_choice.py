@@ -182,8 +182,8 @@ def test_all_processes_take_one_backend_and_name_each_reason_once(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"precision": "bf16"}, {"growthRate": 7}, {"bottleneck": False}, {"dropRate": 0.3}, "tf32",
-     "TRITON_F32_DEFAULT", "driver", "device", "code"],
+    [{"precision": "bf16"}, {"growthRate": 7}, {"bottleneck": False}, {"dropRate": 0.3},
+     {"bnEps": 1e-3}, "tf32", "TRITON_F32_DEFAULT", "driver", "device", "code"],
 )  # fmt: skip
 def test_a_verdict_is_remembered_until_what_it_depends_on_changes(
     machine, checks, monkeypatch, changes

@@ -12,7 +12,7 @@ from kernels.backend import REFERENCE
 from kernels.precision import set_tf32
 
 CPU = torch.device("cpu")
-OPT = {"growthRate": 5, "bottleneck": True, "reduction": 0.5, "dropRate": 0.2}
+OPT = {"growthRate": 5, "bottleneck": True, "reduction": 0.5, "dropRate": 0.2, "bnEps": 1e-5}
 
 
 def settings(precision: str) -> SimpleNamespace:

@@ -26,6 +26,7 @@ from helpers.tiny_networks import (
 )
 from models import dense_block, sync_batchnorm
 from models.densenet import DenseNet
+from models.layers import set_eps
 
 TIMEOUT_S = 300
 LEVELS = pytest.mark.parametrize("level", range(5))
@@ -188,6 +189,20 @@ def alone(form: str, count: int, generators) -> Results:
 def test_replicas_compute_what_one_process_does(level, form, sizes, generators):
     got = together(level, form, sizes, generators)
     assert largest_difference(got, alone(form, sum(sizes), generators)) < 1e-10
+
+
+@LEVELS
+def test_replicas_divide_by_the_epsilon_of_the_network(level, generators, monkeypatch):
+    usual, make = alone("BC", 4, generators), network
+
+    def with_eps(*args, **changes) -> DenseNet:
+        set_eps(model := make(*args, **changes), 0.1)
+        return model
+
+    monkeypatch.setitem(globals(), "network", with_eps)
+    got = together(level, "BC", (2, 2), generators)
+    assert largest_difference(got, alone("BC", 4, generators)) < 1e-10
+    assert largest_difference(got, usual) > 1e-3
 
 
 @LEVELS

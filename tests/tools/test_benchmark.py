@@ -38,7 +38,7 @@ def loss_and_gradients(network, opt) -> dict[str, torch.Tensor]:
     """Compute the loss of one batch and its gradients by name, in double precision."""
     network = network.double().train()
     images = torch.randn(
-        opt.batchSize, 3, opt.imageSize, opt.imageSize, dtype=torch.float64,
+        opt.batchSize, opt.nChannels, opt.imageSize, opt.imageSize, dtype=torch.float64,
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     loss = F.cross_entropy(network(images), torch.arange(opt.batchSize))
@@ -47,10 +47,11 @@ def loss_and_gradients(network, opt) -> dict[str, torch.Tensor]:
     return named | {"loss": loss.detach()}
 
 
+@pytest.mark.parametrize("changes", ["", " --nChannels 1 --bnEps 1e-3"])
 @pytest.mark.parametrize("flags", [TINY, IMAGENET], ids=["cifar", "imagenet"])
 @pytest.mark.parametrize("peer", cases.PEERS)
-def test_a_peer_with_our_weights_computes_our_loss_and_gradients(peer, flags):
-    opt = settings(flags)
+def test_a_peer_with_our_weights_computes_our_loss_and_gradients(peer, flags, changes):
+    opt = settings(flags + changes)
     ours, reference = models.factory.create(opt, 10), peers.create(peer, opt)
     before = {name: value.clone() for name, value in reference.named_parameters()}
     reference.load_state_dict(ours.state_dict())

@@ -26,6 +26,9 @@ PUBLISHED = [
     ("--dataset imagenet --depth 264", 33_337_704, 5_751_653_376, 8.53),
     ("--dataset imagenet --depth 232", 55_570_984, 10_119_129_600, 11.97),
     ("--dataset imagenet --depth 264 --growthRate 48", 72_686_632, 12_850_693_632, 12.80),
+    # Two channels of 3x3 in 24 maps of 32x32, and of 7x7 in 64 maps of 112x112, are less.
+    ("--depth 100 --nChannels 1", 768_730, 287_487_324, 1.46),
+    ("--dataset imagenet --nChannels 1", 7_972_584, 2_755_485_696, 6.90),
 ]
 TINY = "--dataset digits --depth 10 --growthRate 4 --nGPU 0"
 
@@ -90,6 +93,8 @@ def test_describe_predicts_memory_per_level_and_precision_for_a_batch(capsys, mo
     [
         ("--dataset digits", "as loaded"),
         ("--dataset synthetic --nImages 99", "as loaded"),
+        ("--dataset synthetic --nImages 99 --nChannels 4", "as loaded"),
+        ("--dataset digits --nChannels 1", "as loaded"),
         ("--dataset imagenet", 0),
         ("--dataset folder --imageSize 32", None),
         ("--dataset cifar10", 60_000 * (32 * 32 * 3 + 8)),

@@ -126,6 +126,24 @@ def test_a_peer_loads_the_weights_strictly_and_computes_our_logits(
     assert torch.allclose(found, wanted, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("to", ["onnx", "safetensors", "weights"])
+def test_channels_epsilon_and_input_range_go_with_the_weights(weights_of, tmp_path, to):
+    flags = SMALL | {"nChannels": 1, "bnEps": 1.001e-5, "inputRange": "-1024,1024"}
+    source = weights_of(flags)
+    path = exported(tmp_path, to, source)
+    described = [] if to != "weights" else source[1:]
+    net, wanted = load(path, described), load(Path(source[0]), source[1:])
+    assert (net.opt.nChannels, net.opt.bnEps, net.mean) == (1, 1.001e-5, [127.5])
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(net.logits(images), wanted.logits(images))
+    if to == "onnx":
+        nodes = [n for n in onnx.load(path).graph.node if n.op_type == "BatchNormalization"]
+        found = {
+            attribute.f for n in nodes for attribute in n.attribute if attribute.name == "epsilon"
+        }
+        assert nodes and found == {np.float32(1.001e-5)}
+
+
 @pytest.mark.parametrize("precision", ["single", "double", "half", "bf16"])
 def test_a_run_of_any_precision_is_written_for_every_program(weights_of, tmp_path, precision):
     source = [*weights_of(DENSENET), f"--precision={precision}"]

@@ -76,7 +76,7 @@ class Runner:
             self._forward = torch.compile(self.network, dynamic=False, mode=COMPILED[case.mode])
         self._optimizer = optimizer.create(opt, self.network, opt.LR)
         generator = torch.Generator().manual_seed(opt.manualSeed)
-        size = (opt.batchSize, 3, opt.imageSize, opt.imageSize)
+        size = (opt.batchSize, opt.nChannels, opt.imageSize, opt.imageSize)
         images = torch.randn(size, generator=generator)
         self._images = images.to(device, memory_format=MEMORY_FORMATS[case.memory_format])
         self._targets = torch.randint(opt.nClasses, size[:1], generator=generator).to(device)

@@ -6,6 +6,7 @@ Their parameters have the names of this project's, so that all cases start from 
 from torch import nn
 
 from cli.flag_types import Settings
+from models.layers import make_conv, set_eps
 
 REDUCTION = 0.5  # both libraries write it into their transitions
 
@@ -41,9 +42,12 @@ def create(peer: str, opt: Settings) -> nn.Module:
             num_classes=opt.nClasses,
             memory_efficient=peer == "torchvision-memory-efficient",
         )
+    set_eps(network, opt.bnEps)
+    features = network.features
+    if opt.nChannels != 3:
+        features.conv0 = make_conv(opt.nChannels, opt.initChannels, 7, stride=2)
     if not opt.imagenetShape:  # CIFAR's single 3x3 convolution in place of the stem
-        features = network.features
-        features.conv0 = nn.Conv2d(3, opt.initChannels, 3, padding=1, bias=False)
+        features.conv0 = make_conv(opt.nChannels, opt.initChannels, 3)
         for name in {"norm0", "relu0", "pool0"} & dict(features.named_children()).keys():
             delattr(features, name)  # timm has no relu0: its norm0 includes the ReLU
     return network

@@ -43,7 +43,8 @@ def record_step(opt: Settings, gpu: Gpu) -> Step:
                 name: _empty(tensor).requires_grad_(tensor.requires_grad)
                 for name, tensor in model.state_dict(keep_vars=True).items()
             }
-            images = torch.empty(opt.batchSize, 3, opt.imageSize, opt.imageSize)
+            shape = (opt.batchSize, opt.nChannels, opt.imageSize, opt.imageSize)
+            images = torch.empty(shape)
             targets = torch.empty(opt.batchSize, dtype=torch.int64)
             images = images.to(memory_format=torch.channels_last)
             counter.bytes = 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import opts
-from cli.flag_types import Flag, boolean, broken, pathname, text
+from cli.flag_types import Flag, Settings, boolean, broken, pathname, text
 from errors import CheckpointError, RunError, UsageError
 from experiment import console
 from tools import cli
@@ -106,12 +106,13 @@ def compare(
         raise error(what, "nothing was written; report it, or use another --to")
 
 
-def random_images(size: int) -> list["torch.Tensor"]:
-    """Draw normalised noise (n, 3, size, size), in batches of two sizes."""
+def random_images(opt: Settings) -> list["torch.Tensor"]:
+    """Draw normalised noise (n, C, size, size), in batches of two sizes."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(count, 3, size, size, generator=generator) for count in (1, 3)]
+    shape = (opt.nChannels, opt.imageSize, opt.imageSize)
+    return [torch.randn(count, *shape, generator=generator) for count in (1, 3)]
 
 
 def check_onnx(net: network.LoadedModel, content: bytes, paths: list[str]) -> None:
@@ -128,7 +129,7 @@ def check_onnx(net: network.LoadedModel, content: bytes, paths: list[str]) -> No
         return torch.from_numpy(logits)
 
     model = copy.deepcopy(net.model).float().cpu()
-    compare("ONNX Runtime on noise", model, run_onnx, random_images(net.opt.imageSize), LIMIT)
+    compare("ONNX Runtime on noise", model, run_onnx, random_images(net.opt), LIMIT)
     with translate_worker_errors():
         of_files = (images.float().cpu() for images, _ in net.batches(paths))
         compare("ONNX Runtime on files", model, run_onnx, of_files, LIMIT)
@@ -164,7 +165,7 @@ def check_peer(net: network.LoadedModel, to: str) -> None:
         first = str(error).splitlines()[1].strip()[:100]
         raise UsageError(f"{to} has no such {opt.netType}: {first}", fix) from error
     ours = copy.deepcopy(net.model).cpu().double()
-    images = (batch.double() for batch in random_images(opt.imageSize))
+    images = (batch.double() for batch in random_images(opt))
     compare(f"{to} in double precision", ours, peer.eval(), images, LIMIT_DOUBLE, UsageError)
 
 

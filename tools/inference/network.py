@@ -49,7 +49,7 @@ class LoadedModel:
         """Read image files through the pipeline of --testOnly, in order.
 
         Yields:
-            images: (n * crops, 3, H, W), normalised, on the device.
+            images: (n * crops, C, H, W), normalised, on the device.
             indices: into `paths`, of the n images; those that cannot be read are left out.
         """
         import datasets.factory
@@ -67,7 +67,7 @@ class LoadedModel:
                 yield images, indices.tolist()
 
     def logits(self, images: "torch.Tensor") -> "torch.Tensor":
-        """Map (n * crops, 3, H, W) to (n, classes), in the precision of the settings."""
+        """Map (n * crops, C, H, W) to (n, classes), in the precision of the settings."""
         import torch
 
         from engine import precision
@@ -114,10 +114,12 @@ def load(
         what = f"{classes or path} has {len(names)} classes, the weights have {num_classes}"
         raise UsageError(what, "name the classes of these weights")
     known = (data["mean"], data["std"]) if "mean" in data else None
-    statistics = known or datasets.factory.published_statistics(opt)
+    statistics = datasets.factory.expected_statistics(opt, known)
+    statistics = statistics or datasets.factory.published_statistics(opt)
     if statistics is None:
         what = f"mean and deviation of the images that {opt.dataset} weights expect are not known"
-        raise UsageError(what, "add --classes RUN/data.json, of the run that they are from")
+        fix = "add --classes RUN/data.json, of the run that they are from, or --inputRange"
+        raise UsageError(what, fix)
     model, device = _build(opt, num_classes, weights)
     # Any number is skipped.
     unreadable = UnreadableImages("skip", math.inf, console.warn, report=_report_unreadable)

@@ -1,7 +1,7 @@
 """Write a network as an ONNX file, and read its weights back bit for bit.
 
 An initialiser has the name of its parameter, and batch normalisation is not folded into
-convolutions. The input is `images`, float32 (N, 3, H, W), the output `logits`, (N, classes). The
+convolutions. The input is `images`, float32 (N, C, H, W), the output `logits`, (N, classes). The
 metadata include `sha256` of the weights, since the format has no checksum.
 """
 
@@ -36,11 +36,12 @@ def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> by
 
     from fileio.safetensors import PRODUCER, digest
 
+    channels = next(model.parameters()).shape[1]  # of the first convolution's input
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's, about itself
         program = torch.onnx.export(
             copy.deepcopy(model).float().cpu().eval(),
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, channels, size, size),),
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
