@@ -199,7 +199,13 @@ def evaluate(opt: Settings, world, device) -> int:
             "leave out --testOnly and add --resetClassifier true"
         )
         # After the trainer has set the dtype.
-        models.state_dicts.load_weights(model, weights, classifier_fix=fix, warn=console.warn)
+        models.state_dicts.load_weights(
+            model,
+            weights,
+            classifier_fix=fix,
+            adapt_channels=opt.adaptChannels,
+            warn=console.warn,
+        )
         # Evaluate.
         with memory_errors(opt, lambda: "use a smaller --batchSize"):
             tested = trainer.evaluate(data.test or data.val, lambda: None, phase="test")
@@ -280,7 +286,13 @@ def load_pretrained(opt: Settings, model, classes: list[str], world) -> None:
     from experiment import console, run_data
 
     weights = read_weights(opt, world)
-    models.state_dicts.load_weights(model, weights, opt.resetClassifier, warn=console.warn)
+    models.state_dicts.load_weights(
+        model,
+        weights,
+        opt.resetClassifier,
+        adapt_channels=opt.adaptChannels,
+        warn=console.warn,
+    )
     known = {} if opt.resetClassifier else read_run_data(opt, world, console.warn)
     if known:
         run_data.note_classes(classes, known["classes"], console.warn)

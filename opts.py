@@ -152,6 +152,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("shareGradInput", boolean, False, "Lua's name of optMemory 2"),
         Flag("optnet", boolean, False, "Lua's name of optMemory 1"),
         Flag("resetClassifier", boolean, False, "with retrain: start with a random classifier"),
+        Flag("adaptChannels", boolean, False, "with retrain: fit a first convolution of another "
+             "number of channels: summed to one, or repeated and scaled"),
         Flag("nClasses", integer, None,
              "classes, checked against the data; for synthetic data: how many to make",
              "read from the data; 10 synthetic", range=AT_LEAST_1),
@@ -267,8 +269,9 @@ def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
         # memory level and initial weights
         (len(aliases) > 1,
          f"{' and '.join(aliases)} exclude each other", "keep one, or use --optMemory"),
-        (opt.resetClassifier and opt.retrain == "none",
-         "resetClassifier without weights to retrain", "add --retrain FILE"),
+        *((getattr(opt, name) and opt.retrain == "none",
+           f"{name} without weights to retrain", "add --retrain FILE")
+          for name in ("resetClassifier", "adaptChannels")),
         (opt.resetClassifier and opt.testOnly and opt.resume == "none",
          "resetClassifier with testOnly would test a random classifier",
          "leave it out, or add --resetClassifier false where a run's config.yaml has it"),

@@ -36,7 +36,8 @@ DATA_PHRASES: dict[str, tuple[str, set[str]]] = {
     "std": ("other channel deviations", {"mean", "train", "training_set"}),
 }
 DECIDE_BATCHES = {"train", "training_set", "held_out"}  # which images a batch has
-FIXED_AT_START = ("epochNumber", "retrain", "resetClassifier")  # a resumed run has its own
+# A resumed run has its own.
+FIXED_AT_START = ("epochNumber", "retrain", "resetClassifier", "adaptChannels")
 BROUGHT = ("nChannels", "bnEps", "inputRange")  # perhaps by the weights of --retrain, by no flag
 MAX_FRUITLESS_RESTARTS = 3  # automatic restarts in a row that made no progress
 Warn = Callable[[str], None]

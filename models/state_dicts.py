@@ -18,12 +18,10 @@ def load_weights(
     reset_classifier: bool = False,
     *,
     classifier_fix: str = "add --resetClassifier true",
+    adapt_channels: bool = False,
     warn: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Load a state dict of this project, torchvision, timm or a Lua network.
-
-    A first convolution of one channel is repeated over three and divided by three: on a grey image,
-    whose three channels are equal, it computes the same.
 
     Args:
         weights: names and tensors of any floating-point precision. Names may be those of old
@@ -31,6 +29,9 @@ def load_weights(
             (models/lua_weights.py).
         reset_classifier: keep the model's own classifier, whatever the weights have as theirs.
         classifier_fix: what helps if everything but the classifier fits.
+        adapt_channels: fit a first convolution of another number of channels as timm does: to one
+            channel the sum over all, else repeated and scaled, so that an image whose channels are
+            equal gives the same.
         warn: called with a line if weights are converted or left out.
 
     Raises:
@@ -53,7 +54,7 @@ def load_weights(
         more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
         warn(f"reads the weights of the network, without {outside[0]}{more}")
         weights = {name: tensor for name, tensor in weights.items() if _root(name) in known}
-    _fit_channels(weights, expected, warn)
+    _fit_channels(weights, expected, adapt_channels, warn)
     problems = state_dict_mismatches(weights, expected)
     if problems:
         shown = "; ".join(problems[:3]) + (f"; {len(problems)} in all" if len(problems) > 3 else "")
@@ -70,19 +71,28 @@ def _root(name: str) -> str:
 
 
 def _fit_channels(
-    weights: dict[str, Tensor], expected: dict[str, Tensor], warn: Callable[[str], None]
+    weights: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    adapt: bool,
+    warn: Callable[[str], None],
 ) -> None:
-    """Convert a first convolution of one channel to three; refuse another number."""
+    """Adapt a first convolution of another number of channels, or refuse it."""
     name = next(name for name, tensor in expected.items() if tensor.dim() == 4)
     found = weights.get(name)
     if found is None or found.dim() != 4 or found.shape[1] == expected[name].shape[1]:
         return
     channels, wanted = found.shape[1], expected[name].shape[1]
-    if channels != 1:
+    if not adapt:
         what = f"the first convolution of these weights takes {channels} channels, not {wanted}"
-        raise CheckpointError(what, "use weights for RGB images")
-    weights[name] = found.to(expected[name].dtype).repeat(1, wanted, 1, 1) / wanted
-    warn(f"{name} takes one channel: repeated over {wanted}, divided by {wanted}")
+        of_files = f"use --nChannels {channels}, or " if channels in (1, 3) else ""
+        raise CheckpointError(what, f"{of_files}add --adaptChannels true")
+    found = found.to(expected[name].dtype)
+    if wanted == 1:
+        weights[name], how = found.sum(1, keepdim=True), "summed into one"
+    else:
+        repeated = found.repeat(1, -(-wanted // channels), 1, 1)[:, :wanted]
+        weights[name], how = repeated * channels / wanted, f"repeated over {wanted}, and scaled"
+    warn(f"{name} takes {channels} channels: {how}")
 
 
 def state_dict_mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

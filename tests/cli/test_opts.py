@@ -60,7 +60,7 @@ DEFAULTS = {
     "maxAspect": 100.0, "keep": 2,
     "saveEvery": 10.0, "override": False, "milestones": [150, 225], "initChannels": 24,
     "kernels": "auto", "cudaGraph": "auto", "syncBN": False, "timeout": 50.0,
-    "nChannels": 3, "inputRange": None, "bnEps": 1e-5,
+    "nChannels": 3, "inputRange": None, "bnEps": 1e-5, "adaptChannels": False,
 }  # fmt: skip
 
 
@@ -353,6 +353,7 @@ LEAVE_OUT = "leave it out, or use --netType densenet"
         ("--nImages 5", "nImages has no effect on cifar10", "leave it out or use --dataset syn"),
         ("--nChannels 4", "nChannels: images of cifar10 have 3 channels, or 1 in grey, not 4",
          "use 1 or 3; --dataset synthetic makes any number"),
+        ("--adaptChannels true", "adaptChannels without weights", "add --retrain FILE"),
         ("--tf32 true --precision half", "tf32 has no effect with precision half", "leave it out"),
         # Network
         ("--d1 6", "d1 to d4 have no effect at 32 pixels", "use --depth"),

@@ -31,6 +31,7 @@ ADDED = {
     "nChannels": "X-rays and scans are grey, which costs less, and so are weights for them",
     "inputRange": "weights of torchxrayvision expect pixels from -1024 to 1024",
     "bnEps": "Keras has another epsilon in every norm, and its weights compute with it",
+    "adaptChannels": "a first convolution of other channels computes something else when adapted",
     "nImages": "the size of the synthetic dataset",
     "onBadImage": "a damaged file must not decide whether a run ends",
     "exifRotate": "cameras turn photos by a tag, which Lua and torchvision do not read",

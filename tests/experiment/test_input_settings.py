@@ -106,3 +106,18 @@ def test_synthetic_images_of_four_channels_train_and_are_drawn(tmp_path):
     result = run(tiny(nGPU=0, nChannels=4, save=tmp_path, nEpochs=1, milestones=9))
     assert result.code == 0 and "TensorBoard" not in result.err, result.err
     assert weights(tmp_path)["features.conv0.weight"].shape[1] == 4
+
+
+def test_weights_of_other_channels_are_adapted_on_request_or_refused(grey, tmp_path):
+    three = {"data": grey.parent / "data", "retrain": grey / "model_last.pt"}
+    advice = "; fix: use --nChannels 1, or add --adaptChannels true$"
+    line = command(**FILES, **three, save=tmp_path / "a", nEpochs=1)
+    refused(run(line), 4, advice)
+    result = run([*line, "--adaptChannels=true"])
+    note = "note: features.conv0.weight takes 1 channels: repeated over 3, and scaled\n"
+    assert result.code == 0 and note in result.err, result.err
+    tested = command(**FILES, **three, testOnly=True)
+    refused(run(tested), 4, advice)
+    result = run([*tested, "--adaptChannels=true"])
+    assert result.code == 0 and note in result.err, result.err
+    refused(run(command(**FILES, data=three["data"], adaptChannels=True)), 2, "without weights")

@@ -102,14 +102,3 @@ def test_weights_without_this_classifier_get_one_piece_of_advice_that_works(trai
         refused(run(line), 4, "; fix: add --resetClassifier true$")
         result = run([*line, "--resetClassifier=true"])
         assert result.code == 0, result.err
-
-
-def test_a_grey_network_is_evaluated_with_a_note(trained, tmp_path):
-    state = weights(trained)
-    state["features.conv0.weight"] = state["features.conv0.weight"][:, :1].clone()
-    result = evaluated(trained, save(tmp_path / "grey.pt", state))
-    assert result.code == 0
-    assert re.fullmatch(r"note: features\.conv0\.weight takes one channel: .*\n", result.err)
-    state["features.conv0.weight"] = torch.zeros(4, 5, 7, 7)
-    result = evaluated(trained, save(tmp_path / "five.pt", state))
-    refused(result, 4, "first convolution of these weights takes 5 channels, not 3")

@@ -1,11 +1,14 @@
-"""Test --bnEps and --nChannels of networks: levels, kernels, sizes."""
+"""Test --bnEps, --nChannels and --adaptChannels of networks: levels, kernels, sizes, weights."""
 
 import pytest
+import timm.models
 import torch
 from torch import nn
 
+import models.state_dicts
 import opts
 from engine.memory import MemoryEstimate
+from errors import CheckpointError
 from helpers.networks import network, one_step, scramble
 from helpers.tiny_networks import largest_difference
 from kernels.backend import REFERENCE
@@ -107,3 +110,57 @@ def test_the_memory_estimate_counts_the_images_channels():
 
     images = 4 * 64 * 64 * 64  # bytes of a channel
     assert peak(9) - peak(1) == pytest.approx(8 * images, rel=0.01)
+
+
+# Weights of another number of channels:
+LINE = "--dataset synthetic --imageSize 224 --growthRate 4 --d1 1 --d2 1 --d3 1 --d4 1"
+FIRST = "features.conv0.weight"
+
+
+def loaded(source: int, target: int, **options) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    weights = scramble(network(f"{LINE} --nChannels {source} --manualSeed 1")).state_dict()
+    model, notes = network(f"{LINE} --nChannels {target}"), []
+    models.state_dicts.load_weights(model, weights, warn=notes.append, **options)
+    return weights[FIRST], model.state_dict()[FIRST], notes
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_three_channels_are_adapted_as_timm_does(channels):
+    before, after, notes = loaded(3, channels, adapt_channels=True)
+    wanted = timm.models.adapt_input_conv(channels, before.clone())
+    assert torch.allclose(after, wanted, rtol=1e-6, atol=0)
+    how = "summed into one" if channels == 1 else f"repeated over {channels}, and scaled"
+    assert notes == [f"{FIRST} takes 3 channels: {how}"]
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 3), (2, 3), (4, 2), (4, 1), (13, 3)])
+def test_an_adapted_convolution_computes_the_same_where_all_channels_are_equal(source, target):
+    before, after, _ = loaded(source, target, adapt_channels=True)
+    images = torch.randn(2, 1, 9, 9)
+    wanted = nn.functional.conv2d(images.expand(-1, source, -1, -1), before)
+    found = nn.functional.conv2d(images.expand(-1, target, -1, -1), after)
+    # Channels that are cut off leave the scale alone.
+    exact = source == 1 or target == 1 or target % source == 0
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4) == exact
+    if (source, target) == (1, 3):
+        assert torch.equal(after, before.repeat(1, 3, 1, 1) / 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "fix"),
+    [
+        (1, 3, "use --nChannels 1, or add --adaptChannels true"),
+        (3, 1, "use --nChannels 3, or add --adaptChannels true"),
+        (5, 3, "add --adaptChannels true"),  # no image file has five
+    ],
+)
+def test_another_number_of_channels_is_refused_with_the_fixes_that_work(source, target, fix):
+    with pytest.raises(CheckpointError) as caught:
+        loaded(source, target)
+    what = f"the first convolution of these weights takes {source} channels, not {target}"
+    assert [*caught.value.problems] == [(what, fix)]
+
+
+def test_weights_of_as_many_channels_are_taken_as_they_are():
+    before, after, notes = loaded(2, 2, adapt_channels=True)
+    assert torch.equal(before, after) and not notes

@@ -352,28 +352,6 @@ def test_another_programs_classifier_is_named_and_the_advice_works(foreign):
     assert caught.value.report().endswith("; fix: name others")
 
 
-@pytest.mark.parametrize("line", [*SMALL.values(), "--dataset imagenet --growthRate 4"])
-def test_a_first_convolution_of_one_channel_computes_the_same_on_grey_images(line):
-    model, notes = network(line).double().eval(), []
-    weights = scramble(network(f"{line} --manualSeed 1")).state_dict()
-    first = next(iter(weights))
-    weights[first] = weights[first][:, :1].clone()
-    models.state_dicts.load_weights(model, weights, warn=notes.append)
-    assert notes == [f"{first} takes one channel: repeated over 3, divided by 3"]
-    images = torch.randn(2, 1, 64, 64, dtype=torch.float64)
-    stem = model.get_submodule(first.removesuffix(".weight"))
-    alone = nn.functional.conv2d(images, weights[first].double(), None, stem.stride, stem.padding)
-    assert torch.allclose(stem(images.repeat(1, 3, 1, 1)), alone, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("channels", [2, 4, 13])
-def test_a_first_convolution_of_other_channels_is_refused_by_their_number(channels):
-    weights = copied_state(network(SMALL["densenet"]))
-    weights["features.conv0.weight"] = torch.zeros(8, channels, 3, 3)
-    with pytest.raises(CheckpointError, match=f"takes {channels} channels, not 3"):
-        models.state_dicts.load_weights(network(SMALL["densenet"]), weights)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_precision_are_converted_to_the_runs(dtype):
     model, other = network(SMALL["resnet"]), network(f"{SMALL['resnet']} --manualSeed 1").to(dtype)

@@ -291,3 +291,21 @@ def test_an_output_file_is_replaced_only_when_asked(small_run, tmp_path, capsys)
     assert tool.main(line) == 6 and "no directory" in capsys.readouterr().err
     line[-1] = f"--output={tmp_path}"
     assert tool.main(line) == 2 and "is not a file" in capsys.readouterr().err
+
+
+def test_a_grey_network_and_an_adapted_one_read_grey_images(small_run, tmp_path, capsys):
+    paths = network.find_images([str(small_run.parent / "data" / "val")])
+    flags = ["--nChannels=1", "--inputRange=0,1"]
+    with pytest.raises(RunError, match="takes 3 channels, not 1"):
+        network.load(small_run, flags)
+    net = network.load(small_run, [*flags, "--adaptChannels=true"])
+    assert "features.conv0.weight takes 3 channels: summed into one" in capsys.readouterr().err
+    (images, _), *_ = net.batches(paths)
+    assert images.shape[1:] == (1, 8, 8) and 0 <= images.min() < images.max() <= 1
+    colours = network.load(small_run, ["--inputRange=0,1"])
+    alike = images.expand(-1, 3, -1, -1)
+    assert torch.allclose(net.logits(images), colours.logits(alike), rtol=0, atol=1e-5)
+    # Statistics of three channels are not those of one.
+    with pytest.raises(RunError, match=r"mean and deviation .* not known") as caught:
+        network.load(small_run, [flags[0], "--adaptChannels=true"])
+    assert caught.value.report().endswith(", or --inputRange")

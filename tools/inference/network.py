@@ -103,8 +103,8 @@ def load(
     if not settings and not main_flags:
         fix = "add main.py's flags for their network, such as --dataset imagenet --depth 121"
         raise UsageError(f"{path} holds weights but does not describe their network", fix)
-    if not settings:  # a file of Lua is evaluated with Torch7's resize, as `--retrain` does
-        main_flags = [f"--retrain={path}", *main_flags]
+    # As main.py reads it: of Lua, without settings, it is evaluated with Torch7's resize.
+    main_flags = [f"--retrain={path}", *main_flags]
     opt = sources.merge_settings(settings, main_flags)
     num_classes = _count_classes(weights, opt.nClasses)
     if classes:
@@ -172,7 +172,13 @@ def _build(opt: Settings, num_classes: int, weights: dict) -> tuple:
     model = models.factory.create(opt, num_classes, ops).eval()
     dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    models.state_dicts.load_weights(model, weights, classifier_fix=WHOLE, warn=console.warn)
+    models.state_dicts.load_weights(
+        model,
+        weights,
+        classifier_fix=WHOLE,
+        adapt_channels=opt.adaptChannels,
+        warn=console.warn,
+    )
     return model, device
 
 

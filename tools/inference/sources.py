@@ -34,7 +34,8 @@ CLASSES = Flag(
     "those in CHECKPOINT, else numbers",
 )
 # Settings of a run that do not change what its network computes, or hold on its machine only.
-RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier")
+RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier",
+            "adaptChannels")  # fmt: skip
 
 
 class WeightsSource(NamedTuple):
