@@ -11,7 +11,7 @@
 #
 # In the second, timm compares the classes asked for with those of the published weights (1000), not
 # with the file: it takes the classifier for one of another task, deletes it from what was read, and
-# loads the rest with strict=False. Nothing is logged or warned about, at any level. The features are
+# loads the rest with strict=False. No warning is raised, and none is logged. The features are
 # right, so that training goes on well, and evaluation is at chance.
 set -eu
 work=$(mktemp -d)
