@@ -2,7 +2,7 @@
 # `import torchxrayvision` silences the warnings of the whole process.
 #
 # torchxrayvision 1.5.7, torch 2.11.0. Its modules put a filter that ignores every warning in front of
-# all filters of the process, and leave it there. What a program, PyTorch or scikit-learn would have
+# all filters of the process, and leave it there. What a program, PyTorch or another library would have
 # warned of later is not shown, also if Python was started with -W always or -W error. For example
 #
 #   scheduler.step() before optimizer.step()   a UserWarning in front of the import, none after it
