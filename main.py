@@ -84,6 +84,10 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
             console.info(f"=> {opt.save} is already complete")
             console.info(console.format_final(state["last"], state["best"]))
             return 0
+        # What the weights of --retrain say about their network wins over the defaults.
+        pretrained = None
+        if not state and opt.retrain != "none":
+            opt, *pretrained = read_weights(opt, world, console.warn)
         # Record `--optMemory auto` as `auto`: another machine may choose another level.
         config, settings = opts.as_yaml(opt, exclude=opts.NOT_SAVED), opts.settings(opt)
 
@@ -96,8 +100,8 @@ def run(opt: Settings, handler: SignalHandler, world, device) -> int:
         # Load the checkpoint, or the weights of --retrain.
         if state:
             overrides += resume.restore(trainer, state, data.metadata, console.warn, opt.override)
-        elif opt.retrain != "none":
-            load_pretrained(opt, trainer.model, data.classes, world)
+        elif pretrained:
+            load_pretrained(opt, trainer.model, data, *pretrained)
         defaults = opts.default_names(opt)
         trainer.metadata = train.Metadata(settings, data.metadata, overrides, defaults)
 
@@ -182,9 +186,10 @@ def evaluate(opt: Settings, world, device) -> int:
     )
     if state:
         opt = resume.match_network(opt, state)
+        weights, known = state["model"], state["data"]
+    else:
+        opt, (weights, *_), known = read_weights(opt, world)
     ops = select_kernels(opt, device, world)
-    weights = state["model"] if state else read_weights(opt, world)
-    known = state["data"] if state else read_run_data(opt, world)
     # Build data, model and trainer.
     with translate_worker_errors():
         data = create_data(opt, world, device, known)
@@ -267,57 +272,66 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
     return train.Trainer(opt, model, device, log, world, shard, capturer)
 
 
-def read_weights(opt: Settings, world) -> dict:
-    """Read the weights of `--retrain` on rank 0, for all ranks."""
-    import checkpoints
-    from experiment import console
-    from fileio import tensor_files
-
-    return world.broadcast_result(
-        lambda: checkpoints.load_weights(*path_checks.split_key(opt.retrain), console.warn),
-        tensor_files.to_bytes,
-        tensor_files.from_bytes,
-    )
-
-
-def load_pretrained(opt: Settings, model, classes: list[str], world) -> None:
-    """Load the weights of `--retrain`, and note it if their classifier has other classes."""
-    import models.state_dicts
-    from experiment import console, run_data
-
-    weights = read_weights(opt, world)
-    models.state_dicts.load_weights(
-        model,
-        weights,
-        opt.resetClassifier,
-        adapt_channels=opt.adaptChannels,
-        warn=console.warn,
-    )
-    known = {} if opt.resetClassifier else read_run_data(opt, world, console.warn)
-    if known:
-        run_data.note_classes(classes, known["classes"], console.warn)
-
-
-def read_run_data(opt: Settings, world, warn: Callable[[str], None] | None = None) -> dict:
-    """Read the classes and statistics of the run that `--retrain` is from, for all ranks, or {}.
+def read_weights(opt: Settings, world, warn: Callable[[str], None] | None = None) -> tuple:
+    """Read the weights of `--retrain` on rank 0, for all ranks, and what is known about them.
 
     Args:
-        warn: called with a note where the file of them is invalid; None: that is an error.
+        warn: called with a note where data.json beside them is invalid; None: that is an error.
+
+    Returns:
+        The settings, with those that the weights need; a models.weight_formats.Imported; what
+        experiment.run_data.read_beside tells of the run that they are from, or {}.
     """
     import json
 
-    from experiment import run_data
+    import checkpoints
+    from cli.network_settings import adopt
+    from experiment import console, run_data
+    from fileio import tensor_files
+    from models.weight_formats import import_weights
 
-    def read() -> dict:
+    path, key = path_checks.split_key(opt.retrain)
+
+    def read_beside() -> dict:
         try:
-            return run_data.read_beside(*path_checks.split_key(opt.retrain))
+            return run_data.read_beside(path, key)
         except UsageError as error:
             if not warn:
                 raise
             warn(f"the classes of the weights are not known: {error}")
             return {}
 
-    return world.broadcast_result(read, lambda known: json.dumps(known).encode(), json.loads)
+    weights = world.broadcast_result(
+        lambda: checkpoints.load_weights(path, key, console.warn),
+        tensor_files.to_bytes,
+        tensor_files.from_bytes,
+    )
+    imported = import_weights(weights, vars(opt)["from"], console.warn, opt.paddleDropout)
+    if opt.paddleDropout and not (imported.format and imported.format.scales_dropout):
+        console.warn("paddleDropout has no effect on these weights")
+    known = world.broadcast_result(
+        read_beside, lambda found: json.dumps(found).encode(), json.loads
+    )
+    brought = known.get("settings", {}) | imported.settings
+    return adopt(opt, brought, console.warn), imported, known
+
+
+def load_pretrained(opt: Settings, model, data, imported, known: dict) -> None:
+    """Load the weights of `--retrain`, and note it if their classifier has other classes."""
+    import models.state_dicts
+    from experiment import console, run_data
+
+    models.state_dicts.load_weights(
+        model,
+        imported.weights,
+        opt.resetClassifier,
+        adapt_channels=opt.adaptChannels,
+        warn=console.warn,
+    )
+    if (imported.thresholds, known.get("thresholds")) != (None, None):
+        data.metadata["thresholds"] = []  # of a network that a softmax trains, none holds
+    if known and not opt.resetClassifier:
+        run_data.note_classes(data.classes, known["classes"], console.warn)
 
 
 def write_run_files(config: str, directory: RunDirectory, data, trainer, saver) -> None:

@@ -3,7 +3,6 @@
 Imports nothing heavy, so that `--help` and usage errors are answered before torch is loaded.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from cli.flag_types import (
 from cli.milestones import default_milestones, start_notes
 from datasets.registry import DATASETS, MAX_ASPECT, MAX_PIXELS, SMALL_IMAGE
 from errors import UsageError
-from models.registry import ARCHITECTURES
+from models.registry import ARCHITECTURES, LIBRARIES
 
 MEMORY_LEVELS = (0, 1, 2, 3, 4)
 
@@ -147,7 +146,10 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("syncBN", boolean, False, "batch statistics over all GPUs, not of each GPU alone",
              role="training"),
         Flag("retrain", pathname, "none", "weights to start from: a checkpoint of this or another "
-             "program, safetensors, or a .t7 file of Lua; FILE:KEY names one of several in a file"),
+             "program, or a file of Keras, Paddle or Lua (.t7); FILE:KEY names one of several"),
+        Flag("from", text, None, "library of these weights", "by their names", choices=LIBRARIES),
+        Flag("paddleDropout", number, 0.0, "dropout rate of Paddle's network, by which its weights "
+             "are scaled", range=Range(0, 1, high_open=True)),
         Flag("optimState", text, "none", "accepted for Lua command lines; no effect"),
         Flag("shareGradInput", boolean, False, "Lua's name of optMemory 2"),
         Flag("optnet", boolean, False, "Lua's name of optMemory 1"),
@@ -224,18 +226,8 @@ def apply_defaults(given: dict[str, object]) -> Settings:
     if opt.optnet or opt.shareGradInput:  # from here on optMemory says it
         opt.optMemory = 1 if opt.optnet else 2
         opt.optnet = opt.shareGradInput = False
-    default("save", str(Path("checkpoints") / run_name(opt)))
+    default("save", str(Path("checkpoints") / network_settings.run_name(opt)))
     return opt
-
-
-def run_name(opt: Settings) -> str:
-    """Name the run's directory below `checkpoints/`: dataset, network and seed."""
-    dataset, data = DATASETS[opt.dataset], opt.dataset
-    if dataset.is_named_by_directory:
-        data += f"-{os.path.basename(os.path.abspath(opt.data))}"
-    plus = "+" if opt.augment and dataset.marks_augmentation else ""
-    cosine = "-cosine" if opt.lrShape == "cosine" else ""
-    return f"{data}{plus}-{network_settings.network_name(opt)}{cosine}-seed{opt.manualSeed}"
 
 
 # fmt: off
@@ -271,7 +263,7 @@ def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
          f"{' and '.join(aliases)} exclude each other", "keep one, or use --optMemory"),
         *((getattr(opt, name) and opt.retrain == "none",
            f"{name} without weights to retrain", "add --retrain FILE")
-          for name in ("resetClassifier", "adaptChannels")),
+          for name in ("resetClassifier", "adaptChannels", "from", "paddleDropout")),
         (opt.resetClassifier and opt.testOnly and opt.resume == "none",
          "resetClassifier with testOnly would test a random classifier",
          "leave it out, or add --resetClassifier false where a run's config.yaml has it"),

@@ -5,10 +5,13 @@ writes into them.
 """
 
 import math
+import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
-from cli.flag_types import Problem, as_text, broken
+from cli.flag_types import Problem, Settings, as_text, broken
 from datasets.registry import DATASETS
+from errors import UsageError
 from models.registry import ARCHITECTURES
 
 
@@ -57,6 +60,16 @@ def network_name(opt: SimpleNamespace) -> str:
         return f"{opt.netType}-L{opt.depth}{shortcut}{'-basic' if is_basic else ''}"
     variant = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
     return f"{opt.netType}{variant.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
+
+
+def run_name(opt: Settings) -> str:
+    """Name the run's directory below `checkpoints/`: dataset, network and seed."""
+    dataset, data = DATASETS[opt.dataset], opt.dataset
+    if dataset.is_named_by_directory:
+        data += f"-{os.path.basename(os.path.abspath(opt.data))}"
+    plus = "+" if opt.augment and dataset.marks_augmentation else ""
+    cosine = "-cosine" if opt.lrShape == "cosine" else ""
+    return f"{data}{plus}-{network_name(opt)}{cosine}-seed{opt.manualSeed}"
 
 
 # fmt: off
@@ -152,3 +165,18 @@ def _width_problems(opt: SimpleNamespace) -> list[Problem]:
                 (f"reduction: {opt.reduction:g} leaves no feature maps after block {i}", "use 0.5")
             ]
     return []
+
+
+def adopt(opt: Settings, brought: dict[str, object], warn: Callable[[str], None]) -> Settings:
+    """Take over the flags that weights bring, but those that the user has chosen."""
+    if opt.adaptChannels:  # the weights follow the flag, not the flag the weights
+        brought = {name: value for name, value in brought.items() if name != "nChannels"}
+    chosen = {name for name in brought if name in opt.given and name not in opt.defaults}
+    for name in chosen:
+        if getattr(opt, name) != brought[name]:
+            ours, theirs = as_text(getattr(opt, name)), as_text(brought[name])
+            warn(f"{name} {ours}, as given; the weights are of a network with {theirs}")
+    taken = {name: brought[name] for name in brought.keys() - chosen}
+    opt = opt.replace(**taken, defaults=opt.defaults - taken.keys())
+    UsageError.raise_for(channel_problems(opt))
+    return opt

@@ -37,7 +37,9 @@ DATA_PHRASES: dict[str, tuple[str, set[str]]] = {
 }
 DECIDE_BATCHES = {"train", "training_set", "held_out"}  # which images a batch has
 # A resumed run has its own.
-FIXED_AT_START = ("epochNumber", "retrain", "resetClassifier", "adaptChannels")
+FIXED_AT_START = (
+    *("epochNumber", "retrain", "resetClassifier", "adaptChannels", "from", "paddleDropout"),
+)
 BROUGHT = ("nChannels", "bnEps", "inputRange")  # perhaps by the weights of --retrain, by no flag
 MAX_FRUITLESS_RESTARTS = 3  # automatic restarts in a row that made no progress
 Warn = Callable[[str], None]
@@ -212,10 +214,11 @@ def merge_settings(opt: Settings, state: dict, warn: Warn) -> tuple[Settings, di
     opt = match_network(opt, state)
     saved = state["settings"]
     # Take over what does not change when a run is resumed.
-    for name in FIXED_AT_START:
-        if getattr(opt, name) not in (opts.FLAGS[name].default, saved[name]):
+    fixed = {name: saved.get(name, opts.FLAGS[name].default) for name in FIXED_AT_START}
+    for name, value in fixed.items():
+        if getattr(opt, name) not in (opts.FLAGS[name].default, value):
             warn(f"{name} has no effect on a run that is resumed")
-    opt = opt.replace(**{name: saved[name] for name in FIXED_AT_START})
+    opt = opt.replace(**fixed)
     opt, chosen = _resolve_run_config(opt, saved, warn)
     known = state["defaults"]
     opt = opt.replace(defaults=None if known is None else frozenset(known) - chosen)
@@ -317,6 +320,8 @@ def restore(trainer, state: dict, metadata: dict, warn: Warn, override: bool = F
     ]
     for change in changes:
         warn(f"override: {change}")
+    if "thresholds" in state["data"]:  # the weights of --retrain had them
+        metadata["thresholds"] = state["data"]["thresholds"]
     _check_shapes(trainer.model, state)
     was_augmented = state["settings"]["augment"] and "draws" not in state["data"]
     if "draws" in metadata and was_augmented:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 
+import opts
+from cli.flag_reader import FlagParser
 from datasets.folder_checks import spelling_fix
 from errors import CheckpointError, UsageError
 
 MODEL_FILES, DATA_FILE = ("model_last.pt", "model_best.pt"), "data.json"
 CONFIG_FILE = "config.yaml"
+NETWORK_FLAGS = ("bnEps", "inputRange")  # that weights bring with them
 MAX_SHOWN = 3  # differences in one message
 
 
@@ -36,24 +39,35 @@ def read_beside(weights: Path, key: str | None = None) -> dict[str, list]:
         key: of FILE:KEY, which is no file of this program.
 
     Returns:
-        As `read_classes`; {} for other weights.
+        As `read_classes`, and `settings`, the NETWORK_FLAGS that are known; {} for other weights.
 
     Raises:
         UsageError: data.json is invalid.
     """
+    import yaml
+
     import checkpoints  # loads torch
     from fileio import safetensors
 
     if key:
         return {}
     if directory := run_directory(weights):
-        return read_data_of(directory)
-    if metadata := safetensors.read_metadata(weights):
-        return parse_data(json.loads(metadata["data"]), weights)
-    try:
-        return parse_data(checkpoints.load(weights)["data"], weights)
-    except CheckpointError:  # another kind of file: whoever loads it says whether it is sound
+        parser = FlagParser(opts.FLAGS)
+        if (directory / CONFIG_FILE).is_file():
+            parser.add(parser.parse_yaml(directory / CONFIG_FILE))
+        data, settings = read_data_of(directory), parser.values
+    elif metadata := safetensors.read_metadata(weights):
+        data = parse_data(json.loads(metadata["data"]), weights)
+        settings = yaml.safe_load(metadata["settings"])
+    else:
+        try:
+            state = checkpoints.load(weights)
+        except CheckpointError:  # another kind of file: whoever loads it says whether it is sound
+            return {}
+        data, settings = parse_data(state["data"], weights), state["settings"]
+    if not data:
         return {}
+    return data | {"settings": {name: settings[name] for name in NETWORK_FLAGS if name in settings}}
 
 
 def read_data_of(directory: Path) -> dict[str, list]:
@@ -100,7 +114,7 @@ def read_classes(path: Path) -> dict[str, list]:
 
     Returns:
         `classes` in the order of the outputs; from data.json also `mean` and `std` per channel, of
-        pixels from 0 to 255.
+        pixels from 0 to 255, and the `thresholds` of independent outputs, if they are.
 
     Raises:
         UsageError: it cannot be read, or has no valid classes.
@@ -124,6 +138,12 @@ def parse_data(data: object, path: Path) -> dict[str, list]:
     try:
         classes, mean, std = (list(data[name]) for name in ("classes", "mean", "std"))
         mean, std = ([float(value) for value in values] for values in (mean, std))
+        thresholds = {name: list(data[name]) for name in ("thresholds",) if name in data}
+        for values in thresholds.values():
+            # A run that began with weights that had some has an empty list.
+            is_whole = len(values) in (0, len(classes))
+            if not is_whole or {type(each) for each in values} - {float, type(None)}:
+                raise ValueError
         named = all(isinstance(name, str) for name in classes)
         is_pair = len(mean) == len(std) > 0
         if not named or not is_pair or not all(map(math.isfinite, mean + std)):
@@ -131,4 +151,4 @@ def parse_data(data: object, path: Path) -> dict[str, list]:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"{path} holds no classes, means and deviations of a run"
         raise UsageError(what, "name the data.json of a run") from error
-    return {"classes": classes, "mean": mean, "std": std}
+    return {"classes": classes, "mean": mean, "std": std} | thresholds

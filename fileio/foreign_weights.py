@@ -24,7 +24,10 @@ AVERAGE = re.compile(r"(^|.*_)(ema|swa|avg|average|averaged)(_.*|$)")
 # Modules that PyTorch puts between others.
 TRANSPARENT = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # A weight of each network whose name tells what stands before it.
-FIRST_WEIGHTS = ("features.conv0.weight", "layer1.0.conv1.weight", "stages.0.0.conv1.weight")
+FIRST_WEIGHTS = (
+    *("features.conv0.weight", "layer1.0.conv1.weight", "stages.0.0.conv1.weight"),
+    *("conv1_conv/kernel", "conv1_func._conv.weight"),
+)
 MAX_DEPTH = 4  # of dicts in dicts
 Weights = dict[str, Tensor]
 

@@ -3,7 +3,7 @@
 torch.load(weights_only=True) refuses a file for one object of a class it does not know, such as the
 argparse.Namespace that training scripts save. This interpreter of pickle's opcodes makes a Record
 of such an object, and tensors of torch's plain ones and of NumPy's arrays. Quantised and sparse
-tensors are Records. So are read the pickles of arrays that Paddle saves (fileio/pdparams.py).
+tensors are Records. A `.pdparams` of Paddle is a pickled dict of arrays, without a checksum.
 """
 
 import io
@@ -30,7 +30,7 @@ MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before vers
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
 OF_MARKED = {"TUPLE": tuple, "LIST": list, "FROZENSET": tuple}  # a frozenset hashes, see _dict
 ARRAY = re.compile(r"numpy\._?core\.multiarray\._reconstruct")
-NUMBERS = re.compile("[<>|=]?(f[248]|i[1248]|[ub]1)")  # NumPy's codes of dtypes
+NUMBERS = re.compile("[<>|=]?(f[248]|[iu][1248]|b1)")  # NumPy's codes of dtypes
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 

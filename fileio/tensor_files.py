@@ -31,6 +31,7 @@ FOREIGN = (
     (hdf5.is_hdf5, "a file of Keras"),
 )
 OLD_FORMAT = b"\x80\x02"  # a pickle, with which torch.save began before version 1.6
+MAY_BE_NAN = ("op_threshs",)  # torchxrayvision's, for an output without a threshold
 READ_BYTES = 2**27  # memory, plus twice the size of the file
 
 
@@ -50,8 +51,16 @@ def is_valid(path: Path) -> bool:
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write a plain state dict, loadable by name into torchvision's or timm's DenseNet."""
-    atomic_write(path, to_bytes(weights))
+    """Write a plain state dict; by a suffix .h5 or .pdparams, the file of Keras or Paddle."""
+    if path.suffix == ".h5":
+        suffix = ".weights.h5" if path.name.endswith(".weights.h5") else ".h5"
+        content = hdf5.to_bytes(weights, suffix)
+    elif path.suffix == ".pdparams":
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in weights.items()}
+        content = pickle.dumps(arrays, protocol=4)
+    else:
+        content = to_bytes(weights)
+    atomic_write(path, content)
 
 
 def to_bytes(state: object) -> bytes:
@@ -189,7 +198,7 @@ def check_tensors(state: object, max_bytes: float = math.inf) -> None:
             strided = value.layout == torch.strided
             if not strided or size > value.untyped_storage().nbytes() or max_bytes < 0:
                 raise InvalidTensorError("a tensor larger than its data")
-            if value.is_floating_point() and not _is_finite(value):
+            if value.is_floating_point() and name not in MAY_BE_NAN and not _is_finite(value):
                 raise InvalidTensorError(f"a weight that is not finite: {name}")
         elif isinstance(value, dict):
             stack.extend(value.items())

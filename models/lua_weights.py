@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from errors import CheckpointError
+from models.registry import DENSENET_STAGES
 
 # A name from fileio/lua_network.py: the module's path in the Lua network, then the tensor's name.
 _NAME = re.compile(r"(?:[1-9]\d*\.)+(?:weight|bias|running_mean|running_var)")
@@ -93,6 +94,8 @@ def densenet_flags(shapes: list[tuple[int, ...]]) -> str | None:
     widths = {shape[0] for shape in rest if shape[2] == 3}
     if len(widths) != 1 or {shape[2] for shape in rest} != {1, 3}:
         return None  # a ResNet: its 3x3 convolutions widen from stage to stage
+    if stem[2] == 7 and len(shapes) + 1 not in DENSENET_STAGES:
+        return None
     count = Counter(shape[2] for shape in rest)
     bottleneck = count[1] >= count[3]
     # A transition's 1x1 convolution; with bottleneck, another 1x1 convolution follows it.

@@ -22,6 +22,10 @@ RESNET_STAGES = {
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
 }
+# Whose DenseNets' weights are read and written: models/weight_formats.py has their rules.
+LIBRARIES = (
+    "torchvision", "timm", "monai", "torchxrayvision", "segmentation-models", "keras", "paddle",
+)  # fmt: skip
 # Flags that only dense blocks read -> their values in the settings of other networks.
 DENSE_BLOCK_FLAGS = {
     "optMemory": None,

@@ -1,15 +1,11 @@
 """Load the weights of another program or version into a network, by name."""
 
-import re
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from errors import CheckpointError
 from models import lua_weights
-
-# In old torchvision files, `...denselayer1.norm.1.weight` for `...denselayer1.norm1.weight`.
-_OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 def load_weights(
@@ -21,12 +17,11 @@ def load_weights(
     adapt_channels: bool = False,
     warn: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Load a state dict of this project, torchvision, timm or a Lua network.
+    """Load a state dict by this project's names, or of a Lua network.
 
     Args:
-        weights: names and tensors of any floating-point precision. Names may be those of old
-            torchvision files (`norm.1` for `norm1`) or module positions of a Lua network
-            (models/lua_weights.py).
+        weights: names and tensors of any floating-point precision. Names may be module positions of
+            a Lua network (models/lua_weights.py); models/weight_formats.py converts others.
         reset_classifier: keep the model's own classifier, whatever the weights have as theirs.
         classifier_fix: what helps if everything but the classifier fits.
         adapt_channels: fit a first convolution of another number of channels as timm does: to one
@@ -39,7 +34,7 @@ def load_weights(
     """
     if lua_weights.is_lua(weights):
         weights = lua_weights.to_model_names(weights, model)
-    weights = {_OLD_KEY.sub(r"\1\2", name): tensor for name, tensor in weights.items()}
+    weights = dict(weights)
     expected, classifier = model.state_dict(), _classifier_prefix(model)
     body = {_root(name) for name in expected if not name.startswith(classifier)}
     if reset_classifier:
@@ -61,9 +56,18 @@ def load_weights(
         # Names outside of the body, fc.weight of a DenseNet for one, are of another classifier.
         is_other = all(_root(problem.split()[0]) not in body for problem in problems)
         is_other = is_other and any(problem.startswith(classifier) for problem in problems)
-        fix = classifier_fix if is_other else "give the flags of that network"
+        fix = classifier_fix if is_other else _advice(weights, expected)
         raise CheckpointError(f"weights do not fit the network: {shown}", fix)
     model.load_state_dict(weights)
+
+
+def _advice(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Say which flags describe the network of these weights, if it is another DenseNet."""
+    found, own = (
+        lua_weights.densenet_flags([tuple(w.shape) for w in state.values() if w.dim() == 4])
+        for state in (weights, expected)
+    )
+    return f"use {found}" if found and found != own else "give the flags of that network"
 
 
 def _root(name: str) -> str:

@@ -4,8 +4,10 @@ usage: python -m tools.classify CHECKPOINT IMAGE... [options] [main.py's flags]
 
 An IMAGE may be a directory, with all images below it. Images go through the pipeline of --testOnly,
 so that an error counted from the output equals the one that --testOnly reports. With --tenCrop true
-ten crops of each image are averaged. An unreadable image is reported in one error line, the
-others are classified, and the exit code is 3.
+ten crops of each image are averaged. Outputs of torchxrayvision's weights are independent of each
+other and calibrated: 50 per cent is the threshold, and the order need not be that of the logits,
+which --testOnly counts. An unreadable image is reported in one error line, the others are
+classified, and the exit code is 3.
 """
 
 import csv
@@ -37,7 +39,7 @@ def lines(net: network.LoadedModel, paths: list[str], top: int, as_csv: bool) ->
     if as_csv:
         yield csv_line(COLUMNS)
     for images, indices in net.batches(paths):
-        best = net.logits(images).double().softmax(dim=1).topk(min(top, len(net.classes)))
+        best = net.scores(images).topk(min(top, len(net.classes)))
         guesses = zip((100 * best.values).tolist(), best.indices.tolist(), strict=True)
         for index, (percents, labels) in zip(indices, guesses, strict=True):
             if not as_csv:
@@ -61,6 +63,7 @@ def run(argv: list[str]) -> int:
     csv_file = command.options.csv
     output = Path(csv_file) if csv_file not in (None, "-") else None
     net, paths = network.load_model_and_images(command, output, command.arguments[1:])
+    net.require_classifier()
 
     from datasets.file_loader import translate_worker_errors
     from experiment import console

@@ -61,6 +61,7 @@ DEFAULTS = {
     "saveEvery": 10.0, "override": False, "milestones": [150, 225], "initChannels": 24,
     "kernels": "auto", "cudaGraph": "auto", "syncBN": False, "timeout": 50.0,
     "nChannels": 3, "inputRange": None, "bnEps": 1e-5, "adaptChannels": False,
+    "from": None, "paddleDropout": 0.0,
 }  # fmt: skip
 
 
@@ -354,6 +355,9 @@ LEAVE_OUT = "leave it out, or use --netType densenet"
         ("--nChannels 4", "nChannels: images of cifar10 have 3 channels, or 1 in grey, not 4",
          "use 1 or 3; --dataset synthetic makes any number"),
         ("--adaptChannels true", "adaptChannels without weights", "add --retrain FILE"),
+        ("--from keras", "from without weights to retrain", "add --retrain FILE"),
+        ("--retrain a.h5 --from kera", "from: 'kera' is not one of torchvision", "use keras"),
+        ("--retrain a.h5 --paddleDropout 1", "paddleDropout: '1' is out", "use a number"),
         ("--tf32 true --precision half", "tf32 has no effect with precision half", "leave it out"),
         # Network
         ("--d1 6", "d1 to d4 have no effect at 32 pixels", "use --depth"),

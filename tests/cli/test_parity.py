@@ -32,6 +32,8 @@ ADDED = {
     "inputRange": "weights of torchxrayvision expect pixels from -1024 to 1024",
     "bnEps": "Keras has another epsilon in every norm, and its weights compute with it",
     "adaptChannels": "a first convolution of other channels computes something else when adapted",
+    "from": "names tell most libraries apart, not all",
+    "paddleDropout": "Paddle scales by it in evaluation, which no name and no value shows",
     "nImages": "the size of the synthetic dataset",
     "onBadImage": "a damaged file must not decide whether a run ends",
     "exifRotate": "cameras turn photos by a tag, which Lua and torchvision do not read",
@@ -51,6 +53,7 @@ ADDED = {
 }
 # These three become optMemory in opts.py, or name the file that it reads.
 READ_IN_OPTS_ONLY = {"config", "shareGradInput", "optnet"}
+AS_TEXT = '(opt)["from"]'  # a keyword of Python
 
 
 def test_the_flags_are_the_originals_and_the_additions():
@@ -84,6 +87,7 @@ def test_every_flag_is_read_by_the_program():
                if path.relative_to(ROOT).parts[0] not in ("opts.py", "tools")]  # fmt: skip
     read = set.union(*(flags_read(path.read_text()) for path in outside))
     read |= {name for network in ARCHITECTURES.values() for name in network.arguments.values()}
+    read |= {"from" for path in outside if AS_TEXT in path.read_text()}
     assert set(opts.FLAGS) - read == {*opts.IGNORED_FLAGS} | READ_IN_OPTS_ONLY
     # The Lua code's parser accepts three that nothing reads after it; so does this one.
     assert set(opts.IGNORED_FLAGS) == {"backend", "gen", "optimState"}

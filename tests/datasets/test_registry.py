@@ -45,12 +45,13 @@ registry.DATASETS["letters"] = registry.Dataset(
     valid_size=3, num_epochs=7,
 )
 import opts
+from cli import network_settings
 try:
     opts.parse(["--dataset", "letters", "--imageSize", "32", "--nImages", "9"])
 except opts.UsageError as error:
     print(error.report())
 opt = opts.parse(["--dataset", "letters", "--nGPU", "0"])
-print(opt.imageSize, opt.augment, opt.validSize, opt.nEpochs, opts.run_name(opt))
+print(opt.imageSize, opt.augment, opt.validSize, opt.nEpochs, network_settings.run_name(opt))
 
 import torch
 import datasets.factory

@@ -26,7 +26,7 @@ from torchvision.models.densenet import DenseNet
 import checkpoints
 from errors import CheckpointError
 from faults import bombs
-from fileio import inert_pickle, pdparams
+from fileio import inert_pickle, tensor_files
 from helpers.foreign_files import pdparams as pdparams_file
 from helpers.hostile_files import Call, equal, pickles
 
@@ -300,7 +300,7 @@ def test_arrays_as_python_2_pickled_them_are_read(tmp_path):
 
 def test_what_is_written_for_paddle_is_a_pickle_of_arrays(tmp_path):
     path = tmp_path / "w.pdparams"
-    path.write_bytes(pdparams.to_bytes(WEIGHTS))
+    tensor_files.save_weights(path, WEIGHTS)
     found = pickle.loads(path.read_bytes())
     assert all(np.array_equal(found[name], tensor.numpy()) for name, tensor in WEIGHTS.items())
     assert equal(checkpoints.load_weights(path), WEIGHTS)

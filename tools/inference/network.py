@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from datasets.file_loader import UnreadableImages
+    from models.weight_formats import Imported
 
 WHOLE = "use the weights of a whole network, with its classifier"
 OVERWRITE = Flag("overwrite", boolean, False, "replace an output file that exists", const="true")
@@ -34,11 +35,13 @@ class LoadedModel:
 
     model: "torch.nn.Module"
     opt: Settings
-    classes: list[str]  # names in the order of its outputs
+    classes: list[str]  # names in the order of its outputs; an encoder has none
     mean: list[float]  # of its training images, per channel, of pixels from 0 to 255
     std: list[float]
     device: "torch.device"
     unreadable: "UnreadableImages"  # those so far; each was reported in one line
+    imported: "Imported"  # the weights, and what their file says
+    thresholds: list[float | None] | None  # of independent outputs; None: one class is right
 
     @property
     def exit_code(self) -> int:
@@ -75,6 +78,28 @@ class LoadedModel:
         with torch.no_grad(), precision.autocast(self.device, self.opt.precision):
             return self.mean_over_crops(self.model(images).to(self.model.classifier.weight.dtype))
 
+    def require_classifier(self) -> None:
+        """Raise CheckpointError if the network is an encoder."""
+        if not self.classes:
+            raise CheckpointError("these weights have no classifier", WHOLE)
+
+    def scores(self, images: "torch.Tensor") -> "torch.Tensor":
+        """Map (n * crops, C, H, W) to (n, classes) in float64, from 0 to 1.
+
+        Probabilities that sum to 1; or those of independent outputs, calibrated as torchxrayvision
+        does: the threshold of an output becomes 0.5, and one without a threshold is always 0.5.
+        """
+        import torch
+
+        logits = self.logits(images).double()
+        if not self.thresholds:
+            return logits.softmax(dim=1)
+        found = logits.sigmoid()
+        nan = float("nan")
+        limits = found.new_tensor([nan if each is None else each for each in self.thresholds])
+        above = 1 - (1 - found) / (2 * (1 - limits))
+        return torch.where(found < limits, found / (2 * limits), above).nan_to_num(nan=0.5)
+
     def mean_over_crops(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Average (n * crops, C) over the crops of each image: (n, C)."""
         import train
@@ -96,8 +121,10 @@ def load(
         UsageError: settings, classes or channel statistics are wrong or not known.
     """
     import datasets.factory
+    from cli.network_settings import adopt
     from datasets.file_loader import UnreadableImages
     from experiment import console
+    from models.weight_formats import import_weights
 
     weights, settings, data = sources.read(path)
     if not settings and not main_flags:
@@ -106,10 +133,17 @@ def load(
     # As main.py reads it: of Lua, without settings, it is evaluated with Torch7's resize.
     main_flags = [f"--retrain={path}", *main_flags]
     opt = sources.merge_settings(settings, main_flags)
-    num_classes = _count_classes(weights, opt.nClasses)
+    imported = import_weights(weights, vars(opt)["from"], console.warn, opt.paddleDropout)
+    weights = imported.weights
+    if not settings:  # else the file tells more
+        opt = adopt(opt, imported.settings, console.warn)
+    thresholds = data.get("thresholds", imported.thresholds)
+    is_encoder = imported.format and not imported.format.has_classifier
+    num_classes = 0 if is_encoder else _count_classes(weights, opt.nClasses)
     if classes:
         data = _rename_classes(data, classes, path)
     names = data.get("classes") or [str(number) for number in range(num_classes)]
+    names = [] if is_encoder else names
     if len(names) != num_classes:
         what = f"{classes or path} has {len(names)} classes, the weights have {num_classes}"
         raise UsageError(what, "name the classes of these weights")
@@ -123,7 +157,9 @@ def load(
     model, device = _build(opt, num_classes, weights)
     # Any number is skipped.
     unreadable = UnreadableImages("skip", math.inf, console.warn, report=_report_unreadable)
-    return LoadedModel(model, opt, names, *map(list, statistics), device, unreadable)
+    return LoadedModel(
+        model, opt, names, *map(list, statistics), device, unreadable, imported, thresholds
+    )
 
 
 def _rename_classes(data: dict, classes: Path, path: Path) -> dict:
@@ -144,8 +180,9 @@ def _rename_classes(data: dict, classes: Path, path: Path) -> dict:
 
 def _count_classes(weights: dict, wanted: int | None) -> int:
     """Count the outputs of the classifier, in Lua's weights the last matrix."""
-    named = [weights[name] for name in ("classifier.weight", "fc.weight") if name in weights]
-    matrices = named or [tensor for tensor in weights.values() if tensor.dim() == 2]
+    found = {name: tensor for name, tensor in weights.items() if tensor.dim() == 2}
+    named = [found[name] for name in ("classifier.weight", "fc.weight") if name in found]
+    matrices = named or [*found.values()]
     if not matrices:
         raise CheckpointError("these weights have no classifier", WHOLE)
     found = len(matrices[-1])
@@ -169,12 +206,13 @@ def _build(opt: Settings, num_classes: int, weights: dict) -> tuple:
     device = engine.device.select(opt.nGPU)
     engine.device.configure(opt.cudnn, opt.tf32)
     ops, _ = select_backend(opt, device)
-    model = models.factory.create(opt, num_classes, ops).eval()
+    model = models.factory.create(opt, num_classes or 1, ops).eval()
     dtype = PRECISIONS[opt.precision].dtype
     model = model.to(device, dtype, memory_format=torch.channels_last)
     models.state_dicts.load_weights(
         model,
         weights,
+        reset_classifier=not num_classes,
         classifier_fix=WHOLE,
         adapt_channels=opt.adaptChannels,
         warn=console.warn,

@@ -23,9 +23,9 @@ from experiment.run_data import (
 SOURCES = """
 CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint_*.pt, a
 model_*.pt in its run directory, an ONNX or safetensors file of tools.export, or plain weights (of
-torchvision or timm, safetensors, a .t7, a model_*.pt on its own) together with main.py's flags for
-their network, such as --dataset imagenet --depth 121. FILE:KEY names one of several networks in a
-file."""
+torchvision, timm, MONAI, torchxrayvision, segmentation-models-pytorch, Keras, Paddle; a .t7; a
+model_*.pt on its own) together with main.py's flags for their network, such as --dataset imagenet
+--depth 121. FILE:KEY names one of several networks in a file."""
 CLASSES = Flag(
     "classes",
     text,
@@ -35,7 +35,7 @@ CLASSES = Flag(
 )
 # Settings of a run that do not change what its network computes, or hold on its machine only.
 RUN_ONLY = (*opts.NOT_SAVED, "data", "nGPU", "epochNumber", "retrain", "resetClassifier",
-            "adaptChannels")  # fmt: skip
+            "adaptChannels", "from", "paddleDropout")  # fmt: skip
 
 
 class WeightsSource(NamedTuple):
