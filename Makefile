@@ -19,7 +19,7 @@ endif
 OUT ?= results
 JPEG = "CIFAR-10 images re-encoded as JPEG"
 
-.PHONY: quickstart test check gpu gpu-report soak report clean
+.PHONY: quickstart test check gpu gpu-report soak exchange report clean
 
 quickstart: $(INSTALLED:%-dev=%)  ## train on handwritten digits: no download, ends with the test error
 	$(RUN) main.py --config configs/quickstart.yaml --resume auto
@@ -42,6 +42,10 @@ gpu-report: $(INSTALLED)  ## measure on a GPU what is claimed, in nine minutes; 
 
 soak: $(INSTALLED)  ## the long fault tests, about half an hour; RECORD=FILE keeps figures
 	$(RUN) -m pytest -q -m soak $(if $(RECORD),--record=$(RECORD))
+
+# Each library is installed in an environment of its own, and removed before the next.
+exchange: $(INSTALLED)  ## send weights through seven libraries and back, an hour; needs the network
+	$(RUN) -m tests.exchange.square --output "$(OUT)/exchange_$(shell date +%Y%m).csv"
 
 # Figure 5 is drawn from its numbers: the weights that they are of are too large to keep here.
 report: $(INSTALLED)  ## draw the figures and write RESULTS.md from the runs in results/runs

@@ -1,5 +1,6 @@
 """Test that every file, test and command that the documents name exists and is understood."""
 
+import csv
 import importlib
 import re
 import shlex
@@ -10,6 +11,7 @@ from torch.distributed import run as torchrun
 
 import opts
 from errors import UsageError
+from exchange.square import tables
 from helpers.documents import WORD, missing, project_files
 from helpers.run_main import ROOT
 from tools.results.configs import configs
@@ -160,3 +162,9 @@ def test_the_mistakes_in_the_readme_are_answered_as_it_says():
     with pytest.raises(UsageError) as error:
         opts.parse(shlex.split(command)[2:])
     assert error.value.report().splitlines() == answer
+
+
+def test_the_tables_of_the_exchange_are_those_of_its_newest_results():
+    newest = sorted((ROOT / "results").glob("exchange_*.csv"))[-1]
+    rows = [*csv.DictReader(newest.read_text().splitlines())]
+    assert tables(rows) in (ROOT / "docs/exchange.md").read_text()
