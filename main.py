@@ -312,7 +312,10 @@ def read_weights(opt: Settings, world, warn: Callable[[str], None] | None = None
     known = world.broadcast_result(
         read_beside, lambda found: json.dumps(found).encode(), json.loads
     )
-    brought = known.get("settings", {}) | imported.settings
+    # A file of this program knows more than its names tell, of the pixels for one.
+    own = {"nChannels"} if known else imported.settings.keys()
+    brought = {name: value for name, value in imported.settings.items() if name in own}
+    brought |= known.get("settings", {})
     return adopt(opt, brought, console.warn), imported, known
 
 

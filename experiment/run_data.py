@@ -57,8 +57,13 @@ def read_beside(weights: Path, key: str | None = None) -> dict[str, list]:
             parser.add(parser.parse_yaml(directory / CONFIG_FILE))
         data, settings = read_data_of(directory), parser.values
     elif metadata := safetensors.read_metadata(weights):
-        data = parse_data(json.loads(metadata["data"]), weights)
-        settings = yaml.safe_load(metadata["settings"])
+        try:
+            data = parse_data(json.loads(metadata["data"]), weights)
+            settings = yaml.safe_load(metadata["settings"])
+            settings = {name: opts.FLAGS[name].parse(opts.as_text(settings[name]))
+                        for name in NETWORK_FLAGS if name in settings}  # fmt: skip
+        except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{weights} has invalid metadata", "use another file") from error
     else:
         try:
             state = checkpoints.load(weights)

@@ -260,7 +260,8 @@ def _refuse_other_networks(weights: Weights) -> None:
     """
     found = [what + of for pattern, what, of in OTHER_PARTS
              if any(re.match(pattern, name) for name in weights)]  # fmt: skip
-    convs = {name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.dim() > 2}
+    convs = {name: tuple(tensor.shape) for name, tensor in weights.items()
+             if tensor.dim() > 2 and name.startswith("features.")}  # fmt: skip
     if sizes := {len(shape) for shape in convs.values()} - {4}:
         found.append(f"convolutions in {min(sizes) - 2} dimensions, as MONAI's spatial_dims sets")
     layer = [convs.get(f"features.denseblock1.denselayer1.conv{i}.weight") for i in (1, 2)]

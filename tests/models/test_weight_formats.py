@@ -264,3 +264,13 @@ def test_weights_of_any_other_names_and_shapes_fit_or_are_refused_in_one_line(fi
             assert all(torch.equal(before[name], after[name]) for name in before)
             refused += 1
     assert refused > 20
+
+
+def test_what_stands_beside_a_network_may_have_any_shape():
+    weights = timm_network() | {
+        "criterion.anchors": torch.ones(1, 2, 3),
+        "head.x": torch.ones(5 * (1,)),
+    }
+    found, notes = import_weights(weights, None, [].append), []
+    models.state_dicts.load_weights(network(3, 5), found.weights, warn=notes.append)
+    assert notes == ["reads the weights of the network, without criterion.anchors and 1 more"]

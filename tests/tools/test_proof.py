@@ -13,11 +13,13 @@ import types
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torchvision.models.densenet
 from PIL import Image
 
 import checkpoints
+import fileio.safetensors
 import models.factory
 import opts
 from faults.contract import command, write_files
@@ -286,6 +288,27 @@ def test_thresholds_stay_with_a_file_and_end_with_training(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = [*csv.DictReader(io.StringIO(printed[printed.index("image,") :]))]
     assert sum(float(row["percent"]) for row in rows) == pytest.approx(100)
+
+
+def test_the_metadata_of_a_file_win_over_what_its_names_tell(source, tmp_path):
+    data = write_files(tmp_path / "data")
+    flags = command(**TINY | {"dataset": "folder", "batchSize": 4, "data": data, "nEpochs": 1})
+    there = exported(source, "monai", tmp_path / "it.safetensors")
+    named = ["--from=monai", "--resetClassifier=true", f"--retrain={there}"]
+    assert run([*flags, *named, f"--save={tmp_path / 'run'}"]).code == 0
+    # As of torchxrayvision, whose pixels have another range than this network was trained with.
+    there = exported(source, "torchxrayvision", tmp_path / "x.safetensors")
+    named = ["--from=torchxrayvision", "--resetClassifier=true", f"--retrain={there}"]
+    assert run([*flags, *named, f"--save={tmp_path / 'other'}"]).code == 0
+    assert "inputRange" not in (tmp_path / "other/config.yaml").read_text().partition("defaults")[0]
+
+    content = safetensors.torch.load(there.read_bytes())
+    known = json.dumps({"classes": ["a"], "mean": [0], "std": [1]})
+    for settings in ("{", "bnEps: [", "bnEps: abc"):
+        metadata = {"settings": settings, "data": known}
+        there.write_bytes(fileio.safetensors.to_bytes(content, metadata))
+        refused = run([*flags, f"--retrain={there}", "--testOnly=true"])
+        assert refused.code == 2 and "has invalid metadata; fix: use another" in refused.err
 
 
 def test_a_network_of_torchxrayvision_without_thresholds_has_independent_scores(tmp_path, capsys):
