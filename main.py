@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import opts
-from cli import path_checks
+from cli import network_settings, path_checks
 from cli.flag_types import Settings
 from distributed import launcher, signals
 from distributed.signals import SignalHandler, kill_children
@@ -268,7 +268,8 @@ def create_trainer(opt: Settings, data, world, device, ops, directory: RunDirect
     shard = BatchShard(world, device) if world.size > 1 else None
     model = models.factory.create(opt, len(data.classes), ops, shard)
     log = RunLog(directory.path if directory else None)
-    capturer = cuda_graph.make_capturer(opt.cudaGraph, device)
+    is_random = network_settings.has_random_depth(opt)  # decides on the host what is computed
+    capturer = cuda_graph.make_capturer("false" if is_random else opt.cudaGraph, device)
     return train.Trainer(opt, model, device, log, world, shard, capturer)
 
 
@@ -285,7 +286,6 @@ def read_weights(opt: Settings, world, warn: Callable[[str], None] | None = None
     import json
 
     import checkpoints
-    from cli.network_settings import adopt
     from experiment import console, run_data
     from fileio import tensor_files
     from models.weight_formats import import_weights
@@ -316,7 +316,7 @@ def read_weights(opt: Settings, world, warn: Callable[[str], None] | None = None
     own = {"nChannels"} if known else imported.settings.keys()
     brought = {name: value for name, value in imported.settings.items() if name in own}
     brought |= known.get("settings", {})
-    return adopt(opt, brought, console.warn), imported, known
+    return network_settings.adopt(opt, brought, console.warn), imported, known
 
 
 def load_pretrained(opt: Settings, model, data, imported, known: dict) -> None:

@@ -6,20 +6,18 @@ Imports nothing heavy, so that `--help` and usage errors are answered before tor
 import sys
 from pathlib import Path
 
-from cli import network_settings
-from cli.config_files import MEMORY_ALIASES, add_file, add_resumed
+from cli import network_settings, rules
+from cli.config_files import add_file, add_resumed
 from cli.flag_reader import FlagParser
 from cli.flag_types import (
     AT_LEAST_1,
     NON_NEGATIVE,
     POSITIVE,
     Flag,
-    Problem,
     Range,
     Settings,
     as_text,
     boolean,
-    broken,
     help_text,
     integer,
     integers,
@@ -35,6 +33,7 @@ from errors import UsageError
 from models.registry import ARCHITECTURES, LIBRARIES
 
 MEMORY_LEVELS = (0, 1, 2, 3, 4)
+OWN_DEFAULTS = "as published for wideresnet to fractalnet"
 
 # Not formatted: one field a line would make this table five screens long.
 # fmt: off
@@ -86,6 +85,9 @@ GROUPS: dict[str, list[Flag]] = {
              choices=("error", "skip")),
         Flag("exifRotate", boolean, False, "turn images as their EXIF orientation says",
              role="training"),
+        Flag("preprocess", text, "normalise", "what is done to images up to 32 pixels: mean 0 and "
+             "std 1; global contrast normalisation; this and ZCA whitening",
+             choices=("normalise", "gcn", "zca"), role="training"),
         Flag("whiteLevel", number, None, "value of white in images of more than 8 bits whose files "
              "declare no scale", "the type's largest; 1 for floats", range=POSITIVE,
              role="training"),
@@ -100,12 +102,13 @@ GROUPS: dict[str, list[Flag]] = {
     ],
     "Training options": [
         Flag("nEpochs", integer, None, "epochs to train",
-             "300 CIFAR, 164 with resnets; 40 SVHN; 90 ImageNet, 100 for DenseNet-161",
+             "300 CIFAR, 164 with resnets; 40 SVHN; 90 ImageNet, 100 for DenseNet-161; "
+             f"{OWN_DEFAULTS}",
              range=Range(1, 1_000_000), role="duration"),
         Flag("epochNumber", integer, 1, "number of the first epoch", range=AT_LEAST_1),
         Flag("batchSize", integer, None, "images per step, over all GPUs together",
-             "64 CIFAR and SVHN; 256 ImageNet, 128 for DenseNet-161", range=AT_LEAST_1,
-             role="training"),
+             f"64 CIFAR and SVHN; 256 ImageNet, 128 for DenseNet-161; {OWN_DEFAULTS}",
+             range=AT_LEAST_1, role="training"),
         Flag("testOnly", boolean, False, "only evaluate the weights of --resume or --retrain"),
         Flag("tenCrop", boolean, False, "evaluate on ten crops of each image (above 64 pixels)"),
     ],
@@ -119,23 +122,34 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("override", boolean, False, "resume although settings differ from the checkpoint's"),
     ],
     "Optimization options": [
-        Flag("LR", number, 0.1, "initial learning rate", range=POSITIVE, role="training"),
-        Flag("momentum", number, 0.9, "Nesterov momentum", range=Range(0, 1, high_open=True),
+        Flag("LR", number, 0.1, "initial learning rate", f"0.1; {OWN_DEFAULTS}", range=POSITIVE,
              role="training"),
-        Flag("weightDecay", number, 1e-4, "weight decay, on every parameter", range=NON_NEGATIVE,
+        Flag("momentum", number, 0.9, "momentum", range=Range(0, 1, high_open=True),
              role="training"),
-        Flag("lrShape", text, "multistep", "LR / 10 at each milestone, or a cosine from LR to 0",
+        Flag("nesterov", boolean, True, "Nesterov's form of it", f"true; {OWN_DEFAULTS}",
+             role="training"),
+        Flag("weightDecay", number, 1e-4, "weight decay, on every parameter",
+             f"0.0001; {OWN_DEFAULTS}", range=NON_NEGATIVE, role="training"),
+        Flag("loss", text, "crossEntropy", "of the logits; squaredHinge: one class against the "
+             "rest", "crossEntropy; dsn squaredHinge", choices=("crossEntropy", "squaredHinge"),
+             role="training"),
+        Flag("lrShape", text, "multistep", "a drop at each milestone, or a cosine from LR to 0",
              choices=("multistep", "cosine"), role="training"),
-        Flag("milestones", integers, None, "epochs at which the learning rate is divided by 10",
-             "50 % and 75 % of nEpochs, resnets 81 and 122 of 164; ImageNet: 31, 61, 91",
+        Flag("milestones", integers, None, "epochs at which the learning rate drops",
+             "50 % and 75 % of nEpochs, resnets 81 and 122 of 164; ImageNet: 31, 61, 91; "
+             f"{OWN_DEFAULTS}",
              range=AT_LEAST_1, role="training"),
+        Flag("lrDecay", number, 0.1, "factor of the learning rate at each milestone",
+             f"0.1; {OWN_DEFAULTS}", range=Range(0, 1, low_open=True), role="training"),
+        Flag("warmupSteps", integer, 0, "first steps of the run, at a tenth of their learning rate",
+             range=NON_NEGATIVE, role="training"),
     ],
     "Model options": [
         Flag("netType", text, "densenet", "network", choices=tuple(ARCHITECTURES), role="model"),
         Flag("depth", integer, None, "layers L: densenet 6n+4, 3n+4 without bottleneck; resnet "
-             "6n+2; preresnet 9n+2, 6n+2 without; on ImageNet 121, 161, 169, 201, 232 or 264, "
-             "resnets 18, 34, 50, 101, 152 or 200", "100, 110, 164; ImageNet 121, resnets 50",
-             range=AT_LEAST_1, role="model"),
+             "6n+2; preresnet 9n+2, 6n+2 without; wideresnet 6n+4; fractalnet 6, 11, 21, 41; on "
+             "ImageNet 121, 161, 169, 201, 232 or 264, resnets 18, 34, 50, 101, 152 or 200",
+             "100, 110, 164, 28; ImageNet 121, resnets 50", range=AT_LEAST_1, role="model"),
         Flag("shortcutType", text, None, "residual shortcut where the shape changes: A zeros, B a "
              "convolution; C: a convolution in every block", "A; B ImageNet",
              choices=("A", "B", "C"), role="model"),
@@ -168,8 +182,10 @@ GROUPS: dict[str, list[Flag]] = {
              role="model"),
         Flag("reduction", number, 0.5, "fraction of channels that a transition keeps (DenseNet-C)",
              range=Range(0, 1, low_open=True), role="model"),
-        Flag("dropRate", number, None, "dropout rate after each convolution but the first",
-             "0; 0.2 without augmentation", range=Range(0, 1, high_open=True), role="training"),
+        Flag("dropRate", number, None, "dropout rate: densenet after each convolution but the "
+             "first; wideresnet to fractalnet as in their papers",
+             "0; 0.2 without augmentation; nin, allcnn, dsn 0.5; highway 0.2",
+             range=Range(0, 1, high_open=True), role="training"),
         Flag("optMemory", level, 2, "activations kept for backward: 0 all, each level fewer; 2 is "
              "the fastest, 4 the smallest; auto: the fastest that fits the GPU",
              choices=(*MEMORY_LEVELS, "auto")),
@@ -178,19 +194,30 @@ GROUPS: dict[str, list[Flag]] = {
         *(Flag(f"d{i}", integer, 0, f"layers of block {i}, for a custom depth at ImageNet shape",
                range=NON_NEGATIVE, role="model") for i in (1, 2, 3, 4)),
     ],
+    "Model options for the other networks of the paper's Table 2": [
+        Flag("widen", number, None, "multiplies the channels of wideresnet to fractalnet",
+             "10 wideresnet, else 1", range=POSITIVE, role="model"),
+        Flag("stochasticDepth", number, 1.0, "resnet: probability with which a training step runs "
+             "the last block; it falls evenly from the first", range=Range(0, 1, low_open=True),
+             role="training"),
+        Flag("columns", integer, None, "fractalnet: the deepest columns to keep", "all",
+             range=AT_LEAST_1, role="model"),
+        Flag("dropPath", number, 0.0, "fractalnet: rate of local drop-path, in half of the steps; "
+             "the other half keeps one column", range=Range(0, 1, high_open=True),
+             role="training"),
+        Flag("auxWeight", number, 0.1, "dsn: weight of its companions' losses; it falls to 0 over "
+             "the epochs", range=NON_NEGATIVE, role="training"),
+    ],
 }
 # fmt: on
 FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 
 USAGE = """usage: python main.py [--config FILE.yaml] [--flag value ...]
 
-Train a DenseNet as in `Densely Connected Convolutional Networks` (CVPR 2017), or a ResNet.
+Train a DenseNet as in `Densely Connected Convolutional Networks` (CVPR 2017), or a network that
+its Table 2 compares it with.
 Every flag takes one value, as -flag VALUE or --flag VALUE; booleans are true or false.
 Examples and the run directory: README.md. The original's rules: docs/parity.md."""
-# Lua's parser accepts these, and nothing in the Lua code reads them.
-IGNORED_FLAGS = ("backend", "gen", "optimState")
-# Lua command lines give this one with any network: a note, not an error.
-TOLERATED_FLAGS = ("shortcutType",)
 # These belong to one call, not to the experiment: a run's config.yaml leaves them out.
 NOT_SAVED = ("config", "printConfig", "debug", "resume", "override", "save", "testOnly")
 
@@ -201,8 +228,10 @@ def apply_defaults(given: dict[str, object]) -> Settings:
     Also sets two that are derived and not flags: `imagenetShape`, and `stages`, the layers per
     dense block.
     """
-    opt = Settings(**{name: flag.default for name, flag in FLAGS.items()} | given)
-    dataset, network = DATASETS[opt.dataset], ARCHITECTURES[opt.netType]
+    defaults = {name: flag.default for name, flag in FLAGS.items()}
+    network = ARCHITECTURES[given.get("netType", defaults["netType"])]
+    opt = Settings(**defaults | network.defaults | given)
+    dataset = DATASETS[opt.dataset]
 
     def default(name: str, value: object) -> None:
         if getattr(opt, name) is None:
@@ -228,95 +257,6 @@ def apply_defaults(given: dict[str, object]) -> Settings:
         opt.optnet = opt.shareGradInput = False
     default("save", str(Path("checkpoints") / network_settings.run_name(opt)))
     return opt
-
-
-# fmt: off
-def validate(opt: Settings, given: dict[str, object]) -> list[Problem]:
-    """List what is impossible about settings that are valid one by one."""
-    dataset, milestones = DATASETS[opt.dataset], opt.milestones or []
-    size = dataset.fixed_size
-    bottleneck = given.get("bottleneck", opt.bottleneck)
-    aliases = [name for name in MEMORY_ALIASES if given.get(name, False) is not False]
-    near_batch = max(round(opt.batchSize / opt.replicas), 1) * opt.replicas
-    rules = [
-        # network
-        (bottleneck != opt.bottleneck and ARCHITECTURES[opt.netType].uses("bottleneck"),
-         f"bottleneck {as_text(bottleneck)} has no effect on a {opt.netType} of depth {opt.depth}",
-         "leave it out: above 64 pixels the depth decides"),
-        # images, and what is evaluated on them
-        (size not in (None, opt.imageSize),
-         f"imageSize: images of {opt.dataset} have {size} pixels, not {opt.imageSize}",
-         f"use {size} or leave it out"),
-        (opt.testOnly and opt.resume == "none" and opt.retrain == "none",
-         "testOnly without weights would test random ones", "add --resume DIR or --retrain FILE"),
-        (opt.tenCrop and (not opt.imagenetShape or dataset.is_generated),
-         f"tenCrop: {opt.dataset} at {opt.imageSize} pixels has no crops", "leave it out"),
-        # first epoch
-        (opt.epochNumber != 1 and opt.resume not in ("none", "auto"),
-         f"epochNumber {opt.epochNumber} together with resume, which knows the epoch",
-         "leave out one of them"),
-        (opt.epochNumber > opt.nEpochs,
-         f"epochNumber {opt.epochNumber} is after the last epoch, {opt.nEpochs}",
-         f"use 1 to {opt.nEpochs}"),
-        # memory level and initial weights
-        (len(aliases) > 1,
-         f"{' and '.join(aliases)} exclude each other", "keep one, or use --optMemory"),
-        *((getattr(opt, name) and opt.retrain == "none",
-           f"{name} without weights to retrain", "add --retrain FILE")
-          for name in ("resetClassifier", "adaptChannels", "from", "paddleDropout")),
-        (opt.resetClassifier and opt.testOnly and opt.resume == "none",
-         "resetClassifier with testOnly would test a random classifier",
-         "leave it out, or add --resetClassifier false where a run's config.yaml has it"),
-        # learning rate
-        (opt.lrShape == "cosine" and bool(milestones),
-         "milestones have no effect on a cosine",
-         "leave out milestones or use --lrShape multistep"),
-        (milestones != sorted(milestones),
-         f"milestones {as_text(milestones)} are not in order",
-         f"use {as_text(sorted(milestones))}"),
-        # batches, and the images and numbers in them
-        (opt.batchSize % opt.replicas != 0 and not opt.testOnly,
-         f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number",
-         f"use {near_batch}, or another number"),
-        (opt.nImages != FLAGS["nImages"].default and not dataset.is_generated,
-         f"nImages has no effect on {opt.dataset}", "leave it out or use --dataset synthetic"),
-        (opt.tf32 and opt.precision != "single",
-         f"tf32 has no effect with precision {opt.precision}",
-         "leave it out or use --precision single"),
-    ]
-    return [*_unused_flag_problems(opt, given), *network_settings.problems(opt), *broken(rules)]
-# fmt: on
-
-
-def _unused_flag_problems(opt: Settings, given: dict[str, object]) -> list[Problem]:
-    """Refuse flags that describe another kind of network than the one that is built."""
-    refused = [
-        name
-        for name, value in ARCHITECTURES[opt.netType].unused_flags.items()
-        if FLAGS[name].role and name not in TOLERATED_FLAGS
-        if given.get(name) not in (None, value, FLAGS[name].default)
-    ]
-    whats = [f"{name} {as_text(given[name])} has no effect on a {opt.netType}" for name in refused]
-    return [(what, "leave it out, or use --netType densenet") for what in whats]
-
-
-def notes(opt: Settings, given: dict[str, object]) -> list[str]:
-    """List what the user should know about settings that can be run."""
-    network = ARCHITECTURES[opt.netType]
-    late = [epoch for epoch in opt.milestones or [] if epoch > opt.nEpochs]
-    noted = [name for name in network.unused_flags if given.get(name, False) is not False]
-    renamed = [name for name in ("shareGradInput", "optnet") if given.get(name)]
-    unresized = "resize" in given and not DATASETS[opt.dataset].is_read_from_disk(opt.imageSize)
-    where = f"{opt.dataset} at {opt.imageSize} pixels"
-    return [
-        *([f"resize has no effect on {where}"] if unresized and opt.resize == "torch7" else []),
-        *(f"{name} has no effect here" for name in IGNORED_FLAGS if name in given),
-        *(f"{name} has no effect on a {opt.netType}" for name in noted),
-        *(f"{name} is optMemory {opt.optMemory} here" for name in renamed if network.uses(name)),
-        *([f"milestones {as_text(late)} come after the last epoch, {opt.nEpochs}"] if late else []),
-        *(["syncBN has no effect on one process"] if opt.syncBN and opt.replicas == 1 else []),
-        *network_settings.notes(opt, given),
-    ]
 
 
 def parse(argv: list[str], world_size: int = 0) -> Settings:
@@ -352,9 +292,9 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
     problems = parser.problems
     # While one of these is unknown, the rules about depth and size would apply to its default.
     if not parser.unparsed & {"dataset", "imageSize", "netType", "bottleneck"}:
-        problems = problems + validate(opt, parser.values)
+        problems = problems + rules.problems(opt, parser.values, FLAGS)
     UsageError.raise_for(problems)
-    opt.notes = notes(opt, parser.values)
+    opt.notes = rules.notes(opt, parser.values)
     opt.given, opt.given_by_run = frozenset(parser.values), frozenset(parser.values.keys() - before)
     opt.defaults = frozenset(FLAGS.keys() - parser.values.keys() | parser.defaults)
     opt.start_notes = start_notes(opt, milestones)
@@ -364,7 +304,7 @@ def parse(argv: list[str], world_size: int = 0) -> Settings:
 def settings(opt: Settings) -> dict[str, object]:
     """Return the settings that have an effect, as plain values in the order of the table."""
     network = ARCHITECTURES[opt.netType]
-    unused = {*IGNORED_FLAGS, "optnet", "shareGradInput", *network.unused_flags}
+    unused = {*rules.IGNORED_FLAGS, "optnet", "shareGradInput", *network.unused_flags}
     if opt.imagenetShape and network.basic_depths is not None:
         unused.add("bottleneck")  # the depth decides
     values = {name: getattr(opt, name) for name in FLAGS if name not in unused}

@@ -11,17 +11,16 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed.world import BatchShard, World
-from engine import optimizer
+from engine import optimizer, schedule
 from engine.cuda_graph import Capturer, StepRunner
 from engine.gradients import GradientReducer
+from engine.losses import LOSSES, mean_loss, network_logits
 from engine.metrics import Metrics, Results
 from engine.nonfinite import NonFiniteGuard
 from engine.precision import PRECISIONS, autocast
-from engine.schedule import LRSchedule
 from errors import NonFiniteError
 from experiment.log import RunLog
 
@@ -43,8 +42,9 @@ class Trainer:
     RunLog prints, and the callbacks of `train` and `evaluate` save or stop.
 
     Args:
-        opt: the settings; reads epochNumber, tenCrop, precision, and the LR and optimizer flags.
-        model: maps (N, C, H, W) to logits (N, C); moved to `device` and `precision`, channels last.
+        opt: the settings; reads epochNumber, tenCrop, precision, loss, the LR and optimizer flags.
+        model: maps (N, C, H, W) to what engine/losses.py reads; moved to `device` and `precision`,
+            channels last. Its buffer `progress`, if any, is set to the fraction of epochs done.
         world, shard: all processes, and this one's part of each batch; None: one, or no training.
         capturer: captures steps as CUDA graphs (engine/cuda_graph.py); if None, steps run eagerly.
     """
@@ -64,7 +64,7 @@ class Trainer:
         self.precision, mode = opt.precision, PRECISIONS[opt.precision]
         self.dtype, self.num_crops = mode.dtype, 10 if opt.tenCrop else 1
         self.model = model.to(device, self.dtype, memory_format=torch.channels_last)
-        self.schedule = LRSchedule(opt.lrShape, opt.LR, opt.nEpochs, opt.milestones)
+        self.schedule, self.loss = schedule.create(opt), LOSSES[opt.loss]
         # A captured step reads its LR from a float32 tensor on the GPU. Eager GPU steps use the
         # same tensor, so that both round the LR alike.
         lr_on_device = device.type == "cuda" or capturer is not None
@@ -138,6 +138,8 @@ class Trainer:
         self.step += 1
         self.global_step += 1
         optimizer.set_lr(self.optimizer, self._current_lr(steps))
+        if hasattr(self.model, "progress"):
+            self.model.progress.fill_((self.epoch - 1) / self.schedule.num_epochs)
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         """Do one SGD step; never wait for the device, so that a CUDA graph can capture it."""
@@ -178,12 +180,12 @@ class Trainer:
 
     def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (N, C) and mean loss; without images, those of a zero image and 0."""
-        if len(targets):
-            logits = self.model(images)  # (N, C)
-            return logits, F.cross_entropy(logits, targets)
-        # A process without images must join syncBN's collectives and draw dropout's seed.
-        logits = self.model(images.new_zeros(1, *images.shape[1:]))
-        return logits, 0 * logits.sum()
+        is_empty = not len(targets)
+        if is_empty:  # but this process must join syncBN's collectives and draw dropout's seed
+            images, targets = images.new_zeros(1, *images.shape[1:]), targets.new_zeros(1)
+        outputs = self.model(images)
+        loss = mean_loss(self.loss, outputs, targets)
+        return network_logits(outputs), 0 * loss if is_empty else loss
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if a loss or gradient was not finite (waits for the device)."""
@@ -219,7 +221,7 @@ class Trainer:
         with autocast(self.device, self.precision):
             logits = self.model(images).to(self.dtype)  # (N * crops, C)
             logits = mean_over_crops(logits, self.num_crops)  # (N, C)
-            loss = F.cross_entropy(logits, targets)
+            loss = self.loss(logits, targets)
         self._eval_metrics.add(loss, logits, targets)
 
     def finish_epoch(self, train: dict, val: dict) -> dict:

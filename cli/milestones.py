@@ -5,10 +5,11 @@ from models.registry import ARCHITECTURES
 
 
 def default_milestones(num_epochs: int, imagenet: bool, net_type: str = "densenet") -> list[int]:
-    """Return the epochs, counted from 1, at which the rate is divided by 10 (docs/parity.md).
+    """Return the epochs, counted from 1, at which the rate drops (docs/parity.md).
 
     CIFAR and SVHN: the first epochs that are >= 50 % and >= 75 % of `num_epochs`, for residual
-    networks 81 and 122 of 164 in proportion. ImageNet: every thirty epochs.
+    networks 81 and 122 of 164 in proportion, for others those of their papers. ImageNet: every
+    thirty epochs.
     """
     if imagenet:
         return list(range(31, num_epochs + 1, 30))
@@ -29,10 +30,10 @@ def follow_length(
     return passed + [epoch for epoch in later if epoch <= num_epochs]
 
 
-def describe_rates(lr: float, milestones: list[int], num_epochs: int) -> str:
+def describe_rates(lr: float, milestones: list[int], num_epochs: int, decay: float = 0.1) -> str:
     """Name the rate from each milestone on: `LR 0.01 from epoch 150, 0.001 from epoch 225`."""
     # Of equal milestones the last one decides.
-    rates = {epoch: f"{lr / 10**drops:g}" for drops, epoch in enumerate(milestones, start=1)}
+    rates = {epoch: f"{lr * decay**drops:g}" for drops, epoch in enumerate(milestones, start=1)}
     parts = [f"{rate} from epoch {epoch}" for epoch, rate in rates.items() if epoch <= num_epochs]
     return f"LR {', '.join(parts)}" if parts else f"LR {lr:g} in every epoch"
 
@@ -46,7 +47,7 @@ def start_notes(opt: Settings, from_config: str) -> list[str]:
     if opt.lrShape != "multistep":
         return []
     if from_config:
-        rates = describe_rates(opt.LR, opt.milestones, opt.nEpochs)
+        rates = describe_rates(opt.LR, opt.milestones, opt.nEpochs, opt.lrDecay)
         if from_config == "follow":
             return [f"milestones follow nEpochs {opt.nEpochs}: {rates}"]
         stay = f"milestones of the config stay with nEpochs {opt.nEpochs}: {rates}"
@@ -56,7 +57,7 @@ def start_notes(opt: Settings, from_config: str) -> list[str]:
     # As in Lua, a very short run has no epoch at the initial rate.
     epochs = range(1, opt.nEpochs + 1)
     drops = (sum(epoch >= milestone for milestone in opt.milestones) for epoch in epochs)
-    shown = " and ".join(dict.fromkeys(f"{opt.LR / 10**count:g}" for count in drops))
+    shown = " and ".join(dict.fromkeys(f"{opt.LR * opt.lrDecay**count:g}" for count in drops))
     return [
         f"nEpochs {opt.nEpochs} trains at LR {shown}: its milestones are "
         f'{as_text(opt.milestones)}; --milestones "[]" trains at {opt.LR:g}'

@@ -36,7 +36,9 @@ def apply_defaults(opt: SimpleNamespace) -> None:
         opt.bottleneck = opt.depth not in network.basic_depths
     elif not network.uses("bottleneck"):
         opt.bottleneck = False
-    if is_imagenet:
+    if network.cifar_stages and not is_imagenet:
+        opt.stages = network.cifar_stages.get(opt.depth, ())
+    elif is_imagenet:
         opt.stages = custom if any(custom) else network.imagenet_stages.get(opt.depth, ())
     else:
         layers_per_block = network.layers_per_block[opt.bottleneck]
@@ -53,23 +55,34 @@ def apply_defaults(opt: SimpleNamespace) -> None:
 def network_name(opt: SimpleNamespace) -> str:
     """Name the network as runs do: `densenet-BC-L100-k12`, `resnet-L110`, `preresnet-L164-B`."""
     network = ARCHITECTURES[opt.netType]
-    if network.shortcuts:
-        default_shortcut = network.shortcuts[opt.imagenetShape]
-        shortcut = "" if opt.shortcutType == default_shortcut else f"-{opt.shortcutType}"
-        is_basic = network.uses("bottleneck") and not opt.imagenetShape and not opt.bottleneck
-        return f"{opt.netType}-L{opt.depth}{shortcut}{'-basic' if is_basic else ''}"
-    variant = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
-    return f"{opt.netType}{variant.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
+    if network.uses("growthRate"):
+        variant = "-" + ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
+        return f"{opt.netType}{variant.rstrip('-')}-L{opt.depth}-k{opt.growthRate}"
+    name = f"{opt.netType}-L{opt.depth}"
+    if network.shortcuts and opt.shortcutType != network.shortcuts[opt.imagenetShape]:
+        name += f"-{opt.shortcutType}"
+    is_basic = network.uses("bottleneck") and not opt.imagenetShape and not opt.bottleneck
+    parts = {
+        "basic": is_basic,
+        f"x{as_text(opt.widen).removesuffix('.0')}": network.shortcuts and opt.widen is not None,
+        f"w{opt.widen}": not network.shortcuts and opt.widen not in (None, 1),
+        f"columns{opt.columns}": opt.columns is not None,
+        "sd": opt.stochasticDepth < 1,
+        "droppath": opt.dropPath > 0,
+        f"drop{opt.dropRate}": network.defaults.get("dropRate", opt.dropRate) != opt.dropRate,
+    }
+    return "-".join([name, *(part for part, has_it in parts.items() if has_it)])
 
 
 def run_name(opt: Settings) -> str:
-    """Name the run's directory below `checkpoints/`: dataset, network and seed."""
+    """Name the run's directory below `checkpoints/`: dataset, network, form of the rate, seed."""
     dataset, data = DATASETS[opt.dataset], opt.dataset
     if dataset.is_named_by_directory:
         data += f"-{os.path.basename(os.path.abspath(opt.data))}"
     plus = "+" if opt.augment and dataset.marks_augmentation else ""
-    cosine = "-cosine" if opt.lrShape == "cosine" else ""
-    return f"{data}{plus}-{network_name(opt)}{cosine}-seed{opt.manualSeed}"
+    rate = "-cosine" if opt.lrShape == "cosine" else ""
+    rate += "-warmup" if opt.warmupSteps > 0 else ""
+    return f"{data}{plus}-{network_name(opt)}{rate}-seed{opt.manualSeed}"
 
 
 # fmt: off
@@ -87,16 +100,29 @@ def problems(opt: SimpleNamespace) -> list[Problem]:
     variant = "with bottleneck" if opt.bottleneck else "without bottleneck"
     variant = variant if network.uses("bottleneck") else opt.netType
     # ImageNet shape: the known depth closest to the one given, and the stages of that one.
-    known = network.imagenet_stages
-    closest = min(known, key=lambda depth: abs(depth - opt.depth))
+    known = network.cifar_stages if is_cifar else network.imagenet_stages
+    closest = min(known, key=lambda depth: abs(depth - opt.depth), default=None)
     standard = known.get(opt.depth, opt.stages)
     custom_depth = layers_per_block * sum(custom) + 5
+    num_columns = opt.stages[0].bit_length() if opt.stages else 0
+    if not is_cifar and not known:
+        what = f"imageSize: a {opt.netType} is for images of up to 64 pixels, not {opt.imageSize}"
+        return [(what, "use another --imageSize, or --netType densenet")]
     rules = [
+        (opt.imageSize < network.min_size,
+         f"imageSize: {opt.netType} needs at least {network.min_size} pixels, not {opt.imageSize}",
+         f"use another --{'dataset' if DATASETS[opt.dataset].fixed_size else 'imageSize'}"),
+        (opt.widen is not None and round(opt.widen * network.narrowest) < 1,
+         f"widen: {opt.widen} leaves no channels of {network.narrowest}",
+         f"use at least {1 / network.narrowest}"),
+        (opt.columns is not None and 0 < num_columns < opt.columns,
+         f"columns: a {opt.netType} of depth {opt.depth} has {num_columns}, not {opt.columns}",
+         f"use 1 to {num_columns}" if num_columns > 1 else "leave it out"),
         # CIFAR shape: three stages of equal length
         (is_cifar and any((opt.d1, opt.d2, opt.d3, opt.d4)),
          f"d1 to d4 have no effect at {opt.imageSize} pixels",
          "use --depth, or an imageSize above 64"),
-        (is_cifar and (rest != 0 or n < 1),
+        (is_cifar and not known and (rest != 0 or n < 1),
          f"depth: {opt.depth} is not {step}n + {extra} ({variant})", f"use {close}{basic}"),
         # ImageNet shape: a known depth, or stages by --d1 to --d4
         (any(custom) and not all(custom),
@@ -104,20 +130,34 @@ def problems(opt: SimpleNamespace) -> list[Problem]:
         (all(custom) and standard != opt.stages and opt.depth != custom_depth,
          f"depth {opt.depth} has blocks of {as_text(standard)}, d1 to d4 say {as_text(opt.stages)}",
          "leave out depth or d1 to d4"),
-        (not is_cifar and not any(custom) and opt.depth not in known,
-         f"depth: {opt.depth} is not one of {', '.join(map(str, known))}",
+        (bool(known) and not any(custom) and opt.depth not in known,
+         f"depth: {opt.depth} is not {'one of ' * (len(known) > 1)}{', '.join(map(str, known))}",
          f"use {closest}, or give d1 to d4" if network.uses("d1") else f"use {closest}"),
     ]
-    return [*(broken(rules) or _width_problems(opt)), *channel_problems(opt)]
+    return [*(broken(rules) or _width_problems(opt)), *input_problems(opt)]
 # fmt: on
 
 
-def channel_problems(opt: SimpleNamespace) -> list[Problem]:
-    """Refuse a number of channels that the files of a dataset cannot be read with."""
-    if opt.nChannels in (1, 3) or DATASETS[opt.dataset].is_generated:
-        return []
-    what = f"nChannels: images of {opt.dataset} have 3 channels, or 1 in grey, not {opt.nChannels}"
-    return [(what, "use 1 or 3; --dataset synthetic makes any number")]
+def has_random_depth(opt: SimpleNamespace) -> bool:
+    """Tell whether training steps draw what they compute."""
+    return opt.stochasticDepth < 1 or opt.dropPath > 0
+
+
+# fmt: off
+def input_problems(opt: SimpleNamespace) -> list[Problem]:
+    """Refuse what the images of a dataset cannot be made to."""
+    is_whitened = opt.preprocess != "normalise"
+    return broken([
+        (opt.nChannels not in (1, 3) and not DATASETS[opt.dataset].is_generated,
+         f"nChannels: images of {opt.dataset} have 3 channels, or 1 in grey, not {opt.nChannels}",
+         "use 1 or 3; --dataset synthetic makes any number"),
+        (is_whitened and opt.imageSize > 32,
+         f"preprocess {opt.preprocess} of images of {opt.imageSize} pixels",
+         "use --imageSize 32 or less, or --preprocess normalise"),
+        (is_whitened and opt.inputRange is not None,
+         f"inputRange has no effect with preprocess {opt.preprocess}", "leave out one of them"),
+    ])
+# fmt: on
 
 
 def notes(opt: SimpleNamespace, given: dict[str, object]) -> list[str]:
@@ -178,5 +218,5 @@ def adopt(opt: Settings, brought: dict[str, object], warn: Callable[[str], None]
             warn(f"{name} {ours}, as given; the weights are of a network with {theirs}")
     taken = {name: brought[name] for name in brought.keys() - chosen}
     opt = opt.replace(**taken, defaults=opt.defaults - taken.keys())
-    UsageError.raise_for(channel_problems(opt))
+    UsageError.raise_for(input_problems(opt))
     return opt

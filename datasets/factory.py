@@ -22,6 +22,7 @@ from datasets.memory_loader import (
 )
 from datasets.pipelines import LargeImages, Pipeline, SmallImages
 from datasets.registry import DATASETS, Statistics
+from datasets.whitening import preprocess
 from distributed.launcher import SINGLE_PROCESS, ProcessInfo
 from errors import DataError
 from fileio import limits
@@ -75,7 +76,8 @@ def create(
     is_on_disk = dataset.is_read_from_disk(opt.imageSize)
     statistics = _known_statistics(opt, statistics)
     # A network whose statistics are known is tested without training images.
-    test_only = dataset.is_image_folder and opt.testOnly and statistics
+    is_normalised = opt.preprocess == "normalise"  # whitening is fitted to training images
+    test_only = dataset.is_image_folder and opt.testOnly and statistics and is_normalised
 
     # List the image files, or read all images into memory.
     if is_on_disk or test_only:
@@ -92,14 +94,14 @@ def create(
         kept, held_out = split_indices(len(train), opt.validSize, opt.manualSeed)
         split = {"held_out": held_out.tolist()}
         statistics = _check_contrast(opt, train, kept, statistics, warn)
-    mean, std = statistics
+    if not is_normalised:
+        train, test = preprocess(opt.preprocess, train, test, kept)
 
     # Batch each split, and record what a resumed run compares.
-    unreadable = partial(
-        UnreadableImages, opt.onBadImage, warn=warn, all_gather=all_gather, noted={}
-    )
+    options = {"warn": warn, "all_gather": all_gather, "noted": {}}
+    unreadable = partial(UnreadableImages, opt.onBadImage, **options)
     loaders = _LoaderFactory(opt, device, dtype, process, statistics, unreadable)
-    metadata = {"mean": list(mean), "std": list(std)} | split | fingerprints
+    metadata = {"mean": list(statistics[0]), "std": list(statistics[1])} | split | fingerprints
     parts = loaders.make_all(train, test, kept, held_out)
     sizes = (part.sampler.num_images if part else None for part in parts)
     metadata |= {"classes": classes} | dict(zip(("train", "val", "test"), sizes, strict=True))
@@ -112,8 +114,14 @@ def _known_statistics(opt: SimpleNamespace, known: Statistics | None) -> Statist
     if not (opt.testOnly or dataset.is_read_from_disk(opt.imageSize)):
         known = None  # of all training images, computed again and compared
     found = expected_statistics(opt, known) or dataset.statistics_at(opt.imageSize, opt.nChannels)
-    if dataset.is_image_folder and opt.testOnly and not found:
-        _check_statistics_can_be_computed(Path(opt.data))
+    if dataset.is_image_folder and opt.testOnly:
+        if not found:
+            what = "mean and deviation of the images that these weights expect are not known"
+            fix = "name the model file of a run, beside its data.json, --resume RUN or --inputRange"
+            _check_can_be_computed(Path(opt.data), what, fix)
+        elif opt.preprocess != "normalise":
+            what = f"the constants of preprocess {opt.preprocess} are not kept with weights"
+            _check_can_be_computed(Path(opt.data), what, "name a --data that has train/ and val/")
     return found
 
 
@@ -167,7 +175,12 @@ def evaluation_loader(
 
 
 def expected_statistics(opt: SimpleNamespace, known: Statistics | None = None) -> Statistics | None:
-    """Return the mean and std of `--inputRange`, or else those known of a network's training."""
+    """Return the mean and std of `--inputRange`, or else those known of a network's training.
+
+    Images that are preprocessed have none to be removed.
+    """
+    if opt.preprocess != "normalise":
+        return (0.0,) * opt.nChannels, (1.0,) * opt.nChannels
     if opt.inputRange:
         low, high = opt.inputRange
         std = 255 / (high - low)
@@ -282,14 +295,13 @@ def _read_images(opt: SimpleNamespace, warn: Callable[[str], None]) -> Contents:
     return data.train, data.test, data.classes, fingerprints
 
 
-def _check_statistics_can_be_computed(root: Path) -> None:
+def _check_can_be_computed(root: Path, what: str, fix: str) -> None:
     try:
         find_class_directories(root / "train")
     except DataError as error:
-        what = "mean and deviation of the images that these weights expect are not known"
-        fix = "name the model file of a run, beside its data.json, --resume RUN or --inputRange"
-        what += f", and {root} has no training images to compute them from"
-        raise DataError(what, fix) from error
+        raise DataError(
+            f"{what}, and {root} has no training images to compute them from", fix
+        ) from error
 
 
 def _index_files(

@@ -18,7 +18,7 @@ CHANNELS = ("red", "green", "blue")
 class ImageTensors:
     """Hold images and their classes."""
 
-    pixels: Tensor  # (N, H, W, C) uint8
+    pixels: Tensor  # (N, H, W, C) uint8; float32 where datasets/whitening.py has changed them
     labels: Tensor  # (N,) int64
 
     def __len__(self) -> int:

@@ -38,6 +38,9 @@ class GradientReducer:
             Two scalars, bool on the device, which cover all processes.
         """
         loss = loss.detach()
+        for parameter in self._parameters:
+            if parameter.grad is None:  # of a layer that the step has dropped: it still decays
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self._parameters]
         if self._bucket is None:
             return torch.isfinite(loss), _are_finite(gradients)

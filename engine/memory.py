@@ -25,7 +25,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -38,6 +37,7 @@ from cli.flag_types import Settings
 from datasets.registry import DATASETS
 from distributed.world import World
 from engine import optimizer
+from engine.losses import LOSSES, mean_loss
 from engine.precision import PRECISIONS, autocast
 from errors import OutOfMemoryError
 from kernels import reference
@@ -238,6 +238,8 @@ def _simulate(
 ) -> int:
     """Return the most bytes in use during forward and backward, or evaluation, of one step."""
     dtype = PRECISIONS[opt.precision].dtype
+    # What is drawn at random may be all of the network.
+    opt = opt.replace(stochasticDepth=1.0, dropPath=0.0)
     with torch.device("meta"):
         model = models.factory.create(opt, num_classes, ops).to(dtype).train(training)
     tracker = MemoryTracker(device)
@@ -245,7 +247,7 @@ def _simulate(
     with _tiling_for(device), FakeTensorMode(), tracker:
         state = {
             name: _empty(tensor.shape, tensor.dtype).requires_grad_(tensor.requires_grad)
-            for name, tensor in model.state_dict(keep_vars=True).items()
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
         # Held during the whole step. The update itself works in place and allocates nothing.
         parameters = [tensor for tensor in state.values() if tensor.requires_grad]
@@ -255,7 +257,8 @@ def _simulate(
         if not training:
             held += [torch.empty_like(parameter) for parameter in parameters]  # the last gradients
         with torch.set_grad_enabled(training), autocast(torch.device("cpu"), opt.precision):
-            loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
+            outputs = functional_call(model, state, (images,))
+            loss = mean_loss(LOSSES[opt.loss], outputs, targets)
         if training:
             loss.backward()
         del held

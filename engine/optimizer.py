@@ -21,7 +21,7 @@ def create(opt: SimpleNamespace, model: nn.Module, lr: float | Tensor) -> torch.
         momentum=opt.momentum,
         dampening=0,
         weight_decay=opt.weightDecay,
-        nesterov=opt.momentum > 0,
+        nesterov=opt.nesterov and opt.momentum > 0,
         fused=True,
     )
     for parameter in model.parameters():

@@ -40,7 +40,8 @@ DECIDE_BATCHES = {"train", "training_set", "held_out"}  # which images a batch h
 FIXED_AT_START = (
     *("epochNumber", "retrain", "resetClassifier", "adaptChannels", "from", "paddleDropout"),
 )
-BROUGHT = ("nChannels", "bnEps", "inputRange")  # perhaps by the weights of --retrain, by no flag
+# Perhaps by the weights of --retrain, by no flag.
+BROUGHT = ("nChannels", "bnEps", "inputRange", "preprocess")
 MAX_FRUITLESS_RESTARTS = 3  # automatic restarts in a row that made no progress
 Warn = Callable[[str], None]
 
@@ -189,13 +190,13 @@ def match_network(opt: Settings, state: dict) -> Settings:
     opt = opt.replace(**{name: brought[name] for name in brought.keys() & opt.defaults})
     differing = opts.differences(opts.settings(opt), state["settings"], "model")
     if differing:
-        saved = " ".join(f"{name}={saved}" for name, _, saved in differing)
-        current = " ".join(f"{name}={current}" for name, current, _ in differing)
+        saved = " ".join(f"{name}={saved or 'unset'}" for name, _, saved in differing)
+        current = " ".join(f"{name}={current or 'unset'}" for name, current, _ in differing)
         raise CheckpointError(
             f"checkpoint is a {state['settings']['netType']} with {saved}, settings say {current}",
             "give the same flags, or start another run with another --save",
         )
-    UsageError.raise_for(network_settings.channel_problems(opt))
+    UsageError.raise_for(network_settings.input_problems(opt))
     return opt
 
 
@@ -289,7 +290,7 @@ def _change_length(opt: Settings, state: dict, keeps_milestones: bool, warn: War
         kept = follow_length(opt.milestones, default, trained, opt.nEpochs)
         opt = opt.replace(milestones=kept)
     which = "the same" if opt.milestones == saved.get("milestones") else "new"
-    rates = describe_rates(opt.LR, opt.milestones, opt.nEpochs)
+    rates = describe_rates(opt.LR, opt.milestones, opt.nEpochs, opt.lrDecay)
     warn(f"{is_now}: {which} milestones, {rates}; --milestones with --override true sets others")
     return opt
 

@@ -13,7 +13,7 @@ from errors import CheckpointError, UsageError
 
 MODEL_FILES, DATA_FILE = ("model_last.pt", "model_best.pt"), "data.json"
 CONFIG_FILE = "config.yaml"
-NETWORK_FLAGS = ("bnEps", "inputRange")  # that weights bring with them
+NETWORK_FLAGS = ("bnEps", "inputRange", "preprocess")  # that weights bring with them
 MAX_SHOWN = 3  # differences in one message
 
 

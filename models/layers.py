@@ -20,9 +20,11 @@ class BlockSizes(NamedTuple):
     stride: int
 
 
-def make_conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """Build a convolution without bias, padded so that H becomes ceil(H / stride); size is odd."""
-    return nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
+def make_conv(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, bias: bool = False
+) -> nn.Conv2d:
+    """Build a convolution, padded so that H becomes ceil(H / stride); size is odd."""
+    return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=bias)
 
 
 class PaddedShortcut(nn.Module):
@@ -58,17 +60,20 @@ def make_shortcut(kind: str, sizes: BlockSizes, *, norm: bool) -> nn.Module:
     return nn.Identity()
 
 
-def block_sizes(counts: tuple[int, ...], width: int, bottleneck: bool) -> list[list[BlockSizes]]:
+def block_sizes(
+    counts: tuple[int, ...], width: int, bottleneck: bool, channels: int | None = None
+) -> list[list[BlockSizes]]:
     """List the sizes of all residual blocks, stage by stage.
 
     Each stage but the first begins with stride 2 and has twice the width.
 
     Args:
         counts: blocks per stage.
-        width: channels of the 3x3 convolutions of the first stage, and of its input.
+        width: channels of the 3x3 convolutions of the first stage.
         bottleneck: blocks have four times as many output channels as `width`.
+        channels: of the first stage's input; None: `width`.
     """
-    sizes, channels = [], width
+    sizes, channels = [], channels or width
     for i, count in enumerate(counts):
         out_channels = EXPANSION * width if bottleneck else width
         first = BlockSizes(channels, width, out_channels, 2 if i > 0 else 1)
@@ -85,16 +90,24 @@ def set_eps(model: nn.Module, eps: float) -> None:
             module.eps = eps
 
 
-def reset_parameters(model: nn.Module) -> None:
-    """Initialise a network, with its linear layer `classifier`, as Lua does (docs/parity.md)."""
+def reset_parameters(model: nn.Module, mode: str = "fan_out") -> None:
+    """Initialise convolutions, batch norms and linear layers as Lua does (docs/parity.md).
+
+    Args:
+        mode: fan that divides the variance of convolutions. Without batch norms "fan_in" keeps the
+            scale of what passes forward; with them it is "fan_out".
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # N(0, sqrt(2 / (kh kw C_out))).
             # Parity: fan-out; torchvision's and timm's DenseNets divide by the fan-in.
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
-    # Uniform in [-1/sqrt(C_in), 1/sqrt(C_in)], biases 0.
-    bound = 1 / math.sqrt(model.classifier.in_features)
-    nn.init.uniform_(model.classifier.weight, -bound, bound)
-    nn.init.zeros_(model.classifier.bias)
+        elif isinstance(module, nn.Linear):
+            # Uniform in [-1/sqrt(C_in), 1/sqrt(C_in)], biases 0.
+            bound = 1 / math.sqrt(module.in_features)
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)

@@ -1,4 +1,5 @@
-"""Build ResNets (arXiv:1512.03385) and pre-activation ResNets (arXiv:1603.05027).
+"""Build ResNets (arXiv:1512.03385), also with stochastic depth (arXiv:1603.09382), pre-activation
+ResNets (arXiv:1603.05027) and Wide ResNets (arXiv:1605.07146).
 
 ResNet follows fb.resnet.torch: batch norm after each convolution. Its parameters have torchvision's
 names (`conv1.weight`, `layer1.0.bn1.bias`, `layer2.0.downsample.0.weight`, ..., `fc.weight`), so
@@ -6,14 +7,17 @@ weights of the ImageNet shape are exchanged with torchvision and timm.
 
 Pre-activation ResNet has BN and ReLU before each convolution, and no ReLU after the sum. At
 ImageNet shape and without bottlenecks it follows fb.resnet.torch; with bottlenecks at CIFAR shape
-(164 and 1001 layers) its authors' KaimingHe/resnet-1k-layers.
+(164 and 1001 layers) its authors' KaimingHe/resnet-1k-layers. A Wide ResNet is one of basic blocks
+with more channels.
 """
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dense_block import Dropout
 from models.layers import BlockSizes, block_sizes, make_conv, make_shortcut, reset_parameters
 from models.sync_batchnorm import BatchNorm
 
@@ -28,7 +32,12 @@ class Block(nn.Module):
 
     BN follows each convolution, ReLU all but the last; ReLU also follows the sum with the shortcut.
     The second convolution has the stride if `strides_late`, else the first.
+
+    Attributes:
+        survival: with what probability a training step runs the branch; in evaluation its factor.
     """
+
+    survival = 1.0
 
     def __init__(self, sizes: BlockSizes, *, shortcut: str, bottleneck: bool, strides_late: bool):
         super().__init__()
@@ -40,18 +49,35 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        # Drawn on the host, which decides what is computed, from the generator that a checkpoint
+        # holds and whose state all processes share.
+        if self.training and self.survival < 1 and torch.rand(()).item() >= self.survival:
+            is_identity = isinstance(self.downsample, nn.Identity)
+            return x if is_identity else F.relu(self.downsample(x))  # x is rectified already
         branch = F.relu(self.bn1(self.conv1(x)), inplace=True)
         branch = self.bn2(self.conv2(branch))
         if self.bottleneck:
             branch = self.bn3(self.conv3(F.relu(branch, inplace=True)))
+        if not self.training and self.survival < 1:
+            branch = branch * self.survival
         return F.relu(branch.add_(self.downsample(x)), inplace=True)
 
 
 class PreActBlock(nn.Module):
-    """Run BN and ReLU before each convolution; `preact`: the paths that start after the first."""
+    """Run BN and ReLU before each convolution; `preact`: the paths that start after the first.
+
+    Dropout comes before the second convolution (arXiv:1605.07146, section 2.4).
+    """
 
     def __init__(
-        self, sizes: BlockSizes, *, shortcut: str, bottleneck: bool, strides_late: bool, preact: str
+        self,
+        sizes: BlockSizes,
+        *,
+        shortcut: str,
+        bottleneck: bool,
+        strides_late: bool,
+        preact: str,
+        drop_rate: float = 0.0,
     ):
         super().__init__()
         self.bottleneck, self.preact = bottleneck, preact
@@ -61,13 +87,15 @@ class PreActBlock(nn.Module):
             self.add_module(f"conv{i}", conv)
         # Parity: no batch norm after a shortcut's convolution, the next block begins with one.
         self.downsample = make_shortcut(shortcut, sizes, norm=False)
+        self.drop = Dropout(drop_rate) if drop_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         active = x if self.preact == NOTHING else F.relu(self.bn1(x), inplace=True)
         if self.preact == BOTH:
             x = active
-        branch = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
+        branch = F.relu(self.bn2(self.conv1(active)), inplace=True)
+        branch = self.conv2(self.drop(branch))
         if self.bottleneck:
             branch = self.conv3(F.relu(self.bn3(branch), inplace=True))
         return branch.add_(self.downsample(x))
@@ -86,6 +114,10 @@ class ResNet(nn.Module):
         bottleneck: blocks of three convolutions instead of two.
         shortcut: A, B or C, see models/layers.py.
         pre_activation: BN and ReLU before each convolution instead of after it.
+        survival: stochastic depth, P_L: the probability with which a training step runs the last
+            block; it falls evenly from the first. Of networks without `pre_activation`.
+        widen: multiplies the channels of all stages, not of the stem. With `pre_activation`.
+        drop_rate: of the dropout in each block. With `pre_activation`.
 
     Input (N, in_channels, H, W), output logits (N, num_classes).
     """
@@ -100,10 +132,13 @@ class ResNet(nn.Module):
         bottleneck: bool = False,
         shortcut: str = "A",
         pre_activation: bool = False,
+        survival: float = 1.0,
+        widen: float = 1.0,
+        drop_rate: float = 0.0,
     ):
         super().__init__()
         width = 64 if imagenet_stem else 16
-        sizes = block_sizes(stages, width, bottleneck)
+        sizes = block_sizes(stages, round(widen * width), bottleneck, width)
         channels = sizes[-1][-1].out_channels
         # Parity: the 3x3 convolution of a bottleneck has the stride, as in fb.resnet.torch and
         # torchvision. In the papers the first 1x1 has it, and in the code of the pre-activation
@@ -114,6 +149,7 @@ class ResNet(nn.Module):
         # `forward` runs the modules in the order in which they are set here.
         if pre_activation:
             self.stem = _pre_activated_stem(in_channels, width, imagenet_stem)
+            options["drop_rate"] = drop_rate
             self.stages = _pre_activated_stages(sizes, NOTHING if imagenet_stem else BOTH, options)
             self.bn = BatchNorm(channels)
             self.relu = nn.ReLU(inplace=True)
@@ -128,6 +164,9 @@ class ResNet(nn.Module):
                 self.add_module(f"layer{i}", nn.Sequential(*(Block(s, **options) for s in stage)))
         self.fc = nn.Linear(channels, num_classes)
         reset_parameters(self)
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for i, block in enumerate(blocks, start=1):  # arXiv:1603.09382, equation 4
+            block.survival = 1 - i / len(blocks) * (1 - survival)
 
     @property
     def classifier(self) -> nn.Linear:

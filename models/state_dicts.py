@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from errors import CheckpointError
 from models import lua_weights
 
+COMPANIONS = "companions"  # of a classifier, which only train (models/plain.py)
+
 
 def load_weights(
     model: nn.Module,
@@ -35,15 +37,19 @@ def load_weights(
     if lua_weights.is_lua(weights):
         weights = lua_weights.to_model_names(weights, model)
     weights = dict(weights)
-    expected, classifier = model.state_dict(), _classifier_prefix(model)
+    expected, classifier = model.state_dict(), _classifier_prefixes(model)
     body = {_root(name) for name in expected if not name.startswith(classifier)}
     if reset_classifier:
         weights = {name: tensor for name, tensor in weights.items() if _root(name) in body}
         weights |= {name: expected[name] for name in expected if name.startswith(classifier)}
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}
-    for name in counters - weights.keys():  # files from before PyTorch 0.4.1 lack them
+    # Files from before PyTorch 0.4.1 have no counters, those of a network that only evaluates no
+    # companions.
+    absent = {name for name in expected if name.endswith("num_batches_tracked")}
+    if COMPANIONS not in map(_root, weights):
+        absent |= {name for name in expected if _root(name) == COMPANIONS}
+    for name in absent - weights.keys():
         weights[name] = expected[name]
-    known = {*body, classifier[:-1]}
+    known = {*body, *map(_root, classifier)}
     outside = sorted(name for name in weights if _root(name) not in known)
     if outside and expected.keys() <= weights.keys():  # a loss or another head beside the network
         more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
@@ -57,6 +63,8 @@ def load_weights(
         is_other = all(_root(problem.split()[0]) not in body for problem in problems)
         is_other = is_other and any(problem.startswith(classifier) for problem in problems)
         fix = classifier_fix if is_other else _advice(weights, expected)
+        if all(_root(problem) == COMPANIONS for problem in problems):  # they read every pixel
+            fix = "give the --imageSize that these weights were trained at"
         raise CheckpointError(f"weights do not fit the network: {shown}", fix)
     model.load_state_dict(weights)
 
@@ -123,7 +131,7 @@ def _is_same_kind(found: Tensor, expected: Tensor) -> bool:
     return bool((found == found.to(expected.dtype)).all())
 
 
-def _classifier_prefix(model: nn.Module) -> str:
-    """Return the prefix of the classifier's tensors, `classifier.` or `fc.`."""
-    (name,) = (name for name, module in model.named_modules() if module is model.classifier)
-    return f"{name}."
+def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return the prefixes of classifiers' tensors: `classifier.` or `fc.`, those of companions."""
+    heads = [model.classifier, *getattr(model, COMPANIONS, ())]
+    return tuple(f"{name}." for name, module in model.named_modules() if module in heads)

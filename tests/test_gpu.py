@@ -192,6 +192,7 @@ CAPTURED = [
     *(f"{SMALL} {more}" for more in ("", "--precision bf16", "--dropRate 0.2", "--lrShape cosine")),
     f"{COMMON} --netType resnet --depth 8",
     f"{COMMON} --netType preresnet --depth 11",
+    f"{COMMON} --netType dsn --widen 0.1",
 ]
 
 

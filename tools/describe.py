@@ -2,6 +2,7 @@
 
 usage: python -m tools.describe [main.py's flags]
 
+With --table2 true it has a line for each row of the paper's Table 2 instead.
 With --batchSize it also predicts the memory of a training step in each precision and, of a
 DenseNet, at each memory level. With --imagesPerSecond it says how many cores prepare the images.
 """
@@ -11,66 +12,28 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import opts
-from cli.flag_types import AT_LEAST_1, Flag, Settings, integer
+from cli.flag_types import AT_LEAST_1, Flag, Settings, boolean, integer
 from datasets.registry import DATASETS
 from errors import UsageError, printable
 from models.registry import ARCHITECTURES
 from tools import cli
 from tools.benchmark import loader_results
+from tools.layers import build, list_layers
+
+if TYPE_CHECKING:
+    import torch
 
 PRECISIONS = ("single", "half", "bf16", "double")
 FLAGS = (
     Flag("imagesPerSecond", integer, None, "training images a second to count the cores for, by "
          "the newest measurement of python -m tools.benchmark --loader", "none", range=AT_LEAST_1),
+    Flag("table2", boolean, False, "list all networks of Table 2, with the memory of a training "
+         "step at the batch size of their papers, nothing dropped", const="true"),
 )  # fmt: skip
 TOOL = cli.Tool(__doc__, FLAGS, main_flags=True)
-
-
-class Layer(NamedTuple):
-    """Describe a convolution or the classifier, with its multiply-adds for one image."""
-
-    name: str
-    kind: str
-    in_channels: int
-    shape: tuple[int, ...]  # of the output, (C, H, W) or (C,)
-    macs: int
-
-
-def list_layers(model, image_size: int) -> list[Layer]:
-    """Count the layers of a network on the meta device, in the order they run."""
-    import torch
-    from torch import nn
-
-    layers = []
-
-    def record(name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        kind = "linear"
-        if isinstance(module, nn.Conv2d):
-            kind = f"conv {'x'.join(map(str, module.kernel_size))}"
-            kind += f"/{module.stride[0]}" if module.stride[0] > 1 else ""
-        macs = output[0].numel() * module.weight[0].numel()
-        layers.append(Layer(name, kind, inputs[0].shape[1], tuple(output.shape[1:]), macs))
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(partial(record, name))
-    with torch.no_grad():
-        channels = next(model.parameters()).shape[1]  # of the first convolution's input
-        model.eval()(torch.empty(1, channels, image_size, image_size, device="meta"))
-    return layers
-
-
-def build(opt: Settings):
-    """Build the network of `opt.nClasses` classes on the meta device, without weights."""
-    import torch
-
-    import models.factory
-
-    with torch.device("meta"):
-        return models.factory.create(opt.replace(optMemory=0), opt.nClasses)
 
 
 def counts(opt: Settings) -> Iterator[str]:
@@ -78,10 +41,14 @@ def counts(opt: Settings) -> Iterator[str]:
     model = build(opt)
     layers = list_layers(model, opt.imageSize)
 
-    if ARCHITECTURES[opt.netType].uses("growthRate"):
-        form, parts = f"k={opt.growthRate}", "layers per block"
-    else:
-        form, parts = f"shortcut {opt.shortcutType}", "blocks per stage"
+    network = ARCHITECTURES[opt.netType]
+    forms = {
+        f"k={opt.growthRate}": network.uses("growthRate"),
+        f"shortcut {opt.shortcutType}": network.shortcuts,
+        f"channels x {opt.widen}": network.uses("widen"),
+    }
+    form = ", ".join(text for text, has_it in forms.items() if has_it)
+    parts = "blocks per stage" if network.shortcuts else "layers per block"
     size = f"{opt.nChannels} x {opt.imageSize} x {opt.imageSize}"
     yield f"{opt.netType}, L={opt.depth}, {form}, {opt.nClasses} classes, input {size}"
     yield f"stages         {', '.join(map(str, opt.stages))} {parts}"
@@ -138,6 +105,26 @@ def memory(opt: Settings) -> Iterator[str]:
         yield note or f"optMemory auto: {level}{why}"
 
 
+def table2(device: "torch.device") -> Iterator[str]:
+    """Yield a line for each row of Table 2, of its config for C10+ if any; takes a minute."""
+    from engine.backend_choice import select_backend
+    from engine.memory import MemoryEstimate
+    from tools.results import published
+    from tools.results.configs import configs, count
+
+    titles = ("parameters", "multiply-adds", "activations", "batch", "MB")
+    widths = (12, 14, 12, 6, 8)
+    yield f"{'method':<48} {'L':>5} " + " ".join(map("{:>{}}".format, titles, widths))
+    for row in published.tables()["table2"].rows:
+        name = row.configs.get("C10+") or next(iter(row.configs.values()))
+        opt, size = configs()[name].opt, count(configs()[name].opt)
+        ops, _ = select_backend(opt, device)
+        peak = MemoryEstimate(opt, DATASETS[opt.dataset].num_classes, device, ops).peak_bytes()
+        values = (*size, opt.batchSize, round(peak / 1e6))
+        numbers = [f"{value:>{width},}" for value, width in zip(values, widths, strict=True)]
+        yield f"{row.method:<48} {row.depth or '-':>5} " + " ".join(numbers)
+
+
 def resident_bytes(opt: Settings) -> int | None:
     """Count images and labels that stay on the device; None if only the data tells."""
     dataset = DATASETS[opt.dataset]
@@ -146,7 +133,8 @@ def resident_bytes(opt: Settings) -> int | None:
     count = sum(dataset.num_images or ()) or None
     if dataset.is_generated:
         count = opt.nImages + max(1, opt.nImages // 5)
-    return count and count * (opt.nChannels * opt.imageSize**2 + 8)
+    pixel_bytes = 1 if opt.preprocess == "normalise" else 4
+    return count and count * (opt.nChannels * opt.imageSize**2 * pixel_bytes + 8)
 
 
 def cores(opt: Settings, rate: int) -> str:
@@ -182,6 +170,15 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, Settings]:
 def run(argv: list[str]) -> None:
     """Print the counts of the network that the flags describe."""
     options, opt = parse(argv)
+    if options.table2:
+        import engine.device
+
+        if others := sorted(opt.given - {"nGPU"}):
+            what = f"{others[0]} has no effect on the networks of Table 2"
+            raise UsageError(what, "leave it out, or leave out --table2")
+        for line in table2(engine.device.select(opt.nGPU)):
+            print(line, flush=True)
+        return
     num_classes = opt.nClasses or DATASETS[opt.dataset].num_classes
     if num_classes is None:
         raise UsageError(f"the classes of {opt.dataset} are in its data", "add --nClasses N")

@@ -45,14 +45,17 @@ def features(
 ) -> Iterator[tuple["np.ndarray", list[int]]]:
     """Yield features (n, C) float32 batch by batch, with the indices of their paths.
 
-    The features of ten crops are averaged: the classifier maps them to the mean of the logits.
+    The features of ten crops are averaged, and those of all pixels where a network classifies
+    pixels. The classifier maps them to the mean of the logits, but for scores that pass a ReLU.
     """
     inputs = []
     hook = net.model.classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with hook:  # is removed at the end
         for images, indices in net.batches(paths):
             net.logits(images)
-            yield net.mean_over_crops(inputs.pop().float()).cpu().numpy(), indices
+            found = inputs.pop().float()
+            found = found.flatten(1, -2).mean(1) if found.dim() > 2 else found  # over pixels
+            yield net.mean_over_crops(found).cpu().numpy(), indices
 
 
 def labels_of(names: list[str]) -> dict[str, "np.ndarray"]:

@@ -62,6 +62,9 @@ DEFAULTS = {
     "kernels": "auto", "cudaGraph": "auto", "syncBN": False, "timeout": 50.0,
     "nChannels": 3, "inputRange": None, "bnEps": 1e-5, "adaptChannels": False,
     "from": None, "paddleDropout": 0.0,
+    "nesterov": True, "lrDecay": 0.1, "warmupSteps": 0, "loss": "crossEntropy", "auxWeight": 0.1,
+    "preprocess": "normalise", "widen": None, "columns": None, "stochasticDepth": 1.0,
+    "dropPath": 0.0,
 }  # fmt: skip
 
 
@@ -115,6 +118,11 @@ DEPENDENT = [
     ("--netType resnet --dataset imagenet", LARGE_RESNET),
     ("--netType preresnet --dataset imagenet", LARGE_RESNET),
     ("--netType resnet --shortcutType C", "shortcutType=C"),
+    # The networks of Table 2: settings of their papers or their authors' files.
+    ("--netType dsn --loss crossEntropy --LR 0.2 --lrDecay 0.5", "loss=crossEntropy LR=0.2 "
+     "lrDecay=0.5 weightDecay=0.0005"),
+    ("--netType fractalnet --dataset svhn", "nEpochs=40 milestones=21,31,36,38"),
+    ("--netType resnet --stochasticDepth 0.5", RESNET),
     ("-optnet true", "optMemory=1 optnet=false"),
     ("-shareGradInput true", "optMemory=2 shareGradInput=false"),
 ]  # fmt: skip
@@ -146,6 +154,16 @@ NAMES = [
     ("--netType preresnet --shortcutType B", "cifar10+-preresnet-L164-B-seed0"),
     ("--netType preresnet --bottleneck false --depth 20", "cifar10+-preresnet-L20-basic-seed0"),
     ("--dataset imagenet --netType resnet --shortcutType B", "imagenet-resnet-L50-seed0"),
+    ("--netType nin-svhn --dataset svhn", "svhn-nin-svhn-L9-seed0"),
+    ("--netType dsn --widen 0.25", "cifar10+-dsn-L9-w0.25-seed0"),
+    ("--netType wideresnet", "cifar10+-wideresnet-L28-x10-seed0"),
+    (
+        "--netType wideresnet --depth 16 --widen 2.5 --shortcutType A",
+        "cifar10+-wideresnet-L16-A-x2.5-seed0",
+    ),
+    ("--netType resnet --stochasticDepth 0.5", "cifar10+-resnet-L110-sd-seed0"),
+    ("--netType fractalnet --dropPath 0.15", "cifar10+-fractalnet-L21-droppath-seed0"),
+    ("--netType fractalnet --columns 1 --widen 2", "cifar10+-fractalnet-L21-w2.0-columns1-seed0"),
     ("--dataset folder --data /a/cats/", "folder-cats-densenet-BC-L121-k32-seed0"),
 ]
 
@@ -250,16 +268,16 @@ RANGES = [
     ("of at least 0", "nGPU nThreads validSize d1 d4", "-1 0.5 x"),
     ("of at least 8 and of at most 4096", "imageSize", "0 7 4097"),
     ("of at least 1", "nEpochs epochNumber batchSize nClasses growthRate depth", "0 -1 1.5 nan"),
-    ("of at least 1", "initChannels nImages nChannels keep milestones", "0 -1 1.5 inf"),
-    ("above 0", "LR saveEvery timeout bnEps", "0 -1 nan inf -inf 1e400"),
+    ("of at least 1", "initChannels nImages nChannels keep milestones columns", "0 -1 1.5 inf"),
+    ("above 0", "LR saveEvery timeout bnEps widen", "0 -1 nan inf -inf 1e400"),
     (
         "LOW,HIGH, the lower one first",
         "inputRange",
         "1 1,0 1,1 0,1,2 nan,1 0,-inf 0,inf -1e308,1e308 a,b , []",
     ),
-    ("of at least 0 and below 1", "momentum dropRate", "1 -0.1 2 nan inf"),
-    ("of at least 0", "weightDecay", "-1 -1e-9 nan inf"),
-    ("above 0 and of at most 1", "reduction", "0 1.5 -0.5 nan"),
+    ("of at least 0 and below 1", "momentum dropRate dropPath", "1 -0.1 2 nan inf"),
+    ("of at least 0", "weightDecay auxWeight warmupSteps", "-1 -1e-9 nan inf"),
+    ("above 0 and of at most 1", "reduction stochasticDepth lrDecay", "0 1.5 -0.5 nan"),
 ]
 
 
@@ -295,6 +313,9 @@ def test_the_ends_of_the_ranges_are_inside():
         ("--netType preresnet --depth 32", "use 29 or 38, or --bottleneck false"),
         ("--netType preresnet --depth 3", "use 11"),
         ("--dataset imagenet --netType resnet --depth 20", "use 18"),
+        ("--netType wideresnet --depth 27", "use 22 or 28"),
+        ("--netType nin --depth 10", "use 9"),
+        ("--netType fractalnet --depth 40", "use 41"),
     ],
 )
 def test_an_impossible_depth_is_answered_with_the_nearest_valid_ones(line, fix):
@@ -314,6 +335,7 @@ def test_an_impossible_depth_is_answered_with_the_nearest_valid_ones(line, fix):
         ("--netType resnet", 2, 2),
         ("--netType preresnet", 3, 2),
         ("--netType preresnet --bottleneck false", 2, 2),
+        ("--netType wideresnet", 2, 4),
     ],
 )
 def test_every_depth_is_built_or_refused_by_the_papers_formula(line, layers, extra):
@@ -368,6 +390,30 @@ LEAVE_OUT = "leave it out, or use --netType densenet"
          "reduction: 0.001 leaves no feature maps after block 1", "use 0.5"),
         ("--reduction 0.2 --depth 10 --growthRate 1 --initChannels 8",
          "reduction: 0.2 leaves no feature maps after block 2", "use 0.5"),
+        ("--cudaGraph true --netType resnet --stochasticDepth 0.5", "cudaGraph true: what is drawn",
+         "leave it out, or stochasticDepth and dropPath"),
+        ("--cudaGraph true --netType fractalnet --dropPath 0.1", "cudaGraph true", "leave it out"),
+        ("--netType fractalnet --columns 4", "columns: a fractalnet of depth 21 has 3, not 4",
+         "use 1 to 3"),
+        ("--netType fractalnet --dataset folder --imageSize 16",
+         "imageSize: fractalnet needs at least 32 pixels, not 16", "use another --imageSize"),
+        ("--netType allcnn --dataset digits", "imageSize: allcnn needs at least 9",
+         "use another --dataset"),
+        ("--netType nin --widen 0.001", "widen: 0.001 leaves no channels of 64",
+         "use at least 0.0"),
+        ("--netType nin --dataset imagenet", "imageSize: a nin is for images of up to 64 pixels",
+         "use another --imageSize, or --netType densenet"),
+        *((f"--netType {name} --{flag}", f"{flag.replace('=', ' ')} has no effect on a {name}",
+           f"leave it out, or use --netType {reader}") for name, flag, reader in (
+            ("densenet", "widen=2.0", "wideresnet"), ("densenet", "stochasticDepth=0.5", "resnet"),
+            ("nin", "auxWeight=0.2", "dsn"), ("dsn", "columns=1", "fractalnet"),
+            ("resnet", "widen=2.0", "wideresnet"), ("highway", "growthRate=12", "densenet"),
+            ("fractalnet", "bottleneck=false", "densenet"), ("nin", "syncBN=true", "densenet"))),
+        *((f"--dataset folder --imageSize 64 --preprocess {kind}",
+           f"preprocess {kind} of images of 64 pixels", "use --imageSize 32 or less, or --pre")
+          for kind in ("gcn", "zca")),
+        ("--preprocess gcn --inputRange 0,1", "inputRange has no effect with preprocess gcn",
+         "leave out one of them"),
         ("--netType resnet --bottleneck false", "bottleneck false has no effect on a resnet",
          LEAVE_OUT),
         *((f"--netType preresnet --dataset imagenet --depth {depth} --bottleneck {value}",
@@ -518,6 +564,9 @@ def test_a_selection_of_settings_leaves_out_those_of_another_kind(select, left_o
         "--milestones 1,2,300 --precision bf16 --cudnn deterministic --debug true",
         "--bottleneck false --reduction 1 --initChannels 3 --tf32 true --optMemory 0",
         "--dataset imagenet --netType preresnet --depth 200 --syncBN true --nGPU 2",
+        "--netType dsn --auxWeight 0.3 --widen 0.1 --nesterov true --preprocess zca",
+        "--netType fractalnet --columns 2 --dropPath 0.15 --lrDecay 0.3 --warmupSteps 7",
+        "--netType resnet --stochasticDepth 0.5 --loss squaredHinge",
     ],
 )
 def test_printed_settings_read_back_as_the_same(line, tmp_path):

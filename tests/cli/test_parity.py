@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import opts
+from cli.rules import IGNORED_FLAGS
 from distributed.rendezvous import source_files
 from engine.schedule import LRSchedule, cosine_lr, multistep_lr
 from helpers.run_main import ROOT
@@ -45,6 +46,16 @@ ADDED = {
     "saveEvery": "an ImageNet epoch is too long to lose",
     "override": "a run is continued with other settings only on purpose",
     "milestones": "schedules of other papers",
+    "lrDecay": "Wide ResNets drop the rate to a fifth, others to a tenth",
+    "warmupSteps": "ResNet-110 begins at a tenth of its rate, or does not converge",
+    "nesterov": "the authors of NIN, All-CNN, DSN and FractalNet trained with plain momentum",
+    "loss": "DSN trains an L2-SVM in place of a softmax",
+    "auxWeight": "DSN's companions must weigh less than its own loss, by a choice of its authors",
+    "preprocess": "networks without batch normalisation were trained on whitened images",
+    "widen": "Wide ResNets of one depth differ in it, and tests need small networks",
+    "stochasticDepth": "a row of the paper's Table 2 is ResNet-110 with dropped blocks",
+    "dropPath": "FractalNet is in the paper's Table 2 with and without it",
+    "columns": "FractalNet's deepest column can be trained and tested alone",
     "kernels": "the fused layers are one of two ways to compute the same, and one may be at fault",
     "cudaGraph": "some tools cannot look into a captured step, which is replayed as it was",
     "initChannels": "the paper's stem and the Lua code's differ",
@@ -88,11 +99,11 @@ def test_every_flag_is_read_by_the_program():
     read = set.union(*(flags_read(path.read_text()) for path in outside))
     read |= {name for network in ARCHITECTURES.values() for name in network.arguments.values()}
     read |= {"from" for path in outside if AS_TEXT in path.read_text()}
-    assert set(opts.FLAGS) - read == {*opts.IGNORED_FLAGS} | READ_IN_OPTS_ONLY
+    assert set(opts.FLAGS) - read == {*IGNORED_FLAGS} | READ_IN_OPTS_ONLY
     # The Lua code's parser accepts three that nothing reads after it; so does this one.
-    assert set(opts.IGNORED_FLAGS) == {"backend", "gen", "optimState"}
+    assert set(IGNORED_FLAGS) == {"backend", "gen", "optimState"}
     in_opts = flags_read((ROOT / "opts.py").read_text())
-    assert READ_IN_OPTS_ONLY - {"config"} <= in_opts and not in_opts & set(opts.IGNORED_FLAGS)
+    assert READ_IN_OPTS_ONLY - {"config"} <= in_opts and not in_opts & set(IGNORED_FLAGS)
     assert flags_read('opt.gen = 1; print("opt.backend", other.depth, opt.LR)') == {"LR"}
 
 
@@ -154,6 +165,12 @@ def drops_of_imagenet(epoch: int, n: int) -> int:
 def test_the_rate_drops_in_the_same_epochs_as_the_originals(drops, imagenet, net_type, n):
     expected = [0.1 / 10 ** drops(epoch, n) for epoch in range(1, n + 1)]
     assert learning_rates(n, imagenet, net_type) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_factor_of_a_tenth_divides_the_rate_by_ten():
+    pairs = [(lr, k) for lr in (0.1, 0.025, 0.05, 0.3) for k in range(5)]
+    found = [multistep_lr(lr, [2] * k, 2) for lr, k in pairs]
+    assert found == [lr / 10**k for lr, k in pairs] != [lr * 0.1**k for lr, k in pairs]
 
 
 def stepped_after_each_epoch(milestones: list[int], num_epochs: int) -> list[float]:

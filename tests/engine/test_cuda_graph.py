@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.optimizer
+import main
 import models.factory
 import opts
 import train
@@ -178,6 +179,7 @@ def equal(found: dict, expected: dict) -> bool:
         "--optMemory 4 --dropRate 0.2",
         "--netType resnet --depth 8",
         "--netType preresnet --depth 11 --precision bf16",
+        "--netType dsn --widen 0.1 --LR 0.01",  # its progress lies in device memory
     ],
 )
 def test_replayed_steps_train_as_eager_steps_do(line):
@@ -473,6 +475,20 @@ def test_a_graph_requested_where_there_can_be_none_is_an_error():
     assert error.value.report() == line
     for requested in ("auto", "false"):
         assert cuda_graph.make_capturer(requested, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("network", "wanted"),
+    [("resnet --stochasticDepth 0.5", "false"), ("fractalnet --dropPath 0.1", "false"),
+     ("resnet", "auto"), ("fractalnet", "auto")],
+)  # fmt: skip
+def test_steps_that_draw_what_they_compute_run_eagerly(network, wanted, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "Trainer", lambda *_: None)
+    monkeypatch.setattr(cuda_graph, "make_capturer", lambda requested, _: asked.append(requested))
+    opt = opts.parse(f"{FLAGS.replace('Size 8', 'Size 32')} --netType {network}".split())
+    main.create_trainer(opt, create_data(opt), World(), CPU, None, None)
+    assert asked == [wanted]
 
 
 def test_graphs_are_captured_for_files_and_for_images_in_memory_alike(monkeypatch):

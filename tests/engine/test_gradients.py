@@ -111,6 +111,31 @@ def alone(gradients: list[Tensor], loss: Tensor) -> tuple[list[bool], list[Tenso
     return reduce_in_one(1, gradients, loss, pytest.fail)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_dropped_layer_goes_on_by_momentum_and_weight_decay(size):
+    """Three steps of fused SGD on x^2; the second one drops the layer."""
+
+    def move(reducing: bool) -> float:
+        weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+        reducer = GradientReducer([weight], Exchange(size, lambda bucket: bucket.mul_(size)))
+        sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
+        for is_dropped in (False, True, False):
+            sgd.zero_grad(set_to_none=True)
+            if not is_dropped:
+                (weight**2).sum().backward()
+            if reducing:
+                assert all(finite.item() for finite in reducer.reduce(torch.zeros(())))
+            sgd.step()
+        return weight.item()
+
+    x, v = 2.0, 0.0
+    for slope in (2, 0, 2):
+        v = 0.9 * v + slope * x + 0.01 * x
+        x -= 0.1 * v
+    assert move(reducing=True) == pytest.approx(x, rel=1e-14)
+    assert abs(move(reducing=False) - x) > 0.1  # skipped by the optimizer
+
+
 @BAD
 def test_one_process_exchanges_nothing_and_keeps_its_gradients(value):
     (gradients,), (loss,) = draw(1)

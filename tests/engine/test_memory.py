@@ -29,6 +29,9 @@ NETWORKS = {
     "dropout": "--depth 16 --dropRate 0.2 --momentum 0 --imageSize 24 --batchSize 16",
     "ImageNet": "--d1 1 --d2 2 --d3 1 --d4 1 --imageSize 96 --batchSize 4",
     "preresnet": "--netType preresnet --depth 18 --imageSize 96 --batchSize 2",
+    "fractalnet": "--netType fractalnet --depth 11 --widen 0.25 --batchSize 8",
+    "resnet": "--netType resnet --depth 14 --batchSize 16",
+    "dsn": "--netType dsn --widen 0.5 --batchSize 8",
     "tiles": "--depth 10 --growthRate 24 --imageSize 64 --batchSize 12",
 }
 
@@ -83,6 +86,9 @@ def measured(network: str, level: int, precision: str, replicas: int = 1) -> int
         ("ImageNet", 3, "single"),
         ("tiles", 2, "single"),
         ("preresnet", 2, "double"),
+        ("fractalnet", 2, "single"),
+        ("resnet", 2, "single"),
+        ("dsn", 2, "single"),
     ],
 )
 def test_prediction_is_within_15_per_cent_of_the_peak(network, level, precision):
@@ -107,6 +113,26 @@ def test_weights_momentum_and_gradients_are_counted():
     assert 3 * weights < predicted < 3.5 * weights
     without = estimate(f"{flags} --momentum 0").peak_bytes()
     assert predicted - without == pytest.approx(weights, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("network", "dropping"),
+    [("fractalnet", "--dropPath 0.15"), ("resnet", "--stochasticDepth 0.5")],
+)
+def test_what_may_be_dropped_is_counted(network, dropping):
+    flags = NETWORKS[network]
+    peaks = {estimate(f"{flags} {dropping}").peak_bytes() for _ in range(3)}
+    assert peaks == {estimate(flags).peak_bytes()} != {estimate(flags).peak_bytes(batch=7)}
+
+
+def test_the_companions_of_dsn_are_counted():
+    flags = NETWORKS["dsn"].replace("dsn", "{}") + " --loss crossEntropy"
+    with_companions, without = (
+        estimate(flags.format(n)).peak_bytes(batch=1) for n in ("dsn", "nin")
+    )
+    model = models.factory.create(settings(NETWORKS["dsn"]), NUM_CLASSES)
+    companions = 4 * sum(parameter.numel() for parameter in model.companions.parameters())
+    assert with_companions - without == pytest.approx(3 * companions, rel=0.1)  # as above
 
 
 def shared(flags: str, replicas: int, level: int = 2) -> MemoryEstimate:

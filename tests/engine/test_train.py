@@ -5,9 +5,10 @@ import gc
 import itertools
 import math
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,8 @@ DTYPES = {"double": torch.float64}  # of images; float32 in other precisions
 
 def build(**changed: object) -> tuple[Trainer, DataSplits]:
     """Make a trainer as the program does, and its data: 3 steps an epoch, the last of 8 images."""
-    opt = opts.parse([f"--{name}={value}" for name, value in (SETTINGS | changed).items()])
+    flags = (SETTINGS | changed).items()
+    opt = opts.parse([f"--{name}={value}" for name, value in flags if value is not None])
     data = create_data(opt)
     return Trainer(opt, models.factory.create(opt, len(data.classes)), CPU, RunLog(None)), data
 
@@ -116,9 +118,16 @@ def sgd_written_out(
     return weights
 
 
-def step_difference(precision: str, momentum: float = 0.9, **wrong: object) -> float:
-    """Return the largest difference of five steps of the Trainer from SGD written out."""
-    trainer, _ = build(precision=precision, LR=LR, momentum=momentum, weightDecay=DECAY)
+def step_difference(
+    precision: str, momentum: float = 0.9, form: str = "true", **wrong: object
+) -> float:
+    """Return the largest difference of five steps of the Trainer from SGD written out.
+
+    Args:
+        form: `--nesterov`.
+    """
+    flags = {"LR": LR, "momentum": momentum, "weightDecay": DECAY, "nesterov": form}
+    trainer, _ = build(precision=precision, **flags)
     before = copy.deepcopy(trainer.model)
     # 3x3 weights lie channels last: had the fused kernel paired them with gradients or momentum
     # in another order, they would differ.
@@ -137,6 +146,11 @@ def step_difference(precision: str, momentum: float = 0.9, **wrong: object) -> f
 )
 def test_steps_equal_sgd_written_out(precision, momentum, limit):
     assert step_difference(precision, momentum) < limit
+
+
+def test_plain_momentum_equals_sgd_written_out():
+    assert step_difference("double", form="false", nesterov=False) < 1e-12
+    assert step_difference("double", form="false") > 1e-4  # Nesterov's
 
 
 @pytest.mark.parametrize(
@@ -161,8 +175,10 @@ def test_steps_differ_from_sgd_with_a_mistake_in_it(wrong):
         ),
         ({}, [0.1] * 3 + [0.01] * 3 + [0.001] * 6),  # milestones are epochs 2 and 3 of 4
         ({"milestones": "3,9"}, [0.1] * 6 + [0.01] * 6),
+        ({"lrDecay": 0.2}, [0.1] * 3 + [0.02] * 3 + [0.004] * 6),
+        ({"warmupSteps": 4}, [0.01] * 3 + [0.001] + [0.01] * 2 + [0.001] * 6),
     ],
-    ids=["cosine", "multistep", "given milestones"],
+    ids=["cosine", "multistep", "given milestones", "a fifth", "warm-up"],
 )
 def test_each_step_moves_the_weights_by_the_scheduled_rate(changed, want):
     # Without momentum and decay the movement is the rate times the gradient.
@@ -180,7 +196,8 @@ def test_each_step_moves_the_weights_by_the_scheduled_rate(changed, want):
 
 
 # Resume:
-RESUMED = {"dropRate": 0.3, "lrShape": "cosine", "manualSeed": 3}
+# The warm-up ends after step 2 of epoch 2.
+RESUMED = {"dropRate": 0.3, "lrShape": "cosine", "warmupSteps": 5, "manualSeed": 3}
 
 
 def saved(trainer: Trainer) -> dict:
@@ -271,6 +288,41 @@ def test_a_trainer_restored_in_part_goes_on_otherwise(sabotage, seed):
     got, want = resumed("single", 1, sabotage, manualSeed=seed)
     assert got["weights"] != want["weights"]
     assert got["records"] != want["records"]
+
+
+NETWORKS = {
+    "nin": {"widen": 0.1},
+    "nin-svhn": {"widen": 0.05},
+    "allcnn": {"widen": 0.1, "imageSize": 16},
+    "dsn": {"widen": 0.1, "nesterov": "true"},
+    "highway": {"widen": 0.1},
+    "fractalnet": {"depth": 11, "widen": 0.05, "imageSize": 32, "dropPath": 0.3, "dropRate": 0.2},
+    "resnet": {"depth": 14, "stochasticDepth": 0.4},
+    "wideresnet": {"depth": 10, "widen": 0.5, "dropRate": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_goes_on_bit_for_bit_in_the_middle_of_an_epoch(name):
+    shape = {"depth": None, "growthRate": None, "netType": name, "warmupSteps": 5}
+    flags, states = shape | NETWORKS[name], []
+    trainer, data = build(**flags)
+
+    def save() -> None:
+        if (trainer.epoch, trainer.step) == (2, 1):
+            states.append(saved(trainer))
+
+    want = rest_of_run(trainer, data, save)
+    for sabotage in (nothing, partial(torch.manual_seed, 99)):
+        fresh, data = build(**flags)
+        torch.rand(100)  # other random numbers than the saved ones
+        fresh.load_state_dict(states[0])
+        sabotage()
+        got = rest_of_run(fresh, data)
+        is_same = all(got[part] == want[part] for part in ("weights", "buffers", "results"))
+        assert is_same == (sabotage is nothing)
+        assert (got["steps"] == want["steps"][4:]) == (sabotage is nothing)
+    assert name != "dsn" or trainer.model.progress == 0.5  # two of four epochs
 
 
 @pytest.mark.parametrize(
@@ -522,6 +574,23 @@ def test_tensors_do_not_pile_up_from_epoch_to_epoch():
         gc.collect()
         counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
     assert counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("name", ["dsn", "fractalnet"])
+def test_no_layer_output_outlives_a_step_in_a_cycle_of_references(name):
+    """It would stay in memory until the garbage collector runs, at any time."""
+    shape = {"depth": None, "growthRate": None, "netType": name}
+    trainer, data = build(**shape | NETWORKS[name])
+    batch, outputs = next(data.train.batches(1)), []
+    for module in trainer.model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[-1])))
+    gc.disable()
+    try:
+        trainer._train_step(*batch)
+        assert outputs and not any(output() is not None for output in outputs)
+    finally:
+        gc.enable()
 
 
 class CountReads(TorchDispatchMode):

@@ -112,7 +112,9 @@ KINDS = [
     {"augment": False, "dropRate": 0},
     {"optMemory": 0},
     {"optMemory": 4, "bottleneck": False},
-]
+    {"netType": "resnet", "depth": 14, "growthRate": None, "dropRate": None,
+     "stochasticDepth": 0.4, "preprocess": "gcn", "warmupSteps": 3},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, kind.values())))

@@ -16,15 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from cli.flag_types import Settings
+import opts
 from experiment.log import RunLog
 from faults.bombs import archive
 from train import Trainer
 
 
 def trainer() -> Trainer:
-    opt = Settings(lrShape="multistep", LR=0.1, nEpochs=2, milestones=[], momentum=0.9,
-                   weightDecay=0, precision="single", tenCrop=False, epochNumber=1)  # fmt: skip
+    opt = opts.parse(["--nEpochs=2", "--milestones=[]"])
     return Trainer(opt, nn.Linear(3, 2), torch.device("cpu"), RunLog(None))
 
 

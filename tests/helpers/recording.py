@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ def record_steps(directory: Path) -> None:
             line = {"step": self.global_step, "rank": self.world.rank, "size": self.world.size}
             now["loss"] = 0.0
             train_step(self, images, targets)
+            now["rng"] = zlib.crc32(torch.get_rng_state().numpy())
             with open(directory / f"steps_{now['attempt']}_{self.world.rank}.jsonl", "a") as file:
                 file.write(json.dumps(line | now) + "\n")
 

@@ -19,6 +19,7 @@ SMALL = {
     "densenet": "--dataset cifar10 --depth 10 --growthRate 4",
     "resnet": "--dataset cifar10 --netType resnet --depth 20",
     "preresnet": "--dataset cifar10 --netType preresnet --depth 20",
+    "nin": "--dataset cifar10 --netType nin --widen 0.05",
 }
 EVERY_NETWORK = pytest.mark.parametrize("line", SMALL.values(), ids=SMALL)
 
@@ -215,6 +216,7 @@ COUNTED = [
     ("--netType preresnet --depth 164 --shortcutType B", 1_703_258, 24_224),
     # arXiv:1603.05027 says 10.2M: with shortcut B, and without batch norms.
     ("--netType preresnet --depth 1001 --shortcutType B", 10_327_706, 149_216),
+    ("--netType wideresnet", 36_479_194, 17_952),
     ("--netType resnet --dataset imagenet --depth 18", 11_689_512, 9_600),
     ("--netType resnet --dataset imagenet --depth 200", 64_673_832, 176_000),
 ]
@@ -325,11 +327,11 @@ def test_another_network_is_refused_in_one_short_line(line, other):
     assert "\n" not in report and len(report) < 500
 
 
-@EVERY_NETWORK
+@pytest.mark.parametrize("line", [*SMALL.values(), "--netType dsn --widen 0.05"])
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_resetclassifier_loads_all_but_the_classifier(line, num_classes):
     pretrained, model = network(f"{line} --manualSeed 1", num_classes), network(line)
-    head = "classifier." if "--netType" not in line else "fc."
+    head = ("classifier.", "fc.", "companions.")
     fresh, given = copied_state(model), copied_state(pretrained)
     if num_classes == 100:
         with pytest.raises(CheckpointError) as caught:

@@ -215,7 +215,15 @@ def test_logits_that_are_not_finite_never_agree(wrong):
         proof.compare("it", lambda x: x * wrong, torch.clone, images, 1.0)
 
 
-@pytest.mark.parametrize("name", ["densenet", "preresnet"])
+OTHERS = {
+    "preresnet": {"depth": 11},
+    "nin": {"widen": 0.1},
+    "dsn": {"widen": 0.1},
+    "fractalnet": {"widen": 0.1, "depth": 11},
+}
+
+
+@pytest.mark.parametrize("name", ["densenet", *OTHERS])
 def test_onnx_runtime_computes_the_logits_and_the_weights_come_back_exactly(
     large_run, onnx_file, weights_of, tmp_path, name
 ):
@@ -224,8 +232,7 @@ def test_onnx_runtime_computes_the_logits_and_the_weights_come_back_exactly(
         assert "on noise, 4 images: logits at most" in printed and "on files, 4 images:" in printed
         assert str(large_run.parent).encode() not in path.read_bytes()
     else:
-        flags = SMALL | {"netType": "preresnet", "depth": 11, "growthRate": None}
-        source = weights_of(flags)
+        source = weights_of({"dataset": "cifar10", "netType": name} | OTHERS[name])
         path = exported(tmp_path, "onnx", source)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     net = load(Path(source[0]), [*source[1:], "--nGPU=0"])
@@ -238,7 +245,7 @@ def test_onnx_runtime_computes_the_logits_and_the_weights_come_back_exactly(
     graph = onnx.load(path).graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     state = {name: value.numpy() for name, value in net.model.state_dict().items()
-             if not name.endswith("num_batches_tracked")}  # fmt: skip
+             if not re.match("companions|.*num_batches_tracked", name)}  # fmt: skip
     assert state.keys() <= stored.keys()
     assert all(np.array_equal(stored[name], state[name]) for name in state)
     norms = sum(name.endswith("running_var") for name in state)

@@ -23,6 +23,8 @@ NETWORKS = {
     "plain": SMALL | {"optMemory": 0},
     "double": SMALL | {"precision": "double"},
     "resnet": {"dataset": "folder", "imageSize": 8, "netType": "resnet", "depth": 8},
+    "dsn": {"dataset": "folder", "imageSize": 8, "netType": "dsn", "widen": 0.1},
+    "fractalnet": {"dataset": "folder", "imageSize": 32, "netType": "fractalnet", "depth": 6},
     "crops": LARGE | {"tenCrop": True},
 }
 

@@ -236,7 +236,11 @@ def load_model_and_images(
         check_new(output, command.options.overwrite)
     sources.check_there(checkpoint)
     paths = find_images(images)
-    return load(checkpoint, command.main_flags, classes and Path(classes)), paths
+    net = load(checkpoint, command.main_flags, classes and Path(classes))
+    if paths and net.opt.preprocess != "normalise":
+        what = f"this network expects images after preprocess {net.opt.preprocess}, not as they are"
+        raise UsageError(what, "evaluate it with main.py --testOnly true")
+    return net, paths
 
 
 def find_images(arguments: list[str]) -> list[str]:

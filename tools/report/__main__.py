@@ -44,15 +44,16 @@ Errors are in per cent. "Paper" is the published error; "measured" is the mean o
 a config, one for each seed, +- their sample standard deviation, with n, the number of seeds;
 "difference" is measured minus published, in points. "not run" means that there is no complete run
 of the config, "-" that nothing was published or that a log lacks the value. A measured error is the
-test error after the last epoch, or, where a config holds images out for validation (on SVHN, and
-for ResNet-110), that of the model with the lowest validation error. No run chooses a model by its
-test error.
+test error after the last epoch, or, where a config holds images out for validation (on SVHN except
+for the Wide ResNet, and for ResNets of 110 and 1202 layers), that of the model with the lowest
+validation error. No run chooses a model by its test error.
 
 "Images" are the numbers of training and test images. Parameters and multiply-adds (of convolutions
 and the classifier, for one image) are counted from the network, for ten classes on CIFAR and SVHN,
-as in the paper, and for a thousand on ImageNet. Hours are the wall-clock time of training and
-validation in one run, whatever else the machine did; s/step is the median over epochs, and memory
-the peak: of the GPU's allocator, or of the whole process on a CPU.
+as in the paper, and for a thousand on ImageNet; the parameters of a Deeply Supervised Net include
+the companion classifiers, which only training computes. Hours are the wall-clock time of training
+and validation in one run, whatever else the machine did; s/step is the median over epochs, and
+memory the peak: of the GPU's allocator, or of the whole process on a CPU.
 
 A run on images that were re-encoded, such as CIFAR-10 as JPEG files, is not comparable to the
 paper: its training and test images have other pixels."""
@@ -90,8 +91,8 @@ def images(group: SeedGroup | None) -> str:
 
 def size_and_cost(opt: Settings, group: SeedGroup | None) -> Cells:
     """Return the cells that most tables end with: the network's size, and what one run needed."""
-    parameters, macs = count(opt)
-    row = {"parameters>": f"{parameters:,}", "multiply-adds>": f"{macs:,}"}
+    size = count(opt)
+    row = {"parameters>": f"{size.parameters:,}", "multiply-adds>": f"{size.macs:,}"}
     row["chosen by"] = runs.selection(opt)
     devices = dict.fromkeys(run.device or UNKNOWN for run in group.runs) if group else [NOT_RUN]
     row["hardware"] = "; ".join(devices)

@@ -1,6 +1,7 @@
 """Load the configs of configs/, and compare settings to tell which run belongs to which config."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import opts
@@ -46,10 +47,11 @@ def names_by_settings() -> dict[tuple, str]:
 
 
 class Counts(NamedTuple):
-    """Count the size of a network: trained numbers, and multiply-adds for one image."""
+    """Count the size of a network: trained numbers; for one image multiply-adds, activations."""
 
     parameters: int
     macs: int
+    activations: int  # outputs of convolutions and of the classifier
 
 
 _counts: dict[tuple, Counts] = {}  # by network: counting one takes up to a second
@@ -66,13 +68,14 @@ def count(opt: Settings) -> Counts:
     if key not in _counts:
         from torch.nn import BatchNorm2d
 
-        from tools import describe
+        from tools import layers
 
-        model = describe.build(opt.replace(nClasses=1000 if opt.imagenetShape else 10))
+        model = layers.build(opt.replace(nClasses=1000 if opt.imagenetShape else 10))
         for module in model.modules():
             if isinstance(module, BatchNorm2d):  # no multiply-adds, but half of the time
                 module.forward = lambda features: features
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        macs = sum(layer.macs for layer in describe.list_layers(model, opt.imageSize))
-        _counts[key] = Counts(parameters, macs)
+        found = layers.list_layers(model, opt.imageSize)
+        outputs = sum(math.prod(layer.shape) for layer in found)
+        _counts[key] = Counts(parameters, sum(layer.macs for layer in found), outputs)
     return _counts[key]
