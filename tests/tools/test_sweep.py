@@ -17,6 +17,7 @@ from distributed import signals
 from errors import UsageError
 from helpers.run_main import ROOT
 from helpers.tables import CONFIG, held_elsewhere, tiny, write_run
+from tools.results import published
 from tools.sweep import __main__ as sweep
 from tools.sweep import tasks
 from tools.sweep.tasks import Task
@@ -121,6 +122,15 @@ def test_a_mistake_is_one_line_and_starts_nothing(words, message, tmp_path, caps
     assert sweep.main(words.replace("EMPTY", str(tmp_path)).split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_a_dry_run_of_table_2_lists_all_of_its_numbers(tmp_path, capsys):
+    assert sweep.main(f"table2 --seeds 0 --dryRun true --runs {tmp_path}".split()) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert total == "75 runs: 75 not started"
+    printed = [row.configs.values() for row in published.tables()["table2"].rows]
+    listed = {line.split()[0].removesuffix("-seed0") for line in lines}
+    assert {name for names in printed for name in names} <= listed
 
 
 def test_missing_data_is_noticed_before_the_first_run(tmp_path, monkeypatch, capsys):
