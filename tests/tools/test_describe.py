@@ -1,6 +1,7 @@
 """Test that tools.describe counts as the paper does, and as a plain sum over the architecture."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import opts
 from engine.memory import MemoryEstimate
 from kernels.backend import REFERENCE
 from tools import describe
+from tools.results import published
 
 # Parameters, multiply-adds and outputs of convolutions and classifier, worked out by hand.
 PUBLISHED = [
@@ -117,3 +119,22 @@ def test_a_gpu_that_cannot_be_used_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "init", init)
     assert describe.main([*TINY.split()[:-2], "--batchSize", "8"]) == 2
     assert capsys.readouterr().err.startswith("error: the GPU cannot be used: The NVIDIA driver")
+
+
+def test_table_2_has_a_line_for_each_of_its_networks(capsys, monkeypatch):
+    rows = published.tables()["table2"].rows
+    kept = [row for row in rows if row.depth in ("40", "16") or "All-CNN" in row.method]
+    table = replace(published.tables()["table2"], rows=kept)
+    monkeypatch.setattr(published, "tables", lambda: {"table2": table})
+    assert describe.main(["--table2", "true", "--nGPU", "0"]) == 0
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    found = {method: numbers for method, *numbers in lines[1:]}
+    assert list(found) == [row.method for row in kept] and len(found) == 4
+    # Parameters, multiply-adds and activations of All-CNN by hand; the memory as --batchSize shows.
+    assert found["All-CNN [31]"][:5] == ["-", "1,369,738", "270,798,336", "345,960", "128"]
+    assert found["DenseNet (k = 12)"][:5] == ["40", "1,019,722", "264,812,928", "451,594", "64"]
+    opt = opts.parse(["--dataset", "cifar10", "--netType", "allcnn", "--batchSize", "128"])
+    peak = MemoryEstimate(opt, 10, torch.device("cpu"), REFERENCE).peak_bytes()
+    assert found["All-CNN [31]"][5] == f"{round(peak / 1e6):,}"
+    assert describe.main(["--table2", "true", "--depth", "40"]) == 2
+    assert "depth has no effect on the networks of Table 2; fix: " in capsys.readouterr().err

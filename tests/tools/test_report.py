@@ -69,18 +69,20 @@ def filled(tmp_path_factory) -> str:
 
 def test_every_cell_that_was_not_measured_says_so(empty):
     lines = by_config(empty)
-    assert len(lines) >= 13 + 27 + 6 + 12
+    assert len(lines) >= 48 + 27 + 6 + 12
     for name, row in lines.items():
         assert {row[title] for title in ("measured", *NEEDS)} == {"not run"}
         assert row.get("difference", "-") == "-"
-        is_held_out = name.startswith("svhn/") or name.endswith("/resnet-110")
+        is_held_out = name.startswith("svhn/") or "/resnet-110" in name or "-1202-" in name
+        is_held_out &= name != "svhn/wideresnet-16-4"
         assert row["chosen by"] == ("best validation" if is_held_out else "last epoch")
-    overview = tables(empty)[0]
-    for row in overview:
-        is_cited = "(cited)" in row["method"]
-        for title in list(row)[3:]:
-            assert row[title] == "-" or row[title].endswith(" / not run") != is_cited
-    assert sum("(cited)" in row["method"] for row in overview) == 12 and len(overview) == 21
+    overviews = [rows for rows in tables(empty) if "method" in rows[0]]
+    for rows, size, num_cited in zip(overviews, (21, 4, 14), (0, 0, 2), strict=True):
+        cited = [row for row in rows if "(cited)" in row["method"]]
+        assert (len(rows), len(cited)) == (size, num_cited)
+        for row in rows:
+            cells = [cell for title, cell in row.items() if title.endswith(": paper / measured")]
+            assert all(c == "-" or c.endswith(" / not run") != (row in cited) for c in cells)
     texts = [*published.sources().values(), *(t.note for t in published.tables().values())]
     assert all(" ".join(text.split()) in " ".join(empty.split()) for text in texts)
 
@@ -89,11 +91,11 @@ def test_exact_counts_round_to_the_published_ones(empty):
     lines, rows = by_config(empty), [row for t in published.tables().values() for row in t.rows]
     for row in (row for row in rows if row.params):
         for name in row.configs.values():
-            exact = int(lines[name]["parameters"].replace(",", ""))
-            if "1001" in name:  # published without batch normalisation
-                assert exact == 10_327_706
-                exact -= 149_216
-            assert f"{exact / 1e6:.1f}M" == row.params
+            exact = lines[name]["parameters"]
+            rounded = f"{int(exact.replace(',', '')) / 1e6:.1f}M"
+            # Of the first, batch normalisation is left out; for the others see docs/parity.md.
+            others = {"10,327,706": "10.2M", "33,724,618": "38.6M", "19,421,274": "10.2M"}
+            assert others.get(exact, rounded) == row.params
     for name, parameters, macs in (
         # For ten classes; with a hundred the classifier has 90 x 343 numbers more.
         ("c100plus/densenet-bc-L100-k12", "769,162", "287,929,692"),
@@ -123,7 +125,7 @@ def test_published_and_measured_errors_stand_side_by_side(filled, empty):
         ("DenseNet-BC (k = 12)", "100", "C10+", "4.51 / 4.60 +- 0.20 (n = 3)"),
         ("DenseNet-BC (k = 12)", "100", "C10", "5.92 / not run"),
         ("ResNet (pre-activation) [12]", "164", "C10", "11.26\\* / not run"),
-        ("Wide ResNet [41] (cited)", "28", "C10+", "4.17"),
+        ("Wide ResNet [41]", "28", "C10+", "4.17 / not run"),
     ):
         assert rows[method, depth][f"{column}: paper / measured"] == cell
     (wide,) = (table for table in tables(empty) if "s/step, paper" in table[0])

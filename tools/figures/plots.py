@@ -105,16 +105,28 @@ def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
 def kind(opt: Settings) -> str:
     """Name the family of a network, such as `DenseNet-BC`."""
     if opt.netType != "densenet":
-        return ARCHITECTURES[opt.netType].title
+        network = ARCHITECTURES[opt.netType]
+        parts = {
+            "stochastic depth": opt.stochasticDepth < 1,
+            "drop-path": opt.dropPath > 0,
+            "dropout": network.defaults.get("dropRate") == 0 < opt.dropRate,
+        }
+        return ", ".join([network.title, *(part for part, has_it in parts.items() if has_it)])
     form = ("B" if opt.bottleneck else "") + ("C" if opt.reduction < 1 else "")
     cosine = ", cosine rate" if opt.lrShape == "cosine" else ""
     return f"DenseNet{'-' if form else ''}{form}{cosine}"
 
 
+def is_compared(opt: Settings) -> bool:
+    """Tell whether the paper's figures have such a network."""
+    return opt.netType == "densenet" or kind(opt) in KINDS
+
+
 def network(opt: Settings) -> str:
     """Name a network within its family by its depth, and the growth rate if it has one."""
-    has_growth_rate = ARCHITECTURES[opt.netType].uses("growthRate")
-    return f"L={opt.depth} k={opt.growthRate}" if has_growth_rate else f"{opt.depth}"
+    if ARCHITECTURES[opt.netType].uses("growthRate"):
+        return f"L={opt.depth} k={opt.growthRate}"
+    return f"{opt.depth}" if opt.widen in (None, 1) else f"{opt.depth}-{opt.widen:g}"
 
 
 def curve_name(run: Run) -> str:
@@ -146,15 +158,23 @@ class Point(NamedTuple):
 
 
 def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | None:
-    """Draw Figure 3 or a Figure 4 of published and measured errors; return None without any."""
+    """Draw Figure 3 or a Figure 4 of published and measured errors; return None without any.
+
+    They are those of DenseNets and ResNets, as in the paper.
+    """
     folder, table, column, title = EFFICIENCY[name]
-    own = [group for config, group in groups.items() if config.startswith(f"{folder}/")]
+    own = [
+        group
+        for config, group in groups.items()
+        if config.startswith(f"{folder}/") and is_compared(group.runs[0].opt)
+    ]
     points = [
         Point(group.runs[0].opt, group.mean, group.std or 0.0, len(group.runs)) for group in own
     ]
     for row in tables()[table].rows if table else ():
-        if column in row.configs:
-            points.append(Point(configs()[row.configs[column]].opt, float(row.errors[column])))
+        opt = configs()[row.configs[column]].opt if column in row.configs else None
+        if opt and is_compared(opt):
+            points.append(Point(opt, float(row.errors[column])))
     if not points:
         return None
     runs = [run for group in own for run in group.runs]
@@ -332,7 +352,7 @@ def training(runs: list[Run], title: str) -> Figure:
         panels[0, column].set_title(words)
         panels[1, column].set_xlabel("epoch")
         panels[1, column].xaxis.get_major_locator().set_params(integer=True)
-    for row, label in zip(panels, ("loss (mean cross-entropy)", "top-1 error, %"), strict=True):
+    for row, label in zip(panels, ("mean loss", "top-1 error, %"), strict=True):
         log_scale(*row)
         row[0].set_ylabel(label)
     legend_below(figure, panels[0, 0])
