@@ -55,7 +55,7 @@ def problems(
         (opt.batchSize % opt.replicas != 0 and not opt.testOnly,
          f"batchSize {opt.batchSize} over {opt.replicas} processes is not a whole number",
          f"use {near_batch}, or another number"),
-        (opt.cudaGraph == "true" and network_settings.has_random_depth(opt),
+        (opt.cudaGraph == "true" and network_settings.has_random_depth(opt) and not opt.testOnly,
          "cudaGraph true: what is drawn to be dropped is decided on the host in every step",
          "leave it out, or stochasticDepth and dropPath"),
         (opt.tf32 and opt.precision != "single",

@@ -677,3 +677,9 @@ def test_a_config_for_files_with_torch7s_resize_also_measures_a_gpu_on_synthetic
 ])  # fmt: skip
 def test_weights_of_lua_are_given_the_images_that_lua_gave_them(flags, resize):
     assert parse(flags).resize == resize
+
+
+def test_an_evaluation_can_be_captured_whatever_training_drops():
+    line = "--netType fractalnet --dropPath 0.1 --cudaGraph true"
+    assert parse(f"{line} --testOnly true --retrain x.pt").cudaGraph == "true"
+    assert "decided on the host" in refused(line)[0][0]
