@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed.world import BatchShard
+from kernels.backend import REFERENCE, Backend
 from kernels.dropout import DropoutSpec, draw_seed
 from kernels.feature_maps import nchw, nhwc
 from models.layers import make_conv
@@ -27,12 +28,12 @@ BOTTLENECK_WIDTH = 4  # the 1x1 convolution outputs 4k channels (paper, section 
 class DenseLayer(nn.Module):
     """Run BN-ReLU-conv3x3, or with `bottleneck` BN-ReLU-conv1x1-BN-ReLU-conv3x3.
 
-    Dropout follows each convolution. With `inplace`, ReLU and dropout overwrite their inputs.
+    Dropout follows each convolution. Nothing overwrites its input, so that a hook sees what its
+    module has returned.
     """
 
-    def __init__(self, channels: int, growth_rate: int, *, bottleneck: bool, inplace: bool):
+    def __init__(self, channels: int, growth_rate: int, *, bottleneck: bool):
         super().__init__()
-        self.inplace = inplace
         self.bottleneck = bottleneck
         self.norm1 = BatchNorm(channels)
         if bottleneck:
@@ -56,9 +57,9 @@ class DenseLayer(nn.Module):
     def forward(self, x: Tensor, dropouts: tuple[DropoutSpec, DropoutSpec] | None = None) -> Tensor:
         """Return k new channels, (N, k, H, W); `dropouts[i]` is applied after convolution i."""
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-            x = conv(F.relu(norm(x), self.inplace))
+            x = conv(F.relu(norm(x)))
             # Parity: Lua applies dropout after the 1x1 convolution too; most ports omit it.
-            x = apply_dropout(x, dropouts[i] if dropouts else None, self.inplace)
+            x = apply_dropout(x, dropouts[i] if dropouts else None)
         return x
 
 
@@ -68,6 +69,7 @@ class DenseBlock(nn.ModuleDict):
     Attributes:
         channels, out_channels: number of input channels, number of output channels.
         width: output channels of each 1x1 convolution; 0 if there is no bottleneck.
+        memory_level, ops: how models/memory_efficient.py runs the block.
         shard: this process's part of the global batch; None in a single-process run.
     """
 
@@ -82,16 +84,16 @@ class DenseBlock(nn.ModuleDict):
         bottleneck: bool,
         drop_rate: float,
         memory_level: int,
+        ops: Backend = REFERENCE,
     ):
         super().__init__()
         self.growth_rate, self.drop_rate = growth_rate, drop_rate
-        # Levels 2 to 4 run as level 1 where models/memory_efficient.py cannot run the block.
-        self.recomputes_concat = inplace = memory_level >= 1
+        self.memory_level, self.ops = memory_level, ops
         self.channels, self.out_channels = channels, channels + num_layers * growth_rate
         self.width = BOTTLENECK_WIDTH * growth_rate if bottleneck else 0
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
-                self.layer_offset(i), growth_rate, bottleneck=bottleneck, inplace=inplace
+                self.layer_offset(i), growth_rate, bottleneck=bottleneck
             )
 
     @property
@@ -121,7 +123,9 @@ class DenseBlock(nn.ModuleDict):
         parts = [x]
         for i, layer in enumerate(self.values()):
             x = torch.cat(parts, dim=1)
-            with _recompute_concat(x, tuple(parts)) if self.recomputes_concat else nullcontext():
+            # Levels 2 to 4 run as level 1 where models/memory_efficient.py cannot run the block.
+            recompute = self.memory_level >= 1 and torch.is_grad_enabled()
+            with _recompute_concat(x, tuple(parts)) if recompute else nullcontext():
                 parts.append(layer(x, self.dropouts(seed, i)))
         return torch.cat(parts, dim=1)
 
@@ -130,11 +134,12 @@ def _recompute_concat(concat: Tensor, parts: tuple[Tensor, ...]) -> AbstractCont
     """Make autograd keep `parts`, which all later layers share, in place of `concat`."""
     # Recognise `concat` by the address of its storage object: a reference to it would keep it
     # alive, and data_ptr() fails on the FakeTensors of engine/memory.py.
-    storage, shape = concat.untyped_storage()._cdata, concat.shape
+    storage, shape, version = concat.untyped_storage()._cdata, concat.shape, concat._version
 
     def pack(saved: Tensor) -> Tensor | tuple[Tensor, ...]:
         same = saved.untyped_storage()._cdata == storage and saved.shape == shape
-        return parts if same else saved
+        # A hook may have written into it; it is another tensor then.
+        return parts if same and saved._version == version else saved
 
     def unpack(saved: Tensor | tuple[Tensor, ...]) -> Tensor:
         return torch.cat(saved, dim=1) if isinstance(saved, tuple) else saved
@@ -153,7 +158,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the shape of x, (N, C, H, W)."""
-        return apply_dropout(x, self.draw(x.device), inplace=False)
+        return apply_dropout(x, self.draw(x.device))
 
     def draw(self, device: torch.device) -> DropoutSpec | None:
         """Return this step's dropout, with a new seed; None if no dropout is applied."""
@@ -172,7 +177,7 @@ class DropoutAvgPool(torch.autograd.Function):
     def forward(ctx, x: Tensor, dropout: DropoutSpec) -> Tensor:
         """Return the pooled maps, (N, C, H // 2, W // 2)."""
         ctx.dropout, ctx.size = dropout, x.shape[2:]
-        return F.avg_pool2d(apply_dropout(x, dropout, inplace=False), 2)
+        return F.avg_pool2d(apply_dropout(x, dropout), 2)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -181,13 +186,12 @@ class DropoutAvgPool(torch.autograd.Function):
         height, width = (length - length % 2 for length in ctx.size)
         grad = F.interpolate(grad / 4, size=(height, width), mode="nearest")
         grad = F.pad(grad, (0, ctx.size[1] - width, 0, ctx.size[0] - height))
-        return apply_dropout(grad, ctx.dropout, inplace=False), None
+        return apply_dropout(grad, ctx.dropout), None
 
 
-def apply_dropout(x: Tensor, dropout: DropoutSpec | None, inplace: bool) -> Tensor:
+def apply_dropout(x: Tensor, dropout: DropoutSpec | None) -> Tensor:
     """Multiply x, (N, C, H, W), by the mask, 0 or 1 / (1 - rate); return x if no dropout."""
     if dropout is None:
         return x
     # Masks are defined in the order (N, H, W, C), which is the kernels' layout.
-    mask = nchw(dropout.mask(nhwc(x)))
-    return x.mul_(mask) if inplace else x * mask
+    return x * nchw(dropout.mask(nhwc(x)))

@@ -6,14 +6,14 @@ Parameters have torchvision's names (`features.denseblock1.denselayer1.norm1.wei
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.backend import REFERENCE, Backend
 from models import memory_efficient
 from models.dense_block import DenseBlock, Dropout, DropoutAvgPool
-from models.layers import make_conv, reset_parameters
+from models.layers import GlobalMeanPool, has_hooks, make_conv, reset_parameters
 from models.sync_batchnorm import BatchNorm
 
 
@@ -53,12 +53,11 @@ class DenseNet(nn.Module):
         ops: Backend = REFERENCE,
     ):
         super().__init__()
-        self.memory_level, self.ops = memory_level, ops
         channels = init_channels
         if imagenet_stem:
-            self.features = nn.Sequential(_imagenet_stem(in_channels, channels))
+            self.features = Features(_imagenet_stem(in_channels, channels))
         else:  # Parity: no BN or ReLU, since the first dense layer begins with both.
-            self.features = nn.Sequential(OrderedDict(conv0=make_conv(in_channels, channels, 3)))
+            self.features = Features(OrderedDict(conv0=make_conv(in_channels, channels, 3)))
         for i, num_layers in enumerate(stages, start=1):
             block = DenseBlock(
                 num_layers,
@@ -67,6 +66,7 @@ class DenseNet(nn.Module):
                 bottleneck=bottleneck,
                 drop_rate=drop_rate,
                 memory_level=memory_level,
+                ops=ops,
             )
             self.features.add_module(f"denseblock{i}", block)
             channels = block.out_channels
@@ -76,49 +76,49 @@ class DenseNet(nn.Module):
                 channels = transition.conv.out_channels
         # Named norm5 for any number of blocks, as in torchvision.
         self.features.add_module("norm5", BatchNorm(channels))
+        self.relu5, self.global_pool = nn.ReLU(), GlobalMeanPool()
         self.classifier = nn.Linear(channels, num_classes)
         reset_parameters(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (N, num_classes), of images, (N, in_channels, H, W)."""
-        if self.memory_level in memory_efficient.MEMORY_EFFICIENT_LEVELS:
-            return self.classifier(self._forward_memory_efficient(images))
-        return self.classifier(_relu_mean_pool(self.features(images)))
-
-    def _forward_memory_efficient(self, images: Tensor) -> Tensor:
-        """Compute the classifier's input, (N, C), from images, (N, in_channels, H, W).
-
-        Where possible, runs each block and the module after it in one function, so that level 4
-        need not keep the block's output.
-        """
-        x, modules = images, deque(self.features)
-        while modules:
-            module = modules.popleft()
-            reader = modules[0] if modules and isinstance(module, DenseBlock) else None
-            if isinstance(reader, Transition):
-                x = modules.popleft().forward_with_block(module, x, self.ops, self.memory_level)
-            elif len(modules) == 1 and reader and memory_efficient.can_run(module, reader):
-                # The last batch norm, before the mean over all pixels.
-                epilogue = memory_efficient.BlockEpilogue(reader, window=tuple(x.shape[2:]))
-                return memory_efficient.run_dense_block(
-                    module, epilogue, x, self.ops, self.memory_level
-                ).flatten(1)
-            else:
-                x = module(x)
-        return _relu_mean_pool(x)
+        modules = (self.features, self.relu5, self.global_pool)
+        is_ours = [type(each) for each in modules] == [Features, nn.ReLU, GlobalMeanPool]
+        if is_ours and len(self.features) > 1 and not has_hooks(self.features, inside=False):
+            *others, block, norm = self.features
+            if memory_efficient.can_run(block, norm, *modules[1:]):
+                x = _run(others, images)
+                epilogue = memory_efficient.BlockEpilogue(norm, window=tuple(x.shape[2:]))
+                x = memory_efficient.run_dense_block(block, epilogue, x)
+                return self.classifier(x.flatten(1))
+        return self.classifier(self.global_pool(self.relu5(self.features(images))))
 
 
-def _relu_mean_pool(features: Tensor) -> Tensor:
-    """Apply ReLU to (N, C, H, W), in place; return the mean over pixels, (N, C)."""
-    # Not AdaptiveAvgPool2d: adaptive pooling has no deterministic backward on CUDA.
-    return F.relu(features, inplace=True).mean(dim=(2, 3))
+class Features(nn.Sequential):
+    """Compute feature maps; where possible, each block and its transition in one function."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to (N, C', H', W'), what the last batch norm returns."""
+        return _run(self, images)
+
+
+def _run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Run modules one after the other, a dense block together with its transition."""
+    queue = deque(modules)
+    while queue:
+        module = queue.popleft()
+        if isinstance(module, DenseBlock) and queue and isinstance(queue[0], Transition):
+            x = queue.popleft().forward_with_block(module, x)
+        else:
+            x = module(x)
+    return x
 
 
 def _imagenet_stem(in_channels: int, channels: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
         conv0=make_conv(in_channels, channels, 7, stride=2),
         norm0=BatchNorm(channels),
-        relu0=nn.ReLU(inplace=True),
+        relu0=nn.ReLU(),
         pool0=nn.MaxPool2d(3, stride=2, padding=1),
     )
 
@@ -131,25 +131,27 @@ class Transition(nn.Sequential):
         super().__init__(
             OrderedDict(
                 norm=BatchNorm(in_channels),
-                relu=nn.ReLU(inplace=True),
+                relu=nn.ReLU(),
                 conv=make_conv(in_channels, out_channels, 1),
                 **drop,
                 pool=nn.AvgPool2d(2),
             )
         )
 
-    def forward_with_block(self, block: DenseBlock, x: Tensor, ops: Backend, level: int) -> Tensor:
+    def forward_with_block(self, block: DenseBlock, x: Tensor) -> Tensor:
         """Run a dense block, then this transition; in one function if `can_run` allows it.
 
         Average pooling and a 1x1 convolution commute, so the pooling runs first, which leaves the
         convolution a quarter of the work. With dropout between the two, the order stays.
         """
-        if not memory_efficient.can_run(block, self.norm):
-            return self(block(x))
         has_dropout = hasattr(self, "drop")
+        types = [BatchNorm, nn.ReLU, nn.Conv2d, *[Dropout] * has_dropout, nn.AvgPool2d]
+        is_ours = [type(each) for each in self] == types
+        if not (is_ours and memory_efficient.can_run(block, self.norm, self)):
+            return self(block(x))
         reads = {"conv": self.conv} if has_dropout else {"window": (2, 2)}
         epilogue = memory_efficient.BlockEpilogue(self.norm, **reads)
-        x = memory_efficient.run_dense_block(block, epilogue, x, ops, level)
+        x = memory_efficient.run_dense_block(block, epilogue, x)
         return self._dropout_avg_pool(x) if has_dropout else self.conv(x)
 
     def _dropout_avg_pool(self, x: Tensor) -> Tensor:

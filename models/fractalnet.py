@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dense_block import Dropout
-from models.layers import make_conv, reset_parameters
+from models.layers import GlobalMeanPool, make_conv, reset_parameters
 from models.sync_batchnorm import BatchNorm
 
 CHANNELS = (64, 128, 256, 512, 512)  # of each block
@@ -69,6 +69,7 @@ class FractalNet(nn.Module):
                 blocks.append(nn.ModuleList(units))
             self.add_module(f"column{column}", blocks)
         self.num_blocks = len(stages)
+        self.global_pool = GlobalMeanPool()
         self.classifier = nn.Linear(widths[-1], num_classes)
         reset_parameters(self)
 
@@ -81,7 +82,7 @@ class FractalNet(nn.Module):
         x = images
         for block, joins in enumerate(self.draw_paths() if self.training else self.all_paths()):
             x = F.max_pool2d(self._join(block, self.length, joins, {0: x}), 2)
-        return self.classifier(x.mean(dim=(2, 3)))
+        return self.classifier(self.global_pool(x))
 
     def _join(self, block: int, end: int, joins: Joins, known: dict[int, Tensor]) -> Tensor:
         """Compute the maps at a position of a block, and no more than they need.
@@ -140,6 +141,6 @@ class Unit(nn.Sequential):
                 conv=make_conv(in_channels, out_channels, 3),
                 **drop,
                 norm=BatchNorm(out_channels),
-                relu=nn.ReLU(inplace=True),
+                relu=nn.ReLU(),
             )
         )

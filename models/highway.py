@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dense_block import Dropout
-from models.layers import make_conv, reset_parameters
+from models.layers import GlobalMeanPool, make_conv, reset_parameters
 
 # Channels of each stage, and its layers: a plain one, which changes the number of channels, first.
 STAGES = ((32, 5), (80, 6), (128, 6))
@@ -22,7 +22,7 @@ class HighwayLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the shape of x, (N, C, H, W)."""
-        return x.lerp(F.relu(self.conv(x), inplace=True), self.gate(x).sigmoid())
+        return x.lerp(F.relu(self.conv(x)), self.gate(x).sigmoid())
 
 
 class HighwayNet(nn.Module):
@@ -47,12 +47,12 @@ class HighwayNet(nn.Module):
             if i:
                 self.features.extend([nn.MaxPool2d(2), Dropout(drop_rate)])
             width = round(widen * width)
-            self.features.extend([make_conv(channels, width, 3, bias=True), nn.ReLU(inplace=True)])
+            self.features.extend([make_conv(channels, width, 3, bias=True), nn.ReLU()])
             self.features.extend(HighwayLayer(width) for _ in range(num_layers - 1))
             channels = width
         last = round(widen * LAST_CHANNELS)
-        self.features.extend([make_conv(channels, last, 1, bias=True), nn.ReLU(inplace=True)])
-        self.drop = Dropout(drop_rate)
+        self.features.extend([make_conv(channels, last, 1, bias=True), nn.ReLU()])
+        self.global_pool, self.drop = GlobalMeanPool(), Dropout(drop_rate)
         self.classifier = nn.Linear(last, num_classes)
         reset_parameters(self, mode="fan_in")
         for module in self.modules():
@@ -61,5 +61,5 @@ class HighwayNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (N, num_classes), of images, (N, in_channels, H, W)."""
-        means = self.drop(self.features(images).mean(dim=(2, 3), keepdim=True))
-        return self.classifier(means.flatten(1))
+        means = self.global_pool(self.features(images))
+        return self.classifier(self.drop(means[..., None, None]).flatten(1))

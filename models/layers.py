@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from models.sync_batchnorm import BatchNorm
 
@@ -39,7 +40,7 @@ class PaddedShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, out_channels, ceil(H / stride), ceil(W / stride)) from (N, C, H, W)."""
-        x = x[:, :, :: self.stride, :: self.stride]
+        x = F.avg_pool2d(x, 1, self.stride)  # as in Lua; ncnn has no slices with a step
         return F.pad(x, (0, 0, 0, 0, 0, self.pad_channels))
 
 
@@ -81,6 +82,28 @@ def block_sizes(
         sizes.append([first, *others])
         channels, width = out_channels, 2 * width
     return sizes
+
+
+class GlobalMeanPool(nn.Module):
+    """Average over all pixels. What it gets are the maps that a class activation map reads."""
+
+    # Not AdaptiveAvgPool2d: adaptive pooling has no deterministic backward on CUDA.
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C)."""
+        return x.mean(dim=(2, 3))
+
+
+def has_hooks(*modules: nn.Module, inside: bool = True) -> bool:
+    """Return whether a call of a module, or with `inside` of one in it, would run a hook."""
+    parts = [*modules]
+    for part in parts:  # Module.modules() takes three times as long
+        if part._forward_hooks or part._forward_pre_hooks:
+            return True
+        if part._backward_hooks or part._backward_pre_hooks:
+            return True
+        parts += (each for each in part._modules.values() if inside and each is not None)
+    return bool(_has_any_global_hook())
 
 
 def set_eps(model: nn.Module, eps: float) -> None:

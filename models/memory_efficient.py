@@ -30,8 +30,8 @@ Backward, with a buffer G for the gradient of X:
 | 4            | the block's input                          | as 3, and X               |
 
 A block runs as plain modules (see `can_run`) if its batch norms are frozen, replaced or differ in
-settings, or if evaluation needs gradients. Hooks of modules inside a block are not called. Second
-derivatives, forward-mode derivatives and torch.func transforms raise an error. Gradients are
+settings, if evaluation needs gradients, or if a module that the function replaces has a hook.
+Second derivatives, forward-mode derivatives and torch.func transforms raise an error. Gradients are
 computed for all parameters, also for those with requires_grad=False.
 """
 
@@ -44,9 +44,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distributed.world import BatchShard
-from kernels.backend import Backend
 from kernels.feature_maps import FeatureMaps, Norm, Reader, nchw, nhwc
 from models.dense_block import DenseBlock
+from models.layers import has_hooks
 from models.norm_conv import (
     NormConv,
     NormConvGrads,
@@ -73,8 +73,6 @@ class BlockEpilogue:
 class _BlockSpec:
     """Hold the arguments of `_DenseBlockFunction` that are not tensors, as in `run_dense_block`."""
 
-    ops: Backend
-    level: int
     block: DenseBlock
     eps: float  # the value that all batch norms share
     window: tuple[int, int] | None  # of the epilogue's pooling
@@ -88,15 +86,19 @@ class _BlockSpec:
         return x.new_empty((*x.shape[:3], channels), dtype=self.dtype)
 
 
-def can_run(block: DenseBlock, reader: nn.Module) -> bool:
+def can_run(block: nn.Module, reader: nn.Module, *others: nn.Module) -> bool:
     """Return whether `run_dense_block` computes what the modules, as they are now, would compute.
 
-    All batch norms must share eps and momentum and be in the block's mode; evaluation must run
-    without gradients.
+    It must be a `DenseBlock` of level 2, 3 or 4. All batch norms must share eps and momentum and be
+    in the block's mode; evaluation must run without gradients; and no module may have a hook.
 
     Args:
         reader: the module after the block; the result is False unless it is a `BatchNorm`.
+        others: further modules that the function replaces.
     """
+    is_block = isinstance(block, DenseBlock) and block.memory_level in MEMORY_EFFICIENT_LEVELS
+    if not is_block or has_hooks(block, reader, *others):
+        return False
     norms = [*block.norms, reader]
     # The exact type: other classes compute something else (SyncBatchNorm, quantised, parametrised).
     if any(type(norm) is not BatchNorm for norm in norms) or reader.momentum is None:
@@ -112,9 +114,7 @@ def can_run(block: DenseBlock, reader: nn.Module) -> bool:
     )
 
 
-def run_dense_block(
-    block: DenseBlock, epilogue: BlockEpilogue, x: Tensor, ops: Backend, level: int
-) -> Tensor:
+def run_dense_block(block: DenseBlock, epilogue: BlockEpilogue, x: Tensor) -> Tensor:
     """Run a block and its epilogue, with batch statistics or, in evaluation, running statistics.
 
     Args:
@@ -128,9 +128,7 @@ def run_dense_block(
     """
     norms = [*block.norms, epilogue.norm]
     shard = norms[0].shard
-    spec = _BlockSpec(
-        ops, level, block, epilogue.norm.eps, epilogue.window, _features_dtype(x), shard
-    )
+    spec = _BlockSpec(block, epilogue.norm.eps, epilogue.window, _features_dtype(x), shard)
     convs = [conv for layer in block.values() for conv in layer.convs] + [epilogue.conv]
     # One flat list: autograd tracks only tensors passed as direct arguments, not those in lists.
     parameters = [
@@ -171,7 +169,7 @@ class _DenseBlockFunction(torch.autograd.Function):
         features = FeatureMaps(spec.new_buffer(block.out_channels, source), *stats, eps=spec.eps)
         block_input = features.channels(0, block.channels)
         reader = Reader(units[0][0].norm, block_input)
-        spec.ops.copy_with_stats(source, block_input, reader)
+        spec.block.ops.copy_with_stats(source, block_input, reader)
         _sync_stats(spec, block_input, reader)
 
         # Each layer adds k channels. Buffers for bottleneck maps, (N, H, W, width): at level 2 one
@@ -179,7 +177,7 @@ class _DenseBlockFunction(torch.autograd.Function):
         bottleneck_buffers, bottleneck = [], None
         for i, (layer, (reader_unit, *_)) in enumerate(pairwise(units)):
             if block.width:
-                if spec.level == 2 or i == 0:
+                if spec.block.memory_level == 2 or i == 0:
                     bottleneck_buffers.append(spec.new_buffer(block.width, source))
                 bottleneck = FeatureMaps(bottleneck_buffers[-1], *bottleneck_stats[i], eps=spec.eps)
             _layer_forward(spec, i, layer, features, bottleneck, seed, reader_unit.norm)
@@ -188,8 +186,8 @@ class _DenseBlockFunction(torch.autograd.Function):
         out = _epilogue_forward(spec, units[-1][0], features)
 
         # Save the maps that the memory level keeps, the statistics and the parameters.
-        saved = [x] if spec.level == 4 else [features.value]
-        saved += bottleneck_buffers if spec.level == 2 else []
+        saved = [x] if spec.block.memory_level == 4 else [features.value]
+        saved += bottleneck_buffers if spec.block.memory_level == 2 else []
         ctx.spec, ctx.num_saved = spec, len(saved)
         ctx.save_for_backward(*saved, stats, bottleneck_stats, affines, seed, *parameters)
         ctx.mark_non_differentiable(stats, bottleneck_stats)
@@ -209,7 +207,7 @@ class _DenseBlockFunction(torch.autograd.Function):
 
         # The buffer X, (N, H, W, C). Without var, the backend does not compute statistics again.
         features = FeatureMaps(kept, *stats[:2], eps=spec.eps)
-        if spec.level == 4:  # `kept` is the block's input, (N, C_0, H, W)
+        if spec.block.memory_level == 4:  # `kept` is the block's input, (N, C_0, H, W)
             source = nhwc(kept)
             features.value = spec.new_buffer(block.out_channels, source)
             features.value[..., : block.channels] = source
@@ -219,18 +217,20 @@ class _DenseBlockFunction(torch.autograd.Function):
         # Bottleneck maps: all layers share one gradient buffer (N, H, W, width), at levels 3 and 4
         # also one for recomputed maps. Corrections of mean and variance: (layers, 2, width).
         grad_buffer = spec.new_buffer(block.width, features.value)
-        value_buffer = spec.new_buffer(block.width, features.value) if spec.level > 2 else None
+        value_buffer = (
+            spec.new_buffer(block.width, features.value) if spec.block.memory_level > 2 else None
+        )
         corrections = torch.zeros_like(bottleneck_stats[:, :2])
 
         def bottleneck_maps(i: int) -> FeatureMaps | None:
             if not block.width:
                 return None
-            value = bottleneck_buffers[i] if spec.level == 2 else value_buffer
+            value = bottleneck_buffers[i] if spec.block.memory_level == 2 else value_buffer
             return FeatureMaps(
                 value, *bottleneck_stats[i, :2], None, grad_buffer, *corrections[i], eps=spec.eps
             )
 
-        if spec.level == 4:  # fill the buffer again
+        if spec.block.memory_level == 4:  # fill the buffer again
             for i, layer in enumerate(layers):
                 _layer_forward(spec, i, layer, features, bottleneck_maps(i), seed)
 
@@ -246,7 +246,7 @@ class _DenseBlockFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             block_input = features.channels(0, block.channels)
             all_reduce_corrections(spec.shard, block_input)
-            dx = nchw(spec.ops.complete_gradient(block_input))
+            dx = nchw(spec.block.ops.complete_gradient(block_input))
 
         # Gradients in the order of the parameters, with their shapes and dtypes.
         grads = [
@@ -265,7 +265,7 @@ def _layer_forward(
     Args:
         next_norm: the norm after the layer; None if statistics and affine functions are known.
     """
-    ops, first, last = spec.ops, layer[0], layer[-1]
+    ops, first, last = spec.block.ops, layer[0], layer[-1]
     start, end = spec.block.layer_offset(i), spec.block.layer_offset(i + 1)
     source, new = features.channels(0, start), features.channels(start, end)
     dropout1, dropout2 = spec.block.dropouts(seed, i) or (None, None)
@@ -292,7 +292,7 @@ def _layer_backward(
     bottleneck: FeatureMaps | None, seed: Tensor | None,
 ) -> list[NormConvGrads]:  # fmt: skip
     """Add layer i's input gradient to channels [0, C_i) of G; return its parameters' gradients."""
-    ops, first, last = spec.ops, layer[0], layer[-1]
+    ops, first, last = spec.block.ops, layer[0], layer[-1]
     start, end = spec.block.layer_offset(i), spec.block.layer_offset(i + 1)
     source, new = features.channels(0, start), features.channels(start, end)
     dropout1, dropout2 = spec.block.dropouts(seed, i) or (None, None)
@@ -306,7 +306,7 @@ def _layer_backward(
         return [NormConvGrads(dweight, dbias, dconv)]
 
     # Levels 3 and 4: recompute the bottleneck maps, (N, H, W, width).
-    if spec.level > 2:
+    if spec.block.memory_level > 2:
         ops.conv1x1(source, first.norm, first.conv_weight, bottleneck, dropout1, None)
 
     # Only this convolution reads the maps, so it overwrites the layers' shared gradient buffer.
@@ -324,9 +324,11 @@ def _layer_backward(
 def _epilogue_forward(spec: _BlockSpec, epilogue: NormConv, features: FeatureMaps) -> Tensor:
     """Run the epilogue on all C channels; return its output, (N, H', W', C')."""
     if spec.window:
-        return spec.ops.norm_relu_avg_pool(features, epilogue.norm, spec.window)
+        return spec.block.ops.norm_relu_avg_pool(features, epilogue.norm, spec.window)
     out = features.value.new_empty((*features.value.shape[:3], epilogue.conv_weight.shape[0]))
-    spec.ops.conv1x1(features, epilogue.norm, epilogue.conv_weight, FeatureMaps(out), None, None)
+    spec.block.ops.conv1x1(
+        features, epilogue.norm, epilogue.conv_weight, FeatureMaps(out), None, None
+    )
     return out
 
 
@@ -335,10 +337,12 @@ def _epilogue_backward(
 ) -> NormConvGrads:
     """Write G, (N, H, W, C), from `grad`, (N, H', W', C'); return the parameters' gradients."""
     if spec.window:
-        dnorm = spec.ops.norm_relu_avg_pool_backward(grad, features, epilogue.norm, spec.window)
+        dnorm = spec.block.ops.norm_relu_avg_pool_backward(
+            grad, features, epilogue.norm, spec.window
+        )
         return NormConvGrads(*dnorm, None)
     target = FeatureMaps(grad, grad=grad)  # value is not read: no batch norm follows
-    dconv, dweight, dbias = spec.ops.conv1x1_backward(
+    dconv, dweight, dbias = spec.block.ops.conv1x1_backward(
         target, features, epilogue.norm, epilogue.conv_weight, None, overwrite=True
     )
     return NormConvGrads(dweight, dbias, dconv)

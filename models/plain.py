@@ -4,6 +4,7 @@ Each classifies every pixel of its last feature maps with one linear layer, and 
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dense_block import Dropout
-from models.layers import make_conv, reset_parameters
+from models.layers import GlobalMeanPool, make_conv, reset_parameters
 
 # Of each mlpconv layer: size of its first convolution; channels of it and of the 1x1 ones.
 NIN_LAYERS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
@@ -43,6 +44,7 @@ class PixelClassifier(nn.Module):
         super().__init__()
         self.features, self.rectified = features, rectified
         self.classifier = nn.Linear(channels, num_classes)
+        self.global_pool = GlobalMeanPool()
         reset_parameters(self, mode="fan_in")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -52,7 +54,8 @@ class PixelClassifier(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits, (N, num_classes), of feature maps, (N, C, H, W)."""
         scores = self.classifier(features.permute(0, 2, 3, 1))
-        return (F.relu(scores) if self.rectified else scores).mean(dim=(1, 2))
+        scores = (F.relu(scores) if self.rectified else scores).permute(0, 3, 1, 2)
+        return self.global_pool(scores)
 
 
 class NIN(PixelClassifier):
@@ -156,12 +159,12 @@ class DSN(NIN):
         """Return the logits, (N, num_classes), in training those of all classifiers."""
         if not self.training:
             return super().forward(images)
-        supervised, outputs = self._supervised_convolutions(), []
-        features = images
-        for module in self.features:
-            features = module(features)
-            if module in supervised:
-                outputs.append(features)
+        outputs: list[Tensor] = []
+        with ExitStack() as hooks:  # are removed at the end
+            for conv in self._supervised_convolutions():
+                hook = conv.register_forward_hook(lambda *call: outputs.append(call[-1]))
+                hooks.enter_context(hook)
+            features = self.features(images)
         weight = self.aux_weight * (1 - self.progress)
         heads = zip(self.companions, outputs, strict=True)
         own = self.classify(features), 1

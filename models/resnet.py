@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dense_block import Dropout
-from models.layers import BlockSizes, block_sizes, make_conv, make_shortcut, reset_parameters
+from models.layers import (
+    BlockSizes,
+    GlobalMeanPool,
+    block_sizes,
+    make_conv,
+    make_shortcut,
+    reset_parameters,
+)
 from models.sync_batchnorm import BatchNorm
 
 # Which paths of a pre-activation block read its input after BN and ReLU: the residual branch in
@@ -54,13 +61,13 @@ class Block(nn.Module):
         if self.training and self.survival < 1 and torch.rand(()).item() >= self.survival:
             is_identity = isinstance(self.downsample, nn.Identity)
             return x if is_identity else F.relu(self.downsample(x))  # x is rectified already
-        branch = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        branch = F.relu(self.bn1(self.conv1(x)))
         branch = self.bn2(self.conv2(branch))
         if self.bottleneck:
-            branch = self.bn3(self.conv3(F.relu(branch, inplace=True)))
+            branch = self.bn3(self.conv3(F.relu(branch)))
         if not self.training and self.survival < 1:
             branch = branch * self.survival
-        return F.relu(branch.add_(self.downsample(x)), inplace=True)
+        return F.relu(branch + self.downsample(x))
 
 
 class PreActBlock(nn.Module):
@@ -91,14 +98,14 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        active = x if self.preact == NOTHING else F.relu(self.bn1(x), inplace=True)
+        active = x if self.preact == NOTHING else F.relu(self.bn1(x))
         if self.preact == BOTH:
             x = active
-        branch = F.relu(self.bn2(self.conv1(active)), inplace=True)
+        branch = F.relu(self.bn2(self.conv1(active)))
         branch = self.conv2(self.drop(branch))
         if self.bottleneck:
-            branch = self.conv3(F.relu(self.bn3(branch), inplace=True))
-        return branch.add_(self.downsample(x))
+            branch = self.conv3(F.relu(self.bn3(branch)))
+        return branch + self.downsample(x)
 
 
 class ResNet(nn.Module):
@@ -152,16 +159,17 @@ class ResNet(nn.Module):
             options["drop_rate"] = drop_rate
             self.stages = _pre_activated_stages(sizes, NOTHING if imagenet_stem else BOTH, options)
             self.bn = BatchNorm(channels)
-            self.relu = nn.ReLU(inplace=True)
+            self.relu = nn.ReLU()
         else:
             size, stride = (7, 2) if imagenet_stem else (3, 1)
             self.conv1 = make_conv(in_channels, width, size, stride)
             self.bn1 = BatchNorm(width)
-            self.relu = nn.ReLU(inplace=True)
+            self.relu = nn.ReLU()
             if imagenet_stem:
                 self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
             for i, stage in enumerate(sizes, start=1):
                 self.add_module(f"layer{i}", nn.Sequential(*(Block(s, **options) for s in stage)))
+        self.global_pool = GlobalMeanPool()
         self.fc = nn.Linear(channels, num_classes)
         reset_parameters(self)
         blocks = [module for module in self.modules() if isinstance(module, Block)]
@@ -175,12 +183,10 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (N, num_classes), of images, (N, in_channels, H, W)."""
-        *body, classifier = self.children()
-        features = images
-        for module in body:
-            features = module(features)
-        # Not AdaptiveAvgPool2d: adaptive pooling has no deterministic backward on CUDA.
-        return classifier(features.mean(dim=(2, 3)))
+        x = images
+        for module in self.children():
+            x = module(x)
+        return x
 
 
 PreActResNet = partial(ResNet, pre_activation=True)
@@ -192,7 +198,7 @@ def _pre_activated_stem(in_channels: int, width: int, imagenet: bool) -> nn.Modu
     if not imagenet:
         return small
     large, pool = make_conv(in_channels, width, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)
-    return nn.Sequential(large, BatchNorm(width), nn.ReLU(inplace=True), pool)
+    return nn.Sequential(large, BatchNorm(width), nn.ReLU(), pool)
 
 
 def _pre_activated_stages(

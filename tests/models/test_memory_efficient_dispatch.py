@@ -189,7 +189,7 @@ def insert(before: str | None, slope: float):
         names = [name for name, _ in items]
         position = len(items) if before is None else names.index(before)
         items.insert(position, ("extra", nn.LeakyReLU(slope)))
-        model.features = nn.Sequential(OrderedDict(items))
+        model.features = type(model.features)(OrderedDict(items))
 
     return change
 
@@ -200,6 +200,18 @@ def replace_last_norm(model: DenseNet) -> None:
 
 def delete_last_norm(model: DenseNet) -> None:
     del model.features.norm5
+
+
+def replace_last_relu(model: DenseNet) -> None:
+    model.relu5 = nn.LeakyReLU(0.5)
+
+
+def replace_relu_of_transition(model: DenseNet) -> None:
+    model.features.transition1.relu = nn.LeakyReLU(0.5)
+
+
+def insert_into_transition(model: DenseNet) -> None:
+    model.features.transition1.append(nn.LeakyReLU(0.5))
 
 
 def weight_norm(model: DenseNet) -> None:
@@ -217,6 +229,9 @@ def weight_norm(model: DenseNet) -> None:
         (insert(None, -0.5), ["denseblock1"]),
         (replace_last_norm, ["denseblock1"]),
         (delete_last_norm, ["denseblock1"]),
+        (replace_last_relu, ["denseblock1"]),
+        (replace_relu_of_transition, ["denseblock2"]),
+        (insert_into_transition, ["denseblock2"]),
         (weight_norm, BLOCKS),
     ],
 )
