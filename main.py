@@ -150,19 +150,23 @@ def finalize(opt: Settings, directory: RunDirectory | None, data, trainer, saver
 
     if not saver.has_saved:  # no step was left, as in a run that is shorter now
         saver.save()
-    tested, results = {}, trainer.results
+    tested, results, phase = {}, trainer.results, "val"
+    trainer.epoch = opt.nEpochs  # the trainer stands at the next one
     if data.test is not None:
+        phase = "test"
         # As the paper does on SVHN, test the model with the lowest validation error.
         kind, result = ("best", results.best) if results.best else ("last", results.last)
         if directory:  # the other ranks get the weights from rank 0 in `evaluate`
             weights = checkpoints.load_weights(directory.path / f"model_{kind}.pt")
             trainer.model.load_state_dict(weights)
-        tested = trainer.evaluate(data.test, saver.raise_if_stopping, phase="test")
+        tested = trainer.evaluate(data.test, saver.raise_if_stopping, phase)
         console.info(console.format_test(tested, f"{kind} model, epoch {result['epoch']}"))
+    elif trainer.evaluated is None:  # another process evaluated the last epoch
+        trainer.evaluate(data.val, saver.raise_if_stopping)
     if directory:
+        trainer.log.confusion(trainer.evaluated, data.classes, phase, opt.nEpochs)
         trainer.log.close(opts.training_settings(opt), results.flat() | tested)
-        position = trainer.position | {"epoch": opt.nEpochs}  # the trainer stands at the next one
-        directory.write_status("done", 0, **position, **results.flat(), **tested)
+        directory.write_status("done", 0, **trainer.position, **results.flat(), **tested)
     console.info(console.format_final(results.last, results.best))
 
 

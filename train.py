@@ -83,7 +83,8 @@ class Trainer:
         self.metadata, self.results = Metadata({}, {}, []), Results()  # main.py sets metadata
         # Steps done: `step` in the epoch, `global_step` in the run.
         self.epoch, self.step, self.global_step = opt.epochNumber, 0, 0
-        self.metrics, self._eval_metrics = Metrics(device), Metrics(device)
+        self.metrics, self.evaluated = Metrics(device), None  # the last evaluation, of all ranks
+        self._eval_metrics = Metrics(device, len(getattr(model, "classifier", model).weight))
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -110,8 +111,7 @@ class Trainer:
                 # Time the steps only, not the callback, which may save a checkpoint.
                 self.data_s += stats.data_s
                 self.time_s += stats.time_s
-                # Call it before any read from the device: it raises if a process has died; a read
-                # would wait forever for that process's gradients.
+                # It raises if a process has died, whose gradients a read would wait for forever.
                 on_step_end()
                 # On a GPU the check waits for queued steps: run it only when a line is printed.
                 if self.device.type == "cpu" or progress.should_display():
@@ -211,7 +211,7 @@ class Trainer:
                 on_batch_end()
                 progress.update(stats.num_images, stats.data_s)
             # Each process evaluated some of the batches: sum over processes.
-            metrics = metrics.all_reduced(self.world.all_reduce_)
+            self.evaluated = metrics = metrics.all_reduced(self.world.all_reduce_)
             progress.finish(metrics)
         return {f"{phase}_{name}": value for name, value in metrics.compute().items()}
 

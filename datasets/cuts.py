@@ -60,6 +60,14 @@ def centre_crop(width: int, height: int, size: int, resize: str) -> Cut:
     return _scale_and_centre(width, height, round(size * RESIZE), size, resize)
 
 
+def small_centre_crop(width: int, height: int, size: int, _: str) -> Cut:
+    """Resize the shorter side to `size`, and take the centre: of images up to 64 pixels."""
+    scale = size / min(width, height)
+    scaled = tuple(max(size, round(side * scale)) for side in (height, width))
+    centre = Window(*((side - size) // 2 for side in scaled))
+    return Cut(Box(0, 0, width, height), scaled, (centre,))
+
+
 def ten_crops(width: int, height: int, size: int, resize: str) -> Cut:
     """Resize as `centre_crop`; take the corners and the centre, and those of the mirrored image."""
     box, scaled, (centre,) = centre_crop(width, height, size, resize)

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from datasets import cuts
 from datasets.batch_sampler import BatchSampler, split_indices
-from datasets.decode import DecodeOptions
-from datasets.file_loader import FileLoader, UnreadableImages
+from datasets.decode import DecodeOptions, decode
+from datasets.file_loader import FileLoader, Unreadable, UnreadableImages, read_or_explain
 from datasets.fingerprints import hash_files, hash_images
 from datasets.folder_checks import find_class_directories, folder_notes
 from datasets.memory_loader import (
@@ -157,21 +159,34 @@ def _check_workers(opt: SimpleNamespace, processes: int, warn: Callable[[str], N
 
 def evaluation_loader(
     opt: SimpleNamespace,
-    samples: Samples,
+    images: Images,
     device: torch.device,
     statistics: Statistics,
-    unreadable: UnreadableImages,
+    unreadable: UnreadableImages | None,
     dtype: torch.dtype = torch.float32,
-) -> FileLoader:
-    """Batch image files in their order, as `--testOnly` does.
+    indices: Tensor | None = None,
+) -> Loader:
+    """Batch images as `--testOnly` does.
 
     Args:
-        samples: (path, number) of each image; the numbers become targets.
+        images: (path, number) of each, or tensors; the numbers become targets.
         statistics: mean and std of the network's training.
-        unreadable: counts the images that cannot be read.
+        unreadable: counts the image files that cannot be read.
+        indices: (n,) which of the images, in order; None: all.
     """
     loaders = _LoaderFactory(opt, device, dtype, SINGLE_PROCESS, statistics, lambda _: unreadable)
-    return loaders.make(samples, torch.arange(len(samples)))
+    return loaders.make(images, torch.arange(len(images)) if indices is None else indices)
+
+
+def whole_picture(opt: SimpleNamespace, path: str) -> tuple[Image.Image, cuts.Cut]:
+    """Decode all pixels of an image file, and say what of them a network sees in evaluation."""
+    found = read_or_explain(decode, path, _decode_options(opt))
+    if isinstance(found, Unreadable):
+        raise DataError(*found)
+    picture, _ = found  # the loader tells the remarks
+    is_large = DATASETS[opt.dataset].is_read_from_disk(opt.imageSize)
+    crop = cuts.centre_crop if is_large else cuts.small_centre_crop
+    return picture, crop(*picture.size, opt.imageSize, opt.resize)
 
 
 def expected_statistics(opt: SimpleNamespace, known: Statistics | None = None) -> Statistics | None:

@@ -157,7 +157,7 @@ class FileLoader:
         device: torch.device,
         options: DecodeOptions = DEFAULTS,
     ):
-        self.sampler, self.unreadable = sampler, unreadable
+        self.images, self.sampler, self.unreadable = samples, sampler, unreadable
         self.pipeline, self.device = pipeline, device
         self._keys = _EpochKeys()
         warnings.filterwarnings("ignore", "This DataLoader will create")  # we say so ourselves

@@ -70,10 +70,9 @@ class SmallImages:
     def prepare(self, picture: Image.Image) -> Fields:
         """Resize the shorter side, then crop the centre: (1, size, size, C) uint8."""
         if picture.size != (self.size, self.size):
-            scale = self.size / min(picture.size)
-            width, height = (max(self.size, round(side * scale)) for side in picture.size)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            cut = cuts.small_centre_crop(*picture.size, self.size, "bicubic")
+            ((top, left, _),) = cut.windows
+            picture = picture.resize(cut.scaled[::-1], Image.Resampling.BICUBIC)
             picture = picture.crop((left, top, left + self.size, top + self.size))
         return (torch.from_numpy(np.array(picture)).view(1, self.size, self.size, self.channels),)
 

@@ -8,18 +8,26 @@ import torch
 from torch import Tensor
 
 TOP_K = 5
+MAX_CLASSES = 2000  # whose confusions are counted: 32 MB
 
 
 class Metrics:
-    """Sum loss and errors over images on `device`, which is read only when a result is shown."""
+    """Sum loss and errors over images on `device`, which is read only when a result is shown.
 
-    def __init__(self, device: torch.device):
-        # Loss, images not in the top 1, not in the top 5, images. float64 counts exactly.
-        self._totals = torch.zeros(4, dtype=torch.float64, device=device)
+    Args:
+        num_classes: count which class is taken for which, up to MAX_CLASSES of them; 0: do not.
+    """
+
+    def __init__(self, device: torch.device, num_classes: int = 0):
+        self._side = num_classes if num_classes <= MAX_CLASSES else 0
+        # Loss, images not in the top 1, not in the top 5, images; then the images of each class by
+        # the class taken for. float64 counts exactly.
+        self._sums = torch.zeros(4 + self._side**2, dtype=torch.float64, device=device)
+        self._totals, self._pairs = self._sums[:4], self._sums[4:]
 
     def reset(self) -> None:
         """Set the sums to 0, in the same memory: a captured step adds to it."""
-        self._totals.zero_()
+        self._sums.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add one batch without waiting for the device.
@@ -31,11 +39,22 @@ class Metrics:
         """
         count = len(targets)
         k = min(TOP_K, logits.shape[1])
-        hits = logits.topk(k, dim=1).indices == targets[:, None]  # (N, k)
+        best = logits.topk(k, dim=1).indices  # (N, k)
+        hits = best == targets[:, None]
         correct = torch.stack([hits[:, 0].sum(), hits.sum()])
         self._totals[0] += loss.detach().double() * count
         self._totals[1:3] += count - correct
         self._totals[3] += count
+        if self._side:
+            pairs = targets * self._side + best[:, 0]
+            self._pairs.index_add_(0, pairs, self._sums.new_ones(count))
+
+    def confusion(self) -> Tensor | None:
+        """Return the images of each class (row) by the class taken for, (C, C) int64; None: not.
+
+        Waits for the device; the result is on the CPU.
+        """
+        return self._pairs.view(self._side, -1).long().cpu() if self._side else None
 
     def compute(self) -> dict[str, float]:
         """Return mean loss, and top-1 and top-5 errors in per cent (waits for the device)."""
@@ -45,9 +64,9 @@ class Metrics:
 
     def all_reduced(self, all_reduce_: Callable[[Tensor], None]) -> "Metrics":
         """Return the sums over all processes; `all_reduce_` replaces a tensor by its sum."""
-        reduced = Metrics(self._totals.device)
-        reduced._totals.copy_(self._totals)
-        all_reduce_(reduced._totals)
+        reduced = Metrics(self._totals.device, self._side)
+        reduced._sums.copy_(self._sums)
+        all_reduce_(reduced._sums)
         return reduced
 
     @property

@@ -12,6 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from cli.flag_types import as_text
+from engine.metrics import Metrics
+from experiment import confusion
 from experiment.console import Progress, info, warn
 from fileio.atomic import atomic_write
 
@@ -101,6 +103,23 @@ class RunLog:
         low, high = shown.min(), shown.max()
         grid = make_grid((shown - low) / (high - low).clamp(min=1e-6), nrow=8)
         self._tensorboard("add_image", "augmented training images", grid)
+
+    def confusion(self, metrics: Metrics, classes: list[str], phase: str, epoch: int) -> None:
+        """Write which class is taken for which to TensorBoard: errors by class, and a picture."""
+        if not self._writer or (counts := metrics.confusion()) is None:
+            return
+        counts = counts.numpy()
+        table = confusion.as_markdown(confusion.by_class(confusion.pairs_of(counts), classes))
+        self._tensorboard("add_text", f"errors by class/{phase}", "\n".join(table), epoch)
+        try:
+            from experiment import drawing
+
+            picture = drawing.pixels(drawing.confusion(counts, classes))
+        except Exception as error:  # a broken installation raises errors of any kind
+            self.warn_once(f"no confusion matrix in TensorBoard: {error}")
+        else:
+            tag = f"confusion matrix/{phase}"
+            self._tensorboard("add_image", tag, picture, epoch, dataformats="HWC")
 
     def close(self, settings: dict[str, object], results: dict[str, float]) -> None:
         """Write a complete run's settings and final errors to TensorBoard, and close it."""

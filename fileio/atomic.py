@@ -52,6 +52,34 @@ def atomic_open(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
         raise
 
 
+def move_together(made: list[Path], places: list[Path]) -> None:
+    """Move files that belong together, or a directory, to places on the same file system.
+
+    The first place is emptied first, and filled last: a crash leaves none that looks complete.
+
+    Raises:
+        StorageError: one cannot be synced or moved.
+    """
+    try:
+        for part in (part for path in made for part in (path, *path.rglob("*"))):
+            sync_directory(part)  # a full disk shows here at the latest
+        if len(made) > 1:
+            places[0].unlink(missing_ok=True)
+        for pair in reversed([*zip(made, places, strict=True)]):
+            os.replace(*pair)
+        sync_directory(places[0].parent)
+    except OSError as error:
+        raise storage_error(error, places[0]) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, unless it exists; or raise StorageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 def storage_error(error: OSError, path: Path, size: int = 0) -> StorageError:
     """Turn an OSError on writing `path` into an error that names the fix."""
     if error.errno in (errno.EMFILE, errno.ENFILE):

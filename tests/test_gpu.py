@@ -248,6 +248,18 @@ def trained(line: str, capturer, epochs: int = 2) -> train.Trainer:
     return trainer
 
 
+@pytest.mark.parametrize("graph", [True, False], ids=["captured", "eager"])
+def test_an_evaluation_counts_every_confusion_once(graph, capturer):
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = trained(f"{SMALL} --nImages 600", capturer if graph else None).evaluated
+    finally:
+        torch.use_deterministic_algorithms(False)
+    counts, images = found.confusion(), found.count
+    assert counts.sum() == images > 0
+    assert found.compute()["top1"] == 100 * (images - counts.trace().item()) / images
+
+
 @pytest.mark.parametrize("shares_memory", [True, False])
 def test_the_smaller_last_batch_of_an_epoch_reserves_no_memory_of_its_own(
     shares_memory, capturer, monkeypatch

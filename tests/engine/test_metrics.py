@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.metrics import Metrics, Results
+from engine.metrics import MAX_CLASSES, Metrics, Results
 
 CPU = torch.device("cpu")
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -71,6 +71,34 @@ def test_sums_over_processes_are_those_of_one_process_and_change_nothing():
         assert together.compute() == pytest.approx(image_by_image(batches), abs=1e-5)
         assert together.count == 27
     assert [part.state_dict() for part in parts] == before
+
+
+def test_confusions_are_counted_image_by_image_over_all_processes():
+    batches = draw([8, 3, 1], num_classes=6)
+    parts = [metrics_of(batches[:1], Metrics(CPU, 6)), metrics_of(batches[1:], Metrics(CPU, 6))]
+    total = sum(part._sums for part in parts)
+    counts = parts[0].all_reduced(lambda sums: sums.copy_(total)).confusion()
+    wanted = torch.zeros(6, 6, dtype=torch.int64)
+    for logits, targets in batches:
+        for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+            wanted[target, row.index(max(row))] += 1
+    assert torch.equal(counts, wanted) and not torch.equal(counts, wanted.T)
+    parts[0].reset()
+    assert parts[0].confusion().sum() == 0 and parts[1].confusion().sum() == 4
+    # They change nothing else, and of very many classes there are none.
+    assert parts[1].state_dict() == metrics_of(batches[1:]).state_dict()
+    assert metrics_of(batches).confusion() is Metrics(CPU, MAX_CLASSES + 1).confusion() is None
+    error = 100 - 100 * counts.diagonal().sum().item() / 12
+    assert error == pytest.approx(metrics_of(batches).compute()["top1"])
+
+
+def test_counting_confusions_does_not_read_the_device():
+    meta = torch.device("meta")  # holds no values: reading one raises
+    metrics = Metrics(meta, 10)
+    with meta:
+        metrics.add(torch.zeros(()), torch.zeros(8, 10), torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(NotImplementedError):
+        metrics.confusion()
 
 
 def test_nan_logits_make_the_mean_loss_nan_and_still_count_each_image():

@@ -5,7 +5,9 @@ import math
 import os
 import re
 import resource
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -16,13 +18,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine.device
+import experiment
 from engine.metrics import Metrics
 from errors import printable, quoted
 from experiment import console
 from experiment.log import EpochRecord, RunLog, read_log
 from faults import sabotage
 from faults.contract import tiny
-from helpers.run_main import run
+from helpers.run_main import Ranks, run
 from helpers.terminal import on_a_terminal
 
 
@@ -204,6 +207,57 @@ def test_tensorboard_gets_a_run_with_each_epoch_once(tmp_path):
     assert (image.width, image.height) == (8 * (8 + 2) + 2,) * 2  # 64 of them, 2 pixels between
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"milestones" in hparams and b"1,2" in hparams
+
+
+def matrix(directory: Path, phase: str = "val") -> tuple[list[int], int, str]:
+    """Return the errors of each class in TensorBoard's table, the epoch, and the class of most."""
+    events = board(directory)
+    (picture,) = events.Images(f"confusion matrix/{phase}")
+    assert picture.width == 1120  # 8 inches
+    (table,) = events.Tensors(f"errors by class/{phase}/text_summary")
+    lines = table.tensor_proto.string_val[0].decode().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert picture.step == table.step
+    return [int(cell[2]) for cell in cells], table.step, cells[0][0]
+
+
+def test_tensorboard_gets_the_confusions_of_the_evaluation_that_ends_a_run(logged, tmp_path):
+    directory, _ = logged
+    errors, epoch, _ = matrix(directory)
+    assert errors == sorted(errors, reverse=True) and len(errors) == 3 and epoch == 2
+    images = json.loads((directory / "data.json").read_text())["val"]
+    assert 100 * sum(errors) / images == pytest.approx(read_log(directory)[-1]["val_top1"])
+    # The test set, if it was kept for the end, of the model that is tested; over two processes.
+    (result, _) = Ranks(tiny(nEpochs=1, validSize=8, save=tmp_path), 2).wait()
+    assert result.code == 0, result.err
+    errors, epoch, _ = matrix(tmp_path, "test")
+    (tested,) = re.findall(r"Test top1: +(\S+)", result.out)
+    images = json.loads((tmp_path / "data.json").read_text())["test"]
+    assert f"{100 * sum(errors) / images:.3f}" == tested and epoch == 1
+
+
+def test_a_run_whose_end_was_lost_has_its_confusions_when_it_is_resumed(logged, tmp_path):
+    directory, _ = logged
+    copy = Path(shutil.copytree(directory, tmp_path / "run"))
+    shutil.rmtree(copy / "tensorboard")
+    (copy / "status.json").unlink()
+    ended = run(tiny(nEpochs=2, milestones=2, save=copy, resume=copy))
+    assert ended.code == 0 and re.findall(r"Test: \[(\d+)\]", ended.out) == ["2"]
+    assert matrix(copy) == matrix(directory)
+
+
+def test_a_matplotlib_that_is_broken_stops_nothing(tmp_path, monkeypatch, capsys):
+    log, metrics = written(tmp_path), Metrics(torch.device("cpu"), 2)
+    metrics.add(torch.tensor(0.5), LOGITS, TARGETS)
+    monkeypatch.delattr(experiment, "drawing", raising=False)
+    monkeypatch.setitem(sys.modules, "experiment.drawing", None)
+    log.confusion(metrics, ["a", "b"], "val", 1)
+    log.confusion(Metrics(torch.device("cpu")), ["a", "b"], "val", 1)  # too many classes to count
+    log.close({"depth": 10}, {"last_top1": 1.0})
+    assert capsys.readouterr().err.count("note: no confusion matrix in TensorBoard") == 1
+    tags = board(tmp_path).Tags()
+    assert "final/last_top1" in tags["scalars"] and not tags["images"]
+    assert "errors by class/val/text_summary" in tags["tensors"]
 
 
 def test_a_tensorboard_that_cannot_be_made_stops_nothing(tmp_path, capsys):

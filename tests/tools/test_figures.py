@@ -3,7 +3,6 @@
 import io
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torchvision
 from PIL import Image
 
 import opts
-from errors import RunError
 from fileio import tensor_files
 from helpers.run_directories import record, write_run
 from helpers.run_main import ROOT
@@ -265,7 +263,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, capsys, mon
         ("--weights bad.csv", 3, "bad.csv is not a complete table"),
         ("--weights absent.csv", 3, "cannot read"),
         ("--weights lua.t7", 4, "named as in Lua; fix: write them with python -m tools.export"),
-        (f"--weights {weights} --output bad.csv/out", 6, "name another directory with --output"),
+        (f"--weights {weights} --output bad.csv/out", 6, "write elsewhere: --save, --output"),
     ]
     for argv, code, what in cases:
         output = () if "--output" in argv else ("--output", "out")
@@ -280,15 +278,6 @@ def test_by_default_every_possible_figure_is_drawn():
     assert asked.runs == ["a", "b"] and asked.only == list(figures.NAMES)
     assert figures.parse(["a"]).only == list(figures.NAMES[:-1])
     assert figures.parse(["--weights", "w.pt"]).only == ["figure5"]
-
-
-def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "tools.figures.plots")
-    monkeypatch.delattr("tools.figures.plots")
-    assert figures.main(["--weights", "w.pt"]) == RunError.code
-    fix = "pip install -r requirements-tools.txt"
-    assert capsys.readouterr().err == f"error: tools.figures needs matplotlib; fix: {fix}\n"
 
 
 # Errors of each epoch on test images, and what stands at the bottom of the axis.

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from cli.flag_types import Flag, pathname, text
-from errors import DataError, RunError, StorageError, UsageError
+from errors import DataError, UsageError
 from experiment import console
-from fileio.atomic import atomic_write
+from fileio.atomic import atomic_write, make_directory
 from tools import cli
 from tools.results import runs
 
@@ -57,24 +57,15 @@ def parse(argv: list[str]) -> SimpleNamespace:
 def draw_and_save(argv: list[str]) -> None:
     """Read and draw everything before the first file is written; print the names of the files."""
     asked = parse(argv)
-    try:
-        from tools.figures import plots
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        fix = "pip install -r requirements-tools.txt"
-        raise RunError("tools.figures needs matplotlib", fix) from error
+    from tools.figures import plots
+
     found = runs.find(asked.runs)
     if asked.runs and not found:
         what = f"no run in {', '.join(asked.runs)}"
         raise DataError(what, "name directories that hold a config.yaml beside a log.jsonl")
     files = plots.draw(asked, found)
     directory = Path(asked.output)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"cannot make {directory}: {error.strerror}"
-        raise StorageError(what, "name another directory with --output") from error
+    make_directory(directory)
     for name, content in files.items():
         atomic_write(directory / name, content)
         console.info(str(directory / name))

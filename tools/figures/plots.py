@@ -5,44 +5,26 @@ on dashed lines, measured ones filled. The colours (of Okabe and Ito) also diffe
 lightness: they survive a grey printer and the common kinds of colour blindness.
 """
 
-import io
 import itertools
 import math
 import re
-import warnings
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-
-import matplotlib.style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import AutoLocator, LogLocator
 
 from cli.flag_types import Settings
 from datasets.registry import DATASETS
 from errors import printable
 from experiment import console
+from experiment.drawing import WIDTH, Figure, matplotlib, render, styled
 from models.registry import ARCHITECTURES
 from tools.figures import layer_usage
 from tools.results.configs import configs, count
 from tools.results.published import tables
 from tools.results.runs import Run, SeedGroup, data_name, group_runs, number
 
-WIDTH = 8.0  # inches; in a picture 800 pixels wide, a font size of 1 is 1.4 pixels
-STYLE = {
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "figure.titlesize": 9.5,
-    "figure.dpi": 140,
-    "figure.constrained_layout.use": True,
-    "legend.fontsize": 7.5,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "lines.linewidth": 1.2,
-    "text.parse_math": False,  # a name may hold a $
-    "svg.hashsalt": "densenet",  # the same input gives the same file
-}
+Axes, LogLocator = matplotlib.axes.Axes, partial(matplotlib.ticker.LogLocator, subs=(1, 2, 5))
 # Marker and colour of each kind of network.
 KINDS = {
     "DenseNet": ("s", "#E69F00"),
@@ -63,8 +45,6 @@ MEASURES = {
     "parameters": ("parameters, millions", 1e6),
     "macs": ("multiply-adds per image, billions", 1e9),
 }
-# Omit the date and matplotlib's version, so that equal input gives equal files.
-METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 # Configs whose training curves Figure 4 shows.
 PAPER_CURVES = ("c10plus/preresnet-1001", "c10plus/densenet-bc-L100-k12")
 # Folder of configs/, and the published table, column and title, if anything was published.
@@ -76,7 +56,7 @@ EFFICIENCY = {
 }
 
 
-@matplotlib.style.context(["default", STYLE])  # whatever the user's settings are
+@styled
 def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
     """Draw the figures that a command line asks for; return name of a file -> content."""
     grouped = group_runs(found)
@@ -93,12 +73,9 @@ def draw(asked: SimpleNamespace, found: list[Run]) -> dict[str, bytes]:
         else:
             print(f"{name}: not run: there is no complete run of configs/{EFFICIENCY[name][0]}")
     for name, figure in figures.items():
-        with warnings.catch_warnings(record=True) as caught:  # such as letters that no font has
-            for suffix, metadata in METADATA.items():
-                figure.savefig(file := io.BytesIO(), format=suffix, metadata=metadata)
-                files[f"{name}.{suffix}"] = file.getvalue()
-        for line in dict.fromkeys(str(warning.message) for warning in caught):
-            console.warn(f"{name}: {line}")
+        warn = cache(console.warn)  # each line once, also where it is true of both files
+        for suffix in ("png", "svg"):
+            files[f"{name}.{suffix}"] = render(figure, suffix, name, warn)
     return files
 
 
@@ -163,14 +140,9 @@ def efficiency(name: str, groups: dict[str, SeedGroup], note: str) -> Figure | N
     They are those of DenseNets and ResNets, as in the paper.
     """
     folder, table, column, title = EFFICIENCY[name]
-    own = [
-        group
-        for config, group in groups.items()
-        if config.startswith(f"{folder}/") and is_compared(group.runs[0].opt)
-    ]
-    points = [
-        Point(group.runs[0].opt, group.mean, group.std or 0.0, len(group.runs)) for group in own
-    ]
+    own = [group for config, group in groups.items() if config.startswith(f"{folder}/")]
+    own = [group for group in own if is_compared(group.runs[0].opt)]
+    points = [Point(each.runs[0].opt, each.mean, each.std or 0.0, len(each.runs)) for each in own]
     for row in tables()[table].rows if table else ():
         opt = configs()[row.configs[column]].opt if column in row.configs else None
         if opt and is_compared(opt):
@@ -214,17 +186,12 @@ def scatter(axes: Axes, points: list[Point], measure: str) -> None:
     for (is_measured, name), line in sorted(lines.items()):
         marker, colour = KINDS.get(name, OTHER)
         single = " (one seed)" * all(point.seeds == 1 for point in line)
-        axes.errorbar(
-            [size(point) for point in line],
-            [point.error for point in line],
-            yerr=[point.std for point in line] if is_measured else None,
-            label=f"{name}, {'measured' if is_measured else 'published'}{single}",
-            marker=marker,
-            color=colour,
-            markerfacecolor=colour if is_measured else "white",
-            linestyle="-" if is_measured else "--",
-            capsize=3,
-        )
+        look = {"marker": marker, "color": colour, "capsize": 3, "linestyle": "-"}
+        if not is_measured:
+            look |= {"markerfacecolor": "white", "linestyle": "--"}
+        look["label"] = f"{name}, {'measured' if is_measured else 'published'}{single}"
+        stds = [point.std for point in line] if is_measured else None
+        axes.errorbar([*map(size, line)], [point.error for point in line], stds, **look)
         for point in line:
             if (name, network(point.opt)) not in named:
                 named.add((name, network(point.opt)))
@@ -261,13 +228,10 @@ def plot_training(panels: list[Axes], groups: list[SeedGroup]) -> None:
 
 def plot_epochs(axes: Axes, run: Run, column: str, **look: object) -> None:
     """Draw a column of the log over the epochs; a value that is missing is a gap."""
+    epochs = [record["epoch"] for record in run.records]
     values = [number(record, column) for record in run.records]
-    axes.plot(
-        [record["epoch"] for record in run.records],
-        [math.nan if value is None else value for value in values],
-        marker="." if len(values) <= 20 else "",
-        **look,
-    )
+    values = [math.nan if value is None else value for value in values]
+    axes.plot(epochs, values, marker="." if len(values) <= 20 else "", **look)
 
 
 def side(name: str) -> dict:
@@ -281,7 +245,7 @@ def side(name: str) -> dict:
 def plain_ticks(axis) -> None:
     """Show numbers such as 0.5, 1, 2 on a logarithmic axis; call after plotting."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(AutoLocator() if high < 8 * low else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(matplotlib.ticker.AutoLocator() if high < 8 * low else LogLocator())
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
@@ -303,7 +267,7 @@ def log_scale(*panels: Axes) -> None:
         axes.set_yscale(**scale)
     if has_zero:
         panels[0].set_ylim(bottom=-0.1 * smallest)  # room for the line at 0
-        ticks = LogLocator(subs=(1, 2, 5)).tick_values(smallest, panels[0].get_ylim()[1])
+        ticks = LogLocator().tick_values(smallest, panels[0].get_ylim()[1])
         panels[0].set_yticks([0, *(tick for tick in ticks if tick >= smallest)])
         panels[0].yaxis.set_major_formatter("{x:g}")
     else:

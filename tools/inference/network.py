@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from datasets.file_loader import UnreadableImages
+    from datasets.memory_loader import ImageTensors
     from models.weight_formats import Imported
 
 WHOLE = "use the weights of a whole network, with its classifier"
@@ -42,29 +43,35 @@ class LoadedModel:
     unreadable: "UnreadableImages"  # those so far; each was reported in one line
     imported: "Imported"  # the weights, and what their file says
     thresholds: list[float | None] | None  # of independent outputs; None: one class is right
+    has_names: bool = True  # False: nothing names the classes, which are numbers
 
     @property
     def exit_code(self) -> int:
         """Return the exit code of a tool that went on without the unreadable images."""
         return DataError.code if self.unreadable.seen else 0
 
-    def batches(self, paths: list[str]) -> Iterator[tuple["torch.Tensor", list[int]]]:
-        """Read image files through the pipeline of --testOnly, in order.
+    def batches(
+        self, images: "list[str] | ImageTensors", numbers: "torch.Tensor | None" = None
+    ) -> Iterator[tuple["torch.Tensor", list[int]]]:
+        """Read paths, or tensors labelled by place, through the pipeline of --testOnly, in order.
+
+        Args:
+            numbers: (n,) of those to read; None: all.
 
         Yields:
             images: (n * crops, C, H, W), normalised, on the device.
-            indices: into `paths`, of the n images; those that cannot be read are left out.
+            indices: of the n images; those that cannot be read are left out.
         """
         import datasets.factory
         from datasets.file_list import FileList
 
         opt, dtype = self.opt, self.model.classifier.weight.dtype
-        if len(paths) <= opt.batchSize:  # starting workers would take longer than reading
-            opt = opt.replace(nThreads=0)
-        samples = FileList((path, index) for index, path in enumerate(paths))
-        loader = datasets.factory.evaluation_loader(
-            opt, samples, self.device, (self.mean, self.std), self.unreadable, dtype
-        )
+        if len(images if numbers is None else numbers) <= opt.batchSize:
+            opt = opt.replace(nThreads=0)  # starting workers would take longer than reading
+        if isinstance(images, list):
+            images = FileList((path, index) for index, path in enumerate(images))
+        about = (self.mean, self.std), self.unreadable, dtype, numbers
+        loader = datasets.factory.evaluation_loader(opt, images, self.device, *about)
         for images, indices in loader.batches(epoch=0):
             if len(indices):
                 yield images, indices.tolist()
@@ -89,9 +96,13 @@ class LoadedModel:
         Probabilities that sum to 1; or those of independent outputs, calibrated as torchxrayvision
         does: the threshold of an output becomes 0.5, and one without a threshold is always 0.5.
         """
+        return self.probabilities(self.logits(images))
+
+    def probabilities(self, logits: "torch.Tensor") -> "torch.Tensor":
+        """Map logits (n, classes) to the `scores` of their images."""
         import torch
 
-        logits = self.logits(images).double()
+        logits = logits.double()
         if not self.thresholds:
             return logits.softmax(dim=1)
         found = logits.sigmoid()
@@ -157,9 +168,8 @@ def load(
     model, device = _build(opt, num_classes, weights)
     # Any number is skipped.
     unreadable = UnreadableImages("skip", math.inf, console.warn, report=_report_unreadable)
-    return LoadedModel(
-        model, opt, names, *map(list, statistics), device, unreadable, imported, thresholds
-    )
+    about = imported, thresholds, bool(data.get("classes"))
+    return LoadedModel(model, opt, names, *map(list, statistics), device, unreadable, *about)
 
 
 def _rename_classes(data: dict, classes: Path, path: Path) -> dict:
@@ -272,9 +282,26 @@ def check_new(path: Path, overwrite: bool) -> None:
         StorageError: its directory is missing or read-only.
     """
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not a file", "name another")
+        raise UsageError(f"{path} is not a file", "remove it, or name another")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists", "name another, or add --overwrite true")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         what = "cannot write in" if path.parent.is_dir() else "no directory"
         raise StorageError(f"{what} {path.parent}", "make that directory, or name another")
+
+
+def pngs_of(paths: list[str], directory: Path, overwrite: bool) -> list[Path]:
+    """Name a PNG for each image, by its path below the folder that all share.
+
+    Raises UsageError and StorageError as `check_new` does.
+    """
+    places = [os.path.abspath(path) for path in paths]
+    shared = os.path.commonpath(map(os.path.dirname, places))
+    found = [directory / f"{os.path.relpath(place, shared)}.png" for place in places]
+    for png in found:
+        folder = next(each for each in png.parents if each.exists())  # the others are made
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise StorageError(f"cannot write in {folder}", "name another directory")
+        if png.exists():
+            check_new(png, overwrite)
+    return found

@@ -1,5 +1,6 @@
 """Read the weights of a trained network, its settings, classes and channel statistics."""
 
+import os
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,8 @@ def merge_settings(settings: dict[str, str], main_flags: list[str] | tuple) -> S
     """Merge the settings of a run with flags of main.py, which win."""
     given = {flag.partition("=")[0].removeprefix("--") for flag in main_flags}
     skipped = settings.keys() if "config" in given else {*given, *RUN_ONLY}
+    if "config" not in given and os.path.isdir(settings.get("data", "")):  # on its own machine
+        skipped -= {"data"} - given
     kept = [
         f"--{name}={value}" for name, value in settings.items() if value and name not in skipped
     ]
