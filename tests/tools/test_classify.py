@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -117,3 +118,74 @@ def test_names_that_break_lines_are_escaped_on_the_terminal_and_raw_in_csv(
     assert classify.main([str(weights), str(image), "--csv", "-"]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert {row["class"] for row in rows} == {*classes} and rows[0]["image"] == str(image)
+
+
+def test_pictures_lie_in_folders_as_their_images_do_and_change_no_answer(weights, images, capsys):
+    for folder in ("one", "other"):
+        (images / folder).mkdir()
+        Image.new("RGB", (200, 30), "red").save(images / folder / "same.jpg")
+    (images / "broken.png").write_text("hello")
+    argv = [str(weights), str(images), "--csv", "-", "--top", "2"]
+    assert classify.main(argv) == 3
+    wanted = rows_of(capsys.readouterr().out)
+    pngs = images.parent / "new" / "maps"
+    contents = []
+    for overwrite in ("false", "true"):
+        assert classify.main([*argv, "--cam", str(pngs), "--overwrite", overwrite]) == 3
+        for got, row in zip(rows_of(capsys.readouterr().out), wanted, strict=True):
+            # A hook lets the last dense block run as plain modules, which round differently.
+            assert float(got.pop("percent")) == pytest.approx(float(row["percent"]), rel=1e-4)
+            assert got.items() <= row.items()
+        found = sorted(path for path in pngs.rglob("*") if path.is_file())
+        names = ["0.png.png", "1.png.png", "one/same.jpg.png", "other/same.jpg.png"]
+        assert [str(path.relative_to(pngs)) for path in found] == names
+        contents.append([path.read_bytes() for path in found])
+    assert contents[0] == contents[1]
+    # Three panels of 8 x 8 pixels, each as 20 x 20; two rows would be as wide as a line of 200.
+    em, bar = 12, 7 * 12
+    assert Image.open(found[0]).size == (2 * (160 + em) + em + bar, 2 * (160 + 3 * em) + em)
+    assert Image.open(found[2]).size == (200 + 2 * em + bar, 3 * (30 + 3 * em) + em)
+
+    pngs.joinpath("0.png.png").write_text("mine")
+    (images / "2.png").symlink_to(images / "0.png")
+    assert classify.main([*argv, "--cam", str(pngs)]) == 2
+    assert "0.png.png exists; fix: name another, or add --overwrite true" in capsys.readouterr().err
+    assert pngs.joinpath("0.png.png").read_text() == "mine"
+    assert not pngs.joinpath("2.png.png").exists()
+
+
+def test_a_name_of_any_letters_and_length_is_drawn_within_its_panel(tmp_path, images):
+    flags = command(dataset="folder", imageSize=8, depth=10, growthRate=2)
+    plain = write_model(tmp_path / "plain", flags, ["a", "b"])
+    odd = tmp_path / "classes"
+    odd.write_text("$x^2$ \\alpha \u72ac\n" + 200 * "W" + "\n", encoding="utf-8")
+    sheets = []
+    for number, more in enumerate(([], ["--classes", str(odd)])):
+        pngs = tmp_path / str(number)
+        assert classify.main([str(plain), str(images / "0.png"), "--cam", str(pngs), *more]) == 0
+        sheets.append(np.asarray(Image.open(pngs / "0.png.png")).astype(int))
+    differs = (sheets[0] != sheets[1]).any(2)
+    columns = np.nonzero(differs)[1]
+    assert differs.any() and not differs[36:196].any() and not differs[232:].any()
+    assert set(columns) <= {*range(12, 172), *range(184, 344)}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "code", "message"),
+    [
+        ("large_run", ["--cam=maps", "--tenCrop=true"], 2, "a class activation map is of one crop"),
+        ("small_run", ["--cam=maps", "--preprocess=gcn"], 2, "this network expects"),
+        ("small_run", ["--cam=FILE/maps"], 6, "cannot write in FILE"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_one_line(
+    name, more, code, message, request, images, capsys, monkeypatch
+):
+    monkeypatch.chdir(images)
+    Path("FILE").write_text("mine")
+    argv = [str(request.getfixturevalue(name)), "0.png", *more]
+    assert classify.main(argv) == code
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not [*images.rglob("*.png.png")]
