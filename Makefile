@@ -19,7 +19,7 @@ endif
 OUT ?= results
 JPEG = "CIFAR-10 images re-encoded as JPEG"
 
-.PHONY: quickstart test check gpu gpu-report soak exchange report clean
+.PHONY: quickstart test check gpu gpu-report soak exchange deploy report clean
 
 quickstart: $(INSTALLED:%-dev=%)  ## train on handwritten digits: no download, ends with the test error
 	$(RUN) main.py --config configs/quickstart.yaml --resume auto
@@ -46,6 +46,10 @@ soak: $(INSTALLED)  ## the long fault tests, about half an hour; RECORD=FILE kee
 # Each library is installed in an environment of its own, and removed before the next.
 exchange: $(INSTALLED)  ## send weights through seven libraries and back, an hour; needs the network
 	$(RUN) -m tests.exchange.square --output "$(OUT)/exchange_$(shell date +%Y%m).csv"
+
+# So is each program that runs networks.
+deploy: $(INSTALLED)  ## export a DenseNet-121 for six programs and run it there, half an hour; needs the network
+	$(RUN) -m tests.deploy.table --output "$(OUT)/deploy_$(shell date +%Y%m).csv"
 
 # Figure 5 is drawn from its numbers: the weights that they are of are too large to keep here.
 report: $(INSTALLED)  ## draw the figures and write RESULTS.md from the runs in results/runs

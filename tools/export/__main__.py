@@ -1,14 +1,16 @@
-"""Write the weights of a trained network for other programs, and check the file beforehand.
+"""Write a trained network for other programs, and check the file beforehand.
 
 usage: python -m tools.export CHECKPOINT --to TARGET --output FILE [options] [main.py's flags]
 
-A library of TARGET builds its network where it is installed, else its rules are restated, and the
-logits are compared in double precision; so they are where CHECKPOINT is a library's file. ONNX
-Runtime runs the ONNX file; safetensors are read back and compared. An ONNX or safetensors file
-holds settings, classes and statistics as well, and is a CHECKPOINT to all tools.
+A program that runs networks (onnx, openvino, litert, ncnn, executorch, coreml) runs its file, and
+the logits are compared with PyTorch's before the file is kept; with --int8 up to 2,000 test images
+are classified by both. A library of TARGET builds its network where it is installed, else its rules
+are restated, and the logits are compared in double precision; so they are where CHECKPOINT is a
+library's file. safetensors are read back and compared. An ONNX or safetensors file holds settings,
+classes and statistics as well, and is a CHECKPOINT to all tools, except in 8 bits. docs/deploy.md
+and docs/exchange.md say more.
 """
 
-import copy
 import json
 import sys
 from functools import partial
@@ -20,14 +22,22 @@ from errors import UsageError, quoted
 from experiment import console
 from models.registry import LIBRARIES
 from tools import cli
+from tools.export.runtimes import RUNNERS, RUNTIMES
 from tools.inference import network, onnx_io, sources
 
-TARGETS = ("onnx", "safetensors", "weights", *LIBRARIES)
+TARGETS = (*RUNTIMES, "safetensors", "weights", *LIBRARIES)
 FLAGS = (
-    Flag("to", text, None, "what to write: an ONNX file; safetensors; a state dict for --retrain; "
-         "or what the network of a library loads", "none", choices=TARGETS),
+    Flag("to", text, None, "what to write: a file for a program that runs networks; safetensors; a "
+         "state dict for --retrain; or what the network of a library loads", "none",
+         choices=TARGETS),
     Flag("output", pathname, None, "file to write", "none"),
-    Flag("check", boolean, True, "compare what ONNX Runtime computes with PyTorch"),
+    Flag("half", boolean, False, "half precision, for a program that runs networks", const="true"),
+    Flag("int8", text, None, "8 bits for onnx and openvino, calibrated on training images of --data"
+         "; scales of weights for each output channel, or for each tensor", "none",
+         choices=("channel", "tensor")),
+    Flag("withPreprocessing", boolean, False, "let it take pixels from 0 to 255, in RGB",
+         const="true"),
+    Flag("check", boolean, True, "run the file in that program, and compare with PyTorch"),
     Flag("images", pathname, None, "directory of images to compare on besides random ones", "none"),
     sources.CLASSES,
     network.OVERWRITE,
@@ -36,8 +46,8 @@ TOOL = cli.Tool((__doc__ or "") + sources.SOURCES, FLAGS, "checkpoint", main_fla
 # Settings that an exported network does not carry.
 NOT_EXPORTED = (*sources.RUN_ONLY, "nThreads", "optMemory", "timeout", "keep", "saveEvery")
 # Exported from plain modules on the CPU, whatever the run trained with.
-ON_CPU = {"nGPU": "0", "optMemory": "0", "kernels": "torch"}
-LIMIT = 1e-4  # of the largest logit, between ONNX Runtime and PyTorch in single precision
+# Without workers: a converter may have started threads, which a fork does not survive.
+ON_CPU = {"nGPU": "0", "optMemory": "0", "kernels": "torch", "nThreads": "0"}
 
 
 def parse(argv: list[str]) -> cli.Command:
@@ -49,9 +59,16 @@ def parse(argv: list[str]) -> cli.Command:
         (not options.output, "no --output", "add --output FILE"),
         (len(command.arguments) > 1,
          f"more than one checkpoint: {' '.join(command.arguments)}", "name one"),
-        (options.images and options.to not in (None, "onnx"),
-         f"images has no effect with --to {options.to}", "leave it out"),
+        (options.int8 and options.to not in (None, "onnx", "openvino"),
+         f"no 8 bits with --to {options.to}", "use --to onnx or openvino"),
+        (options.int8 and (options.half or options.images or not options.check),
+         "int8 goes with none of half, images and check false", "leave them out"),
     ]  # fmt: skip
+    for name in ("half", "withPreprocessing", "check", "images"):
+        is_given = getattr(options, name) not in (None, name == "check")
+        has_effect = not is_given or options.to in (None, *RUNTIMES)
+        what = f"{name} has no effect with --to {options.to}"
+        rules.append((not has_effect, what, "leave it out"))
     UsageError.raise_for(broken(rules))
     flags = [flag for flag in command.main_flags if flag[2:].partition("=")[0] not in ON_CPU]
     flags += [f"--{name}={value}" for name, value in ON_CPU.items()]
@@ -62,46 +79,32 @@ def check_suffix(to: str, output: Path) -> None:
     """Raise UsageError if a file of that name would not be what `--to` writes."""
     from models.weight_formats import FORMATS
 
-    suffixes = FORMATS[to].suffixes if to in FORMATS else ()
-    others = {suffix for format in FORMATS.values() for suffix in format.suffixes} | {".keras"}
+    formats = {**FORMATS, **RUNTIMES}
+    suffixes = formats[to].suffixes[: 1 if to in RUNTIMES else None] if to in formats else ()
+    others = {suffix for format in formats.values() for suffix in format.suffixes} | {".keras"}
     if not suffixes and output.name.endswith(tuple(others)):
         what = f"{output.name} is no name for --to {to}"
         raise UsageError(what, f"--output {quoted(output.with_suffix('.pt'))}")
     if suffixes and not output.name.endswith(suffixes):
-        what = f"{FORMATS[to].title} reads {' or '.join(suffixes)}, not {output.name}"
+        what = f"{formats[to].title} reads {' or '.join(suffixes)}, not {output.name}"
         raise UsageError(what, f"--output {quoted(output.with_suffix(suffixes[0]))}")
-
-
-def check_onnx(net: network.LoadedModel, content: bytes, paths: list[str]) -> None:
-    """Compare ONNX Runtime with PyTorch on random images and on files."""
-    import onnxruntime
-    import torch
-
-    from datasets.file_loader import translate_worker_errors
-    from tools.export.proof import compare, random_images
-
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-
-    def run_onnx(images: torch.Tensor) -> torch.Tensor:
-        (logits,) = session.run(["logits"], {"images": images.contiguous().numpy()})
-        return torch.from_numpy(logits)
-
-    model = copy.deepcopy(net.model).float().cpu()
-    compare("ONNX Runtime on noise", model, run_onnx, random_images(net.opt), LIMIT)
-    with translate_worker_errors():
-        of_files = (images.float().cpu() for images, _ in net.batches(paths))
-        compare("ONNX Runtime on files", model, run_onnx, of_files, LIMIT)
 
 
 def run(argv: list[str]) -> int:
     """Write what the command line asks for; return the exit code."""
     command = parse(argv)
     options, output = command.options, Path(command.options.output)
-    if options.to == "onnx":
-        onnx_io.require("onnx", "onnxscript", *(["onnxruntime"] * options.check))
+    runtime = RUNTIMES.get(options.to)
+    if runtime:
+        needed = [each for each in runtime.packages if options.check or each not in RUNNERS]
+        onnx_io.require(*needed, of=runtime.title)
+        if options.int8 and options.to == "openvino":
+            onnx_io.require("nncf==3.4.0", of="8-bit OpenVINO")
     check_suffix(options.to, output)
+    for path in runtime.files(output) if runtime else ():
+        network.check_new(path, options.overwrite)
     folders = [options.images] if options.images else []
-    net, paths = network.load_model_and_images(command, output, folders)
+    net, paths = network.load_model_and_images(command, None if runtime else output, folders)
     if options.to not in ("weights", "segmentation-models"):
         net.require_classifier()
 
@@ -116,12 +119,10 @@ def run(argv: list[str]) -> int:
     metadata = {"settings": settings, "data": json.dumps(data)}
     if net.imported.format:
         prove(net, net.imported.format, net.imported.source)
-    if options.to == "onnx":
-        content = onnx_io.as_onnx(net.model, net.opt.imageSize, metadata)
-        if options.check:
-            check_onnx(net, content, paths)
-        atomic.atomic_write(output, content)
-        console.info(f"{output}: {len(content) / 1e6:.1f} MB, opset {onnx_io.OPSET}")
+    if runtime:
+        from tools.export import deploy
+
+        deploy.write(net, runtime, output, options, paths, metadata)
         # An unreadable image sets the exit code, but tells nothing about the file.
         return net.exit_code
     weights = tensor_files.on_cpu(net.model.state_dict())

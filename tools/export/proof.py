@@ -64,6 +64,9 @@ def compare(
     for images in batches:
         with torch.no_grad():
             wanted, found = ours(images).double(), theirs(images).double()
+        if found.shape != wanted.shape:
+            what = f"{name}: logits of shape {(*found.shape,)} instead of {(*wanted.shape,)}"
+            raise error(what, "nothing was written; report it, or use another --to")
         if not torch.isfinite(wanted).all():
             what = "the network's logits are not finite"
             raise CheckpointError(what, "use weights of a network that was trained")
@@ -85,7 +88,9 @@ def random_images(opt: Settings) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (opt.nChannels, opt.imageSize, opt.imageSize)
     low, high = opt.inputRange or (-2, 2)
-    noise = (torch.randn(count, *shape, generator=generator) for count in (1, 3))
+    noise = [torch.randn(count, *shape, generator=generator) for count in (1, 3)]
+    # Each channel of an image has a brightness, or all images would be the same to a mean.
+    noise = [batch + torch.randn(*batch.shape[:2], 1, 1, generator=generator) for batch in noise]
     return [batch * (high - low) / 4 + (high + low) / 2 for batch in noise]
 
 

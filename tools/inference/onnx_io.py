@@ -6,7 +6,6 @@ metadata include `sha256` of the weights, since the format has no checksum.
 """
 
 import contextlib
-import copy
 import importlib.util
 import io
 import warnings
@@ -22,41 +21,59 @@ if TYPE_CHECKING:
 OPSET = 18  # what torch's exporter writes without a conversion
 
 
-def require(*packages: str) -> None:
-    """Raise RunError if an optional package is not installed."""
+def require(*packages: str, of: str = "ONNX") -> None:
+    """Raise RunError if an optional package, NAME or NAME==VERSION, is not installed."""
     for package in packages:
-        if importlib.util.find_spec(package) is None:
-            fix = "pip install -r requirements-tools.txt"
-            raise RunError(f"tools.export needs {package} for ONNX files", fix)
+        name = package.partition("==")[0]
+        if importlib.util.find_spec(name.replace("-", "_")) is None:
+            pinned = " ".join(each for each in packages if "==" in each)
+            own = ", in an environment of its own" if "torchvision" in pinned else ""
+            fix = f"pip install {pinned}{own}"
+            fix = fix if "==" in package else "pip install -r requirements-tools.txt"
+            raise RunError(f"tools.export needs {name} for {of} files", fix)
 
 
-def as_onnx(model: "torch.nn.Module", size: int, metadata: dict[str, str]) -> bytes:
-    """Export a network in single precision, for any number of images of one size, as ONNX."""
+def as_onnx(
+    model: "torch.nn.Module",
+    example: "torch.Tensor",
+    metadata: dict[str, str],
+    prefix: str = "",
+    fold: bool = False,
+) -> bytes:
+    """Export a network for any number of images like the example (1, ...) as ONNX.
+
+    Args:
+        prefix: of the names of its parameters, left out in the file.
+        fold: batch normalisation into the convolution before it; no CHECKPOINT then.
+    """
     import torch
 
     from fileio.safetensors import PRODUCER, digest
 
-    channels = next(model.parameters()).shape[1]  # of the first convolution's input
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's, about itself
         program = torch.onnx.export(
-            copy.deepcopy(model).float().cpu().eval(),
-            (torch.zeros(2, channels, size, size),),
+            model,
+            (torch.cat([example, example]),),
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             opset_version=OPSET,
             dynamo=True,
-            optimize=False,  # would fold batch normalisation into convolutions
+            optimize=fold,
             verbose=False,
         )
-    proto, graph = program.model_proto, program.model_proto.graph
+    proto = program.model_proto  # a new one at each call
+    graph = proto.graph
     # Remove the exporter's annotations, which double the file and hold local paths.
     parts = (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
     for part in (proto, graph, *parts):
         del part.metadata_props[:]
     for node in graph.node:
         node.doc_string = ""
+        node.input[:] = [name.removeprefix(prefix) for name in node.input]
+    for initializer in graph.initializer:
+        initializer.name = initializer.name.removeprefix(prefix)
     proto.producer_name, proto.producer_version = PRODUCER, ""
     for key, value in (metadata | {"sha256": digest(_tensors(graph))}).items():
         proto.metadata_props.add(key=key, value=value)
@@ -85,12 +102,16 @@ def read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
         raise CheckpointError(f"{path} is damaged, or not ONNX", "use another file") from error
     if not weights:
         raise CheckpointError(f"{path} holds no weights", "use another file")
+    if any(node.op_type == "DequantizeLinear" for node in proto.graph.node):
+        what = f"{path} is quantised: its weights are rounded to 8 bits"
+        raise CheckpointError(what, "name the run or the file that it was made from")
     metadata = {prop.key: prop.value for prop in proto.metadata_props}
     if proto.producer_name != PRODUCER or "sha256" not in metadata:
         return weights, {}
     if metadata["sha256"] != digest(weights):
         raise CheckpointError(f"{path} is damaged: its digest does not match", "use another file")
-    return weights, metadata
+    # One with preprocessing has statistics as well, which are in the metadata too.
+    return {name: weights[name] for name in weights if "pixel_" not in name}, metadata
 
 
 def _tensors(graph: "onnx.GraphProto") -> dict[str, "torch.Tensor"]:
