@@ -10,10 +10,12 @@ import pytest
 from torch.distributed import run as torchrun
 
 import opts
+from deploy.table import table
 from errors import UsageError
 from exchange.square import tables
 from helpers.documents import WORD, missing, project_files
 from helpers.run_main import ROOT
+from tools.export.runtimes import RUNTIMES
 from tools.results.configs import configs
 from tools.sweep import tasks
 
@@ -168,3 +170,10 @@ def test_the_tables_of_the_exchange_are_those_of_its_newest_results():
     newest = sorted((ROOT / "results").glob("exchange_*.csv"))[-1]
     rows = [*csv.DictReader(newest.read_text().splitlines())]
     assert tables(rows) in (ROOT / "docs/exchange.md").read_text()
+
+
+def test_the_table_of_programs_is_that_of_its_newest_results():
+    newest = sorted((ROOT / "results").glob("deploy_*.csv"))[-1]
+    rows = [*csv.DictReader(newest.read_text().splitlines())]
+    assert table(rows) in (ROOT / "docs/deploy.md").read_text()
+    assert {row["to"] for row in rows} == RUNTIMES.keys()
