@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -253,7 +253,11 @@ def translate_worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
+        is_reset = False
+        while not is_reset:  # torch's handler would raise once more, and may at this very moment
+            with suppress(RuntimeError):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                is_reset = True
         explained = shared_memory.explain(error)
         if not explained:
             raise

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from datasets.file_loader import FileLoader, UnreadableImages
 from datasets.pipelines import LargeImages, SmallImages
 from datasets.shared_memory import fit_in_flight
 from distributed.launcher import SINGLE_PROCESS, ProcessInfo
+from errors import DataError
 from faults import bombs
 from helpers.sample_data import error_line, noise, same_batches
 
@@ -368,6 +370,16 @@ def test_a_dead_or_hanging_worker_is_an_error_of_the_data(monkeypatch, error):
 
     assert re.match("error: a loader process was killed or hung: .*; fix: .*nThr", error_line(fail))
     assert killed == [True]
+
+
+def test_a_second_notice_of_a_dead_worker_changes_nothing(monkeypatch):
+    dead = "DataLoader worker (pid 7) is killed by signal: Killed."
+    handlers = iter([RuntimeError(dead), RuntimeError(dead), None])
+    monkeypatch.setattr(signal, "signal", Mock(side_effect=handlers))
+    monkeypatch.setattr(file_loader, "kill_children", lambda: None)
+    with pytest.raises(DataError), file_loader.translate_worker_errors():
+        raise ConnectionResetError(104, "Connection reset by peer")
+    assert next(handlers, "all were called") == "all were called"
 
 
 def test_a_bug_in_a_worker_stays_a_bug(samples, loader):
